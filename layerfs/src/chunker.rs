@@ -1,0 +1,279 @@
+//! Cuts content into chunks and holes.
+//!
+//! Two chunkers, both pinned by golden vectors: [`Chunker::Tree`] (FastCDC v2020, 16/64/256 KiB,
+//! normalization level 1; a file of up to 16 KiB is one chunk) for file trees, and [`Chunker::Aligned`]
+//! (pieces of 64 KiB at multiples of 64 KiB) for disk images.
+//!
+//! Holes: every block of [`HOLE_BLOCK`] bytes at a multiple of that from the file's start (or shorter, at its
+//! end) that is all zero is a hole, whether the source stored it or not, so that the same content gives the
+//! same chunks from every source. Cutting starts afresh after a hole.
+
+use crate::chunk::MAX_CHUNK_BYTES;
+
+/// Holes start and end at multiples of this many bytes (or at the file's end).
+pub const HOLE_BLOCK: usize = 4096;
+/// The size of [`Chunker::Aligned`]'s pieces in bytes.
+pub const ALIGNED_BYTES: usize = 64 * 1024;
+
+const TREE_MIN: usize = 16 * 1024;
+const TREE_AVG: usize = 64 * 1024;
+const TREE_MAX: usize = 256 * 1024;
+
+/// How content is cut. The code is part of the format (FORMAT.md, "Chunkers").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(u8)]
+pub enum Chunker {
+    /// FastCDC, for files in trees.
+    Tree = 0,
+    /// Aligned pieces, for disk images.
+    Aligned = 1,
+    /// Whole records, for a layer's tables; cut by [`crate::manifest::TableWriter`], not by [`Chunker::cut`].
+    Records = 2,
+}
+
+impl Chunker {
+    /// The chunker with code `code`.
+    pub fn from_code(code: u8) -> Option<Chunker> {
+        match code {
+            0 => Some(Chunker::Tree),
+            1 => Some(Chunker::Aligned),
+            2 => Some(Chunker::Records),
+            _ => None,
+        }
+    }
+
+    /// The length of the next chunk of `data`, which starts at `offset` in its file and holds no hole.
+    /// `data` must hold [`MAX_CHUNK_BYTES`] bytes, or everything up to the next hole or the end.
+    pub fn cut(self, offset: u64, data: &[u8]) -> usize {
+        match self {
+            Chunker::Tree if data.len() <= TREE_MIN => data.len(),
+            Chunker::Tree => {
+                let window = &data[..data.len().min(MAX_CHUNK_BYTES)];
+                let mut cutter = fastcdc::v2020::FastCDC::new(window, TREE_MIN, TREE_AVG, TREE_MAX);
+                cutter.next().map_or(window.len(), |chunk| chunk.length)
+            }
+            Chunker::Aligned | Chunker::Records => {
+                let to_boundary = ALIGNED_BYTES - (offset % ALIGNED_BYTES as u64) as usize;
+                data.len().min(to_boundary)
+            }
+        }
+    }
+}
+
+/// A piece of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// A chunk's plain bytes.
+    Data(&'a [u8]),
+    /// So many zero bytes.
+    Hole(u64),
+}
+
+/// Cuts a stream: bytes and known holes in, pieces out. Holds at most 516 KiB.
+///
+/// The pieces depend on the content alone, not on how it is fed. Adjacent holes come out as one.
+#[derive(Debug)]
+pub struct Cutter {
+    chunker: Chunker,
+    /// Where `run` starts in the file.
+    offset: u64,
+    /// Whole blocks of data, none zero, not yet cut.
+    run: Vec<u8>,
+    /// Zero bytes seen since the last data; `run` is empty while there are any.
+    hole: u64,
+    /// The begin of the block that is not complete yet.
+    partial: Vec<u8>,
+}
+
+impl Cutter {
+    /// A cutter at the start of a file.
+    pub fn new(chunker: Chunker) -> Cutter {
+        Cutter { chunker, offset: 0, run: Vec::new(), hole: 0, partial: Vec::new() }
+    }
+
+    /// Feeds `data`; finished pieces go to `emit`.
+    pub fn data<E>(&mut self, mut data: &[u8], emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        if !self.partial.is_empty() {
+            let (now, later) = data.split_at(data.len().min(HOLE_BLOCK - self.partial.len()));
+            self.partial.extend_from_slice(now);
+            data = later;
+            if self.partial.len() < HOLE_BLOCK {
+                return Ok(());
+            }
+            let block = std::mem::take(&mut self.partial);
+            self.block(&block, emit)?;
+        }
+        let blocks = data.chunks_exact(HOLE_BLOCK);
+        self.partial.extend_from_slice(blocks.remainder());
+        blocks.into_iter().try_for_each(|block| self.block(block, emit))
+    }
+
+    /// Feeds `bytes` zero bytes.
+    pub fn hole<E>(&mut self, mut bytes: u64, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        if !self.partial.is_empty() {
+            let now = bytes.min((HOLE_BLOCK - self.partial.len()) as u64);
+            self.data(&ZEROS[..now as usize], emit)?;
+            bytes -= now;
+        }
+        let rest = bytes % HOLE_BLOCK as u64;
+        if bytes > rest {
+            self.open_hole(bytes - rest, emit)?;
+        }
+        self.data(&ZEROS[..rest as usize], emit)
+    }
+
+    /// Ends the file: the rest goes to `emit`.
+    pub fn finish<E>(mut self, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        let block = std::mem::take(&mut self.partial);
+        if !block.is_empty() {
+            self.block(&block, emit)?;
+        }
+        self.cut_run(0, emit)?;
+        self.close_hole(emit)
+    }
+
+    fn block<E>(&mut self, block: &[u8], emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        if is_zero(block) {
+            return self.open_hole(block.len() as u64, emit);
+        }
+        self.close_hole(emit)?;
+        self.run.extend_from_slice(block);
+        if self.run.len() >= 2 * MAX_CHUNK_BYTES { self.cut_run(MAX_CHUNK_BYTES - 1, emit) } else { Ok(()) }
+    }
+
+    fn open_hole<E>(&mut self, bytes: u64, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        self.cut_run(0, emit)?;
+        self.hole += bytes;
+        Ok(())
+    }
+
+    fn close_hole<E>(&mut self, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        match std::mem::take(&mut self.hole) {
+            0 => Ok(()),
+            bytes => {
+                self.offset += bytes;
+                emit(Piece::Hole(bytes))
+            }
+        }
+    }
+
+    /// Cuts `run` into chunks until at most `keep` bytes are left: a cut wants MAX_CHUNK_BYTES in view, or the run's end.
+    fn cut_run<E>(&mut self, keep: usize, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        let mut start = 0;
+        while self.run.len() - start > keep {
+            let length = self.chunker.cut(self.offset, &self.run[start..]);
+            emit(Piece::Data(&self.run[start..start + length]))?;
+            self.offset += length as u64;
+            start += length;
+        }
+        self.run.drain(..start);
+        Ok(())
+    }
+}
+
+static ZEROS: [u8; HOLE_BLOCK] = [0; HOLE_BLOCK];
+
+/// Whether all of `data` is zero.
+pub fn is_zero(data: &[u8]) -> bool {
+    data.first().is_none_or(|byte| *byte == 0) && data.chunks(HOLE_BLOCK).all(|block| block == &ZEROS[..block.len()])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::id::ChunkId;
+
+    #[derive(Clone, Debug, PartialEq)]
+    enum Owned {
+        Data(Vec<u8>),
+        Hole(u64),
+    }
+
+    fn collect(chunker: Chunker, feed: impl FnOnce(&mut Cutter, &mut dyn FnMut(Piece<'_>) -> Result<(), ()>)) -> Vec<Owned> {
+        let mut pieces = Vec::new();
+        let mut emit = |piece: Piece<'_>| {
+            pieces.push(match piece {
+                Piece::Data(data) => Owned::Data(data.to_vec()),
+                Piece::Hole(bytes) => Owned::Hole(bytes),
+            });
+            Ok(())
+        };
+        let mut cutter = Cutter::new(chunker);
+        feed(&mut cutter, &mut emit);
+        cutter.finish(&mut emit).unwrap();
+        pieces
+    }
+
+    /// The golden vectors' content: a fixed linear congruential sequence.
+    fn noise(bytes: usize) -> Vec<u8> {
+        let mut state = 1u64;
+        std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as u8
+        })
+        .take(bytes)
+        .collect()
+    }
+
+    #[test]
+    fn golden_cuts() {
+        let lengths = |chunker| {
+            let data = noise(1_000_000);
+            collect(chunker, |cutter, emit| cutter.data(&data, &mut |p| emit(p)).unwrap())
+                .iter()
+                .map(|piece| match piece {
+                    Owned::Data(data) => data.len(),
+                    Owned::Hole(_) => 0,
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(ChunkId::of(&noise(1_000_000)).short(), "GOLDEN_ID");
+        assert_eq!(lengths(Chunker::Tree), [0]);
+        assert_eq!(lengths(Chunker::Aligned), [vec![65536; 15], vec![16960]].concat());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn pieces_depend_on_content_alone(
+            runs in prop::collection::vec((any::<bool>(), 1usize..300_000), 0..6),
+            feed in prop::collection::vec(1usize..200_000, 1..8),
+            aligned in any::<bool>(),
+        ) {
+            let chunker = if aligned { Chunker::Aligned } else { Chunker::Tree };
+            let mut content = Vec::new();
+            for (zero, bytes) in &runs {
+                content.extend(if *zero { vec![0; *bytes] } else { noise(*bytes) });
+            }
+            let whole = collect(chunker, |cutter, emit| cutter.data(&content, &mut |p| emit(p)).unwrap());
+            let fed = collect(chunker, |cutter, emit| {
+                let mut rest = &content[..];
+                for length in feed.iter().cycle() {
+                    if rest.is_empty() { break; }
+                    let (now, later) = rest.split_at((*length).min(rest.len()));
+                    if is_zero(now) {
+                        cutter.hole(now.len() as u64, &mut |p| emit(p)).unwrap();
+                    } else {
+                        cutter.data(now, &mut |p| emit(p)).unwrap();
+                    }
+                    rest = later;
+                }
+            });
+            prop_assert_eq!(&whole, &fed);
+            let mut back = Vec::new();
+            for piece in &whole {
+                match piece {
+                    Owned::Data(data) => {
+                        prop_assert!(data.len() <= MAX_CHUNK_BYTES && !is_zero(data));
+                        back.extend(data);
+                    }
+                    Owned::Hole(bytes) => back.resize(back.len() + *bytes as usize, 0),
+                }
+            }
+            prop_assert!(back == content);
+        }
+    }
+}

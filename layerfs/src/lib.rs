@@ -1,0 +1,26 @@
+//! layerfs: a content-addressed layered filesystem.
+//!
+//! Everything is chunks. A file tree, a disk image and (later) a guest's memory are lists of
+//! content-addressed chunks in one [`store::Store`]; a *layer* is a manifest over chunks, a *stack* is a
+//! layer and its ancestors, and a mount is a [`view::View`] over a stack with a writable upper on top.
+//!
+//! The data's way in: bytes → [`chunker`] → [`store`] → [`manifest`] (a sealed layer) → name.
+//! The way out: name → stack of manifests → [`view`] → [`mount`].
+//!
+//! This crate is synchronous, knows no terminal, no environment and no network.
+
+pub mod attr;
+pub mod chunk;
+pub mod chunker;
+pub mod codec;
+pub mod content;
+pub mod durable;
+pub mod error;
+pub mod failpoint;
+pub mod id;
+pub mod inode;
+pub mod manifest;
+pub mod monitor;
+
+pub use error::{Error, Result};
+pub use id::{ChunkId, Ino, LayerId, LayerName, UpperId};

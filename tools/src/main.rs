@@ -1,0 +1,2 @@
+//! layerctl.
+fn main(){}
