@@ -114,5 +114,9 @@ pub const MAX_SYMLINK: usize = 4095;
 
 /// Whether `name` may stand in a folder: 1 to 255 bytes without `/` and NUL, neither `.` nor `..`.
 pub fn is_valid_name(name: &[u8]) -> bool {
-    !name.is_empty() && name.len() <= MAX_NAME && name != b"." && name != b".." && !name.iter().any(|b| *b == b'/' || *b == 0)
+    !name.is_empty()
+        && name.len() <= MAX_NAME
+        && name != b"."
+        && name != b".."
+        && !name.iter().any(|b| *b == b'/' || *b == 0)
 }

@@ -222,7 +222,11 @@ mod tests {
 
     #[test]
     fn encoding_round_trips_and_damage_is_seen() {
-        for plain in [b"x".to_vec(), vec![7; MAX_CHUNK_BYTES], (0..100_000u32).flat_map(u32::to_le_bytes).take(200_000).collect()] {
+        for plain in [
+            b"x".to_vec(),
+            vec![7; MAX_CHUNK_BYTES],
+            (0..100_000u32).flat_map(u32::to_le_bytes).take(200_000).collect(),
+        ] {
             let id = ChunkId::of(&plain);
             let chunk = encode(id, Class::Data, &plain, 3).stored().clone();
             assert_eq!(verify(chunk.clone()).unwrap().0, plain);

@@ -342,7 +342,12 @@ impl ContentBuilder {
             let is_top = level + 1 == self.levels.len();
             if is_top && level > 0 && self.levels[level].len() == 1 {
                 let Entry::Node { id, .. } = self.levels[level][0] else { unreachable!("extents are on level 0") };
-                return Ok(Content::Extents { bytes, data_bytes, chunker, list: List::Tree { root: id, depth: level as u8 } });
+                return Ok(Content::Extents {
+                    bytes,
+                    data_bytes,
+                    chunker,
+                    list: List::Tree { root: id, depth: level as u8 },
+                });
             }
             if !self.levels[level].is_empty() {
                 self.close_node(level, out)?;

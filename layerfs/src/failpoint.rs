@@ -3,8 +3,8 @@
 //! Invariant: unarmed, a step costs one relaxed load. Arming is the caller's decision; this module reads no
 //! environment. Every name that is passed to [`hit`] stands in [`NAMES`].
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// Every named step, in the order in which work meets them.
 pub const NAMES: &[&str] = &[

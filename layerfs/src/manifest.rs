@@ -255,7 +255,12 @@ impl<'a> LayerWriter<'a> {
     }
 
     /// Writes the manifest. `parent` is the layer below with its manifest; `next_ino` is greater than every number used.
-    pub fn finish(self, kind: LayerKind, parent: Option<(LayerId, &Manifest)>, next_ino: Ino) -> Result<(LayerId, Manifest)> {
+    pub fn finish(
+        self,
+        kind: LayerKind,
+        parent: Option<(LayerId, &Manifest)>,
+        next_ino: Ino,
+    ) -> Result<(LayerId, Manifest)> {
         let (dentries, dentry_count) = self.dentries.finish(self.out)?;
         let (inodes, inode_count) = self.inodes.finish(self.out)?;
         let manifest = Manifest {

@@ -1,2 +1,2 @@
 //! layerctl.
-fn main(){}
+fn main() {}
