@@ -21,9 +21,7 @@ pub mod id;
 pub mod inode;
 pub mod manifest;
 pub mod monitor;
-pub mod table;
-pub mod view;
-pub mod walk;
+pub mod store;
 
 pub use error::{Error, Result};
 pub use id::{ChunkId, Ino, LayerId, LayerName, UpperId};

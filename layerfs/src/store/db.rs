@@ -1,0 +1,299 @@
+//! The index database: a thin typed wrapper, so that no other file names RocksDB.
+//!
+//! It hides which engine keeps the index, the names, the uppers' inode tables and the peers, and how its memory
+//! is bounded. Invariants: a [`Batch`] is applied whole or not at all, over all families; what was written with
+//! [`Sync::Yes`], and everything written before it, survives a power cut; nothing is written when the disk is
+//! so full that the engine itself could fail.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
+    LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
+};
+
+use crate::error::{Error, Result};
+use crate::store::space::SpaceGuard;
+
+/// A family of keys. FORMAT.md, "Index database".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Cf {
+    /// Chunk id → where the chunk lies.
+    Chunks,
+    /// Layer name → layer.
+    Names,
+    /// The uppers' records and inode tables.
+    Uppers,
+    /// What is mounted where.
+    Mounts,
+    /// Transfers that are under way.
+    Transfers,
+    /// Peers and their keys.
+    Peers,
+    /// Everything else: counters, the last garbage collection.
+    Meta,
+}
+
+impl Cf {
+    /// All families.
+    pub const ALL: [Cf; 7] = [Cf::Chunks, Cf::Names, Cf::Uppers, Cf::Mounts, Cf::Transfers, Cf::Peers, Cf::Meta];
+
+    fn name(self) -> &'static str {
+        match self {
+            Cf::Chunks => "chunks",
+            Cf::Names => "names",
+            Cf::Uppers => "uppers",
+            Cf::Mounts => "mounts",
+            Cf::Transfers => "transfers",
+            Cf::Peers => "peers",
+            Cf::Meta => "meta",
+        }
+    }
+}
+
+/// Whether a write has to survive a power cut before it returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sync {
+    /// Yes; so does everything written before.
+    Yes,
+    /// It survives the end of the process, not that of the machine.
+    No,
+}
+
+#[derive(Debug)]
+struct Op {
+    cf: Cf,
+    key: Box<[u8]>,
+    /// `None` deletes.
+    value: Option<Box<[u8]>>,
+}
+
+/// Changes that are applied together, in order.
+#[derive(Debug, Default)]
+pub struct Batch {
+    ops: Vec<Op>,
+    bytes: usize,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Batch {
+        Batch::default()
+    }
+
+    /// Sets `key` to `value`.
+    pub fn put(&mut self, cf: Cf, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
+        let (key, value) = (key.as_ref(), value.as_ref());
+        self.bytes += key.len() + value.len();
+        self.ops.push(Op { cf, key: key.into(), value: Some(value.into()) });
+    }
+
+    /// Removes `key`.
+    pub fn delete(&mut self, cf: Cf, key: impl AsRef<[u8]>) {
+        let key = key.as_ref();
+        self.bytes += key.len();
+        self.ops.push(Op { cf, key: key.into(), value: None });
+    }
+
+    /// Appends the changes of `other`.
+    pub fn append(&mut self, mut other: Batch) {
+        self.bytes += other.bytes;
+        self.ops.append(&mut other.ops);
+    }
+
+    /// How many changes there are.
+    pub fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// The size of its keys and values in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// How the database bounds its memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DbOptions {
+    pub block_cache_bytes: usize,
+    pub write_buffer_bytes: usize,
+    pub read_only: bool,
+    pub create: bool,
+}
+
+/// The open database.
+pub struct Db {
+    db: DB,
+    read_only: bool,
+    space: SpaceGuard,
+    written_bytes: AtomicU64,
+}
+
+impl std::fmt::Debug for Db {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Db").field("read_only", &self.read_only).finish_non_exhaustive()
+    }
+}
+
+impl Db {
+    pub(crate) fn open(folder: &Path, options: DbOptions) -> Result<Db> {
+        let cache = Cache::new_lru_cache(options.block_cache_bytes);
+        let general = general_options(&options);
+        let families =
+            || Cf::ALL.map(|cf| ColumnFamilyDescriptor::new(cf.name(), family_options(cf, &cache, &options)));
+        let db = if options.read_only {
+            DB::open_cf_descriptors_read_only(&general, folder, families(), false)?
+        } else {
+            DB::open_cf_descriptors(&general, folder, families())?
+        };
+        Ok(Db { db, read_only: options.read_only, space: SpaceGuard::new(folder), written_bytes: AtomicU64::new(0) })
+    }
+
+    fn handle(&self, cf: Cf) -> Result<&ColumnFamily> {
+        self.db.cf_handle(cf.name()).ok_or_else(|| Error::Index(format!("family {} is not open", cf.name())))
+    }
+
+    /// The value of `key`.
+    pub fn get(&self, cf: Cf, key: impl AsRef<[u8]>) -> Result<Option<Vec<u8>>> {
+        Ok(self.db.get_cf(self.handle(cf)?, key)?)
+    }
+
+    /// Whether `key` has a value.
+    pub fn contains(&self, cf: Cf, key: impl AsRef<[u8]>) -> Result<bool> {
+        Ok(self.db.get_pinned_cf(self.handle(cf)?, key)?.is_some())
+    }
+
+    /// The values of `keys`, in their order.
+    pub fn get_many<K: AsRef<[u8]> + Copy>(&self, cf: Cf, keys: &[K]) -> Result<Vec<Option<Vec<u8>>>> {
+        let handle = self.handle(cf)?;
+        let found = self.db.multi_get_cf(keys.iter().map(|key| (handle, key.as_ref())));
+        found.into_iter().map(|value| value.map_err(Error::from)).collect()
+    }
+
+    /// Sets one key, unsynced.
+    pub fn put(&self, cf: Cf, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Result<()> {
+        let mut batch = Batch::new();
+        batch.put(cf, key, value);
+        self.write(batch, Sync::No)
+    }
+
+    /// Removes one key, unsynced.
+    pub fn delete(&self, cf: Cf, key: impl AsRef<[u8]>) -> Result<()> {
+        let mut batch = Batch::new();
+        batch.delete(cf, key);
+        self.write(batch, Sync::No)
+    }
+
+    /// Applies `batch`.
+    ///
+    /// # Errors
+    /// That of the disk; nothing is applied then.
+    pub fn write(&self, batch: Batch, sync: Sync) -> Result<()> {
+        if self.read_only {
+            return Err(Error::Denied("the store is open for reading only".to_owned()));
+        }
+        // Removals may use the reserve: they are how one gets space again.
+        if batch.ops.iter().any(|op| op.value.is_some()) {
+            self.check_space(batch.bytes as u64)?;
+        }
+        let mut changes = WriteBatch::default();
+        for op in &batch.ops {
+            let handle = self.handle(op.cf)?;
+            match &op.value {
+                Some(value) => changes.put_cf(handle, &op.key, value),
+                None => changes.delete_cf(handle, &op.key),
+            }
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(sync == Sync::Yes);
+        Ok(self.db.write_opt(changes, &options)?)
+    }
+
+    /// Makes durable what was written until now.
+    pub fn sync(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        Ok(self.db.flush_wal(true)?)
+    }
+
+    /// All entries whose key begins with `prefix`, in order of their keys, as of now.
+    pub fn iter<'a>(&'a self, cf: Cf, prefix: &[u8]) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
+        let prefix = prefix.to_vec();
+        let entries = self.iter_from(cf, &prefix)?;
+        Ok(entries.take_while(move |entry| {
+            entry.as_ref().is_err() || entry.as_ref().is_ok_and(|(key, _)| key.starts_with(&prefix))
+        }))
+    }
+
+    /// All entries from key `start` on, in order of their keys, as of now.
+    pub fn iter_from<'a>(&'a self, cf: Cf, start: &[u8]) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        let mode = IteratorMode::From(start, Direction::Forward);
+        let entries = self.db.iterator_cf_opt(self.handle(cf)?, options, mode);
+        Ok(entries.map(|entry| entry.map_err(Error::from)))
+    }
+
+    /// About how many keys `cf` holds.
+    pub fn estimated_count(&self, cf: Cf) -> Result<u64> {
+        let count = self.db.property_int_value_cf(self.handle(cf)?, "rocksdb.estimate-num-keys")?;
+        Ok(count.unwrap_or(0))
+    }
+
+    /// Looks at the free space now and then: at every write while it is scarce.
+    fn check_space(&self, bytes: u64) -> Result<()> {
+        const EVERY: u64 = 256 * 1024;
+        let before = self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before / EVERY == (before + bytes) / EVERY && before != 0 && !self.space.was_scarce() {
+            return Ok(());
+        }
+        self.space.check()
+    }
+}
+
+/// A key and its value.
+pub type Entry = (Box<[u8]>, Box<[u8]>);
+
+fn general_options(options: &DbOptions) -> Options {
+    let mut general = Options::default();
+    general.create_if_missing(options.create);
+    general.create_missing_column_families(options.create);
+    // A torn last record is what a crash leaves; damage elsewhere must not drop synced writes in silence.
+    general.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    general.set_db_write_buffer_size(3 * options.write_buffer_bytes);
+    general.set_max_total_wal_size(8 * options.write_buffer_bytes as u64);
+    general.set_max_open_files(128);
+    general.set_max_background_jobs(2);
+    general.set_keep_log_file_num(2);
+    general.set_max_log_file_size(1 << 20);
+    general.set_log_level(LogLevel::Warn);
+    general.set_stats_dump_period_sec(0);
+    general.set_skip_stats_update_on_db_open(true);
+    general
+}
+
+fn family_options(cf: Cf, cache: &Cache, options: &DbOptions) -> Options {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    table.set_format_version(5);
+    if cf == Cf::Chunks {
+        table.set_bloom_filter(10.0, false);
+    }
+    let mut family = Options::default();
+    family.set_block_based_table_factory(&table);
+    family.set_write_buffer_size(options.write_buffer_bytes);
+    family.set_max_write_buffer_number(2);
+    family.set_target_file_size_base(16 << 20);
+    family.set_level_compaction_dynamic_level_bytes(true);
+    family
+}

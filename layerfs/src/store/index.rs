@@ -1,0 +1,152 @@
+//! Where each chunk lies. FORMAT.md, "Chunk index".
+//!
+//! Invariants: every entry refers to a record that was synced before the entry was written; entries change only
+//! under one lock, so that a compare-and-set needs no more than that.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::chunk::{Class, Codec};
+use crate::codec::{Put, Reader};
+use crate::error::Result;
+use crate::failpoint;
+use crate::id::ChunkId;
+use crate::store::db::{Batch, Cf, Db, Sync};
+use crate::store::pack::PackId;
+
+/// Where a chunk lies, and what its record's header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Location {
+    pub pack: PackId,
+    /// Of the record's header in the pack.
+    pub offset: u32,
+    pub stored_bytes: u32,
+    pub plain_bytes: u32,
+    pub class: Class,
+    pub codec: Codec,
+}
+
+impl Location {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(22);
+        out.put_u64(self.pack.0);
+        out.put_u32(self.offset);
+        out.put_u32(self.stored_bytes);
+        out.put_u32(self.plain_bytes);
+        out.put_u8(self.class as u8);
+        out.put_u8(self.codec as u8);
+        out
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Location> {
+        let mut reader = Reader::new("chunk index entry", bytes);
+        let (pack, offset) = (PackId(reader.u64()?), reader.u32()?);
+        let (stored_bytes, plain_bytes) = (reader.u32()?, reader.u32()?);
+        let (class, codec) = (reader.u8()?, reader.u8()?);
+        let class = Class::from_code(class).ok_or_else(|| reader.error(format!("class {class}")))?;
+        let codec = Codec::from_code(codec).ok_or_else(|| reader.error(format!("codec {codec}")))?;
+        reader.finish()?;
+        Ok(Location { pack, offset, stored_bytes, plain_bytes, class, codec })
+    }
+
+    /// What the record takes in its pack, in bytes.
+    pub fn record_bytes(&self) -> u64 {
+        super::pack::RECORD_BYTES as u64 + u64::from(self.stored_bytes)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Index {
+    db: Arc<Db>,
+    change: Mutex<()>,
+}
+
+impl Index {
+    pub fn new(db: Arc<Db>) -> Index {
+        Index { db, change: Mutex::new(()) }
+    }
+
+    pub fn get(&self, id: &ChunkId) -> Result<Option<Location>> {
+        self.db.get(Cf::Chunks, id.0)?.map(|bytes| Location::decode(&bytes)).transpose()
+    }
+
+    pub fn get_many(&self, ids: &[ChunkId]) -> Result<Vec<Option<Location>>> {
+        let keys: Vec<[u8; 32]> = ids.iter().map(|id| id.0).collect();
+        let found = self.db.get_many(Cf::Chunks, &keys)?;
+        found.into_iter().map(|value| value.map(|bytes| Location::decode(&bytes)).transpose()).collect()
+    }
+
+    pub fn contains(&self, id: &ChunkId) -> Result<bool> {
+        self.db.contains(Cf::Chunks, id.0)
+    }
+
+    /// Adds entries whose records are synced. Unsynced itself.
+    pub fn add<'a>(&self, entries: impl IntoIterator<Item = (&'a ChunkId, &'a Location)>) -> Result<()> {
+        let mut batch = Batch::new();
+        entries.into_iter().for_each(|(id, location)| batch.put(Cf::Chunks, id.0, location.encode()));
+        let _change = self.change.lock();
+        self.db.write(batch, Sync::No)?;
+        failpoint::hit("index.written");
+        Ok(())
+    }
+
+    /// Removes `entries`, then puts those back that `is_wanted` after all. Returns how many are gone.
+    ///
+    /// Whoever wants a chunk says so first and looks into the index then, so one of the two sees the other.
+    pub fn remove(&self, entries: &[(ChunkId, Location)], is_wanted: impl Fn(&ChunkId) -> bool) -> Result<usize> {
+        let _change = self.change.lock();
+        let ids: Vec<ChunkId> = entries.iter().map(|(id, _)| *id).collect();
+        let now = self.get_many(&ids)?;
+        let mut batch = Batch::new();
+        let same: Vec<_> = entries.iter().zip(now).filter(|((_, then), now)| now.as_ref() == Some(then)).collect();
+        same.iter().for_each(|((id, _), _)| batch.delete(Cf::Chunks, id.0));
+        self.db.write(batch, Sync::No)?;
+        let mut back = Batch::new();
+        for ((id, location), _) in same.iter().filter(|((id, _), _)| is_wanted(id)) {
+            back.put(Cf::Chunks, id.0, location.encode());
+        }
+        let gone = same.len() - back.len();
+        if !back.is_empty() {
+            self.db.write(back, Sync::No)?;
+        }
+        Ok(gone)
+    }
+
+    /// Sets each entry to its new location if it still has the old one.
+    pub fn relocate(&self, moves: &[(ChunkId, Location, Location)]) -> Result<()> {
+        let _change = self.change.lock();
+        let ids: Vec<ChunkId> = moves.iter().map(|(id, ..)| *id).collect();
+        let now = self.get_many(&ids)?;
+        let mut batch = Batch::new();
+        for ((id, _, new), _) in moves.iter().zip(now).filter(|((_, old, _), now)| now.as_ref() == Some(old)) {
+            batch.put(Cf::Chunks, id.0, new.encode());
+        }
+        self.db.write(batch, Sync::No)
+    }
+
+    /// Removes entries that are known to be wrong.
+    pub fn forget(&self, ids: &[ChunkId]) -> Result<()> {
+        let mut batch = Batch::new();
+        ids.iter().for_each(|id| batch.delete(Cf::Chunks, id.0));
+        let _change = self.change.lock();
+        self.db.write(batch, Sync::No)
+    }
+
+    /// All entries in the order of their ids, as of now.
+    pub fn iter(&self) -> Result<impl Iterator<Item = Result<(ChunkId, Location)>> + '_> {
+        let entries = self.db.iter_from(Cf::Chunks, &[])?;
+        Ok(entries.map(|entry| {
+            let (key, value) = entry?;
+            let mut reader = Reader::new("chunk index key", &key);
+            let id = reader.id()?;
+            reader.finish()?;
+            Ok((id, Location::decode(&value)?))
+        }))
+    }
+
+    /// About how many chunks there are.
+    pub fn estimated_count(&self) -> Result<u64> {
+        self.db.estimated_count(Cf::Chunks)
+    }
+}

@@ -1,0 +1,206 @@
+//! The store: content-addressed chunks in packs, their index, and the names of layers.
+//!
+//! It hides where and how chunks lie. It never sees a path of a tree. Durability has one order: packs synced → index
+//! → manifest → name; so a name that exists is complete, and a crash leaves garbage at worst.
+//!
+//! A store has one owner at a time (the daemon), which holds a lock on it. [`Store`] is cheap to share and may be
+//! used by any number of threads.
+
+mod cache;
+pub mod db;
+mod filter;
+mod index;
+mod names;
+mod open;
+mod pack;
+mod packs;
+mod pins;
+mod session;
+mod space;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::chunk::{self, ChunkRead, Class, StoredChunk};
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, LayerId};
+pub use names::{Expect, NameChange, NameRecord};
+pub use open::StoreOptions;
+pub use pack::PackId;
+pub use pins::{Pin, RootSource};
+pub use session::{Session, SessionReport};
+
+use cache::ChunkCache;
+use db::Db;
+use filter::Touched;
+use index::{Index, Location};
+use packs::Packs;
+use pins::Roots;
+
+/// What the index knows of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct ChunkInfo {
+    /// What it holds.
+    pub class: Class,
+    /// Its plain length in bytes.
+    pub plain_bytes: u32,
+    /// What it takes in its pack, in bytes, without its header.
+    pub stored_bytes: u32,
+    /// The pack that it lies in.
+    pub pack: PackId,
+}
+
+impl From<Location> for ChunkInfo {
+    fn from(location: Location) -> ChunkInfo {
+        let Location { class, plain_bytes, stored_bytes, pack, .. } = location;
+        ChunkInfo { class, plain_bytes, stored_bytes, pack }
+    }
+}
+
+/// An open store.
+#[derive(Debug)]
+pub struct Store {
+    folder: PathBuf,
+    options: StoreOptions,
+    db: Arc<Db>,
+    index: Index,
+    packs: Packs,
+    cache: ChunkCache,
+    roots: Roots,
+    /// Held while names are compared and set.
+    names_change: Mutex<()>,
+    sessions: Mutex<Sessions>,
+    /// Locked for as long as the store is open. Last, so that it is released last.
+    _lock: Option<File>,
+}
+
+#[derive(Debug, Default)]
+struct Sessions {
+    next: u64,
+    touched: HashMap<u64, Arc<Touched>>,
+}
+
+/// How often a chunk that moves while it is read is looked up again.
+const READ_ATTEMPTS: usize = 8;
+
+impl Store {
+    /// The store's folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where derived tables lie.
+    pub fn tables_folder(&self) -> PathBuf {
+        self.folder.join("tables")
+    }
+
+    /// Where the uppers' data files lie.
+    pub fn uppers_folder(&self) -> PathBuf {
+        self.folder.join("uppers")
+    }
+
+    /// A folder for temporary files; emptied when the store is opened.
+    pub fn tmp_folder(&self) -> PathBuf {
+        self.folder.join("tmp")
+    }
+
+    /// How it was opened.
+    pub fn options(&self) -> &StoreOptions {
+        &self.options
+    }
+
+    /// The index database, for those who keep records of their own in it.
+    pub fn db(&self) -> &Arc<Db> {
+        &self.db
+    }
+
+    /// Begins a piece of work that adds chunks. `label` names it in logs.
+    pub fn session(self: &Arc<Store>, label: &str) -> Session {
+        Session::new(self.clone(), label)
+    }
+
+    /// Whether chunk `id` is here.
+    pub fn contains(&self, id: &ChunkId) -> Result<bool> {
+        self.index.contains(id)
+    }
+
+    /// Which of `ids` are here. To rely on the answer, ask [`Session::has_many`] instead.
+    pub fn contains_many(&self, ids: &[ChunkId]) -> Result<Vec<bool>> {
+        Ok(self.index.get_many(ids)?.iter().map(Option::is_some).collect())
+    }
+
+    /// What the index knows of chunk `id`.
+    pub fn info(&self, id: &ChunkId) -> Result<Option<ChunkInfo>> {
+        Ok(self.index.get(id)?.map(ChunkInfo::from))
+    }
+
+    /// What the index knows of each of `ids`.
+    pub fn info_many(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkInfo>>> {
+        Ok(self.index.get_many(ids)?.into_iter().map(|location| location.map(ChunkInfo::from)).collect())
+    }
+
+    /// Chunk `id` as it lies in its pack, not verified: for the wire, whose other end verifies.
+    ///
+    /// # Errors
+    /// [`Error::ChunkMissing`], or [`Error::ChunkDamaged`] if even the record's header is wrong.
+    pub fn read_stored(&self, id: &ChunkId) -> Result<StoredChunk> {
+        let mut last = None;
+        for _ in 0..READ_ATTEMPTS {
+            let location = self.index.get(id)?.ok_or(Error::ChunkMissing(*id))?;
+            if last == Some(location) {
+                break;
+            }
+            if let Some(stored) = self.packs.read(id, &location)? {
+                return Ok(stored);
+            }
+            // The pack was rewritten meanwhile: the index knows where the chunk went.
+            last = Some(location);
+        }
+        Err(Error::ChunkMissing(*id))
+    }
+
+    /// The verified plain bytes of chunk `id`, past the cache: for work that reads much and once.
+    pub fn get_uncached(&self, id: &ChunkId) -> Result<Bytes> {
+        match self.cache.peek(id) {
+            Some(plain) => Ok(plain),
+            None => Ok(chunk::verify(self.read_stored(id)?)?.0),
+        }
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.options.read_only {
+            return Err(Error::Denied("the store is open for reading only".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn register(&self, touched: Arc<Touched>) -> u64 {
+        let mut sessions = self.sessions.lock();
+        sessions.next += 1;
+        let number = sessions.next;
+        sessions.touched.insert(number, touched);
+        number
+    }
+
+    fn unregister(&self, number: u64) {
+        self.sessions.lock().touched.remove(&number);
+    }
+
+    /// Keeps `layer` from a collection that is running, if one is.
+    fn protect_layer(&self, _layer: LayerId) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl ChunkRead for Store {
+    fn get(&self, id: &ChunkId) -> Result<Bytes> {
+        self.cache.get(id, || Ok(chunk::verify(self.read_stored(id)?)?.0))
+    }
+}

@@ -1,0 +1,161 @@
+//! Which packs there are, who may append to which, and their open files.
+//!
+//! Invariants: a pack has at most one owner (a session that appends, or the garbage collector); pack numbers only
+//! grow while the store is open; after a restart no old pack is appended to, since its end isn't known to be good.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use crate::chunk::StoredChunk;
+use crate::error::{Error, Result};
+use crate::id::ChunkId;
+use crate::store::index::Location;
+use crate::store::pack::{PackId, PackWriter, read_record};
+
+/// The most packs that are open for reading at a time.
+const OPEN_PACKS: NonZeroUsize = NonZeroUsize::new(128).unwrap();
+
+#[derive(Debug)]
+pub(crate) struct Packs {
+    folder: PathBuf,
+    open: Mutex<LruCache<PackId, Arc<File>>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next: u64,
+    /// Packs that end at a known good place, for the next session.
+    spare: Vec<PackWriter>,
+    owned: HashSet<PackId>,
+}
+
+impl Packs {
+    pub fn open(folder: PathBuf) -> Result<Packs> {
+        let packs = Packs { folder, open: Mutex::new(LruCache::new(OPEN_PACKS)), state: Mutex::default() };
+        let last = packs.list()?.into_iter().max_by_key(|(id, _)| *id);
+        packs.state.lock().next = last.map_or(1, |(id, _)| id.0 + 1);
+        Ok(packs)
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn path(&self, id: PackId) -> PathBuf {
+        self.folder.join(format!("{id}.pack"))
+    }
+
+    /// All packs with their sizes in bytes, in order.
+    pub fn list(&self) -> Result<Vec<(PackId, u64)>> {
+        let failed = |e| Error::file("list", &self.folder, e);
+        let mut packs = Vec::new();
+        for entry in std::fs::read_dir(&self.folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if let Some(id) = entry.file_name().to_str().and_then(parse_name)
+                && let Ok(metadata) = entry.metadata()
+            {
+                packs.push((id, metadata.len()));
+            }
+        }
+        packs.sort_unstable();
+        Ok(packs)
+    }
+
+    /// A pack to append to: one that isn't full, or a new one. The caller owns it until [`Packs::give_back`] or
+    /// [`Packs::release`].
+    pub fn take(&self) -> Result<PackWriter> {
+        {
+            let mut state = self.state.lock();
+            if let Some(writer) = state.spare.pop() {
+                state.owned.insert(writer.id());
+                return Ok(writer);
+            }
+        }
+        self.create()
+    }
+
+    /// A new pack, owned by the caller.
+    pub fn create(&self) -> Result<PackWriter> {
+        let id = {
+            let mut state = self.state.lock();
+            let id = PackId(state.next);
+            state.next += 1;
+            state.owned.insert(id);
+            id
+        };
+        PackWriter::create(id, self.path(id)).inspect_err(|_| {
+            let _ = std::fs::remove_file(self.path(id));
+            self.release(id);
+        })
+    }
+
+    /// Returns a pack that somebody else may append to.
+    pub fn give_back(&self, mut writer: PackWriter) {
+        let mut state = self.state.lock();
+        state.owned.remove(&writer.id());
+        if !writer.is_full() && writer.synced_end() == writer.end() {
+            writer.rest();
+            state.spare.push(writer);
+        }
+    }
+
+    /// Ends the ownership of a pack that nobody will append to again.
+    pub fn release(&self, id: PackId) {
+        self.state.lock().owned.remove(&id);
+    }
+
+    /// Claims pack `id`, unless somebody appends to it.
+    pub fn claim(&self, id: PackId) -> bool {
+        let mut state = self.state.lock();
+        if !state.owned.insert(id) {
+            return false;
+        }
+        state.spare.retain(|writer| writer.id() != id);
+        true
+    }
+
+    /// Removes a claimed pack.
+    pub fn remove(&self, id: PackId) -> Result<()> {
+        let path = self.path(id);
+        self.open.lock().pop(&id);
+        let removed = std::fs::remove_file(&path).map_err(|e| Error::file("remove", &path, e));
+        self.open.lock().pop(&id);
+        self.release(id);
+        removed
+    }
+
+    /// The open file of pack `id`; `None` if there is no such pack.
+    pub fn file(&self, id: PackId) -> Result<Option<Arc<File>>> {
+        if let Some(file) = self.open.lock().get(&id) {
+            return Ok(Some(file.clone()));
+        }
+        let path = self.path(id);
+        let file = match File::open(&path) {
+            Ok(file) => Arc::new(file),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::file("open", path, e)),
+        };
+        self.open.lock().put(id, file.clone());
+        Ok(Some(file))
+    }
+
+    /// The record of `id` at `location`, unverified but for its header; `None` if the pack is gone.
+    pub fn read(&self, id: &ChunkId, location: &Location) -> Result<Option<StoredChunk>> {
+        match self.file(location.pack)? {
+            Some(file) => read_record(&file, id, location).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+fn parse_name(name: &str) -> Option<PackId> {
+    let digits = name.strip_suffix(".pack").filter(|digits| digits.len() == 16)?;
+    u64::from_str_radix(digits, 16).ok().map(PackId)
+}
