@@ -142,6 +142,16 @@ impl Content {
         }
     }
 
+    /// The file's length and how much of it isn't in holes, in bytes, from the start of an encoding.
+    pub fn decode_lengths(reader: &mut Reader<'_>) -> Result<(u64, u64)> {
+        if reader.u8()? == 0 {
+            let bytes = reader.bytes16()?.len() as u64;
+            return Ok((bytes, bytes));
+        }
+        let _chunker = reader.u8()?;
+        Ok((reader.u64()?, reader.u64()?))
+    }
+
     /// Takes an encoding off `reader`.
     pub fn decode(reader: &mut Reader<'_>) -> Result<Content> {
         let tag = reader.u8()?;

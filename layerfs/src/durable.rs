@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
@@ -23,10 +24,12 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     }
 }
 
-/// Creates the temporary sibling of `path` that [`persist`] turns into it.
+/// Creates the temporary sibling of `path` that [`persist`] turns into it. Each call makes one of its own.
 pub fn create_temporary(path: &Path, mode: u32) -> Result<(File, PathBuf)> {
+    static CREATED: AtomicU64 = AtomicU64::new(0);
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", rustix::process::getpid().as_raw_nonzero()));
+    let number = CREATED.fetch_add(1, Ordering::Relaxed);
+    name.push(format!(".{}-{number}.tmp", rustix::process::getpid().as_raw_nonzero()));
     let temporary = path.with_file_name(name);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(true).mode(mode);

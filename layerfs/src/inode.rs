@@ -128,20 +128,7 @@ impl Inode {
     }
 
     fn decode_body(record: &mut Reader<'_>) -> Result<Inode> {
-        let ino = Ino(record.u64()?);
-        let mode = record.u32()?;
-        let kind = FileKind::from_mode(mode).filter(|_| mode & !(libc::S_IFMT | 0o7777) == 0);
-        let kind = kind.ok_or_else(|| record.error(format!("mode {mode:o}")))?;
-        let nlink = record.u32()?;
-        let (uid, gid) = (record.u32()?, record.u32()?);
-        let mut times = [Time::default(); 3];
-        for time in &mut times {
-            *time = Time { seconds: record.i64()?, nanos: record.u32()? };
-            if time.nanos >= 1_000_000_000 {
-                return Err(record.error(format!("{} nanoseconds", time.nanos)));
-            }
-        }
-        let [atime, mtime, ctime] = times;
+        let (ino, kind, nlink, attrs) = decode_fixed(record)?;
         let xattrs = decode_xattrs(record)?;
         let node = match kind {
             FileKind::File => Node::File(Content::decode(record)?),
@@ -158,11 +145,95 @@ impl Inode {
             FileKind::Fifo => Node::Fifo,
             FileKind::Socket => Node::Socket,
         };
-        if ino.0 == 0 {
-            return Err(record.error("inode number 0"));
-        }
-        let attrs = Attrs { permissions: (mode & 0o7777) as u16, uid, gid, atime, mtime, ctime };
         Ok(Inode { ino, nlink, attrs, xattrs, node })
+    }
+}
+
+/// The part of an inode record that has a fixed width: everything before the extended attributes.
+fn decode_fixed(record: &mut Reader<'_>) -> Result<(Ino, FileKind, u32, Attrs)> {
+    let ino = Ino(record.u64()?);
+    let mode = record.u32()?;
+    let kind = FileKind::from_mode(mode).filter(|_| mode & !(libc::S_IFMT | 0o7777) == 0);
+    let kind = kind.ok_or_else(|| record.error(format!("mode {mode:o}")))?;
+    let nlink = record.u32()?;
+    let (uid, gid) = (record.u32()?, record.u32()?);
+    let mut times = [Time::default(); 3];
+    for time in &mut times {
+        *time = Time { seconds: record.i64()?, nanos: record.u32()? };
+        if time.nanos >= 1_000_000_000 {
+            return Err(record.error(format!("{} nanoseconds", time.nanos)));
+        }
+    }
+    if ino.0 == 0 {
+        return Err(record.error("inode number 0"));
+    }
+    let [atime, mtime, ctime] = times;
+    Ok((ino, kind, nlink, Attrs { permissions: (mode & 0o7777) as u16, uid, gid, atime, mtime, ctime }))
+}
+
+/// What `stat` tells of an inode: decoded without allocating.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Its number.
+    pub ino: Ino,
+    /// Its kind.
+    pub kind: FileKind,
+    /// How many dentries of the merged tree refer to it.
+    pub nlink: u32,
+    /// Mode, owner, times.
+    pub attrs: Attrs,
+    /// `st_size` in bytes.
+    pub size: u64,
+    /// How much of a file isn't in holes, in bytes.
+    pub data_bytes: u64,
+    /// `st_rdev`.
+    pub rdev: u64,
+    /// Whether it has extended attributes.
+    pub has_xattrs: bool,
+}
+
+impl Stat {
+    /// Takes what `stat` needs off an inode record, and leaves `reader` after the record.
+    pub fn decode(reader: &mut Reader<'_>) -> Result<Stat> {
+        let mut record = Reader::new("inode record", reader.bytes32()?);
+        let (ino, kind, nlink, attrs) = decode_fixed(&mut record)?;
+        let xattr_count = record.u16()?;
+        for _ in 0..xattr_count {
+            record.bytes16()?;
+            record.bytes32()?;
+        }
+        let mut stat = Stat { ino, kind, nlink, attrs, size: 0, data_bytes: 0, rdev: 0, has_xattrs: xattr_count > 0 };
+        match kind {
+            FileKind::File => (stat.size, stat.data_bytes) = Content::decode_lengths(&mut record)?,
+            FileKind::Symlink => stat.size = record.bytes16()?.len() as u64,
+            FileKind::BlockDevice | FileKind::CharDevice => stat.rdev = record.u64()?,
+            FileKind::Folder | FileKind::Fifo | FileKind::Socket => {}
+        }
+        Ok(stat)
+    }
+
+    /// `st_mode`.
+    pub fn mode(&self) -> u32 {
+        self.kind.type_bits() | u32::from(self.attrs.permissions)
+    }
+}
+
+impl From<&Inode> for Stat {
+    fn from(inode: &Inode) -> Stat {
+        let data_bytes = match &inode.node {
+            Node::File(content) => content.data_bytes(),
+            _ => 0,
+        };
+        Stat {
+            ino: inode.ino,
+            kind: inode.kind(),
+            nlink: inode.nlink,
+            attrs: inode.attrs.clone(),
+            size: inode.size(),
+            data_bytes,
+            rdev: inode.rdev(),
+            has_xattrs: !inode.xattrs.is_empty(),
+        }
     }
 }
 
@@ -222,6 +293,25 @@ impl Dentry {
 
     /// Takes a record off `reader`.
     pub fn decode(reader: &mut Reader<'_>) -> Result<Dentry> {
+        let DentryRef { folder, name, target } = DentryRef::decode(reader)?;
+        Ok(Dentry { folder, name: name.to_vec(), target })
+    }
+}
+
+/// A [`Dentry`] whose name is borrowed from the record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DentryRef<'a> {
+    /// The folder.
+    pub folder: Ino,
+    /// The name in it.
+    pub name: &'a [u8],
+    /// What it refers to.
+    pub target: Target,
+}
+
+impl<'a> DentryRef<'a> {
+    /// Takes a record off `reader`.
+    pub fn decode(reader: &mut Reader<'a>) -> Result<DentryRef<'a>> {
         let folder = Ino(reader.u64()?);
         let ino = Ino(reader.u64()?);
         let kind = reader.u8()?;
@@ -238,6 +328,6 @@ impl Dentry {
                 Target::Inode { ino, kind }
             }
         };
-        Ok(Dentry { folder, name: name.to_vec(), target })
+        Ok(DentryRef { folder, name, target })
     }
 }

@@ -22,6 +22,9 @@ pub mod inode;
 pub mod manifest;
 pub mod monitor;
 pub mod store;
+pub mod table;
+pub mod view;
+pub mod walk;
 
 pub use error::{Error, Result};
 pub use id::{ChunkId, Ino, LayerId, LayerName, UpperId};

@@ -1,1 +1,20 @@
-//! Harness.
+//! What the integration tests, the benchmark and nobody else need: real hosts, real trees, independent judges.
+//!
+//! - [`case`]: a test that knows what it needs, and says SKIPPED with the reason where it cannot run.
+//! - [`ctl`]: runs `layerctl` as a person would, and holds its answer.
+//! - [`host`]: one host (a store, a daemon, perhaps a network namespace); two hosts and the link between them.
+//! - [`debian`]: a Debian root from debootstrap, made once per machine.
+//! - [`tree`] and [`zoo`]: made-up trees, plain ones and those that hold one of everything that is hard to keep.
+//! - [`compare`]: whether two trees are equal, by rsync and by the kernel's word, not by our own code.
+//!
+//! Invariant: what a test makes (processes, mounts, namespaces, folders) is gone when its values are dropped, by
+//! the id of each, also after a panic.
+
+pub mod case;
+pub mod compare;
+pub mod ctl;
+pub mod debian;
+pub mod host;
+pub mod network;
+pub mod tree;
+pub mod zoo;

@@ -1,0 +1,69 @@
+# layerfs: build, try, test, measure, install. `make help` lists the targets.
+# There is no `clean`: RocksDB compiles for minutes. Remove the target folder yourself if you mean it.
+
+export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+# Where cargo builds; an absolute path, because the scripts change folders.
+export CARGO_TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
+
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+MANDIR ?= $(PREFIX)/share/man/man1
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+# mount(8) looks for its helpers in /sbin only.
+HELPERDIR ?= /sbin
+COMPLETIONS ?= $(PREFIX)/share
+
+LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
+CARGO_FLAGS := --release --locked
+
+.PHONY: help build demo test bench lint install uninstall setup
+
+help:
+	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
+	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
+	@echo 'make test       every test; those that cannot run here say why'
+	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
+	@echo 'make lint       formatting and clippy'
+	@echo 'make install    layerctl, mount.layerfs, man pages, completions, systemd unit (PREFIX=$(PREFIX))'
+
+setup:
+	@scripts/setup build || true
+
+build: setup
+	cargo build $(CARGO_FLAGS) -p tools
+
+demo: build
+	@scripts/setup demo || true
+	@LAYERCTL=$(LAYERCTL) scripts/demo
+
+# The binary first: the integration tests run it. Documentation examples are not compiled: each would link RocksDB.
+test: build
+	@scripts/setup test || true
+	cargo test $(CARGO_FLAGS) --workspace --lib --bins --tests
+
+bench: build
+	@scripts/setup bench || true
+	cargo run $(CARGO_FLAGS) -p layerfs-tests --bin layerfs-bench -- $(BENCH_FLAGS)
+
+lint:
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+
+install:
+	@test -x $(LAYERCTL) || { echo 'run `make build` first'; exit 1; }
+	install -D -m 755 $(LAYERCTL) $(DESTDIR)$(BINDIR)/layerctl
+	install -d $(DESTDIR)$(HELPERDIR)
+	ln -sf $(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs
+	install -d $(DESTDIR)$(MANDIR)
+	$(LAYERCTL) generate man $(DESTDIR)$(MANDIR)
+	install -d $(DESTDIR)$(COMPLETIONS)/bash-completion/completions $(DESTDIR)$(COMPLETIONS)/zsh/site-functions $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d
+	$(LAYERCTL) generate completions bash > $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl
+	$(LAYERCTL) generate completions zsh > $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl
+	$(LAYERCTL) generate completions fish > $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
+	install -d $(DESTDIR)$(UNITDIR)
+	sed 's|@BINDIR@|$(BINDIR)|' scripts/layerfs.service > $(DESTDIR)$(UNITDIR)/layerfs.service
+
+uninstall:
+	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(MANDIR)/layerctl*.1
+	rm -f $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
+	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service

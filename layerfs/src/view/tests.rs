@@ -1,0 +1,335 @@
+//! Views of random stacks against a model that holds the merged tree in maps.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::attr::Attrs;
+use crate::chunk::MemoryChunks;
+use crate::content::Content;
+use crate::inode::Dentry;
+use crate::manifest::{LayerKind, LayerWriter};
+use crate::walk::Next;
+
+/// A change that a layer makes; numbers choose among what is there.
+#[derive(Clone, Debug)]
+enum Step {
+    AddFile { folder: usize, name: u8, size: usize },
+    AddFolder { folder: usize, name: u8 },
+    AddLink { folder: usize, name: u8 },
+    Link { file: usize, folder: usize, name: u8 },
+    Remove { entry: usize },
+    Rename { entry: usize, folder: usize, name: u8 },
+    Change { inode: usize, uid: u32 },
+}
+
+/// The merged tree, and which of it the layer in the making has changed.
+#[derive(Clone, Default)]
+struct Model {
+    dentries: BTreeMap<(Ino, Vec<u8>), (Ino, FileKind)>,
+    inodes: BTreeMap<Ino, Inode>,
+    next: u64,
+    touched_dentries: BTreeSet<(Ino, Vec<u8>)>,
+    touched_inodes: BTreeSet<Ino>,
+}
+
+impl Model {
+    fn new() -> Model {
+        let mut model = Model { next: Ino::FIRST.0, ..Model::default() };
+        model.put_inode(Ino::ROOT, Node::Folder);
+        model
+    }
+
+    fn put_inode(&mut self, ino: Ino, node: Node) {
+        let attrs = Attrs { permissions: 0o755, ..Attrs::default() };
+        self.inodes.insert(ino, Inode { ino, nlink: 1, attrs, xattrs: Vec::new(), node });
+        self.touched_inodes.insert(ino);
+    }
+
+    fn folders(&self) -> Vec<Ino> {
+        let reachable = self.dentries.values().filter(|(_, kind)| *kind == FileKind::Folder).map(|(ino, _)| *ino);
+        std::iter::once(Ino::ROOT).chain(reachable).collect()
+    }
+
+    fn put(&mut self, folder: usize, name: u8, target: (Ino, FileKind)) {
+        let folders = self.folders();
+        let key = (folders[folder % folders.len()], format!("n{name}").into_bytes());
+        self.touched_dentries.insert(key.clone());
+        self.dentries.insert(key, target);
+    }
+
+    fn create(&mut self, folder: usize, name: u8, node: Node) {
+        let ino = Ino(self.next);
+        self.next += 1;
+        let kind = node.kind();
+        self.put_inode(ino, node);
+        self.put(folder, name, (ino, kind));
+    }
+
+    fn is_below(&self, folder: Ino, ancestor: Ino) -> bool {
+        let parent =
+            |ino: Ino| self.dentries.iter().find(|(_, (target, _))| *target == ino).map(|((folder, _), _)| *folder);
+        let mut at = Some(folder);
+        while let Some(ino) = at {
+            if ino == ancestor {
+                return true;
+            }
+            at = parent(ino);
+        }
+        false
+    }
+
+    fn apply(&mut self, step: &Step) {
+        let pick = |index: usize, model: &Model| {
+            let keys: Vec<_> = model.dentries.keys().cloned().collect();
+            (!keys.is_empty()).then(|| keys[index % keys.len()].clone())
+        };
+        match step {
+            Step::AddFile { folder, name, size } => {
+                self.create(*folder, *name, Node::File(Content::Inline(vec![*name; *size])));
+            }
+            Step::AddFolder { folder, name } => self.create(*folder, *name, Node::Folder),
+            Step::AddLink { folder, name } => self.create(*folder, *name, Node::Symlink(b"../n1/./n2".to_vec())),
+            Step::Link { file, folder, name } => {
+                let files: Vec<_> =
+                    self.dentries.values().filter(|(_, kind)| *kind == FileKind::File).copied().collect();
+                if !files.is_empty() {
+                    self.put(*folder, *name, files[file % files.len()]);
+                }
+            }
+            Step::Remove { entry } => {
+                if let Some(key) = pick(*entry, self) {
+                    self.dentries.remove(&key);
+                    self.touched_dentries.insert(key);
+                }
+            }
+            Step::Rename { entry, folder, name } => {
+                let Some(key) = pick(*entry, self) else { return };
+                let target = self.dentries[&key];
+                let folders = self.folders();
+                if !self.is_below(folders[folder % folders.len()], target.0) {
+                    self.dentries.remove(&key);
+                    self.touched_dentries.insert(key);
+                    let to = (folders[folder % folders.len()], format!("n{name}").into_bytes());
+                    self.touched_dentries.insert(to.clone());
+                    self.dentries.insert(to, target);
+                }
+            }
+            Step::Change { inode, uid } => {
+                let inos: Vec<Ino> = self.inodes.keys().copied().collect();
+                let ino = inos[inode % inos.len()];
+                if let Some(inode) = self.inodes.get_mut(&ino) {
+                    inode.attrs.uid = *uid;
+                    self.touched_inodes.insert(ino);
+                }
+            }
+        }
+        // What a replaced or removed folder held stays in the maps, as it does in layers, and is out of reach.
+    }
+
+    /// Writes what was touched since the last time as a layer over `parent`.
+    fn seal(&mut self, out: &MemoryChunks, parent: Option<(LayerId, &Manifest)>) -> (LayerId, Manifest) {
+        let mut writer = LayerWriter::new(out);
+        for key in std::mem::take(&mut self.touched_dentries) {
+            let target = match self.dentries.get(&key) {
+                Some((ino, kind)) => Target::Inode { ino: *ino, kind: *kind },
+                None if parent.is_some() => Target::Whiteout,
+                None => continue,
+            };
+            writer.dentry(&Dentry { folder: key.0, name: key.1, target }).unwrap();
+        }
+        for ino in std::mem::take(&mut self.touched_inodes) {
+            writer.inode(&self.inodes[&ino]).unwrap();
+        }
+        writer.finish(LayerKind::Base, parent, Ino(self.next)).unwrap()
+    }
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => (0usize..50, 0u8..20, 0usize..300).prop_map(|(folder, name, size)| Step::AddFile { folder, name, size }),
+        3 => (0usize..50, 0u8..20).prop_map(|(folder, name)| Step::AddFolder { folder, name }),
+        1 => (0usize..50, 0u8..20).prop_map(|(folder, name)| Step::AddLink { folder, name }),
+        1 => (0usize..50, 0usize..50, 0u8..20).prop_map(|(file, folder, name)| Step::Link { file, folder, name }),
+        2 => (0usize..500).prop_map(|entry| Step::Remove { entry }),
+        2 => (0usize..500, 0usize..50, 0u8..20).prop_map(|(entry, folder, name)| Step::Rename { entry, folder, name }),
+        2 => (0usize..500, 1u32..5).prop_map(|(inode, uid)| Step::Change { inode, uid }),
+    ];
+    prop::collection::vec(step, 0..60)
+}
+
+/// Seals each list of steps as a layer; returns the model after each, and its view.
+fn build(layers: &[Vec<Step>], tables: &Path) -> Vec<(Model, View)> {
+    let chunks = MemoryChunks::default();
+    let mut model = Model::new();
+    let mut parent: Option<(LayerId, Manifest)> = None;
+    let mut built = Vec::new();
+    for steps in layers {
+        steps.iter().for_each(|step| model.apply(step));
+        let sealed = model.seal(&chunks, parent.as_ref().map(|(id, manifest)| (*id, manifest)));
+        let view = View::from_chunks(Arc::new(chunks.clone()), tables, sealed.0).unwrap();
+        built.push((model.clone(), view));
+        parent = Some(sealed);
+    }
+    built
+}
+
+/// The paths of the model's tree, in path order.
+fn paths(model: &Model) -> Vec<(Vec<u8>, Ino)> {
+    fn below(model: &Model, folder: Ino, prefix: &[u8], out: &mut Vec<(Vec<u8>, Ino)>) {
+        for ((_, name), (ino, kind)) in model.dentries.range((folder, Vec::new())..(Ino(folder.0 + 1), Vec::new())) {
+            let path = if prefix.is_empty() { name.clone() } else { [prefix, name].join(&b'/') };
+            out.push((path.clone(), *ino));
+            if *kind == FileKind::Folder {
+                below(model, *ino, &path, out);
+            }
+        }
+    }
+    let mut out = Vec::new();
+    below(model, Ino::ROOT, b"", &mut out);
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn a_view_is_the_model(layers in prop::collection::vec(steps(), 1..4)) {
+        let tables = tempfile::tempdir().unwrap();
+        for (model, view) in build(&layers, tables.path()) {
+            for ((folder, name), target) in &model.dentries {
+                prop_assert_eq!(view.lookup(*folder, name).unwrap(), Some(*target));
+            }
+            for (ino, inode) in &model.inodes {
+                prop_assert_eq!(view.inode(*ino).unwrap(), Some(inode.clone()));
+                prop_assert_eq!(view.stat(*ino).unwrap(), Some(Stat::from(inode)));
+            }
+            prop_assert_eq!(view.lookup(Ino::ROOT, b"absent").unwrap(), None);
+            prop_assert_eq!(view.inode(Ino(model.next)).unwrap(), None);
+            for folder in model.folders() {
+                let expected: Vec<_> = model.dentries.range((folder, Vec::new())..(Ino(folder.0 + 1), Vec::new()))
+                    .map(|((_, name), (ino, kind))| (name.clone(), *ino, *kind)).collect();
+                let list = |after: Option<&[u8]>| view.read_folder(folder, after).unwrap()
+                    .map(|entry| entry.unwrap()).map(|e| (e.name.to_vec(), e.ino, e.kind)).collect::<Vec<_>>();
+                prop_assert_eq!(&list(None), &expected);
+                for (index, (name, ..)) in expected.iter().enumerate() {
+                    prop_assert_eq!(&list(Some(name)), &expected[index + 1..]);
+                }
+                prop_assert_eq!(list(Some(b"n1~")), expected.iter().filter(|e| e.0[..] > b"n1~"[..]).cloned().collect::<Vec<_>>());
+            }
+            let mut walked = Vec::new();
+            view.walk(|entry| {
+                walked.push((entry.path.to_vec(), entry.ino));
+                Ok(Next::Enter)
+            }).unwrap();
+            let expected = paths(&model);
+            prop_assert_eq!(&walked, &expected);
+            for (path, ino) in expected {
+                prop_assert_eq!(view.resolve(&path, false).unwrap().0, ino);
+                let back = view.path_of(ino).unwrap().unwrap();
+                prop_assert_eq!(view.resolve(&back, false).unwrap().0, ino);
+            }
+        }
+    }
+}
+
+fn small_stack(tables: &Path) -> (MemoryChunks, LayerId) {
+    let chunks = MemoryChunks::default();
+    let mut model = Model::new();
+    for name in 0..50 {
+        model.apply(&Step::AddFile { folder: 0, name, size: 100 });
+    }
+    let (id, _) = model.seal(&chunks, None);
+    View::from_chunks(Arc::new(chunks.clone()), tables, id).unwrap();
+    (chunks, id)
+}
+
+#[test]
+fn a_damaged_table_is_noticed_and_built_again() {
+    let tables = tempfile::tempdir().unwrap();
+    let (chunks, id) = small_stack(tables.path());
+    let path = crate::table::table_path(tables.path(), id);
+    let good = std::fs::read(&path).unwrap();
+    for position in (0..good.len()).step_by(37).chain([good.len() - 1]) {
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[good[position] ^ 4], position as u64).unwrap();
+        let view = View::from_chunks(Arc::new(chunks.clone()), tables.path(), id).unwrap();
+        assert!(view.lookup(Ino::ROOT, b"n7").unwrap().is_some(), "{position}");
+        assert_eq!(std::fs::read(&path).unwrap(), good, "byte {position}");
+    }
+    for length in [0, 5, 127, 128, good.len() - 1, good.len() + 1] {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(length as u64).unwrap();
+        View::from_chunks(Arc::new(chunks.clone()), tables.path(), id).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), good, "{length} bytes");
+    }
+}
+
+#[test]
+fn without_a_folder_for_tables_they_are_kept_in_memory() {
+    let (chunks, id) = small_stack(tempfile::tempdir().unwrap().path());
+    let view = View::from_chunks(Arc::new(chunks), Path::new("/nonexistent/tables"), id).unwrap();
+    assert_eq!(view.read_folder(Ino::ROOT, None).unwrap().count(), 50);
+}
+
+#[test]
+fn links_and_dots_in_paths_stay_inside() {
+    let chunks = MemoryChunks::default();
+    let mut model = Model::new();
+    let mut add = |folder: Ino, name: &str, node: Node| {
+        let ino = Ino(model.next);
+        model.next += 1;
+        let kind = node.kind();
+        model.put_inode(ino, node);
+        model.touched_dentries.insert((folder, name.into()));
+        model.dentries.insert((folder, name.into()), (ino, kind));
+        ino
+    };
+    let usr = add(Ino::ROOT, "usr", Node::Folder);
+    let lib = add(usr, "lib", Node::Folder);
+    let file = add(lib, "libc.so", Node::File(Content::Inline(b"elf".to_vec())));
+    add(Ino::ROOT, "lib", Node::Symlink(b"usr/lib".to_vec()));
+    let link = add(lib, "abs", Node::Symlink(b"/../lib/./libc.so".to_vec()));
+    add(lib, "loop", Node::Symlink(b"/lib/loop".to_vec()));
+    let (id, _) = model.seal(&chunks, None);
+    let tables = tempfile::tempdir().unwrap();
+    let view = View::from_chunks(Arc::new(chunks), tables.path(), id).unwrap();
+    let ino = |path: &str, follow| view.resolve(path.as_bytes(), follow).map(|(ino, _)| ino);
+    assert_eq!(ino("lib/libc.so", true).unwrap(), file);
+    assert_eq!(ino("/../usr//lib/./abs", true).unwrap(), file);
+    assert_eq!(ino("usr/lib/abs", false).unwrap(), link);
+    assert_eq!(ino("lib/../../../usr", true).unwrap(), usr);
+    assert_eq!(ino("", true).unwrap(), Ino::ROOT);
+    assert!(matches!(ino("lib/loop", true), Err(Error::Invalid(_))));
+    assert!(matches!(ino("lib/libc.so/x", true), Err(Error::Invalid(_))));
+    assert!(matches!(ino("lib/none", true), Err(Error::NotFound { .. })));
+    let mut buffer = [0; 10];
+    assert_eq!(view.read_at(file, 1, &mut buffer).unwrap(), 2);
+    assert_eq!(&buffer[..2], b"lf");
+}
+
+#[test]
+fn malformed_trees_end_a_walk() {
+    let (folder, other) = (Ino(2), Ino(3));
+    let kind = FileKind::Folder;
+    for dentries in [
+        // A folder in itself, one that lies in two, one without a record.
+        vec![(Ino::ROOT, "a", folder), (folder, "b", folder)],
+        vec![(Ino::ROOT, "a", folder), (Ino::ROOT, "b", folder)],
+        vec![(Ino::ROOT, "a", folder), (folder, "b", other)],
+    ] {
+        let chunks = MemoryChunks::default();
+        let mut model = Model::new();
+        model.next = 4;
+        model.put_inode(folder, Node::Folder);
+        for (folder, name, ino) in dentries {
+            model.touched_dentries.insert((folder, name.into()));
+            model.dentries.insert((folder, name.into()), (ino, kind));
+        }
+        let (id, _) = model.seal(&chunks, None);
+        let tables = tempfile::tempdir().unwrap();
+        let view = View::from_chunks(Arc::new(chunks), tables.path(), id).unwrap();
+        assert!(matches!(view.walk(|_| Ok(Next::Enter)), Err(Error::Corrupt { .. })));
+    }
+}

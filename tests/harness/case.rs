@@ -1,0 +1,112 @@
+//! A test case: a name, what it needs from the machine, and what it does.
+//!
+//! Hides how a test is skipped. A skip is never silent: it is reported as ignored with its reason, and where
+//! `LAYERFS_MUST_RUN` is set it is a failure, except for needs that no set-up can bring.
+
+use std::path::Path;
+use std::process::Command;
+
+use libtest_mimic::{Completion, Failed, Trial};
+
+/// What a case needs from the machine that it runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// User id 0 with its capabilities.
+    Root,
+    /// `/dev/fuse`, and the right to mount.
+    Fuse,
+    /// Network namespaces with a veth pair.
+    Namespaces,
+    /// A program on the search path.
+    Tool(&'static str),
+    /// A Debian root, cached or from a mirror.
+    Debian,
+    /// Control groups and the rest that privileged containers want.
+    Containers,
+}
+
+impl Need {
+    /// Why it isn't met here, if so.
+    fn unmet(self) -> Option<String> {
+        match self {
+            Need::Root => (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned()),
+            Need::Fuse => {
+                let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
+                open.err().map(|error| format!("needs /dev/fuse: {error}"))
+            }
+            Need::Namespaces => {
+                crate::network::usable().err().map(|error| format!("needs network namespaces: {error:#}"))
+            }
+            Need::Tool(tool) => (!has_tool(tool)).then(|| format!("needs the program {tool}: run scripts/setup test")),
+            Need::Debian => crate::debian::root().err().map(|error| format!("needs a Debian root: {error:#}")),
+            Need::Containers => {
+                let groups = Path::new("/sys/fs/cgroup");
+                let usable = groups.join("cgroup.controllers").exists()
+                    || groups.join("devices").exists()
+                    || groups.join("systemd").exists();
+                (!usable).then(|| "needs mounted control groups".to_owned())
+            }
+        }
+    }
+}
+
+/// Whether `tool` is on the search path, or in the folders for root's tools.
+pub fn has_tool(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(std::path::PathBuf::from);
+    std::env::split_paths(&path).chain(system).any(|folder| folder.join(tool).is_file())
+}
+
+/// One test.
+pub struct Case {
+    name: &'static str,
+    needs: &'static [Need],
+    run: fn() -> anyhow::Result<()>,
+}
+
+impl Case {
+    /// A case that runs wherever all of `needs` are met.
+    pub const fn new(name: &'static str, needs: &'static [Need], run: fn() -> anyhow::Result<()>) -> Case {
+        Case { name, needs, run }
+    }
+
+    /// The case as the test runner wants it.
+    pub fn into_trial(self) -> Trial {
+        Trial::ignorable_test(self.name, move || {
+            if let Some(reason) = self.needs.iter().find_map(|need| need.unmet()) {
+                return if must_run() {
+                    Err(Failed::from(format!("SKIPPED where it must run: {reason}")))
+                } else {
+                    Ok(Completion::ignored_with(format!("SKIPPED: {reason}")))
+                };
+            }
+            match (self.run)() {
+                Ok(()) => Ok(Completion::Completed),
+                Err(error) => Err(Failed::from(format!("{error:#}"))),
+            }
+        })
+    }
+}
+
+/// Whether a skip counts as a failure here.
+fn must_run() -> bool {
+    std::env::var_os("LAYERFS_MUST_RUN").is_some_and(|value| !value.is_empty() && value != "0")
+}
+
+/// Runs a program and gives its standard output; its standard error is part of the failure.
+pub fn output_of(command: &mut Command) -> anyhow::Result<String> {
+    let output = command.output().map_err(|error| anyhow::anyhow!("cannot run {command:?}: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    anyhow::ensure!(
+        output.status.success(),
+        "{command:?} failed with {}\n{text}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(text)
+}
+
+/// Runs `line` with a shell, as [`output_of`] does.
+pub fn shell(line: &str) -> anyhow::Result<String> {
+    output_of(Command::new("sh").args(["-euc", line]))
+}

@@ -1,0 +1,340 @@
+//! Hosts: a store with its daemon, in a folder of its own, perhaps in a network namespace of its own.
+
+use std::ffi::OsStr;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use rustix::mount::{UnmountFlags, unmount};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::ctl::{Answer, Ctl};
+use crate::network::{End, Link};
+
+/// The port that a test's daemon listens on, inside its own namespace.
+pub const PORT: u16 = 7440;
+/// The longest that a daemon may take to answer, or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running daemon. Dropping it kills it.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts `layerctl daemon --foreground …` and waits until its socket answers.
+    fn start(ctl: &Ctl, log: &Path, args: &[&str]) -> anyhow::Result<Daemon> {
+        let all = ["daemon", "--foreground"].iter().chain(args);
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        let mut command = ctl.command(all);
+        command.stdout(file.try_clone()?).stderr(file).stdin(Stdio::null());
+        let mut daemon = Daemon {
+            child: command.spawn().with_context(|| format!("cannot start {command:?}"))?,
+            log: log.to_owned(),
+        };
+        let socket = ctl.store().join("control.sock");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("the daemon ended at its start: {status}\n{}", daemon.log_text());
+            }
+            if UnixStream::connect(&socket).is_ok() {
+                return Ok(daemon);
+            }
+            ensure!(Instant::now() < deadline, "the daemon's socket does not answer\n{}", daemon.log_text());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(&mut self) -> anyhow::Result<ExitStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "the daemon does not end\n{}", self.log_text());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The most memory that it ever held, in bytes.
+    pub fn peak_memory_bytes(&self) -> anyhow::Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kibibytes * 1024)
+    }
+
+    /// What it has logged.
+    pub fn log_text(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A store, its daemon, and a folder for everything else. Dropping it ends the daemon, unmounts what lies under
+/// the folder, and removes it.
+#[derive(Debug)]
+pub struct Host {
+    /// The daemon, while one runs that we started.
+    pub daemon: Option<Daemon>,
+    /// `layerctl` for this host's store.
+    pub ctl: Ctl,
+    end: Option<End>,
+    folder: TempDir,
+}
+
+impl Host {
+    /// A host without a network of its own, its daemon running.
+    pub fn new() -> anyhow::Result<Host> {
+        Host::within(None, &[])
+    }
+
+    /// A host whose daemon is not started.
+    pub fn cold() -> anyhow::Result<Host> {
+        let folder = tempfile::Builder::new().prefix("lfst").tempdir()?;
+        let ctl = Ctl::new(&folder.path().join("store"), None)?;
+        Ok(Host { daemon: None, ctl, end: None, folder })
+    }
+
+    fn within(end: Option<End>, args: &[&str]) -> anyhow::Result<Host> {
+        let mut host = Host::cold()?;
+        host.ctl = Ctl::new(host.ctl.store(), end.as_ref().map(|end| end.namespace.as_str()))?;
+        host.end = end;
+        host.start(args)?;
+        Ok(host)
+    }
+
+    /// Starts the daemon with further arguments.
+    pub fn start(&mut self, args: &[&str]) -> anyhow::Result<()> {
+        ensure!(self.daemon.is_none(), "the daemon runs already");
+        let listen = self.end.as_ref().map(|end| format!("{}:{PORT}", end.address));
+        let mut all = Vec::new();
+        if let Some(listen) = &listen {
+            all.extend(["--listen", listen]);
+        }
+        all.extend(args);
+        self.daemon = Some(Daemon::start(&self.ctl, &self.folder.path().join("daemon.log"), &all)?);
+        Ok(())
+    }
+
+    /// Kills the daemon as `kill -9` does.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        let mut daemon = self.daemon.take().context("no daemon runs")?;
+        daemon.child.kill()?;
+        daemon.wait().map(drop)
+    }
+
+    /// Asks the daemon to end, and waits until it has.
+    pub fn stop(&mut self) -> anyhow::Result<()> {
+        let mut daemon = self.daemon.take().context("no daemon runs")?;
+        self.ctl.ok(["daemon", "stop"])?;
+        let status = daemon.wait()?;
+        ensure!(status.success(), "the daemon ended with {status}\n{}", daemon.log_text());
+        Ok(())
+    }
+
+    /// Waits until the daemon has died of SIGKILL by its own hand, at a step that it was told to die at.
+    pub fn wait_for_crash(&mut self) -> anyhow::Result<()> {
+        let mut daemon = self.daemon.take().context("no daemon runs")?;
+        let status = daemon.wait()?;
+        ensure!(status.signal() == Some(9), "the daemon ended with {status} instead of dying\n{}", daemon.log_text());
+        Ok(())
+    }
+
+    /// Whether the daemon that we started has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.daemon.as_mut().is_some_and(|daemon| matches!(daemon.child.try_wait(), Ok(Some(_))))
+    }
+
+    /// A path in this host's folder.
+    pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A new folder in this host's folder.
+    pub fn new_folder(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let path = self.path(name);
+        std::fs::create_dir_all(&path)?;
+        Ok(path)
+    }
+
+    /// This host's end of the link.
+    pub fn end(&self) -> anyhow::Result<&End> {
+        self.end.as_ref().context("this host has no network")
+    }
+
+    /// Imports `source` as `name`, with further arguments.
+    pub fn import(&self, source: &Path, name: &str, args: &[&str]) -> anyhow::Result<Value> {
+        let fixed = [OsStr::new("import"), source.as_os_str(), OsStr::new(name)];
+        self.ctl.json(fixed.into_iter().chain(args.iter().map(OsStr::new)))
+    }
+
+    /// Mounts `name` on a new folder `at`, with further arguments.
+    pub fn mount(&self, name: &str, at: &str, args: &[&str]) -> anyhow::Result<PathBuf> {
+        let folder = self.new_folder(at)?;
+        let fixed = [OsStr::new("mount"), OsStr::new(name), folder.as_os_str()];
+        self.ctl.ok(fixed.into_iter().chain(args.iter().map(OsStr::new)))?;
+        Ok(folder)
+    }
+
+    /// Unmounts `folder`.
+    pub fn umount(&self, folder: &Path) -> anyhow::Result<Answer> {
+        self.ctl.ok([OsStr::new("umount"), folder.as_os_str()])
+    }
+
+    /// Seals the mount on `folder` as `name`.
+    pub fn seal(&self, folder: &Path, name: &str) -> anyhow::Result<Value> {
+        self.ctl.json([OsStr::new("seal"), folder.as_os_str(), OsStr::new(name)])
+    }
+
+    /// Exports `name` to `to`, with further arguments.
+    pub fn export(&self, name: &str, to: &Path, args: &[&str]) -> anyhow::Result<Answer> {
+        let fixed = [OsStr::new("export"), OsStr::new(name), to.as_os_str()];
+        self.ctl.ok(fixed.into_iter().chain(args.iter().map(OsStr::new)))
+    }
+
+    /// Fails unless `fsck` finds nothing.
+    pub fn fsck(&self) -> anyhow::Result<()> {
+        self.ctl.ok(["fsck"]).map(drop)
+    }
+
+    /// Bytes that the packs of the store take on disk.
+    pub fn pack_bytes(&self) -> anyhow::Result<u64> {
+        let mut bytes = 0;
+        for entry in std::fs::read_dir(self.ctl.store().join("packs"))? {
+            bytes += entry?.metadata()?.len();
+        }
+        Ok(bytes)
+    }
+
+    /// The names in the store with their layers' ids.
+    pub fn names(&self) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
+        let list = self.ctl.json(["list"])?;
+        let rows = list
+            .as_array()
+            .or_else(|| list["layers"].as_array())
+            .with_context(|| format!("`list --json` is no list: {list}"))?;
+        rows.iter()
+            .map(|row| {
+                let name = row["name"].as_str().with_context(|| format!("no name in {row}"))?;
+                let layer = row["layer"]
+                    .as_str()
+                    .or_else(|| row["id"].as_str())
+                    .with_context(|| format!("no layer in {row}"))?;
+                Ok((name.to_owned(), layer.to_owned()))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The daemon first: a mount whose server is gone answers at once.
+        self.daemon = None;
+        unmount_under(self.folder.path());
+        stop_auto_started(self.ctl.store());
+    }
+}
+
+/// Unmounts, lazily, everything that is mounted under `folder`, the last first.
+pub fn unmount_under(folder: &Path) {
+    let Ok(mounts) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
+    let points = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|point| Path::new(point).starts_with(folder))
+        .collect::<Vec<_>>();
+    for point in points.into_iter().rev() {
+        let _ = unmount(point, UnmountFlags::DETACH);
+    }
+}
+
+/// Ends a daemon that a command started by itself for `store`, found by the lock that it holds.
+fn stop_auto_started(store: &Path) {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return };
+    for pid in
+        processes.flatten().filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()))
+    {
+        let Ok(line) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let mut args = line.split(|byte| *byte == 0);
+        let ours = args.next().is_some_and(|program| program.ends_with(b"layerctl"))
+            && args.any(|arg| arg == store.as_os_str().as_encoded_bytes());
+        if let (true, Some(pid)) = (ours, rustix::process::Pid::from_raw(pid)) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Two hosts that know and allow each other, and the link between them.
+#[derive(Debug)]
+pub struct TwoHosts {
+    /// The first host; it calls the other "b".
+    pub a: Host,
+    /// The second host; it calls the first "a".
+    pub b: Host,
+    /// The link, after the hosts: it must outlive their processes.
+    pub link: Link,
+}
+
+impl TwoHosts {
+    /// Two hosts on a link without a limit.
+    pub fn new() -> anyhow::Result<TwoHosts> {
+        let hosts = TwoHosts::strangers()?;
+        hosts.introduce()?;
+        Ok(hosts)
+    }
+
+    /// Two hosts on a link, neither of which knows the other.
+    pub fn strangers() -> anyhow::Result<TwoHosts> {
+        let link = Link::new()?;
+        let a = Host::within(Some(link.a.clone()), &[])?;
+        let b = Host::within(Some(link.b.clone()), &[])?;
+        Ok(TwoHosts { a, b, link })
+    }
+
+    /// Adds each host to the other's peers, as an operator would: one command on each side.
+    pub fn introduce(&self) -> anyhow::Result<()> {
+        for (me, other, name) in [(&self.a, &self.b, "b"), (&self.b, &self.a, "a")] {
+            let key = public_key(other)?;
+            let address = format!("{}:{PORT}", other.end()?.address);
+            me.ctl.ok(["peer", "add", name, &address, "--key", &key])?;
+        }
+        Ok(())
+    }
+
+    /// Pushes `names` from the first to the second host and gives the report.
+    pub fn push(&self, names: &[&str]) -> anyhow::Result<Value> {
+        self.a.ctl.json(["push"].iter().chain(names).chain(&["b"]))
+    }
+}
+
+/// A host's public key, as its peers are given it.
+pub fn public_key(host: &Host) -> anyhow::Result<String> {
+    let identity = host.ctl.json(["peer", "id"])?;
+    identity["key"].as_str().map(str::to_owned).with_context(|| format!("no key in {identity}"))
+}
+
+/// Runs `program` to its end in the host's network.
+pub fn run_in(host: &Host, program: &str, args: &[&str]) -> anyhow::Result<String> {
+    let namespace = format!("--net=/run/netns/{}", host.end()?.namespace);
+    crate::case::output_of(Command::new("nsenter").arg(namespace).arg("--").arg(program).args(args))
+}
