@@ -21,6 +21,7 @@ pub mod id;
 pub mod inode;
 pub mod manifest;
 pub mod monitor;
+pub mod readahead;
 pub mod store;
 pub mod table;
 pub mod view;

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::id::{Ino, LayerId};
 use crate::inode::{Inode, Node, Stat, Target};
 use crate::manifest::Manifest;
+use crate::store::Store;
 use crate::table::Table;
 use crate::walk::FolderIter;
 
@@ -88,6 +89,14 @@ pub struct Place {
 }
 
 impl View {
+    /// The view of the stack in `store` whose top is `top`.
+    ///
+    /// # Errors
+    /// As [`View::from_chunks`].
+    pub fn open(store: &Arc<Store>, top: LayerId) -> Result<Arc<View>> {
+        Ok(Arc::new(View::from_chunks(store.clone(), &store.tables_folder(), top)?))
+    }
+
     /// The view of the stack whose top is `top`; the mapped tables lie in the folder `tables`, or are built there.
     ///
     /// # Errors
