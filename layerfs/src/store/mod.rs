@@ -10,12 +10,14 @@ mod cache;
 pub mod db;
 mod filter;
 mod index;
+mod ingest;
 mod names;
 mod open;
 mod pack;
 mod packs;
 mod pins;
 mod session;
+mod source;
 mod space;
 #[cfg(test)]
 mod tests;
@@ -31,11 +33,13 @@ use parking_lot::Mutex;
 use crate::chunk::{self, ChunkRead, Class, StoredChunk};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId};
+pub use ingest::Ingest;
 pub use names::{Expect, NameChange, NameRecord};
 pub use open::StoreOptions;
 pub use pack::PackId;
 pub use pins::{Pin, RootSource};
 pub use session::{Session, SessionReport};
+pub use source::{FileSource, ReadSource, Source, SourcePiece};
 
 use cache::ChunkCache;
 use db::Db;

@@ -191,6 +191,10 @@ impl State {
 }
 
 impl Inner {
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
     /// Whether `id` is stored or about to be. Protects it from collection first.
     fn is_known(&self, id: &ChunkId) -> Result<bool> {
         self.touched.insert(id);

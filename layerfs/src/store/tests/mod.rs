@@ -1,6 +1,7 @@
 //! Tests of the store through its public face.
 
 mod basics;
+mod ingest;
 
 use std::sync::Arc;
 
