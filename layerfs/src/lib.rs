@@ -14,6 +14,7 @@ pub mod chunk;
 pub mod chunker;
 pub mod codec;
 pub mod content;
+pub mod diff;
 pub mod durable;
 pub mod error;
 pub mod failpoint;

@@ -339,6 +339,11 @@ impl Table {
         }
     }
 
+    /// The folders that this layer has dentries of.
+    pub fn folders(&self) -> impl Iterator<Item = Ino> {
+        (0..self.layout.folder_count as usize).map(|index| Ino(self.u64_at(&self.folder_index, index * 2)))
+    }
+
     /// The dentry at `position`, below [`Table::dentry_count`].
     pub fn dentry_at(&self, position: u64) -> Result<DentryRef<'_>> {
         if position >= self.layout.dentry_count {

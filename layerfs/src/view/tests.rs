@@ -10,6 +10,7 @@ use super::*;
 use crate::attr::Attrs;
 use crate::chunk::MemoryChunks;
 use crate::content::Content;
+use crate::diff::{Differences, What, diff, layer_changes};
 use crate::inode::Dentry;
 use crate::manifest::{LayerKind, LayerWriter};
 use crate::walk::Next;
@@ -331,5 +332,78 @@ fn malformed_trees_end_a_walk() {
         let tables = tempfile::tempdir().unwrap();
         let view = View::from_chunks(Arc::new(chunks), tables.path(), id).unwrap();
         assert!(matches!(view.walk(|_| Ok(Next::Enter)), Err(Error::Corrupt { .. })));
+    }
+}
+
+/// The inodes of the model's tree by path, in path order (a folder's path before what is in it).
+fn tree(model: &Model) -> Vec<(Vec<u8>, Inode)> {
+    let root = (Vec::new(), model.inodes[&Ino::ROOT].clone());
+    let rest = paths(model).into_iter().map(|(path, ino)| (path, model.inodes[&ino].clone()));
+    std::iter::once(root).chain(rest).collect()
+}
+
+/// What a path-wise comparison of the two models finds, without any cleverness.
+fn expected_changes(old: &Model, new: &Model) -> BTreeMap<Vec<Vec<u8>>, (What, Option<Inode>, Option<Inode>)> {
+    let parts = |path: &[u8]| path.split(|b| *b == b'/').map(<[u8]>::to_vec).collect::<Vec<_>>();
+    let mut changes: BTreeMap<_, (Option<Inode>, Option<Inode>)> = BTreeMap::new();
+    for (path, inode) in tree(old) {
+        changes.entry(parts(&path)).or_default().0 = Some(inode);
+    }
+    for (path, inode) in tree(new) {
+        changes.entry(parts(&path)).or_default().1 = Some(inode);
+    }
+    let judged = changes.into_iter().filter_map(|(path, (old, new))| {
+        let what = match (&old, &new) {
+            (Some(old), Some(new)) => {
+                let kind = old.kind() != new.kind();
+                let differences = Differences {
+                    kind,
+                    content: !kind && old.node != new.node,
+                    owner: old.attrs.uid != new.attrs.uid,
+                    ..Differences::default()
+                };
+                differences.any().then_some(What::Modified(differences))?
+            }
+            (Some(_), None) => What::Removed,
+            (None, _) => What::Added,
+        };
+        Some((path, (what, old, new)))
+    });
+    judged.collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn a_diff_is_the_models_difference(layers in prop::collection::vec(steps(), 2..4), other in prop::collection::vec(steps(), 1..3)) {
+        let tables = tempfile::tempdir().unwrap();
+        let mut built = build(&layers, tables.path());
+        built.extend(build(&other, tables.path()));
+        // A second stack over the first one's base: related, but neither an ancestor of the other.
+        let forked: Vec<_> = layers[..1].iter().chain(&other).cloned().collect();
+        built.extend(build(&forked, tables.path()).into_iter().skip(1));
+        for (old_model, old) in &built {
+            for (new_model, new) in &built {
+                let changes = diff(old, new).collect::<Result<Vec<_>>>().unwrap();
+                let expected = expected_changes(old_model, new_model);
+                let parts = |path: &[u8]| path.split(|b| *b == b'/').map(<[u8]>::to_vec).collect::<Vec<_>>();
+                prop_assert!(changes.is_sorted_by_key(|change| parts(&change.path)));
+                let found: BTreeMap<_, _> = changes.into_iter()
+                    .map(|change| (parts(&change.path), (change.what, change.old, change.new))).collect();
+                prop_assert_eq!(&found, &expected);
+                // For exporters: the same without what lies below removed or replaced folders.
+                let brief: BTreeMap<_, _> = layer_changes(old, new).map(|change| change.unwrap())
+                    .map(|change| (parts(&change.path), (change.what, change.old, change.new))).collect();
+                let is_folder = |inode: &Option<Inode>| inode.as_ref().is_some_and(|i| i.kind() == FileKind::Folder);
+                let hidden = |path: &Vec<Vec<u8>>| (1..path.len()).any(|count| {
+                    expected.get(&path[..count]).is_some_and(|(_, old, new)| is_folder(old) && !is_folder(new))
+                });
+                let visible: BTreeMap<_, _> = expected.clone().into_iter().filter(|(path, _)| !hidden(path)).collect();
+                prop_assert_eq!(brief, visible);
+            }
+        }
+        let empty = View::empty(built[0].1.chunks().clone());
+        let (model, view) = &built[0];
+        prop_assert_eq!(layer_changes(&empty, view).count(), tree(model).len());
     }
 }
