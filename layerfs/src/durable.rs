@@ -27,14 +27,20 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
 /// Creates the temporary sibling of `path` that [`persist`] turns into it. Each call makes one of its own.
 pub fn create_temporary(path: &Path, mode: u32) -> Result<(File, PathBuf)> {
     static CREATED: AtomicU64 = AtomicU64::new(0);
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    let number = CREATED.fetch_add(1, Ordering::Relaxed);
-    name.push(format!(".{}-{number}.tmp", rustix::process::getpid().as_raw_nonzero()));
-    let temporary = path.with_file_name(name);
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(true).mode(mode);
-    let file = options.open(&temporary).map_err(|e| Error::file("create", &temporary, e))?;
-    Ok((file, temporary))
+    // A name that a process with our id left behind, or that somebody planted, is passed by.
+    options.read(true).write(true).create_new(true).mode(mode);
+    loop {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        let number = CREATED.fetch_add(1, Ordering::Relaxed);
+        name.push(format!(".{}-{number}.tmp", rustix::process::getpid().as_raw_nonzero()));
+        let temporary = path.with_file_name(name);
+        match options.open(&temporary) {
+            Ok(file) => return Ok((file, temporary)),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(Error::file("create", &temporary, e)),
+        }
+    }
 }
 
 /// Syncs `file`, which lies at `temporary`, renames it to `path` and syncs the folder.

@@ -17,6 +17,7 @@ pub mod content;
 pub mod diff;
 pub mod durable;
 pub mod error;
+pub mod export;
 pub mod failpoint;
 pub mod id;
 pub mod inode;

@@ -2,13 +2,14 @@
 //!
 //! Runs like any cargo test: a part of a name filters, `--list` lists, `--test-threads N` sets how many at a time.
 
+mod export;
 mod judges;
 
 use layerfs_tests::case::Case;
 
 fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
-    let cases = [judges::cases()];
+    let cases = [judges::cases(), export::cases()];
     let trials = cases.into_iter().flatten().map(Case::into_trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

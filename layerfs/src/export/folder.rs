@@ -1,0 +1,414 @@
+//! Export to a folder: the calling thread walks the tree and makes the names, several threads write the files.
+//!
+//! Decisions hidden here: files are written in the order of the walk, which is the order of their chunks in the
+//! packs; a large file is written by all threads at once; a folder gets its attributes when the last thing in it
+//! is done; every inode with several names has one more in the workspace until the end, so that no path has to be
+//! remembered. Invariants: each name is made relative to its open folder, must not exist, and nothing is followed;
+//! memory and descriptors don't grow with the number of files.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use crossbeam::channel::{Sender, bounded};
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::ExportReport;
+use super::attrs::{self, Loss, Losses, Setter, Subject};
+use super::place::Workspace;
+use super::spread::{self, Piece, Written};
+use crate::attr::FileKind;
+use crate::chunker::is_zero;
+use crate::content::Content;
+use crate::error::{Error, Result};
+use crate::id::Ino;
+use crate::inode::{Inode, Node};
+use crate::monitor::{self, Monitor};
+use crate::view::View;
+use crate::walk::{WalkEntry, Walker};
+
+/// Files with more data than this are written by several threads.
+const LARGE_BYTES: u64 = 2 * 1024 * 1024;
+/// How much of a large file is written at a time.
+const GROUP_BYTES: u64 = 1024 * 1024;
+/// How many small files are handed over at a time, and how many bytes of them.
+const BATCH_FILES: usize = 32;
+const BATCH_BYTES: u64 = 1024 * 1024;
+const QUEUE: usize = 4;
+
+/// Exports `view` to the folder `destination`, which must be absent or empty.
+pub fn export(view: &View, destination: &Path, monitor: &dyn Monitor) -> Result<ExportReport> {
+    let root = view.expect_inode(Ino::ROOT)?;
+    let workspace = Workspace::create(destination)?;
+    let export = Export {
+        view,
+        monitor,
+        destination: workspace.destination().to_owned(),
+        setter: Setter { kept_mode: workspace.kept_mode, owner: workspace.owner, losses: Losses::default() },
+        failure: Mutex::new(None),
+        is_stopped: AtomicBool::new(false),
+        data_bytes: AtomicU64::new(0),
+    };
+    let entries = export.tree(&workspace)?;
+    let destination = export.destination.clone();
+    let folder = workspace.commit()?;
+    export.setter.apply(Subject::Open(folder.as_fd()), &root, false, &|| destination.clone())?;
+    let warnings = export.setter.losses.report(monitor);
+    Ok(ExportReport { entries, data_bytes: export.data_bytes.into_inner(), warnings, oci_manifest: None })
+}
+
+/// A folder that isn't finished: something is still to come into it.
+struct Folder {
+    parent: Option<Arc<Folder>>,
+    name: Vec<u8>,
+    fd: OwnedFd,
+    /// None for the root, which is finished in its final place.
+    inode: Option<Inode>,
+}
+
+impl Folder {
+    /// The path of `name` in this folder, from the root.
+    fn path(&self, name: &[u8]) -> Vec<u8> {
+        let mut parts = vec![name];
+        let mut folder = self;
+        while let Some(parent) = &folder.parent {
+            parts.push(&folder.name);
+            folder = parent;
+        }
+        parts.reverse();
+        parts.join(&b'/')
+    }
+}
+
+/// A small file to be written by one thread.
+struct NewFile {
+    folder: Arc<Folder>,
+    name: Vec<u8>,
+    inode: Inode,
+    /// Open already if it has several names.
+    file: Option<File>,
+}
+
+/// A file that is written by several threads; the last finishes it.
+struct LargeFile {
+    folder: Arc<Folder>,
+    name: Vec<u8>,
+    inode: Inode,
+    file: File,
+}
+
+enum Job {
+    Files(Vec<NewFile>),
+    Group(Arc<LargeFile>, Vec<Piece>),
+    /// All groups of a large file were handed over.
+    EndOf(Arc<LargeFile>),
+}
+
+struct Export<'a> {
+    view: &'a View,
+    monitor: &'a dyn Monitor,
+    destination: PathBuf,
+    setter: Setter,
+    failure: Mutex<Option<Error>>,
+    is_stopped: AtomicBool,
+    data_bytes: AtomicU64,
+}
+
+impl Export<'_> {
+    /// Makes everything but the root's attributes. Returns the number of entries.
+    fn tree(&self, workspace: &Workspace) -> Result<u64> {
+        let threads = thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
+        let (jobs, queue) = bounded::<Job>(QUEUE);
+        let walked = thread::scope(|scope| {
+            for _ in 0..threads {
+                let queue = queue.clone();
+                scope.spawn(move || {
+                    for job in queue {
+                        if !self.is_stopped.load(Ordering::Relaxed) {
+                            self.run(job).unwrap_or_else(|error| self.fail(error));
+                        }
+                    }
+                });
+            }
+            drop(queue);
+            let mut maker = Maker { export: self, workspace, jobs, batch: Vec::new(), batch_bytes: 0, entries: 0 };
+            let walked = maker.walk();
+            if walked.is_err() {
+                self.is_stopped.store(true, Ordering::Relaxed);
+            }
+            walked.map(|()| maker.entries)
+        });
+        match self.failure.lock().take() {
+            Some(error) => Err(error),
+            None => walked,
+        }
+    }
+
+    /// Remembers the first failure and stops the others.
+    fn fail(&self, error: Error) {
+        self.is_stopped.store(true, Ordering::Relaxed);
+        self.failure.lock().get_or_insert(error);
+    }
+
+    fn path(&self, folder: &Folder, name: &[u8]) -> PathBuf {
+        attrs::below(&self.destination, &folder.path(name))
+    }
+
+    fn run(&self, job: Job) -> Result<()> {
+        match job {
+            Job::Files(files) => files.into_iter().try_for_each(|file| self.write_file(file)),
+            Job::Group(large, group) => {
+                let path = || self.path(&large.folder, &large.name);
+                let written = spread::write_pieces(&**self.view.chunks(), &large.file, &group, self.monitor, &path)?;
+                self.data_bytes.fetch_add(written.bytes, Ordering::Relaxed);
+                self.end_large(large)
+            }
+            Job::EndOf(large) => self.end_large(large),
+        }
+    }
+
+    fn end_large(&self, large: Arc<LargeFile>) -> Result<()> {
+        let Some(LargeFile { folder, name, inode, file }) = Arc::into_inner(large) else { return Ok(()) };
+        file.set_len(inode.size()).map_err(|e| Error::file("write", self.path(&folder, &name), e))?;
+        self.finish_file(folder, &name, &inode, &file, false)
+    }
+
+    fn write_file(&self, new: NewFile) -> Result<()> {
+        let NewFile { folder, name, inode, file } = new;
+        let path = || self.path(&folder, &name);
+        let (is_final, mode) = self.setter.creation_mode(&inode);
+        let (file, is_final) = match file {
+            Some(file) => (file, false),
+            None => (create(&folder.fd, &name, mode).map_err(|e| Error::file("create", path(), e))?, is_final),
+        };
+        let Node::File(content) = &inode.node else { return Ok(()) };
+        let chunks = &**self.view.chunks();
+        let mut written = Written::default();
+        match content {
+            // Inline zero bytes: the source may have had a hole there.
+            Content::Inline(bytes) if is_zero(bytes) => {}
+            Content::Inline(bytes) => {
+                spread::write_sparsely(&file, 0, bytes).map_err(|e| Error::file("write", path(), e))?;
+                self.monitor.advance(bytes.len() as u64);
+                written = Written { bytes: bytes.len() as u64, end: bytes.len() as u64 };
+            }
+            Content::Extents { .. } => spread::pieces(chunks, content, GROUP_BYTES, |group| {
+                let more = spread::write_pieces(chunks, &file, &group, self.monitor, &path)?;
+                written = Written { bytes: written.bytes + more.bytes, end: written.end.max(more.end) };
+                Ok(())
+            })?,
+        }
+        self.data_bytes.fetch_add(written.bytes, Ordering::Relaxed);
+        if written.end != content.len() {
+            file.set_len(content.len()).map_err(|e| Error::file("write", path(), e))?;
+        }
+        self.finish_file(folder, &name, &inode, &file, is_final)
+    }
+
+    /// Sets a written file's attributes, and lets go of its folder.
+    fn finish_file(
+        &self,
+        folder: Arc<Folder>,
+        name: &[u8],
+        inode: &Inode,
+        file: &File,
+        is_mode_set: bool,
+    ) -> Result<()> {
+        let path = || self.path(&folder, name);
+        self.setter.apply(Subject::Open(file.as_fd()), inode, is_mode_set, &path)?;
+        self.monitor.items(1);
+        self.leave(folder)
+    }
+
+    /// Lets go of a folder. Whoever does so last sets its attributes, and lets go of its parent.
+    fn leave(&self, folder: Arc<Folder>) -> Result<()> {
+        let mut next = Arc::into_inner(folder);
+        while let Some(Folder { parent, name, fd, inode }) = next {
+            if let (Some(inode), Some(parent)) = (&inode, &parent) {
+                let path = || self.path(parent, &name);
+                self.setter.apply(Subject::Open(fd.as_fd()), inode, false, &path)?;
+            }
+            next = parent.and_then(Arc::into_inner);
+        }
+        Ok(())
+    }
+}
+
+/// Makes a file that doesn't exist.
+fn create(folder: &OwnedFd, name: &[u8], mode: Mode) -> Result<File, Errno> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(folder, name, flags, mode).map(File::from)
+}
+
+/// The walking side.
+struct Maker<'a, 'e> {
+    export: &'a Export<'e>,
+    workspace: &'a Workspace,
+    jobs: Sender<Job>,
+    batch: Vec<NewFile>,
+    batch_bytes: u64,
+    entries: u64,
+}
+
+impl Maker<'_, '_> {
+    fn walk(&mut self) -> Result<()> {
+        let root = rustix::io::dup(&self.workspace.root).map_err(|e| Error::io("duplicating a descriptor", e))?;
+        let root = Folder { parent: None, name: Vec::new(), fd: root, inode: None };
+        let mut open: Vec<(Ino, Arc<Folder>)> = vec![(Ino::ROOT, Arc::new(root))];
+        let mut walker = Walker::new(self.export.view);
+        while let Some(entry) = walker.next_entry()? {
+            monitor::check(self.export.monitor)?;
+            if self.export.is_stopped.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            while let Some((_, folder)) = open.pop_if(|(ino, _)| *ino != entry.folder) {
+                self.export.leave(folder)?;
+            }
+            let Some((_, folder)) = open.last() else {
+                return Err(Error::corrupt("layer", format!("folder {} is not where its entries are", entry.folder)));
+            };
+            self.entries += 1;
+            if let Some(inner) = self.entry(folder, &entry)? {
+                open.push((entry.ino, inner));
+            }
+        }
+        while let Some((_, folder)) = open.pop() {
+            self.export.leave(folder)?;
+        }
+        self.submit()
+    }
+
+    /// Makes one entry; returns it if it is a folder.
+    fn entry(&mut self, folder: &Arc<Folder>, entry: &WalkEntry<'_>) -> Result<Option<Arc<Folder>>> {
+        let inode = self.export.view.expect_inode(entry.ino)?;
+        if inode.kind() != entry.kind {
+            return Err(Error::corrupt("layer", format!("inode {} is not what its name says", entry.ino)));
+        }
+        let name = entry.name;
+        let export = self.export;
+        let path = || export.path(folder, name);
+        let failed = |action, errno: Errno| Error::file(action, path(), errno);
+        if inode.kind() == FileKind::Folder {
+            let fd = make_folder(&folder.fd, name).map_err(|e| failed("create folder", e))?;
+            let (parent, name) = (Some(Arc::clone(folder)), name.to_vec());
+            return Ok(Some(Arc::new(Folder { parent, name, fd, inode: Some(inode) })));
+        }
+        let is_shared = inode.nlink > 1;
+        if is_shared && self.link_again(folder, name, entry.ino).map_err(|e| failed("link", e))? {
+            export.monitor.items(1);
+            return Ok(None);
+        }
+        if matches!(inode.node, Node::File(_)) {
+            self.file(folder, name, inode)?;
+        } else if self.special(folder, name, &inode).map_err(|e| failed("create", e))? {
+            export.setter.apply(Subject::Named(folder.fd.as_fd(), name), &inode, false, &path)?;
+            if is_shared {
+                self.remember(folder, name, entry.ino).map_err(|e| failed("link", e))?;
+            }
+            export.monitor.items(1);
+        }
+        Ok(None)
+    }
+
+    /// Hands a regular file over. It is made here already if it will get more names, or is written by several.
+    fn file(&mut self, folder: &Arc<Folder>, name: &[u8], inode: Inode) -> Result<()> {
+        let Node::File(content) = &inode.node else { return Ok(()) };
+        let failed = |action, errno: Errno| Error::file(action, self.export.path(folder, name), errno);
+        let data_bytes = content.data_bytes();
+        let is_large = data_bytes > LARGE_BYTES;
+        let mut file = None;
+        if inode.nlink > 1 || is_large {
+            let mode = Mode::RUSR | Mode::WUSR;
+            file = Some(create(&folder.fd, name, mode).map_err(|e| failed("create", e))?);
+        }
+        if inode.nlink > 1 {
+            self.remember(folder, name, inode.ino).map_err(|e| failed("link", e))?;
+        }
+        let (folder, name) = (Arc::clone(folder), name.to_vec());
+        match file {
+            Some(file) if is_large => self.large(LargeFile { folder, name, inode, file }),
+            file => self.small(NewFile { folder, name, inode, file }, data_bytes),
+        }
+    }
+
+    /// Makes a link, device, pipe or socket; false if only root could.
+    fn special(&self, folder: &Folder, name: &[u8], inode: &Inode) -> Result<bool, Errno> {
+        let mode = Mode::RUSR | Mode::WUSR;
+        let made = match &inode.node {
+            Node::Symlink(target) => rustix::fs::symlinkat(&target[..], &folder.fd, name),
+            Node::BlockDevice(number) => rustix::fs::mknodat(&folder.fd, name, FileType::BlockDevice, mode, *number),
+            Node::CharDevice(number) => rustix::fs::mknodat(&folder.fd, name, FileType::CharacterDevice, mode, *number),
+            Node::Fifo => rustix::fs::mknodat(&folder.fd, name, FileType::Fifo, mode, 0),
+            Node::Socket => rustix::fs::mknodat(&folder.fd, name, FileType::Socket, mode, 0),
+            Node::File(_) | Node::Folder => Ok(()),
+        };
+        let is_device = matches!(inode.kind(), FileKind::BlockDevice | FileKind::CharDevice);
+        match made {
+            Ok(()) => Ok(true),
+            Err(Errno::PERM) if is_device => {
+                let path = || self.export.path(folder, name).display().to_string();
+                self.export.setter.losses.add(Loss::Device, path);
+                Ok(false)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Keeps a name of a new inode that will get more.
+    fn remember(&self, folder: &Folder, name: &[u8], ino: Ino) -> Result<(), Errno> {
+        rustix::fs::linkat(&folder.fd, name, &self.workspace.links, format!("{:x}", ino.0), AtFlags::empty())
+    }
+
+    /// Gives an inode that was made before another name; false if it wasn't.
+    fn link_again(&self, folder: &Folder, name: &[u8], ino: Ino) -> Result<bool, Errno> {
+        let kept = format!("{:x}", ino.0);
+        match rustix::fs::linkat(&self.workspace.links, &kept, &folder.fd, name, AtFlags::empty()) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            // The kept name is one too many for the filesystem: it becomes the last.
+            Err(Errno::MLINK) => rustix::fs::renameat(&self.workspace.links, &kept, &folder.fd, name).map(|()| true),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn small(&mut self, file: NewFile, data_bytes: u64) -> Result<()> {
+        self.batch.push(file);
+        self.batch_bytes += data_bytes;
+        let is_full = self.batch.len() >= BATCH_FILES || self.batch_bytes >= BATCH_BYTES;
+        if is_full { self.submit() } else { Ok(()) }
+    }
+
+    fn large(&mut self, file: LargeFile) -> Result<()> {
+        let Node::File(content) = &file.inode.node else { return Ok(()) };
+        let content = content.clone();
+        let file = Arc::new(file);
+        spread::pieces(&**self.export.view.chunks(), &content, GROUP_BYTES, |group| {
+            self.send(Job::Group(Arc::clone(&file), group))
+        })?;
+        self.send(Job::EndOf(file))
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        self.batch_bytes = 0;
+        let batch = std::mem::take(&mut self.batch);
+        if batch.is_empty() { Ok(()) } else { self.send(Job::Files(batch)) }
+    }
+
+    fn send(&self, job: Job) -> Result<()> {
+        if self.export.is_stopped.load(Ordering::Relaxed) {
+            return Err(Error::Cancelled);
+        }
+        self.jobs.send(job).map_err(|_| Error::Cancelled)
+    }
+}
+
+fn make_folder(parent: &OwnedFd, name: &[u8]) -> Result<OwnedFd, Errno> {
+    rustix::fs::mkdirat(parent, name, Mode::RWXU)?;
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}

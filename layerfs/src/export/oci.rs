@@ -1,0 +1,332 @@
+//! Export as an OCI image layout (image-spec 1.1): one layer tar per layer of the stack, config, manifest, index.
+//!
+//! Invariants: all blobs depend on the stack alone, so that the same stack gives the same digests everywhere; a
+//! layout that is there already keeps what it holds (but for the tag that is given), and gets the new image by one
+//! replacement of its index; a new layout appears at once.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::attrs::Losses;
+use super::compress::{Compression, Compressor};
+use super::place::{Scratch, Workspace};
+use super::tar::TarWriter;
+use super::{ExportReport, feed};
+use crate::attr::FileKind;
+use crate::diff::{What, layer_changes};
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::id::Ino;
+use crate::monitor::Monitor;
+use crate::view::View;
+
+const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
+const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
+const TAG_KEY: &str = "org.opencontainers.image.ref.name";
+/// No index that a person made is larger.
+const MAX_INDEX_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Exports the stack of `view` into the layout at `destination`, which is made if it is absent or empty, under
+/// `tag`.
+pub fn export(
+    view: &View,
+    destination: &Path,
+    tag: &str,
+    compression: Compression,
+    monitor: &dyn Monitor,
+) -> Result<ExportReport> {
+    let media_type = match compression {
+        Compression::None => "application/vnd.oci.image.layer.v1.tar",
+        Compression::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
+        Compression::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
+        Compression::Xz => return Err(Error::invalid("OCI knows no xz layers; choose gzip, zstd or none")),
+    };
+    check_tag(tag)?;
+    match existing_index(destination)? {
+        Some(mut index) => {
+            let scratch = Scratch::inside(destination)?;
+            let blobs = scratch.path().join("blobs");
+            let image = Image::write(view, &blobs, media_type, compression, monitor)?;
+            add_to_index(&mut index, &image, tag)?;
+            let final_blobs = destination.join("blobs/sha256");
+            fs::create_dir_all(&final_blobs).map_err(|e| Error::file("create folder", &final_blobs, e))?;
+            move_blobs(&blobs, &final_blobs)?;
+            durable::write(&destination.join("index.json"), &encode(&index), 0o644)?;
+            Ok(image.report)
+        }
+        None => {
+            let workspace = Workspace::create(destination)?;
+            let root = workspace.root_path();
+            let image = Image::write(view, &root.join("blobs/sha256"), media_type, compression, monitor)?;
+            let mut index = json!({ "schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [] });
+            add_to_index(&mut index, &image, tag)?;
+            write_file(&root.join("oci-layout"), &encode(&json!({ "imageLayoutVersion": "1.0.0" })))?;
+            write_file(&root.join("index.json"), &encode(&index))?;
+            let mode = workspace.kept_mode & 0o755;
+            let folder = File::from(workspace.commit()?);
+            let set = folder.set_permissions(fs::Permissions::from_mode(mode));
+            set.map_err(|e| Error::file("set the mode of", destination, e))?;
+            Ok(image.report)
+        }
+    }
+}
+
+/// A reference name, as the image-spec limits it.
+fn check_tag(tag: &str) -> Result<()> {
+    let is_valid = tag.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && tag.len() <= 255
+        && tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:@/+".contains(&b));
+    if is_valid {
+        Ok(())
+    } else {
+        Err(Error::invalid(format!("{tag:?} is not a tag: letters, digits and - . _ : @ / +")))
+    }
+}
+
+/// The index of the layout at `path`, if there is one.
+fn existing_index(path: &Path) -> Result<Option<Value>> {
+    if !path.join("oci-layout").is_file() {
+        return Ok(None);
+    }
+    let index = path.join("index.json");
+    let length = fs::metadata(&index).map_err(|e| Error::file("look at", &index, e))?.len();
+    if length > MAX_INDEX_BYTES {
+        return Err(Error::invalid(format!("{} has {length} bytes; that is no index", index.display())));
+    }
+    let bytes = fs::read(&index).map_err(|e| Error::file("read", &index, e))?;
+    let wrong = |e| Error::invalid(format!("{} is not an OCI index: {e}", index.display()));
+    serde_json::from_slice(&bytes).map(Some).map_err(wrong)
+}
+
+fn add_to_index(index: &mut Value, image: &Image, tag: &str) -> Result<()> {
+    let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
+    let manifests = manifests.ok_or_else(|| Error::invalid("the layout's index.json has no list of manifests"))?;
+    manifests.retain(|manifest| manifest["annotations"][TAG_KEY] != tag);
+    let mut entry = image.manifest.descriptor(MANIFEST_TYPE);
+    entry["annotations"] = json!({ TAG_KEY: tag });
+    manifests.push(entry);
+    Ok(())
+}
+
+/// A blob that was written.
+struct Blob {
+    sha256: String,
+    bytes: u64,
+}
+
+impl Blob {
+    fn descriptor(&self, media_type: &str) -> Value {
+        json!({ "mediaType": media_type, "digest": format!("sha256:{}", self.sha256), "size": self.bytes })
+    }
+}
+
+struct Image {
+    manifest: Blob,
+    report: ExportReport,
+}
+
+impl Image {
+    /// Writes the blobs of the image into the folder `blobs`.
+    fn write(
+        view: &View,
+        blobs: &Path,
+        media_type: &str,
+        compression: Compression,
+        monitor: &dyn Monitor,
+    ) -> Result<Image> {
+        fs::create_dir_all(blobs).map_err(|e| Error::file("create folder", blobs, e))?;
+        let losses = Losses::default();
+        let mut report = ExportReport::default();
+        let (mut layers, mut diff_ids, mut history) = (Vec::new(), Vec::new(), Vec::new());
+        let mut stack = vec![view.clone()];
+        while let Some(next) = stack.last().map(View::below).filter(|below| below.top().is_some()) {
+            stack.push(next);
+        }
+        for layer in stack.iter().rev() {
+            let (blob, diff_id) = write_layer(layer, blobs, compression, &losses, &mut report, monitor)?;
+            layers.push(blob.descriptor(media_type));
+            diff_ids.push(format!("sha256:{diff_id}"));
+            if let (Some(id), Some(manifest)) = (layer.top(), layer.manifest()) {
+                history.push(json!({ "created_by": format!("layerfs: {} layer {}", manifest.kind, id.0.short()) }));
+            }
+        }
+        let config = json!({
+            "architecture": architecture(),
+            "os": "linux",
+            "config": {},
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+            "history": history,
+        });
+        let config = write_blob(blobs, &encode(&config))?;
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "config": config.descriptor(CONFIG_TYPE),
+            "layers": layers,
+        });
+        let manifest = write_blob(blobs, &encode(&manifest))?;
+        report.oci_manifest = Some(format!("sha256:{}", manifest.sha256));
+        report.warnings = losses.report(monitor);
+        Ok(Image { manifest, report })
+    }
+}
+
+/// Writes the tar of the top layer of `view`. Returns its blob and the hash of the tar itself.
+fn write_layer(
+    view: &View,
+    blobs: &Path,
+    compression: Compression,
+    losses: &Losses,
+    report: &mut ExportReport,
+    monitor: &dyn Monitor,
+) -> Result<(Blob, String)> {
+    let temporary = blobs.join("layer.tmp");
+    let failed = |e| Error::file("write", &temporary, e);
+    let file = File::create(&temporary).map_err(failed)?;
+    let hashing = Hashing { inner: file, hash: Sha256::new(), bytes: 0 };
+    let mut compressor = Compressor::new(hashing, compression).map_err(failed)?;
+    let mut plain_hash = Sha256::new();
+    let chunks = &**view.chunks();
+    let (entries, data_bytes) = feed::run(
+        chunks,
+        monitor,
+        |feed| {
+            let mut tar = TarWriter::new(chunks, feed, losses, monitor, b"");
+            write_changes(view, &mut tar)?;
+            tar.finish()
+        },
+        |piece| {
+            plain_hash.update(piece);
+            compressor.write_all(piece).map_err(failed)
+        },
+    )?;
+    report.entries += entries;
+    report.data_bytes += data_bytes;
+    let Hashing { inner, hash, bytes } = compressor.finish().map_err(failed)?;
+    inner.sync_all().map_err(|e| Error::file("sync", &temporary, e))?;
+    let sha256 = hex(&hash.finalize());
+    let path = blobs.join(&sha256);
+    fs::rename(&temporary, &path).map_err(|e| Error::file("rename", &temporary, e))?;
+    Ok((Blob { sha256, bytes }, hex(&plain_hash.finalize())))
+}
+
+/// Writes what the top layer of `view` changes. A folder above a change is written too: extractors give a folder
+/// that a layer doesn't hold attributes of their own.
+fn write_changes(view: &View, tar: &mut TarWriter<'_, '_>) -> Result<()> {
+    let below = view.below();
+    // The folders that lead to the last change and are written: where each one's path ends, and its inode.
+    let mut trail: Vec<(usize, Ino)> = Vec::new();
+    let mut last: Vec<u8> = Vec::new();
+    for change in layer_changes(&below, view) {
+        let change = change?;
+        let path = checked(&change.path)?;
+        trail.retain(|(end, _)| path.get(*end) == Some(&b'/') && path[..*end] == last[..*end]);
+        let mut start = trail.last().map_or(0, |(end, _)| end + 1);
+        while let Some(slash) = path[start..].iter().position(|byte| *byte == b'/') {
+            let (folder, end) = (trail.last().map_or(Ino::ROOT, |(_, ino)| *ino), start + slash);
+            let found = view.lookup(folder, &path[start..end])?;
+            let (ino, _) = found.ok_or_else(|| Error::corrupt("layer", "a changed path leads nowhere"))?;
+            tar.inode(&path[..end], &view.expect_inode(ino)?)?;
+            trail.push((end, ino));
+            start = end + 1;
+        }
+        match (change.what, &change.new) {
+            (What::Removed, _) | (_, None) => tar.marker(&whiteout(path))?,
+            (_, Some(inode)) => {
+                tar.inode(path, inode)?;
+                if inode.kind() == FileKind::Folder && !path.is_empty() {
+                    trail.push((path.len(), inode.ino));
+                }
+            }
+        }
+        last = change.path;
+    }
+    Ok(())
+}
+
+/// Fails if OCI layers cannot hold `path`, because its last part would be taken for a whiteout.
+fn checked(path: &[u8]) -> Result<&[u8]> {
+    let name = path.rsplit(|b| *b == b'/').next().unwrap_or(path);
+    if name.starts_with(b".wh.") {
+        let path = path.escape_ascii();
+        return Err(Error::invalid(format!("OCI layers cannot hold \"{path}\": .wh. marks whiteouts; export a tar")));
+    }
+    Ok(path)
+}
+
+/// The path of the whiteout of `path`.
+fn whiteout(path: &[u8]) -> Vec<u8> {
+    let name_at = path.iter().rposition(|b| *b == b'/').map_or(0, |slash| slash + 1);
+    [&path[..name_at], b".wh.", &path[name_at..]].concat()
+}
+
+fn write_blob(blobs: &Path, bytes: &[u8]) -> Result<Blob> {
+    let sha256 = hex(&Sha256::digest(bytes));
+    write_file(&blobs.join(&sha256), bytes)?;
+    Ok(Blob { sha256, bytes: bytes.len() as u64 })
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(|e| Error::file("create", path, e))?;
+    file.write_all(bytes).map_err(|e| Error::file("write", path, e))?;
+    file.sync_all().map_err(|e| Error::file("sync", path, e))
+}
+
+/// Moves blobs to a layout that may have some of them.
+fn move_blobs(from: &Path, to: &Path) -> Result<()> {
+    let failed = |e: io::Error| Error::file("read folder", from, e);
+    for entry in fs::read_dir(from).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let (source, target): (PathBuf, PathBuf) = (entry.path(), to.join(entry.file_name()));
+        fs::rename(&source, &target).map_err(|e| Error::file("rename", &source, e))?;
+    }
+    durable::sync_folder(to)
+}
+
+fn encode(value: &Value) -> Vec<u8> {
+    let mut bytes = value.to_string().into_bytes();
+    bytes.push(b'\n');
+    bytes
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// This host's architecture, as Go calls it: layers don't know theirs.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" => "386",
+        "powerpc64" => "ppc64le",
+        "loongarch64" => "loong64",
+        other => other,
+    }
+}
+
+/// Counts and hashes what goes through.
+struct Hashing<W> {
+    inner: W,
+    hash: Sha256,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.hash.update(&bytes[..count]);
+        self.bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
