@@ -24,8 +24,10 @@ pub mod inode;
 pub mod manifest;
 pub mod monitor;
 pub mod readahead;
+pub mod refs;
 pub mod store;
 pub mod table;
+pub mod usage;
 pub mod view;
 pub mod walk;
 

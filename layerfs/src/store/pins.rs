@@ -72,10 +72,16 @@ impl Store {
     /// Every layer that something refers to: names, pins, root sources. Without the layers below them.
     pub fn roots(&self) -> Result<Vec<LayerId>> {
         let mut roots: BTreeSet<LayerId> = self.names()?.into_iter().map(|(_, record)| record.layer).collect();
-        roots.extend(self.roots.pins.lock().keys());
-        for source in self.roots.sources.lock().iter() {
-            roots.extend(source()?);
-        }
+        roots.extend(self.in_use()?);
         Ok(roots.into_iter().collect())
+    }
+
+    /// Every layer that something other than a name refers to. Without the layers below them.
+    pub fn in_use(&self) -> Result<BTreeSet<LayerId>> {
+        let mut layers: BTreeSet<LayerId> = self.roots.pins.lock().keys().copied().collect();
+        for source in self.roots.sources.lock().iter() {
+            layers.extend(source()?);
+        }
+        Ok(layers)
     }
 }

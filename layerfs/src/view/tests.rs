@@ -342,8 +342,11 @@ fn tree(model: &Model) -> Vec<(Vec<u8>, Inode)> {
     std::iter::once(root).chain(rest).collect()
 }
 
+/// By the components of the path.
+type Changes = BTreeMap<Vec<Vec<u8>>, (What, Option<Inode>, Option<Inode>)>;
+
 /// What a path-wise comparison of the two models finds, without any cleverness.
-fn expected_changes(old: &Model, new: &Model) -> BTreeMap<Vec<Vec<u8>>, (What, Option<Inode>, Option<Inode>)> {
+fn expected_changes(old: &Model, new: &Model) -> Changes {
     let parts = |path: &[u8]| path.split(|b| *b == b'/').map(<[u8]>::to_vec).collect::<Vec<_>>();
     let mut changes: BTreeMap<_, (Option<Inode>, Option<Inode>)> = BTreeMap::new();
     for (path, inode) in tree(old) {
