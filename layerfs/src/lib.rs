@@ -19,8 +19,6 @@ pub mod durable;
 pub mod error;
 pub mod export;
 pub mod failpoint;
-#[cfg(test)]
-mod golden;
 pub mod id;
 pub mod inode;
 pub mod manifest;

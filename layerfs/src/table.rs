@@ -400,6 +400,3 @@ fn decode_header(header: &[u8], layer: LayerId) -> Result<Layout> {
         folder_count: reader.u64()?,
     })
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,2 +1,69 @@
-//! layerctl.
-fn main() {}
+//! layerctl: the one binary that a person runs. As `mount.layerfs` it is mount(8)'s helper; as `layerctl daemon
+//! --foreground` it is the daemon.
+//!
+//! This file parses, dispatches and maps failures to exit codes.
+
+mod api;
+mod autostart;
+mod cli;
+mod client;
+mod commands;
+mod config;
+mod daemon;
+mod failure;
+mod generate;
+mod mount_helper;
+mod output;
+mod progress;
+mod units;
+
+use std::ffi::OsStr;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+use failure::{Failure, Result};
+use output::Output;
+
+/// As a shell reports a program that SIGPIPE ended.
+const EXIT_BROKEN_PIPE: u8 = 141;
+
+fn main() -> ExitCode {
+    let program = std::env::args_os().next().unwrap_or_default();
+    if std::path::Path::new(&program).file_name() == Some(OsStr::new("mount.layerfs")) {
+        return ExitCode::from(mount_helper::main(std::env::args_os().skip(1)));
+    }
+    let cli = Cli::parse();
+    let output = Output::new(&cli.global);
+    match run(cli, output) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) if failure.is_broken_pipe() => ExitCode::from(EXIT_BROKEN_PIPE),
+        Err(failure) => {
+            output.failure(&failure);
+            ExitCode::from(failure.class.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli, output: Output) -> Result<u8> {
+    match cli.command {
+        Command::Completions(args) => generate::completions(args.shell, &mut std::io::stdout().lock())?,
+        Command::Generate(args) => commands::system::generate(args, output)?,
+        command => {
+            let settings = config::Settings::find(cli.global.store.as_deref(), &config::Environment::current())?;
+            return commands::run(command, settings, output);
+        }
+    }
+    Ok(0)
+}
+
+/// A command's way out that is not a failure in itself: what it looked at is damaged, or isn't there.
+fn code_of(is_fine: bool, class: failure::Class) -> u8 {
+    if is_fine { 0 } else { class.exit_code() }
+}
+
+/// Makes `path` absolute without asking the file system: the daemon has another working folder.
+fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf> {
+    std::path::absolute(path).map_err(|e| Failure::file("find", path, e))
+}

@@ -1,0 +1,304 @@
+//! Requests and answers about layers.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{PathText, Timestamp};
+use crate::cli::layers::{Format, Kind};
+
+/// `/v1/import`: what to import.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportRequest {
+    /// An absolute path; none means the request's body.
+    #[serde(default)]
+    pub source: Option<PathBuf>,
+    /// The new layer's name.
+    pub name: String,
+    /// The layer that it lies on.
+    #[serde(default)]
+    pub parent: Option<String>,
+    /// What it is for.
+    #[serde(default)]
+    pub kind: Option<Kind>,
+    /// A predecessor with the same paths.
+    #[serde(default)]
+    pub like: Option<String>,
+    /// The source is the whole tree.
+    #[serde(default)]
+    pub whole: bool,
+    /// Honour OCI whiteouts in plain tars.
+    #[serde(default)]
+    pub oci_whiteouts: bool,
+    /// Replace the name.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What an import made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ImportResult {
+    /// The layers, base first.
+    pub layers: Vec<NewLayer>,
+    /// Bytes read from the source.
+    pub bytes_read: u64,
+    /// Bytes that the store grew by.
+    pub bytes_stored: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// A layer that was just made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NewLayer {
+    /// Its name; the lower layers of an image have none.
+    pub name: Option<String>,
+    /// Its id.
+    pub id: String,
+    /// Inode records.
+    pub files: u64,
+    /// The sizes of the files in it, added up.
+    pub file_bytes: u64,
+}
+
+/// `/v1/export`, `/v1/export-stream`: what to write.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// The layer.
+    pub name: String,
+    /// An absolute path; none for `/v1/export-stream`.
+    #[serde(default)]
+    pub dest: Option<PathBuf>,
+    /// What to write; by default what the path's ending says.
+    #[serde(default)]
+    pub format: Option<Format>,
+}
+
+/// What an export wrote.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportResult {
+    /// The layer's id.
+    pub id: String,
+    /// Files, folders and all else.
+    pub files: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// `/v1/tag`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TagRequest {
+    /// A name or an id's beginning.
+    pub layer: String,
+    /// The new name.
+    pub name: String,
+    /// Replace it.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A name and its layer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+    /// The layer's id.
+    pub id: String,
+}
+
+/// `/v1/remove`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveRequest {
+    /// The names.
+    pub names: Vec<String>,
+}
+
+/// What was removed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RemoveResult {
+    /// The names that are gone.
+    pub removed: Vec<Named>,
+}
+
+/// `/v1/list`, `/v1/tree`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListRequest {
+    /// Only names that match.
+    #[serde(default)]
+    pub pattern: Option<String>,
+    /// Only this kind.
+    #[serde(default)]
+    pub kind: Option<Kind>,
+}
+
+/// Layers, by name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LayerList {
+    /// One for each name, sorted.
+    pub layers: Vec<LayerInfo>,
+}
+
+/// A layer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LayerInfo {
+    /// Its names, sorted; none for layers that only lie below others.
+    pub names: Vec<String>,
+    /// Its id.
+    pub id: String,
+    /// What it is for.
+    pub kind: String,
+    /// The layer below it.
+    pub parent: Option<String>,
+    /// A name of the layer below it.
+    pub parent_name: Option<String>,
+    /// How many layers lie below it.
+    pub depth: u32,
+    /// Inode records in this layer.
+    pub inodes: u64,
+    /// Dentry records in this layer, whiteouts included.
+    pub dentries: u64,
+    /// The sizes of the files in this layer, added up.
+    pub file_bytes: u64,
+    /// When its (first listed) name was given.
+    pub created: Option<Timestamp>,
+}
+
+/// `/v1/log`, `/v1/inspect`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InspectRequest {
+    /// A name or an id's beginning.
+    pub layer: String,
+    /// A path in it.
+    #[serde(default)]
+    pub path: Option<PathText>,
+    /// Tell the chunks, as items.
+    #[serde(default)]
+    pub chunks: bool,
+}
+
+/// What a layer or a path is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InspectResult {
+    /// The layer.
+    pub layer: LayerInfo,
+    /// The number that the next new inode above gets.
+    pub next_ino: u64,
+    /// Bytes of the manifest's two tables.
+    pub table_bytes: u64,
+    /// What lies at the path, if one was asked for.
+    pub entry: Option<EntryInfo>,
+}
+
+/// What lies at a path.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EntryInfo {
+    /// The path.
+    pub path: PathText,
+    /// Its inode number, in every mount.
+    pub ino: u64,
+    /// "file", "folder", ….
+    pub kind: String,
+    /// Type and permissions.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Links.
+    pub nlink: u32,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes that are not holes.
+    pub data_bytes: u64,
+    /// When its content changed last.
+    pub modified: Timestamp,
+    /// The chunker that cut it.
+    pub chunker: Option<String>,
+    /// Where a symbolic link leads to.
+    pub target: Option<PathText>,
+    /// Major and minor number of a device.
+    pub device: Option<(u32, u32)>,
+    /// Names of the extended attributes.
+    pub xattrs: Vec<String>,
+}
+
+/// An item of `inspect`: an entry of a folder.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FolderItem {
+    /// Its name.
+    pub name: PathText,
+    /// Its inode number.
+    pub ino: u64,
+    /// "file", "folder", ….
+    pub kind: String,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// An item of `inspect` with `chunks`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ChunkItem {
+    /// Which part it belongs to: "data", "inodes", "dentries".
+    pub part: String,
+    /// Where it lies in the file or table.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Its id; none for a hole.
+    pub id: Option<String>,
+    /// What it takes in its pack, in bytes; none if it is missing.
+    pub stored_bytes: Option<u64>,
+}
+
+/// `/v1/diff`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiffRequest {
+    /// The older: a name, an id's beginning, or the absolute path of a mount.
+    pub old: String,
+    /// The newer.
+    pub new: String,
+    /// No items.
+    #[serde(default)]
+    pub summary: bool,
+}
+
+/// An item of `diff`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ChangeItem {
+    /// "added", "removed", "modified", "attributes", "type".
+    pub change: String,
+    /// In what the two differ: "kind", "content", "mode", "owner", "mtime", "xattrs", "links".
+    pub differs: Vec<String>,
+    /// The path.
+    pub path: PathText,
+    /// Size before, in bytes.
+    pub old_bytes: u64,
+    /// Size after, in bytes.
+    pub new_bytes: u64,
+}
+
+/// The totals of a `diff`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiffSummary {
+    /// Paths only in the newer.
+    pub added: u64,
+    /// Paths only in the older.
+    pub removed: u64,
+    /// Paths with other content, or of another type.
+    pub modified: u64,
+    /// Paths with other attributes only.
+    pub attributes: u64,
+    /// Bytes of what was there or is no longer so, before.
+    pub old_bytes: u64,
+    /// The same, after.
+    pub new_bytes: u64,
+}

@@ -1,0 +1,157 @@
+//! Requests and answers about mounts and uppers.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::Timestamp;
+use crate::cli::layers::Kind;
+
+/// `/v1/mount`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountRequest {
+    /// A name or an id's beginning.
+    pub layer: String,
+    /// Where: an absolute path.
+    pub dir: PathBuf,
+    /// No changes.
+    #[serde(default)]
+    pub read_only: bool,
+    /// A named upper.
+    #[serde(default)]
+    pub upper: Option<String>,
+}
+
+/// A mount.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MountInfo {
+    /// Where.
+    pub dir: PathBuf,
+    /// The layer that lies below the upper.
+    pub layer: String,
+    /// A name of it.
+    pub layer_name: Option<String>,
+    /// No changes.
+    pub read_only: bool,
+    /// The upper's number.
+    pub upper: Option<u64>,
+    /// The upper's name.
+    pub upper_name: Option<String>,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// `/v1/mounts`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MountList {
+    /// Sorted by folder.
+    pub mounts: Vec<MountInfo>,
+}
+
+/// `/v1/umount`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UmountRequest {
+    /// Where: absolute paths.
+    #[serde(default)]
+    pub dirs: Vec<PathBuf>,
+    /// All mounts.
+    #[serde(default)]
+    pub all: bool,
+    /// Throw changes of nameless uppers away.
+    #[serde(default)]
+    pub discard: bool,
+    /// Detach even if in use.
+    #[serde(default)]
+    pub lazy: bool,
+}
+
+/// What was unmounted.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UmountResult {
+    /// One for each mount.
+    pub unmounted: Vec<Unmounted>,
+}
+
+/// A mount that is no more.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Unmounted {
+    /// Where it was.
+    pub dir: PathBuf,
+    /// The upper that was kept.
+    pub kept_upper: Option<UpperInfo>,
+}
+
+/// `/v1/seal`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SealRequest {
+    /// Where it is mounted: an absolute path.
+    pub dir: PathBuf,
+    /// The new layer's name.
+    pub name: String,
+    /// What it is for.
+    #[serde(default)]
+    pub kind: Option<Kind>,
+    /// Replace the name.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What a seal made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SealResult {
+    /// The new layer's name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// Whether nothing had changed, so that the name went to the layer below.
+    pub unchanged: bool,
+    /// Inode records in it.
+    pub inodes: u64,
+    /// Dentry records in it.
+    pub dentries: u64,
+    /// The sizes of its files, added up.
+    pub file_bytes: u64,
+    /// Bytes that the store grew by.
+    pub bytes_stored: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// An upper.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UpperInfo {
+    /// Its number.
+    pub id: u64,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// The layer that it lies on.
+    pub base: String,
+    /// A name of it.
+    pub base_name: Option<String>,
+    /// When it was made.
+    pub created: Timestamp,
+    /// Where it is mounted now.
+    pub mounted_at: Option<PathBuf>,
+    /// Inodes that it holds.
+    pub inodes: u64,
+    /// Bytes of file data that it holds.
+    pub data_bytes: u64,
+}
+
+/// `/v1/uppers`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UpperList {
+    /// Sorted by number.
+    pub uppers: Vec<UpperInfo>,
+}
+
+/// `/v1/uppers-remove`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UppersRemoveRequest {
+    /// Names or numbers.
+    pub uppers: Vec<String>,
+}

@@ -1,0 +1,113 @@
+//! Requests and answers about peers and transfers.
+
+use serde::{Deserialize, Serialize};
+
+/// `/v1/push`, `/v1/pull`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransferRequest {
+    /// The layers.
+    pub names: Vec<String>,
+    /// The peer.
+    pub peer: String,
+    /// Replace names that exist on the receiving side.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What a transfer did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TransferResult {
+    /// The names that the receiving side has now.
+    pub names: Vec<String>,
+    /// The peer.
+    pub peer: String,
+    /// Layers that went over.
+    pub layers_sent: u64,
+    /// Chunks that went over.
+    pub chunks_sent: u64,
+    /// Chunks that were there already.
+    pub chunks_reused: u64,
+    /// Bytes written to the connection, TLS included where known.
+    pub bytes_sent: u64,
+    /// Bytes read from the connection.
+    pub bytes_received: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// `/v1/peer-add`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerAddRequest {
+    /// What it is called here.
+    pub name: String,
+    /// Where it listens; none for a host that only connects to this one.
+    #[serde(default)]
+    pub address: Option<String>,
+    /// Its public key.
+    pub key: String,
+    /// It may push to this host.
+    #[serde(default = "yes")]
+    pub allow_push: bool,
+    /// It may pull from this host.
+    #[serde(default = "yes")]
+    pub allow_pull: bool,
+    /// The names that it may see; none given means all.
+    #[serde(default)]
+    pub visible: Vec<String>,
+    /// Replace a peer of this name.
+    #[serde(default)]
+    pub force: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A peer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// What it is called here.
+    pub name: String,
+    /// Where it listens.
+    pub address: Option<String>,
+    /// Its public key.
+    pub key: String,
+    /// The key in a form that people compare.
+    pub fingerprint: String,
+    /// It may push to this host.
+    pub allow_push: bool,
+    /// It may pull from this host.
+    pub allow_pull: bool,
+    /// The names that it may see; empty means all.
+    pub visible: Vec<String>,
+}
+
+/// `/v1/peers`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerList {
+    /// Sorted by name.
+    pub peers: Vec<PeerInfo>,
+}
+
+/// `/v1/peer-remove`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerRemoveRequest {
+    /// Their names.
+    pub names: Vec<String>,
+}
+
+/// `/v1/peer-id`: who this host is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its public key.
+    pub key: String,
+    /// The key in a form that people compare.
+    pub fingerprint: String,
+    /// The host's name, as a suggestion for what others call it.
+    pub host: String,
+    /// The port to connect to.
+    pub port: u16,
+}

@@ -1,0 +1,220 @@
+//! Requests and answers about the store.
+
+use serde::{Deserialize, Serialize};
+
+use super::PathText;
+
+/// `/v1/stat`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StatResult {
+    /// The store's folder.
+    pub store: std::path::PathBuf,
+    /// Names.
+    pub names: u64,
+    /// Layers with names and below those.
+    pub layers: u64,
+    /// Chunks.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub plain_bytes: u64,
+    /// What they take in packs.
+    pub stored_bytes: u64,
+    /// By class.
+    pub classes: Vec<ClassStat>,
+    /// Packs.
+    pub packs: u64,
+    /// Their size on disk, in bytes.
+    pub pack_bytes: u64,
+    /// Bytes in packs that no chunk of the index uses any more.
+    pub dead_bytes: u64,
+    /// The sizes of all files of all named layers, added up.
+    pub apparent_bytes: u64,
+    /// `apparent_bytes` / plain bytes of data chunks.
+    pub dedup_ratio: Option<f64>,
+    /// Plain bytes / stored bytes.
+    pub compression_ratio: Option<f64>,
+}
+
+/// Chunks of one class.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ClassStat {
+    /// "data", "list", "table", "manifest".
+    pub class: String,
+    /// How many.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub plain_bytes: u64,
+    /// What they take in packs.
+    pub stored_bytes: u64,
+}
+
+/// `/v1/du`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DuRequest {
+    /// Only these names.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Per layer instead of per name.
+    #[serde(default)]
+    pub layers: bool,
+}
+
+/// What layers take.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DuResult {
+    /// One for each name or layer.
+    pub rows: Vec<DuRow>,
+    /// Plain bytes of what they refer to, each chunk once.
+    pub total_plain_bytes: u64,
+    /// What that takes in packs.
+    pub total_stored_bytes: u64,
+    /// What removing all the names that were asked for would free, in stored bytes.
+    pub freed_bytes: Option<u64>,
+}
+
+/// What one name or layer takes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DuRow {
+    /// The name, or the layer's name if it has one.
+    pub name: Option<String>,
+    /// The layer.
+    pub id: String,
+    /// The sizes of its files, added up, holes included.
+    pub apparent_bytes: u64,
+    /// Plain bytes of its chunks, each once.
+    pub plain_bytes: u64,
+    /// Of those, what nothing else refers to.
+    pub unique_bytes: u64,
+    /// Of those, what others refer to too.
+    pub shared_bytes: u64,
+    /// What its chunks take in packs.
+    pub stored_bytes: u64,
+    /// What removing it would free, in stored bytes.
+    pub freed_bytes: u64,
+}
+
+/// `/v1/why`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WhyRequest {
+    /// A chunk's id, or NAME:/PATH.
+    pub what: String,
+    /// At most so many places.
+    #[serde(default)]
+    pub limit: Option<u64>,
+}
+
+/// Who refers to it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WhyResult {
+    /// The chunks that it is about.
+    pub chunks: Vec<String>,
+    /// The places.
+    pub references: Vec<Reference>,
+    /// Whether there are more than the limit.
+    pub more: bool,
+}
+
+/// A place that refers to a chunk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reference {
+    /// The chunk.
+    pub chunk: String,
+    /// The layer that holds the record.
+    pub layer: String,
+    /// The names whose stack holds that layer.
+    pub names: Vec<String>,
+    /// "data", "list", "inodes", "dentries", "manifest".
+    pub part: String,
+    /// The path of the file, if it is a file's.
+    pub path: Option<PathText>,
+    /// Where it lies in the file.
+    pub offset: Option<u64>,
+}
+
+/// `/v1/gc`.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GcRequest {
+    /// Only tell.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What was freed.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct GcResult {
+    /// Only told.
+    pub dry_run: bool,
+    /// Chunks that stay.
+    pub live_chunks: u64,
+    /// Chunks that went.
+    pub freed_chunks: u64,
+    /// Bytes by which the packs shrank.
+    pub freed_bytes: u64,
+    /// Packs that were removed.
+    pub packs_removed: u64,
+    /// Packs that were rewritten.
+    pub packs_rewritten: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// `/v1/fsck`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FsckResult {
+    /// Whether nothing is wrong.
+    pub clean: bool,
+    /// Names that were checked.
+    pub names: u64,
+    /// Chunks in the index.
+    pub chunks: u64,
+    /// Packs.
+    pub packs: u64,
+    /// What is wrong, with the way out.
+    pub problems: Vec<String>,
+    /// Names that were found again by a rebuild.
+    pub recovered: Vec<String>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// `/v1/scrub`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubRequest {
+    /// Fetch good copies from this peer.
+    #[serde(default)]
+    pub heal: Option<String>,
+}
+
+/// What was verified.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScrubResult {
+    /// Whether nothing is damaged any more.
+    pub clean: bool,
+    /// Chunks that were read.
+    pub chunks: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Damaged chunks.
+    pub damaged: Vec<DamagedChunk>,
+    /// How many of those were healed.
+    pub healed: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// A damaged chunk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DamagedChunk {
+    /// Its id.
+    pub id: String,
+    /// What is wrong with it.
+    pub detail: String,
+    /// Who needs it.
+    pub needed_by: Vec<String>,
+    /// Whether a good copy was fetched.
+    pub healed: bool,
+}

@@ -1,0 +1,211 @@
+//! Commands on layers: import, export, tag, remove, list, tree, inspect, log, diff.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// What a layer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The operating system, present everywhere
+    Base,
+    /// Installed software and its data
+    Application,
+    /// The running state
+    Instance,
+}
+
+impl From<Kind> for layerfs::manifest::LayerKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Base => Self::Base,
+            Kind::Application => Self::Application,
+            Kind::Instance => Self::Instance,
+        }
+    }
+}
+
+/// Make a layer of SRC and name it NAME.
+///
+/// SRC is recognised by its content: a folder, a tar archive (plain, gzip, zstd, xz), an OCI image layout (folder or
+/// tar), an archive of `docker save`, or a disk image (raw, qcow2). `-` reads from stdin. An OCI image becomes a stack,
+/// one layer each; NAME is its top.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl import ./rootfs debian --kind base\n  \
+    layerctl import rootfs.tar.zst debian:12.1 --like debian     reuses debian's inode numbers, so that it costs little\n  \
+    layerctl import ./upper app --parent debian                  SRC lies over debian\n  \
+    layerctl import ./rootfs2 app --parent debian --whole        SRC is the whole tree; what it lacks is removed\n  \
+    docker save nginx | layerctl import - nginx\n  \
+    layerctl import disk.qcow2 vm/disk --kind instance")]
+pub struct Import {
+    /// A folder, archive, OCI layout or disk image; `-` for stdin
+    #[arg(value_name = "SRC", value_hint = clap::ValueHint::AnyPath)]
+    pub source: PathBuf,
+    /// The new layer's name
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The layer that it lies on
+    #[arg(long, short, value_name = "NAME")]
+    pub parent: Option<String>,
+    /// What it is for [default: base without a parent, else application]
+    #[arg(long, short)]
+    pub kind: Option<Kind>,
+    /// A predecessor: the same paths get the same inode numbers
+    #[arg(long, value_name = "NAME")]
+    pub like: Option<String>,
+    /// SRC is the whole tree, not what is added: what SRC lacks of the parent is removed
+    #[arg(long, requires = "parent")]
+    pub whole: bool,
+    /// Honour OCI whiteouts (.wh.NAME) in a plain tar too
+    #[arg(long)]
+    pub oci_whiteouts: bool,
+    /// Replace NAME if it exists
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// What to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// A folder
+    #[value(alias = "dir")]
+    Folder,
+    /// A tar archive
+    Tar,
+    /// A tar archive, gzip
+    #[value(name = "tar.gz", alias = "tgz")]
+    #[serde(rename = "tar.gz")]
+    TarGz,
+    /// A tar archive, zstd
+    #[value(name = "tar.zst")]
+    #[serde(rename = "tar.zst")]
+    TarZst,
+    /// An OCI image layout, one tar per layer
+    Oci,
+    /// A raw disk image
+    Raw,
+}
+
+/// Write NAME with everything below it to DEST.
+///
+/// The format follows DEST's ending (.tar, .tar.gz, .tgz, .tar.zst, .oci, .raw, .img); without one it is a folder.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl export debian ./rootfs\n  \
+    layerctl export debian rootfs.tar.zst\n  \
+    layerctl export debian - | tar -tv\n  \
+    layerctl export app ./app-image --format oci     for skopeo, umoci, podman\n  \
+    layerctl export vm/disk disk.raw")]
+pub struct Export {
+    /// The layer
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Where to write; `-` for a tar archive on stdout
+    #[arg(value_name = "DEST", value_hint = clap::ValueHint::AnyPath)]
+    pub dest: PathBuf,
+    /// What to write
+    #[arg(long, short, value_name = "FORMAT")]
+    pub format: Option<Format>,
+}
+
+/// Give NAME's layer one more name.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  layerctl tag app app:2026-11-21\n  layerctl tag app:2026-11-21 app --force    back to that one"
+)]
+pub struct Tag {
+    /// A name, or at least eight digits of a layer's id
+    #[arg(value_name = "NAME")]
+    pub layer: String,
+    /// The new name
+    #[arg(value_name = "NEW")]
+    pub name: String,
+    /// Replace NEW if it exists
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// Remove names.
+///
+/// Layers that other names, mounts or layers need stay. The space is freed by `layerctl gc`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  layerctl remove app:old && layerctl gc\n  layerctl du app:old      what would it free?"
+)]
+pub struct Remove {
+    /// The names
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+}
+
+/// List the layers that have names.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  layerctl list\n  layerctl list 'debian*' --kind base\n  layerctl list --json | jq -r '.layers[].name'"
+)]
+pub struct List {
+    /// Only names that match; * stands for anything
+    #[arg(value_name = "PATTERN")]
+    pub pattern: Option<String>,
+    /// Only layers of this kind
+    #[arg(long, short)]
+    pub kind: Option<Kind>,
+}
+
+/// Show which layer lies on which.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl tree\n  layerctl tree debian      only what lies on debian")]
+pub struct Tree {
+    /// Only this layer and what lies on it
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+/// Show a layer's manifest, or what PATH in it is.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  layerctl inspect debian\n  layerctl inspect debian /usr/bin/perl --chunks\n  layerctl inspect debian /etc          a folder's entries"
+)]
+pub struct Inspect {
+    /// A name, or at least eight digits of a layer's id
+    #[arg(value_name = "NAME")]
+    pub layer: String,
+    /// A path in it
+    #[arg(value_name = "PATH")]
+    pub path: Option<PathBuf>,
+    /// List the chunks of the file, or of the manifest's tables
+    #[arg(long, short)]
+    pub chunks: bool,
+}
+
+/// Show the layers of a stack, top first.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl log app")]
+pub struct Log {
+    /// A name, or at least eight digits of a layer's id
+    #[arg(value_name = "NAME")]
+    pub layer: String,
+}
+
+/// Show what changed from A to B, by path, with sizes.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl diff debian app\n  \
+    layerctl diff debian app --summary\n  \
+    layerctl diff debian /mnt             a mount's current state, unsealed changes included\n\n\
+    The first column: + added, - removed, ~ content changed, m only attributes changed, t type changed.")]
+pub struct Diff {
+    /// The older layer
+    #[arg(value_name = "A")]
+    pub old: String,
+    /// The newer layer
+    #[arg(value_name = "B")]
+    pub new: String,
+    /// Only the totals
+    #[arg(long, short)]
+    pub summary: bool,
+}

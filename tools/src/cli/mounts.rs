@@ -1,0 +1,105 @@
+//! Commands on mounts: mount, umount, seal, mounts, uppers.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::layers::Kind;
+
+/// Mount NAME with everything below it at DIR.
+///
+/// The mount is writable: changes go to an upper, which `seal` turns into a layer. Without --upper it is a fresh one.
+/// The same works from mount(8) and fstab: see mount.layerfs(8).
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl mount debian /mnt\n  \
+    layerctl mount debian /mnt --read-only\n  \
+    layerctl mount app /srv/web --upper web         changes are kept under that name and found again\n  \
+    mount -t layerfs app /srv/web -o upper=web      the same through mount(8)")]
+pub struct Mount {
+    /// A name, or at least eight digits of a layer's id
+    #[arg(value_name = "NAME")]
+    pub layer: String,
+    /// Where
+    #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    pub dir: PathBuf,
+    /// No changes
+    #[arg(long, short, conflicts_with = "upper")]
+    pub read_only: bool,
+    /// Keep the changes in the upper of this name; made if it does not exist
+    #[arg(long, short, value_name = "UPPER")]
+    pub upper: Option<String>,
+}
+
+/// Unmount what is mounted at DIR.
+///
+/// A named upper is kept. A nameless one that holds changes is kept too, under its number (`layerctl uppers`),
+/// unless --discard is given.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl umount /mnt\n  layerctl umount /mnt --discard\n  layerctl umount --all")]
+pub struct Umount {
+    /// Where
+    #[arg(value_name = "DIR", required_unless_present = "all", value_hint = clap::ValueHint::DirPath)]
+    pub dirs: Vec<PathBuf>,
+    /// All of the store's mounts
+    #[arg(long, short, conflicts_with = "dirs")]
+    pub all: bool,
+    /// Throw the changes of a nameless upper away
+    #[arg(long)]
+    pub discard: bool,
+    /// Detach now, even if something still uses it
+    #[arg(long, short)]
+    pub lazy: bool,
+}
+
+/// Make a layer of what was changed in the mount at DIR, and name it NAME.
+///
+/// It costs what changed. The mount goes on, over the new layer.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl seal /mnt debian-nginx\n  \
+    layerctl seal /srv/web web:checkpoint --kind instance\n  \
+    layerctl seal /mnt app --force                 the name app moves to the new layer")]
+pub struct Seal {
+    /// Where it is mounted
+    #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    pub dir: PathBuf,
+    /// The new layer's name
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// What it is for
+    #[arg(long, short, default_value = "application")]
+    pub kind: Kind,
+    /// Replace NAME if it exists
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// List the store's mounts.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl mounts\n  layerctl mounts --json")]
+pub struct Mounts {}
+
+/// List or remove uppers, the writable tops of mounts.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl uppers\n  layerctl uppers remove web")]
+pub struct Uppers {
+    /// What to do [default: list]
+    #[command(subcommand)]
+    pub action: Option<UppersAction>,
+}
+
+/// What to do with uppers.
+#[derive(Debug, Subcommand)]
+pub enum UppersAction {
+    /// List them
+    #[command(after_help = "Examples:\n  layerctl uppers list")]
+    List,
+    /// Remove uppers and the changes in them
+    #[command(alias = "rm", after_help = "Examples:\n  layerctl uppers remove web\n  layerctl uppers remove 7")]
+    Remove {
+        /// Names or numbers
+        #[arg(value_name = "UPPER", required = true)]
+        uppers: Vec<String>,
+    },
+}

@@ -1,0 +1,97 @@
+//! Commands about other hosts: push, pull, peer.
+
+use clap::{Args, Subcommand};
+
+/// Send NAME and everything below it to PEER: only what it lacks.
+///
+/// The names appear on the other side all at once, when everything is there and verified. A transfer that was cut goes
+/// on where it was when the command is repeated.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1")]
+pub struct Push {
+    /// The layers' names, then the peer's
+    #[arg(value_name = "NAME… PEER", required = true, num_args = 2..)]
+    pub names_and_peer: Vec<String>,
+    /// Replace names that exist there with another layer
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// Fetch NAME and everything below it from PEER: only what is lacking here.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force")]
+pub struct Pull {
+    /// The layers' names, then the peer's
+    #[arg(value_name = "NAME… PEER", required = true, num_args = 2..)]
+    pub names_and_peer: Vec<String>,
+    /// Replace names that exist here with another layer
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// Peers: the hosts that this one exchanges layers with.
+///
+/// Both hosts know each other's key. `layerctl peer id` prints, on each host, the line to run on the other.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    edge1# layerctl peer id\n  \
+    central# layerctl peer add edge1 edge1.example.org --key lfk…    (the key that edge1 printed)\n  \
+    central# layerctl peer list")]
+pub struct Peer {
+    /// What to do
+    #[command(subcommand)]
+    pub action: PeerAction,
+}
+
+/// What to do with peers.
+#[derive(Debug, Subcommand)]
+pub enum PeerAction {
+    /// Add a peer, or replace what is known of it
+    #[command(after_help = "Examples:\n  \
+        layerctl peer add edge1 edge1.example.org --key KEY\n  \
+        layerctl peer add edge1 10.0.0.2:7440 --key KEY --allow pull --visible 'app/*'\n\n\
+        Compare the fingerprint that it prints with the one of `layerctl peer id` on the other host.")]
+    Add(PeerAdd),
+    /// List the peers
+    #[command(alias = "ls", after_help = "Examples:\n  layerctl peer list\n  layerctl peer list --json")]
+    List,
+    /// Remove peers; they can no longer connect
+    #[command(alias = "rm", after_help = "Examples:\n  layerctl peer remove edge1")]
+    Remove {
+        /// Their names
+        #[arg(value_name = "PEER", required = true)]
+        names: Vec<String>,
+    },
+    /// Print this host's key and fingerprint, and the command that adds it elsewhere
+    #[command(after_help = "Examples:\n  layerctl peer id\n  layerctl peer id --json | jq -r .key")]
+    Id,
+}
+
+/// What to know of a peer.
+#[derive(Debug, Args)]
+pub struct PeerAdd {
+    /// What it is called here
+    #[arg(value_name = "PEER")]
+    pub name: String,
+    /// HOST[:PORT]; `-` for a host that only connects to this one
+    #[arg(value_name = "ADDRESS")]
+    pub address: String,
+    /// Its public key, as `layerctl peer id` prints it there
+    #[arg(long, short, value_name = "KEY")]
+    pub key: String,
+    /// What it may do here [default: both]
+    #[arg(long, value_delimiter = ',', value_name = "WHAT", value_parser = ["push", "pull", "none"])]
+    pub allow: Vec<String>,
+    /// The names that it may see; * stands for anything [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "PATTERN")]
+    pub visible: Vec<String>,
+    /// Replace a peer of this name
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+/// Splits "NAME… PEER".
+pub fn split_names(mut names_and_peer: Vec<String>) -> Option<(Vec<String>, String)> {
+    let peer = names_and_peer.pop()?;
+    (!names_and_peer.is_empty()).then_some((names_and_peer, peer))
+}

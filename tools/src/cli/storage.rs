@@ -1,0 +1,73 @@
+//! Commands on the store: stat, du, why, gc, fsck, scrub.
+
+use clap::Args;
+
+/// Show what the store holds.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl stat\n  layerctl stat --json | jq .dedup_ratio")]
+pub struct Stat {}
+
+/// Show what layers take: apparent, unique to each, shared, compressed; and what removing a name would free.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl du\n  \
+    layerctl du app debian        only these; the last line tells what removing them together would free\n  \
+    layerctl du --layers app      each layer of the stack")]
+pub struct Du {
+    /// Only these names
+    #[arg(value_name = "NAME")]
+    pub names: Vec<String>,
+    /// One line per layer instead of per name
+    #[arg(long, short)]
+    pub layers: bool,
+}
+
+/// Show which names, layers and paths refer to a chunk, or to the content of a path.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl why 5f3a09c2d1e4…                    a chunk (its whole id)\n  \
+    layerctl why debian:/usr/bin/perl             the chunks of a file\n\n\
+    `layerctl inspect NAME PATH --chunks` lists a file's chunks.")]
+pub struct Why {
+    /// A chunk's id, or NAME:/PATH
+    #[arg(value_name = "CHUNK|PATH")]
+    pub what: String,
+    /// Show at most so many places
+    #[arg(long, short = 'n', default_value_t = 100, value_name = "N")]
+    pub limit: u64,
+}
+
+/// Free the space of what no name, mount, upper or transfer refers to. Everything else goes on meanwhile.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  layerctl gc --dry-run\n  layerctl gc")]
+pub struct Gc {
+    /// Only tell what would be freed
+    #[arg(long, short = 'n')]
+    pub dry_run: bool,
+}
+
+/// Check the store's structure: packs against the index, names against manifests, uppers against their layers.
+///
+/// Exit code 6 if something is wrong.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl fsck\n  \
+    layerctl fsck --rebuild      make the index anew from the packs alone; the daemon must not run")]
+pub struct Fsck {
+    /// Rebuild the index from the packs
+    #[arg(long)]
+    pub rebuild: bool,
+}
+
+/// Read every chunk and verify it against its id.
+///
+/// Exit code 6 if something is damaged and was not healed.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  layerctl scrub\n  layerctl scrub --heal edge1     fetch good copies of damaged chunks from a peer"
+)]
+pub struct Scrub {
+    /// Fetch good copies of damaged chunks from this peer
+    #[arg(long, value_name = "PEER")]
+    pub heal: Option<String>,
+}

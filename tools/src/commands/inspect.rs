@@ -1,0 +1,240 @@
+//! inspect, diff, why: looking into layers.
+
+use serde_json::Value;
+
+use super::Session;
+use crate::api::PathText;
+use crate::api::layers::{
+    ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, InspectRequest, InspectResult,
+};
+use crate::api::storage::{WhyRequest, WhyResult};
+use crate::cli::{layers as args, storage};
+use crate::failure::{Failure, Result};
+use crate::output::{Color, Paint, Table, facts, short};
+use crate::progress::Display;
+use crate::{absolute, units};
+
+/// `layerctl inspect`.
+pub fn inspect(session: &Session, args: args::Inspect) -> Result<()> {
+    let request =
+        InspectRequest { layer: args.layer, path: args.path.as_deref().map(PathText::from), chunks: args.chunks };
+    let mut items: Vec<Value> = Vec::new();
+    let mut display = Display::new(session.output, "inspecting");
+    let result: InspectResult = session.client()?.work("inspect", &request, &mut display, &mut |item| {
+        items.push(item);
+        Ok(())
+    })?;
+    if session.output.json {
+        let key = if request.chunks { "chunks" } else { "entries" };
+        let mut value = serde_json::to_value(&result).unwrap_or_default();
+        if let Some(object) = value.as_object_mut() {
+            object.insert(key.to_owned(), items.into());
+        }
+        return session.output.answer(&value, |_| String::new());
+    }
+    let paint = session.output.paint();
+    let text = match &result.entry {
+        Some(entry) => entry_text(entry, paint),
+        None => layer_text(&result, paint),
+    };
+    let table = if request.chunks { chunk_table(&items, paint)? } else { folder_table(&items, paint)? };
+    session.output.answer(&result, |_| if table.is_empty() { text } else { format!("{text}\n{table}") })
+}
+
+fn layer_text(result: &InspectResult, paint: Paint) -> String {
+    let layer = &result.layer;
+    let names = if layer.names.is_empty() { "-".to_owned() } else { paint.cyan(&layer.names.join(", ")) };
+    let parent = match (&layer.parent, &layer.parent_name) {
+        (Some(id), Some(name)) => format!("{name}  {}", paint.dim(id)),
+        (Some(id), None) => id.clone(),
+        _ => "-".to_owned(),
+    };
+    facts(
+        paint,
+        [
+            ("names", names),
+            ("layer", layer.id.clone()),
+            ("kind", layer.kind.clone()),
+            ("on", parent),
+            ("depth", layer.depth.to_string()),
+            ("inodes", units::count(layer.inodes)),
+            ("dentries", units::count(layer.dentries)),
+            ("file sizes", units::size(layer.file_bytes)),
+            ("tables", units::size(result.table_bytes)),
+            ("next inode", units::count(result.next_ino)),
+        ],
+    )
+}
+
+fn entry_text(entry: &EntryInfo, paint: Paint) -> String {
+    let mut list = vec![
+        ("path", paint.cyan(&entry.path.display())),
+        ("kind", entry.kind.clone()),
+        ("inode", entry.ino.to_string()),
+        ("mode", format!("{:04o}", entry.mode & 0o7777)),
+        ("owner", format!("{}:{}", entry.uid, entry.gid)),
+        ("links", entry.nlink.to_string()),
+        ("size", format!("{}  ({} bytes)", units::size(entry.size), units::count(entry.size))),
+        ("modified", units::rfc3339(entry.modified.0)),
+    ];
+    if entry.data_bytes != entry.size && entry.kind == "file" {
+        list.push(("data", format!("{}, the rest is holes", units::size(entry.data_bytes))));
+    }
+    list.extend(entry.target.as_ref().map(|target| ("target", target.display())));
+    list.extend(entry.device.map(|(major, minor)| ("device", format!("{major}:{minor}"))));
+    list.extend(entry.chunker.clone().map(|chunker| ("chunker", chunker)));
+    if !entry.xattrs.is_empty() {
+        list.push(("xattrs", entry.xattrs.join(", ")));
+    }
+    facts(paint, list)
+}
+
+fn decode<T: serde::de::DeserializeOwned>(item: &Value) -> Result<T> {
+    T::deserialize(item).map_err(|e| Failure::invalid(format!("the daemon's answer makes no sense: {e}")))
+}
+
+fn chunk_table(items: &[Value], paint: Paint) -> Result<String> {
+    if items.is_empty() {
+        return Ok(String::new());
+    }
+    let mut table = Table::new(&["PART", "OFFSET>", "BYTES>", "STORED>", "CHUNK"]);
+    for item in items {
+        let item: ChunkItem = decode(item)?;
+        let stored = match (&item.id, item.stored_bytes) {
+            (None, _) => ("-".to_owned(), None),
+            (Some(_), Some(bytes)) => (units::count(bytes), None),
+            (Some(_), None) => ("missing".to_owned(), Some(Color::Red)),
+        };
+        table.colored([
+            (item.part, None),
+            (units::count(item.offset), None),
+            (units::count(item.bytes), None),
+            stored,
+            (item.id.unwrap_or_else(|| "hole".to_owned()), Some(Color::Dim)),
+        ]);
+    }
+    Ok(table.render(paint))
+}
+
+fn folder_table(items: &[Value], paint: Paint) -> Result<String> {
+    if items.is_empty() {
+        return Ok(String::new());
+    }
+    let mut table = Table::new(&["INODE>", "KIND", "SIZE>", "NAME"]);
+    for item in items {
+        let item: FolderItem = decode(item)?;
+        table.colored([
+            (item.ino.to_string(), Some(Color::Dim)),
+            (item.kind, None),
+            (units::size(item.size), None),
+            (item.name.display(), Some(Color::Cyan)),
+        ]);
+    }
+    Ok(table.render(paint))
+}
+
+/// `layerctl diff`.
+pub fn diff(session: &Session, args: args::Diff) -> Result<()> {
+    let request = DiffRequest { old: side(&args.old)?, new: side(&args.new)?, summary: args.summary };
+    let output = session.output;
+    let mut display = Display::new(output, "comparing");
+    let client = session.client()?;
+    output.with_stdout(|out| {
+        use std::io::Write;
+        let mut count = 0u64;
+        if output.json {
+            out.write_all(b"{\"changes\":[")?;
+        }
+        let summary: DiffSummary = client.work("diff", &request, &mut display, &mut |item| {
+            count += 1;
+            if output.json {
+                out.write_all(if count == 1 { b"\n" } else { b",\n" })?;
+                return serde_json::to_writer(&mut *out, &item).map_err(|e| std::io::Error::from(e).into());
+            }
+            let item: ChangeItem = decode(&item)?;
+            Ok(out.write_all(change_line(&item, output.paint()).as_bytes())?)
+        })?;
+        if output.json {
+            out.write_all(if count == 0 { b"],\n\"summary\":" } else { b"\n],\n\"summary\":" })?;
+            serde_json::to_writer(&mut *out, &summary).map_err(std::io::Error::from)?;
+            out.write_all(b"}\n")?;
+        } else {
+            out.write_all(summary_line(&summary).as_bytes())?;
+        }
+        Ok(())
+    })
+}
+
+/// A mount's folder is an absolute path for the daemon; a layer is a name.
+fn side(text: &str) -> Result<String> {
+    let is_path = text.starts_with('/') || text.starts_with("./") || text.starts_with("../") || text == ".";
+    if !is_path {
+        return Ok(text.to_owned());
+    }
+    let path = absolute(std::path::Path::new(text))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|_| Failure::invalid(format!("{text:?} is not UTF-8; use a layer's name")))
+}
+
+fn change_line(item: &ChangeItem, paint: Paint) -> String {
+    let path = item.path.display();
+    let (old, new) = (units::size(item.old_bytes), units::size(item.new_bytes));
+    let sizes = match item.change.as_str() {
+        "added" => new,
+        "removed" => old,
+        "attributes" => String::new(),
+        _ if old == new => new,
+        _ => format!("{old} → {new}"),
+    };
+    let (sign, path) = match item.change.as_str() {
+        "added" => (paint.green("+"), paint.green(&path)),
+        "removed" => (paint.red("-"), paint.red(&path)),
+        "modified" => (paint.yellow("~"), path),
+        "type" => (paint.yellow("t"), path),
+        _ => (paint.dim("m"), paint.dim(&path)),
+    };
+    format!("{sign} {sizes:>21}  {path}\n")
+}
+
+fn summary_line(summary: &DiffSummary) -> String {
+    let DiffSummary { added, removed, modified, attributes, old_bytes, new_bytes } = summary;
+    if added + removed + modified + attributes == 0 {
+        return "no difference\n".to_owned();
+    }
+    let counts =
+        [(added, "added"), (removed, "removed"), (modified, "modified"), (attributes, "with other attributes")];
+    let parts: Vec<String> =
+        counts.iter().filter(|(n, _)| **n > 0).map(|(n, what)| format!("{} {what}", units::count(**n))).collect();
+    format!("{}; {} → {}\n", parts.join(", "), units::size(*old_bytes), units::size(*new_bytes))
+}
+
+/// `layerctl why`.
+pub fn why(session: &Session, args: storage::Why) -> Result<()> {
+    let what = if args.what.starts_with('/') { side(&args.what)? } else { args.what };
+    let request = WhyRequest { what, limit: Some(args.limit) };
+    let result: WhyResult = session.work("why", &request, "searching")?;
+    session.output.answer(&result, |result| why_text(result, session.output.paint()))?;
+    if result.more && !session.output.json {
+        session.output.note(&format!("and more; --limit N shows more than {}", args.limit));
+    }
+    Ok(())
+}
+
+fn why_text(result: &WhyResult, paint: Paint) -> String {
+    if result.references.is_empty() {
+        return "nothing refers to it; `layerctl gc` frees it\n".to_owned();
+    }
+    let mut table = Table::new(&["CHUNK", "PART", "OFFSET>", "LAYER", "NAMES", "PATH"]);
+    for reference in &result.references {
+        table.colored([
+            (short(&reference.chunk), Some(Color::Dim)),
+            (reference.part.clone(), None),
+            (reference.offset.map_or_else(|| "-".to_owned(), units::count), None),
+            (short(&reference.layer), Some(Color::Dim)),
+            (reference.names.join(", "), Some(Color::Cyan)),
+            (reference.path.as_ref().map(PathText::display).unwrap_or_default(), None),
+        ]);
+    }
+    table.render(paint)
+}

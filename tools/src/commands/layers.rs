@@ -1,0 +1,243 @@
+//! import, export, tag, remove, list, tree, log.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Read};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use super::Session;
+use crate::api::layers::{
+    ExportRequest, ExportResult, ImportRequest, ImportResult, InspectRequest, LayerInfo, LayerList, ListRequest, Named,
+    RemoveRequest, RemoveResult, TagRequest,
+};
+use crate::cli::layers as args;
+use crate::failure::{Class, Failure, Result};
+use crate::output::{Color, Paint, Table, short};
+use crate::progress::Display;
+use crate::{absolute, units};
+
+/// `layerctl import`.
+pub fn import(session: &Session, args: args::Import) -> Result<()> {
+    let is_stream = args.source.as_os_str() == "-" || is_pipe(&args.source);
+    let request = ImportRequest {
+        source: if is_stream { None } else { Some(absolute(&args.source)?) },
+        name: args.name,
+        parent: args.parent,
+        kind: args.kind,
+        like: args.like,
+        whole: args.whole,
+        oci_whiteouts: args.oci_whiteouts,
+        force: args.force,
+    };
+    let mut display = Display::new(session.output, format!("importing {}", request.name));
+    let result: ImportResult = if is_stream {
+        let source = open_stream(&args.source)?;
+        session.client_of_new_store()?.upload("import-stream", &request, source, &mut display)?
+    } else {
+        std::fs::symlink_metadata(&args.source).map_err(|e| Failure::file("open", &args.source, e))?;
+        session.client_of_new_store()?.work("import", &request, &mut display, &mut |_| Ok(()))?
+    };
+    session.output.answer(&result, |result| imported(result, session.output.paint()))
+}
+
+fn imported(result: &ImportResult, paint: Paint) -> String {
+    let mut text = String::new();
+    for layer in &result.layers {
+        let name = layer.name.as_deref().unwrap_or("(no name)");
+        let size = units::size(layer.file_bytes);
+        text.push_str(&format!(
+            "{}  {}  {}, {size}\n",
+            short(&layer.id),
+            paint.cyan(name),
+            units::plural(layer.files, "inode")
+        ));
+    }
+    let rate = units::rate(result.bytes_read, result.seconds);
+    let (read, stored) = (units::size(result.bytes_read), units::size(result.bytes_stored));
+    text.push_str(&format!("{read} read, {stored} added to the store, {}, {rate}\n", units::duration(result.seconds)));
+    text
+}
+
+fn is_pipe(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
+}
+
+fn open_stream(path: &Path) -> Result<Box<dyn Read + Send>> {
+    if path.as_os_str() != "-" {
+        let file = std::fs::File::open(path).map_err(|e| Failure::file("open", path, e))?;
+        return Ok(Box::new(file));
+    }
+    if std::io::stdin().is_terminal() {
+        let text = "`-` reads an archive from stdin, which is a terminal";
+        return Err(Failure::invalid(text).hint("pipe something into it: tar c . | layerctl import - NAME"));
+    }
+    Ok(Box::new(std::io::stdin()))
+}
+
+/// `layerctl export`.
+pub fn export(session: &Session, args: args::Export) -> Result<()> {
+    let is_stream = args.dest.as_os_str() == "-";
+    let request = ExportRequest {
+        name: args.name,
+        dest: if is_stream { None } else { Some(absolute(&args.dest)?) },
+        format: args.format,
+    };
+    let mut display = Display::new(session.output, format!("exporting {}", request.name));
+    let client = session.client()?;
+    if is_stream {
+        if std::io::stdout().is_terminal() {
+            let text = "`-` writes an archive to stdout, which is a terminal";
+            return Err(Failure::invalid(text).hint("redirect it: layerctl export NAME - > archive.tar"));
+        }
+        let mut stdout = std::io::stdout().lock();
+        let _: ExportResult = client.download("export-stream", &request, &mut stdout, &mut display)?;
+        return Ok(());
+    }
+    let result: ExportResult = client.work("export", &request, &mut display, &mut |_| Ok(()))?;
+    session.output.answer(&result, |result| {
+        let written = units::size(result.bytes_written);
+        let rate = units::rate(result.bytes_written, result.seconds);
+        let files = units::plural(result.files, "file");
+        format!("{files}, {written} written to {}, {}, {rate}\n", args.dest.display(), units::duration(result.seconds))
+    })
+}
+
+/// `layerctl tag`.
+pub fn tag(session: &Session, args: args::Tag) -> Result<()> {
+    let request = TagRequest { layer: args.layer, name: args.name, force: args.force };
+    let named: Named = session.call("tag", &request)?;
+    let paint = session.output.paint();
+    session.output.answer(&named, |named| format!("{}  {}\n", short(&named.id), paint.cyan(&named.name)))
+}
+
+/// `layerctl remove`.
+pub fn remove(session: &Session, args: args::Remove) -> Result<()> {
+    let result: RemoveResult = session.call("remove", &RemoveRequest { names: args.names })?;
+    session.output.answer(&result, |result| {
+        result.removed.iter().map(|named| format!("removed {}  (layer {})\n", named.name, short(&named.id))).collect()
+    })?;
+    if !session.output.json {
+        session.output.note("`layerctl gc` frees the space");
+    }
+    Ok(())
+}
+
+/// `layerctl list`.
+pub fn list(session: &Session, args: args::List) -> Result<()> {
+    let request = ListRequest { pattern: args.pattern, kind: args.kind };
+    let list: LayerList = session.call("list", &request)?;
+    session.output.answer(&list, |list| layer_table(&list.layers, session.output.paint()))?;
+    if list.layers.is_empty() && !session.output.json {
+        session.output.note("no layers; `layerctl import SRC NAME` makes one");
+    }
+    Ok(())
+}
+
+fn layer_table(layers: &[LayerInfo], paint: Paint) -> String {
+    if layers.is_empty() {
+        return String::new();
+    }
+    let now = units::now();
+    let mut table = Table::new(&["NAME", "KIND", "LAYER", "ON", "INODES>", "SIZE>", "MADE"]);
+    for layer in layers {
+        let on = layer.parent_name.clone().or_else(|| layer.parent.as_deref().map(short));
+        table.colored([
+            (layer.names.join(", "), Some(Color::Cyan)),
+            (layer.kind.clone(), None),
+            (short(&layer.id), Some(Color::Dim)),
+            (on.unwrap_or_else(|| "-".to_owned()), None),
+            (units::count(layer.inodes), None),
+            (units::size(layer.file_bytes), None),
+            (layer.created.map_or_else(|| "-".to_owned(), |created| units::age(created.0, now)), Some(Color::Dim)),
+        ]);
+    }
+    table.render(paint)
+}
+
+/// `layerctl log`.
+pub fn log(session: &Session, args: args::Log) -> Result<()> {
+    let request = InspectRequest { layer: args.layer, path: None, chunks: false };
+    let list: LayerList = session.call("log", &request)?;
+    session.output.answer(&list, |list| {
+        let mut table = Table::new(&["LAYER", "KIND", "INODES>", "SIZE>", "NAMES"]);
+        for layer in &list.layers {
+            table.colored([
+                (short(&layer.id), Some(Color::Dim)),
+                (layer.kind.clone(), None),
+                (units::count(layer.inodes), None),
+                (units::size(layer.file_bytes), None),
+                (layer.names.join(", "), Some(Color::Cyan)),
+            ]);
+        }
+        table.render(session.output.paint())
+    })
+}
+
+/// `layerctl tree`.
+pub fn tree(session: &Session, args: args::Tree) -> Result<()> {
+    let list: LayerList = session.call("tree", &ListRequest::default())?;
+    let forest = Forest::new(list.layers);
+    let roots = match &args.name {
+        None => forest.below(None),
+        Some(name) => vec![forest.find(name)?],
+    };
+    let kept = LayerList { layers: roots.iter().flat_map(|root| forest.all_from(root)).cloned().collect() };
+    session
+        .output
+        .answer(&kept, |_| roots.iter().map(|root| forest.draw(root, session.output.paint(), "", "")).collect())
+}
+
+/// Layers by what they lie on.
+struct Forest {
+    layers: Vec<LayerInfo>,
+    /// Indices of the layers that lie on a layer, and of those that lie on none.
+    children: BTreeMap<Option<String>, Vec<usize>>,
+}
+
+impl Forest {
+    fn new(layers: Vec<LayerInfo>) -> Forest {
+        let mut children: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+        for (index, layer) in layers.iter().enumerate() {
+            children.entry(layer.parent.clone()).or_default().push(index);
+        }
+        Forest { layers, children }
+    }
+
+    fn below(&self, parent: Option<&str>) -> Vec<&LayerInfo> {
+        let indices = self.children.get(&parent.map(str::to_owned));
+        indices.into_iter().flatten().map(|index| &self.layers[*index]).collect()
+    }
+
+    fn find(&self, name: &str) -> Result<&LayerInfo> {
+        let is_meant = |layer: &&LayerInfo| {
+            layer.names.iter().any(|other| other == name) || (name.len() >= 8 && layer.id.starts_with(name))
+        };
+        self.layers
+            .iter()
+            .find(is_meant)
+            .ok_or_else(|| Failure::new(Class::NotFound, format!("layer {name:?} not found")))
+    }
+
+    fn all_from<'a>(&'a self, root: &'a LayerInfo) -> Vec<&'a LayerInfo> {
+        let mut all = vec![root];
+        let mut next = 0;
+        while let Some(layer) = all.get(next) {
+            let below = self.below(Some(&layer.id));
+            all.extend(below);
+            next += 1;
+        }
+        all
+    }
+
+    fn draw(&self, layer: &LayerInfo, paint: Paint, first: &str, rest: &str) -> String {
+        let names = if layer.names.is_empty() { "(no name)".to_owned() } else { layer.names.join(", ") };
+        let facts = format!("{}  {}  {}", layer.kind, units::size(layer.file_bytes), short(&layer.id));
+        let mut text = format!("{first}{}  {}\n", paint.cyan(&names), paint.dim(&facts));
+        let children = self.below(Some(&layer.id));
+        for (index, child) in children.iter().enumerate() {
+            let (branch, trunk) = if index + 1 == children.len() { ("└─ ", "   ") } else { ("├─ ", "│  ") };
+            text.push_str(&self.draw(child, paint, &format!("{rest}{branch}"), &format!("{rest}{trunk}")));
+        }
+        text
+    }
+}

@@ -1,0 +1,99 @@
+//! What each command does: asks the daemon, writes the answer.
+
+pub mod inspect;
+pub mod layers;
+pub mod mounts;
+pub mod peers;
+pub mod storage;
+pub mod system;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::autostart::{self, StoreUse};
+use crate::cli::Command;
+use crate::client::Client;
+use crate::config::Settings;
+use crate::failure::{Failure, Result};
+use crate::output::Output;
+use crate::progress::Display;
+
+/// What a command works with.
+pub struct Session {
+    /// The settings in force.
+    pub settings: Settings,
+    /// How to write.
+    pub output: Output,
+}
+
+impl Session {
+    /// The daemon's client, the daemon started if need be.
+    pub fn client(&self) -> Result<Client> {
+        autostart::ensure(&self.settings, StoreUse::MustExist)
+    }
+
+    /// The same, the store made if need be.
+    pub fn client_of_new_store(&self) -> Result<Client> {
+        autostart::ensure(&self.settings, StoreUse::MayCreate)
+    }
+
+    /// Does a short operation.
+    pub fn call<Q: Serialize, R: DeserializeOwned>(&self, operation: &str, request: &Q) -> Result<R> {
+        self.client()?.call(operation, request)
+    }
+
+    /// Does a long operation that has no items, showing its progress as `label`.
+    pub fn work<Q: Serialize, R: DeserializeOwned>(&self, operation: &str, request: &Q, label: &str) -> Result<R> {
+        let mut display = Display::new(self.output, label);
+        self.client()?.work(operation, request, &mut display, &mut |_| Ok(()))
+    }
+
+    /// Does a long operation with items of type `I`.
+    pub fn work_with_items<Q: Serialize, R: DeserializeOwned, I: DeserializeOwned>(
+        &self,
+        operation: &str,
+        request: &Q,
+        label: &str,
+        item: &mut dyn FnMut(I) -> Result<()>,
+    ) -> Result<R> {
+        let mut display = Display::new(self.output, label);
+        self.client()?.work(operation, request, &mut display, &mut |value| {
+            let decoded = serde_json::from_value(value);
+            item(decoded.map_err(|e| Failure::invalid(format!("the daemon's answer makes no sense: {e}")))?)
+        })
+    }
+}
+
+/// Runs `command`; returns the exit code.
+pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
+    let session = &Session { settings, output };
+    match command {
+        Command::Import(args) => layers::import(session, args)?,
+        Command::Export(args) => layers::export(session, args)?,
+        Command::Tag(args) => layers::tag(session, args)?,
+        Command::Remove(args) => layers::remove(session, args)?,
+        Command::List(args) => layers::list(session, args)?,
+        Command::Tree(args) => layers::tree(session, args)?,
+        Command::Log(args) => layers::log(session, args)?,
+        Command::Inspect(args) => inspect::inspect(session, args)?,
+        Command::Diff(args) => inspect::diff(session, args)?,
+        Command::Mount(args) => mounts::mount(session, args)?,
+        Command::Umount(args) => mounts::umount(session, args)?,
+        Command::Seal(args) => mounts::seal(session, args)?,
+        Command::Mounts(_) => mounts::list(session)?,
+        Command::Uppers(args) => mounts::uppers(session, args)?,
+        Command::Push(args) => peers::push(session, args)?,
+        Command::Pull(args) => peers::pull(session, args)?,
+        Command::Peer(args) => peers::peer(session, args)?,
+        Command::Stat(_) => storage::stat(session)?,
+        Command::Du(args) => storage::du(session, args)?,
+        Command::Why(args) => inspect::why(session, args)?,
+        Command::Gc(args) => storage::gc(session, args)?,
+        Command::Fsck(args) => return storage::fsck(session, args),
+        Command::Scrub(args) => return storage::scrub(session, args),
+        Command::Daemon(args) => return system::daemon(session, args),
+        Command::Version(_) => system::version(session)?,
+        Command::Completions(_) | Command::Generate(_) => {}
+    }
+    Ok(0)
+}

@@ -1,0 +1,167 @@
+//! mount, umount, seal, mounts, uppers.
+
+use std::path::Path;
+
+use super::Session;
+use crate::api::Empty;
+use crate::api::mounts::{
+    MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, UpperInfo, UpperList,
+    UppersRemoveRequest,
+};
+use crate::cli::mounts as args;
+use crate::failure::Result;
+use crate::output::{Color, Table, short};
+use crate::{absolute, units};
+
+/// `f_type` of a FUSE mount.
+const FUSE_MAGIC: i64 = 0x6573_5546;
+
+/// `layerctl mount`.
+pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
+    let request =
+        MountRequest { layer: args.layer, dir: real(&args.dir)?, read_only: args.read_only, upper: args.upper };
+    let info: MountInfo = session.call("mount", &request)?;
+    warn_if_invisible(session, &info.dir);
+    let paint = session.output.paint();
+    session.output.answer(&info, |info| {
+        let what = info.layer_name.clone().unwrap_or_else(|| short(&info.layer));
+        format!("{} on {}, {}\n", paint.cyan(&what), info.dir.display(), top(info))
+    })
+}
+
+/// What lies on top of a mount, in words.
+fn top(info: &MountInfo) -> String {
+    match (info.read_only, &info.upper_name, info.upper) {
+        (true, ..) => "read-only".to_owned(),
+        (false, Some(name), _) => format!("upper {name}"),
+        (false, None, Some(id)) => format!("upper {id}"),
+        (false, None, None) => "writable".to_owned(),
+    }
+}
+
+/// Says so if the daemon mounted it where this process doesn't see it.
+fn warn_if_invisible(session: &Session, dir: &Path) {
+    let is_fuse = rustix::fs::statfs(dir).is_ok_and(|stat| stat.f_type as i64 == FUSE_MAGIC);
+    if !is_fuse {
+        session.output.warn(&format!(
+            "{} is mounted, but not visible here: the daemon runs in another mount namespace \
+             (was it started under `ip netns exec` or in a container? `nsenter --net` keeps the mounts)",
+            dir.display()
+        ));
+    }
+}
+
+/// The folder without symbolic links, as the kernel lists mounts; a dead mount can't be looked into, so its path stays.
+fn real(dir: &Path) -> Result<std::path::PathBuf> {
+    match std::fs::canonicalize(dir) {
+        Ok(real) => Ok(real),
+        Err(_) => absolute(dir),
+    }
+}
+
+/// `layerctl umount`.
+pub fn umount(session: &Session, args: args::Umount) -> Result<()> {
+    let dirs = args.dirs.iter().map(|dir| real(dir)).collect::<Result<_>>()?;
+    let request = UmountRequest { dirs, all: args.all, discard: args.discard, lazy: args.lazy };
+    let result: UmountResult = session.call("umount", &request)?;
+    session.output.answer(&result, |result| {
+        result.unmounted.iter().map(|unmounted| format!("unmounted {}\n", unmounted.dir.display())).collect()
+    })?;
+    if !session.output.json {
+        for upper in result.unmounted.iter().filter_map(|unmounted| unmounted.kept_upper.as_ref()) {
+            let UpperInfo { id, base, base_name, .. } = upper;
+            let base = base_name.clone().unwrap_or_else(|| short(base));
+            let what = upper.name.clone().unwrap_or_else(|| id.to_string());
+            session.output.note(&format!(
+                "its changes are kept in upper {what} ({}); `layerctl mount {base} DIR --upper {what}` goes on with them, \
+                 `layerctl uppers remove {what}` throws them away",
+                units::size(upper.data_bytes)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// `layerctl seal`.
+pub fn seal(session: &Session, args: args::Seal) -> Result<()> {
+    let request = SealRequest { dir: real(&args.dir)?, name: args.name, kind: Some(args.kind), force: args.force };
+    let label = format!("sealing {}", request.name);
+    let result: SealResult = session.work("seal", &request, &label)?;
+    let paint = session.output.paint();
+    session.output.answer(&result, |result| {
+        let id = short(&result.id);
+        let name = paint.cyan(&result.name);
+        if result.unchanged {
+            return format!("{id}  {name}  nothing had changed: the same layer under one more name\n");
+        }
+        let (inodes, size) = (units::plural(result.inodes, "inode"), units::size(result.file_bytes));
+        let (stored, took) = (units::size(result.bytes_stored), units::duration(result.seconds));
+        format!("{id}  {name}  {inodes}, {size}; {stored} added to the store, {took}\n")
+    })
+}
+
+/// `layerctl mounts`.
+pub fn list(session: &Session) -> Result<()> {
+    let list: MountList = session.call("mounts", &Empty {})?;
+    session.output.answer(&list, |list| {
+        if list.mounts.is_empty() {
+            return String::new();
+        }
+        let now = units::now();
+        let mut table = Table::new(&["DIR", "LAYER", "TOP", "SINCE"]);
+        for info in &list.mounts {
+            let layer = info.layer_name.clone().unwrap_or_else(|| short(&info.layer));
+            table.colored([
+                (info.dir.display().to_string(), None),
+                (layer, Some(Color::Cyan)),
+                (top(info), None),
+                (units::age(info.since.0, now), Some(Color::Dim)),
+            ]);
+        }
+        table.render(session.output.paint())
+    })?;
+    if list.mounts.is_empty() && !session.output.json {
+        session.output.note("no mounts; `layerctl mount NAME DIR` makes one");
+    }
+    Ok(())
+}
+
+/// `layerctl uppers`.
+pub fn uppers(session: &Session, args: args::Uppers) -> Result<()> {
+    if let Some(args::UppersAction::Remove { uppers }) = args.action {
+        let removed: UpperList = session.call("uppers-remove", &UppersRemoveRequest { uppers })?;
+        return session.output.answer(&removed, |list| {
+            let line = |upper: &UpperInfo| {
+                let what = upper.name.clone().unwrap_or_else(|| upper.id.to_string());
+                format!("removed upper {what} ({})\n", units::size(upper.data_bytes))
+            };
+            list.uppers.iter().map(line).collect()
+        });
+    }
+    let list: UpperList = session.call("uppers", &Empty {})?;
+    session.output.answer(&list, |list| upper_table(session, list))?;
+    if list.uppers.is_empty() && !session.output.json {
+        session.output.note("no uppers; a writable mount makes one");
+    }
+    Ok(())
+}
+
+fn upper_table(session: &Session, list: &UpperList) -> String {
+    if list.uppers.is_empty() {
+        return String::new();
+    }
+    let now = units::now();
+    let mut table = Table::new(&["UPPER>", "NAME", "ON", "INODES>", "DATA>", "MOUNTED AT", "MADE"]);
+    for upper in &list.uppers {
+        table.colored([
+            (upper.id.to_string(), None),
+            (upper.name.clone().unwrap_or_else(|| "-".to_owned()), Some(Color::Cyan)),
+            (upper.base_name.clone().unwrap_or_else(|| short(&upper.base)), None),
+            (units::count(upper.inodes), None),
+            (units::size(upper.data_bytes), None),
+            (upper.mounted_at.as_ref().map_or_else(|| "-".to_owned(), |dir| dir.display().to_string()), None),
+            (units::age(upper.created.0, now), Some(Color::Dim)),
+        ]);
+    }
+    table.render(session.output.paint())
+}

@@ -1,0 +1,159 @@
+//! stat, du, gc, fsck, scrub.
+
+use super::Session;
+use crate::api::Empty;
+use crate::api::storage::{
+    DuRequest, DuResult, DuRow, FsckResult, GcRequest, GcResult, ScrubRequest, ScrubResult, StatResult,
+};
+use crate::autostart;
+use crate::cli::storage as args;
+use crate::code_of;
+use crate::failure::{Class, Failure, Result};
+use crate::output::{Color, Paint, Table, facts, short};
+use crate::units;
+
+/// `layerctl stat`.
+pub fn stat(session: &Session) -> Result<()> {
+    let result: StatResult = session.work("stat", &Empty {}, "counting")?;
+    session.output.answer(&result, |result| stat_text(result, session.output.paint()))
+}
+
+fn stat_text(result: &StatResult, paint: Paint) -> String {
+    let times = |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}×"));
+    let mut text = facts(
+        paint,
+        [
+            ("store", result.store.display().to_string()),
+            ("names", units::count(result.names)),
+            ("layers", units::count(result.layers)),
+            ("file sizes", format!("{} in all named stacks", units::size(result.apparent_bytes))),
+            ("dedup", times(result.dedup_ratio)),
+            ("compression", times(result.compression_ratio)),
+            ("packs", format!("{} in {}", units::size(result.pack_bytes), units::plural(result.packs, "file"))),
+            ("dead", format!("{} in packs that gc has not rewritten", units::size(result.dead_bytes))),
+        ],
+    );
+    let mut table = Table::new(&["CHUNKS", "COUNT>", "PLAIN>", "STORED>"]);
+    for class in &result.classes {
+        let (plain, stored) = (units::size(class.plain_bytes), units::size(class.stored_bytes));
+        table.row([class.class.clone(), units::count(class.chunks), plain, stored]);
+    }
+    let (plain, stored) = (units::size(result.plain_bytes), units::size(result.stored_bytes));
+    table.row(["all".to_owned(), units::count(result.chunks), plain, stored]);
+    text.push('\n');
+    text.push_str(&table.render(paint));
+    text
+}
+
+/// `layerctl du`.
+pub fn du(session: &Session, args: args::Du) -> Result<()> {
+    let request = DuRequest { names: args.names, layers: args.layers };
+    let result: DuResult = session.work("du", &request, "counting")?;
+    session.output.answer(&result, |result| du_text(result, session.output.paint()))
+}
+
+fn du_text(result: &DuResult, paint: Paint) -> String {
+    if result.rows.is_empty() {
+        return "no layers\n".to_owned();
+    }
+    let mut table =
+        Table::new(&["NAME", "LAYER", "APPARENT>", "PLAIN>", "UNIQUE>", "SHARED>", "COMPRESSED>", "REMOVING FREES>"]);
+    for row in &result.rows {
+        let DuRow { name, id, apparent_bytes, plain_bytes, unique_bytes, shared_bytes, stored_bytes, freed_bytes } =
+            row;
+        table.colored([
+            (name.clone().unwrap_or_else(|| "-".to_owned()), Some(Color::Cyan)),
+            (short(id), Some(Color::Dim)),
+            (units::size(*apparent_bytes), None),
+            (units::size(*plain_bytes), None),
+            (units::size(*unique_bytes), None),
+            (units::size(*shared_bytes), None),
+            (units::size(*stored_bytes), None),
+            (units::size(*freed_bytes), None),
+        ]);
+    }
+    let mut text = table.render(paint);
+    let (plain, stored) = (units::size(result.total_plain_bytes), units::size(result.total_stored_bytes));
+    text.push_str(&format!("together {plain}, {stored} compressed"));
+    if let Some(freed) = result.freed_bytes {
+        text.push_str(&format!("; removing all of these frees {}", units::size(freed)));
+    }
+    text.push('\n');
+    text
+}
+
+/// `layerctl gc`.
+pub fn gc(session: &Session, args: args::Gc) -> Result<()> {
+    let result: GcResult = session.work("gc", &GcRequest { dry_run: args.dry_run }, "collecting garbage")?;
+    session.output.answer(&result, |result| {
+        let verb = if result.dry_run { "would be freed" } else { "freed" };
+        let (size, chunks) = (units::size(result.freed_bytes), units::plural(result.freed_chunks, "chunk"));
+        let mut text = format!("{size} {verb}: {chunks}; {} stay", units::count(result.live_chunks));
+        if result.packs_removed + result.packs_rewritten > 0 {
+            let (removed, rewritten) = (units::count(result.packs_removed), units::count(result.packs_rewritten));
+            text.push_str(&format!("; packs: {removed} removed, {rewritten} rewritten"));
+        }
+        format!("{text}; {}\n", units::duration(result.seconds))
+    })
+}
+
+/// `layerctl fsck`.
+pub fn fsck(session: &Session, args: args::Fsck) -> Result<u8> {
+    let result: FsckResult = if args.rebuild {
+        if autostart::find(&session.settings)?.is_some() {
+            let text = "the index cannot be rebuilt while the daemon uses it";
+            return Err(
+                Failure::new(Class::Busy, text).hint("stop it with `layerctl daemon stop` and repeat the command")
+            );
+        }
+        crate::daemon::ops::check::rebuild(session)?
+    } else {
+        session.work("fsck", &Empty {}, "checking")?
+    };
+    session.output.answer(&result, |result| fsck_text(result, session.output.paint()))?;
+    Ok(code_of(result.clean, Class::Corrupt))
+}
+
+fn fsck_text(result: &FsckResult, paint: Paint) -> String {
+    let (names, chunks) = (units::plural(result.names, "name"), units::plural(result.chunks, "chunk"));
+    let (packs, took) = (units::plural(result.packs, "pack"), units::duration(result.seconds));
+    let mut text = String::new();
+    for problem in &result.problems {
+        text.push_str(&format!("{} {problem}\n", paint.red("problem:")));
+    }
+    for name in &result.recovered {
+        text.push_str(&format!("{} {name}\n", paint.yellow("recovered:")));
+    }
+    let verdict = match result.problems.len() as u64 {
+        0 => paint.green("clean"),
+        count => paint.red(&units::plural(count, "problem")),
+    };
+    text.push_str(&format!("{verdict}: {names}, {chunks}, {packs}, {took}\n"));
+    text
+}
+
+/// `layerctl scrub`.
+pub fn scrub(session: &Session, args: args::Scrub) -> Result<u8> {
+    let result: ScrubResult = session.work("scrub", &ScrubRequest { heal: args.heal }, "scrubbing")?;
+    session.output.answer(&result, |result| scrub_text(result, session.output.paint()))?;
+    if !result.clean && !session.output.json {
+        session.output.note("`layerctl scrub --heal PEER` fetches good copies from a peer that has them");
+    }
+    Ok(code_of(result.clean, Class::Corrupt))
+}
+
+fn scrub_text(result: &ScrubResult, paint: Paint) -> String {
+    let mut text = String::new();
+    for damaged in &result.damaged {
+        let state = if damaged.healed { paint.green("healed:") } else { paint.red("damaged:") };
+        text.push_str(&format!("{state} {}  {}\n", damaged.id, damaged.detail));
+        for user in &damaged.needed_by {
+            text.push_str(&format!("  needed by {user}\n"));
+        }
+    }
+    let verdict = if result.clean { paint.green("clean") } else { paint.red("damaged") };
+    let (chunks, size) = (units::plural(result.chunks, "chunk"), units::size(result.bytes));
+    let rate = units::rate(result.bytes, result.seconds);
+    text.push_str(&format!("{verdict}: {chunks}, {size} read, {}, {rate}\n", units::duration(result.seconds)));
+    text
+}

@@ -1,0 +1,118 @@
+//! daemon, generate, version.
+
+use super::Session;
+use crate::api::{Empty, Status};
+use crate::autostart;
+use crate::cli::system as args;
+use crate::failure::{Class, Result};
+use crate::output::{Output, Paint, facts};
+use crate::{client, generate as generator, units};
+
+/// `layerctl daemon`.
+pub fn daemon(session: &Session, args: args::Daemon) -> Result<u8> {
+    match args.action.unwrap_or(args::DaemonAction::Start(args.start)) {
+        args::DaemonAction::Start(how) => start(session, &how).map(|()| 0),
+        args::DaemonAction::Status => status(session),
+        args::DaemonAction::Stop { force } => stop(session, force).map(|()| 0),
+    }
+}
+
+fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {
+    if how.foreground {
+        return crate::daemon::run(session.settings.clone(), how);
+    }
+    if let Some(listen) = &how.listen {
+        // A wrong address is told here rather than by the daemon.
+        listen.parse::<crate::config::Listen>()?;
+    }
+    let running = autostart::find(&session.settings)?;
+    if running.is_none() {
+        autostart::start(&session.settings, how)?;
+    }
+    let status: Status = session.call("status", &Empty {})?;
+    if !session.output.json && running.is_some() && how.listen.is_some() {
+        session.output.warn("it runs already, with its own --listen; stop it first to change that");
+    }
+    session.output.answer(&status, |status| {
+        let verb = if running.is_some() { "runs already" } else { "started" };
+        format!("daemon {verb}: pid {}, store {}\n", status.pid, status.store.display())
+    })
+}
+
+fn status(session: &Session) -> Result<u8> {
+    let Some(client) = autostart::find(&session.settings)? else {
+        let store = session.settings.store.display().to_string();
+        let answer = serde_json::json!({ "running": false, "store": store });
+        session.output.answer(&answer, |_| format!("no daemon runs for the store {store}\n"))?;
+        return Ok(Class::NotFound.exit_code());
+    };
+    let status: Status = client.call("status", &Empty {})?;
+    session.output.answer(&status, |status| status_text(status, session.output.paint()))?;
+    Ok(0)
+}
+
+fn status_text(status: &Status, paint: Paint) -> String {
+    let listening = match (&status.listening, &status.listen_error) {
+        (Some(address), _) => address.clone(),
+        (None, Some(error)) => paint.red(error),
+        (None, None) => "no".to_owned(),
+    };
+    let leaves = if status.autostarted { ", leaves when it has nothing to do" } else { "" };
+    let mut list = vec![
+        ("store", status.store.display().to_string()),
+        ("version", status.version.clone()),
+        ("pid", format!("{}, up {}{leaves}", status.pid, units::duration(status.uptime_seconds))),
+        ("memory", units::size(status.resident_bytes)),
+        ("mounts", units::count(status.mounts)),
+        ("listening", listening),
+    ];
+    for work in &status.work {
+        let progress = &work.progress;
+        let share = progress.total_bytes.map(|total| format!(" {}", units::percent(progress.bytes, total)));
+        let (phase, share) = (&progress.phase, share.unwrap_or_default());
+        list.push(("work", format!("{}: {phase}{share}, {}", work.label, units::duration(work.seconds))));
+    }
+    facts(paint, list)
+}
+
+fn stop(session: &Session, force: bool) -> Result<()> {
+    let found = autostart::find(&session.settings)?;
+    if let Some(client) = &found {
+        client::stop(client, force)?;
+    }
+    let answer = serde_json::json!({ "stopped": found.is_some() });
+    session.output.answer(&answer, |_| {
+        let text = if found.is_some() { "daemon stopped" } else { "no daemon runs" };
+        format!("{text}\n")
+    })
+}
+
+/// `layerctl version`.
+pub fn version(session: &Session) -> Result<()> {
+    let daemon = match autostart::find(&session.settings) {
+        Ok(Some(client)) => client.call::<_, Status>("status", &Empty {}).ok(),
+        _ => None,
+    };
+    let daemon_version = daemon.map(|status| status.version);
+    let answer = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "api": crate::api::API_VERSION,
+        "daemon": daemon_version,
+    });
+    session.output.answer(&answer, |_| {
+        let daemon = daemon_version.as_deref().unwrap_or("not running");
+        format!("layerctl {}\ndaemon   {daemon}\n", env!("CARGO_PKG_VERSION"))
+    })
+}
+
+/// `layerctl generate`.
+pub fn generate(args: args::Generate, output: Output) -> Result<()> {
+    match args.what {
+        args::GenerateWhat::Completions(args) => generator::completions(args.shell, &mut std::io::stdout().lock()),
+        args::GenerateWhat::Man { dir } => {
+            let pages = generator::man(&dir)?;
+            let answer = serde_json::json!({ "dir": dir, "pages": pages });
+            output.answer(&answer, |_| format!("{} in {}\n", units::plural(pages as u64, "page"), dir.display()))
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! Where the settings come from, and which wins: command line, then environment, then the user's config file,
+//! then the system's, then the platform's defaults.
+//!
+//! Pure but for reading the files: the environment comes in as a value, so that tests hold the precedence.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::failure::{Failure, Result};
+use crate::units;
+
+/// The port that daemons listen on for peers.
+pub const DEFAULT_PORT: u16 = 7440;
+/// Names the store.
+pub const ENV_STORE: &str = "LAYERFS_STORE";
+/// Names the one config file to read, instead of the system's and the user's.
+pub const ENV_CONFIG: &str = "LAYERFS_CONFIG";
+/// The daemon's log filter.
+pub const ENV_LOG: &str = "LAYERFS_LOG";
+
+/// What of the process's surroundings the settings depend on.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// The variables that are set and not empty.
+    pub variables: HashMap<OsString, OsString>,
+    /// Whether the user is root.
+    pub is_root: bool,
+    /// The system's config file.
+    pub system_config: PathBuf,
+}
+
+impl Environment {
+    /// This process's.
+    pub fn current() -> Environment {
+        Environment {
+            variables: std::env::vars_os().filter(|(_, value)| !value.is_empty()).collect(),
+            is_root: rustix::process::geteuid().is_root(),
+            system_config: PathBuf::from("/etc/layerfs/config.toml"),
+        }
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        self.variables.get(std::ffi::OsStr::new(name)).map(PathBuf::from)
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        self.variables.get(std::ffi::OsStr::new(name)).map(|value| value.to_string_lossy().into_owned())
+    }
+
+    /// `$XDG_…`, or the folder below the home that stands for it.
+    fn xdg(&self, variable: &str, below_home: &str) -> Option<PathBuf> {
+        let absolute = self.path(variable).filter(|path| path.is_absolute());
+        absolute.or_else(|| self.path("HOME").map(|home| home.join(below_home)))
+    }
+
+    fn config_files(&self) -> Vec<PathBuf> {
+        match self.path(ENV_CONFIG) {
+            Some(only) => vec![only],
+            None => {
+                let user = self.xdg("XDG_CONFIG_HOME", ".config").map(|folder| folder.join("layerfs/config.toml"));
+                std::iter::once(self.system_config.clone()).chain(user).collect()
+            }
+        }
+    }
+
+    fn default_store(&self) -> Result<PathBuf> {
+        if self.is_root {
+            return Ok(PathBuf::from("/var/lib/layerfs"));
+        }
+        let data = self.xdg("XDG_DATA_HOME", ".local/share");
+        data.map(|folder| folder.join("layerfs")).ok_or_else(|| {
+            Failure::invalid("there is no default store without a home folder; use --store PATH or set LAYERFS_STORE")
+        })
+    }
+}
+
+/// A config file. Every key is optional.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    store: Option<PathBuf>,
+    listen: Option<String>,
+    idle_minutes: Option<u64>,
+    cache: Option<String>,
+    compression: Option<i32>,
+    threads: Option<usize>,
+    log: Option<String>,
+}
+
+impl ConfigFile {
+    fn read(path: &Path) -> Result<Option<ConfigFile>> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Failure::file("read", path, error)),
+        };
+        let parsed = toml::from_str(&text);
+        parsed
+            .map(Some)
+            .map_err(|error| Failure::invalid(format!("{}: {}", path.display(), error.to_string().trim_end())))
+    }
+
+    /// `self`, with `below` where it says nothing.
+    fn over(self, below: ConfigFile) -> ConfigFile {
+        ConfigFile {
+            store: self.store.or(below.store),
+            listen: self.listen.or(below.listen),
+            idle_minutes: self.idle_minutes.or(below.idle_minutes),
+            cache: self.cache.or(below.cache),
+            compression: self.compression.or(below.compression),
+            threads: self.threads.or(below.threads),
+            log: self.log.or(below.log),
+        }
+    }
+}
+
+/// Whether and where the daemon listens for peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// On all addresses at [`DEFAULT_PORT`], as soon as there is a peer.
+    WhenPeersExist,
+    /// Never.
+    Off,
+    /// Here, always; not being able to is an error.
+    At(String),
+}
+
+impl std::str::FromStr for Listen {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Listen> {
+        match text {
+            "auto" => Ok(Listen::WhenPeersExist),
+            "off" => Ok(Listen::Off),
+            address => parse_listen(address),
+        }
+    }
+}
+
+fn parse_listen(text: &str) -> Result<Listen> {
+    use std::net::{IpAddr, SocketAddr};
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Ok(Listen::At(address.to_string()));
+    }
+    let bare = text.trim_start_matches('[').trim_end_matches(']');
+    let address = bare.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, DEFAULT_PORT)).map_err(|_| {
+        Failure::invalid(format!(
+            "{text:?} is no address to listen on; use ADDRESS[:PORT] such as 0.0.0.0:{DEFAULT_PORT}, `auto` or `off`"
+        ))
+    })?;
+    Ok(Listen::At(address.to_string()))
+}
+
+/// The settings in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The store's folder, absolute.
+    pub store: PathBuf,
+    /// What chose it, for messages.
+    pub store_chosen_by: &'static str,
+    /// Whether and where to listen for peers.
+    pub listen: Listen,
+    /// After how long without work an auto-started daemon exits.
+    pub idle: Duration,
+    /// Size of the cache of plain chunks, in bytes.
+    pub cache_bytes: Option<u64>,
+    /// zstd level of new chunks.
+    pub compression: Option<i32>,
+    /// Threads for chunking and compressing.
+    pub threads: Option<usize>,
+    /// The daemon's log filter.
+    pub log: String,
+}
+
+impl Settings {
+    /// Finds the settings; `store` is what the command line says.
+    ///
+    /// # Errors
+    /// A config file that can't be read or has a wrong key or value; no home folder to put a store in.
+    pub fn find(store: Option<&Path>, environment: &Environment) -> Result<Settings> {
+        let mut file = ConfigFile::default();
+        for path in environment.config_files() {
+            match ConfigFile::read(&path)? {
+                Some(read) => file = read.over(file),
+                None if environment.path(ENV_CONFIG).is_some() => {
+                    let text = format!("the config file {} that {ENV_CONFIG} names does not exist", path.display());
+                    return Err(Failure::new(crate::failure::Class::NotFound, text));
+                }
+                None => {}
+            }
+        }
+        let (store, store_chosen_by) = if let Some(path) = store {
+            (path.to_owned(), "--store")
+        } else if let Some(path) = environment.path(ENV_STORE) {
+            (path, ENV_STORE)
+        } else if let Some(path) = file.store {
+            (path, "the config file")
+        } else {
+            (environment.default_store()?, "default")
+        };
+        let cache_bytes = match file.cache {
+            None => None,
+            Some(text) => Some(units::parse_size(&text).ok_or_else(|| {
+                Failure::invalid(format!("cache = {text:?} in the config file is no size; write it like \"64 MiB\""))
+            })?),
+        };
+        Ok(Settings {
+            store: std::path::absolute(&store).map_err(|e| Failure::file("find", &store, e))?,
+            store_chosen_by,
+            listen: file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse())?,
+            idle: Duration::from_secs(file.idle_minutes.unwrap_or(5) * 60),
+            cache_bytes,
+            compression: file.compression,
+            threads: file.threads,
+            log: environment.text(ENV_LOG).or(file.log).unwrap_or_else(|| "info".to_owned()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Scene {
+        folder: PathBuf,
+        environment: Environment,
+    }
+
+    impl Scene {
+        fn new(name: &str) -> Scene {
+            let folder = std::env::temp_dir().join(format!("layerctl-config-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&folder);
+            std::fs::create_dir_all(folder.join("home/.config/layerfs")).unwrap();
+            let variables = HashMap::from([("HOME".into(), folder.join("home").into_os_string())]);
+            let environment = Environment { variables, is_root: false, system_config: folder.join("system.toml") };
+            Scene { folder, environment }
+        }
+
+        fn system(&self, text: &str) {
+            std::fs::write(self.folder.join("system.toml"), text).unwrap();
+        }
+
+        fn user(&self, text: &str) {
+            std::fs::write(self.folder.join("home/.config/layerfs/config.toml"), text).unwrap();
+        }
+
+        fn find(&self, flag: Option<&str>) -> Result<Settings> {
+            Settings::find(flag.map(Path::new), &self.environment)
+        }
+    }
+
+    impl Drop for Scene {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+
+    #[test]
+    fn defaults_follow_the_platform() {
+        let mut scene = Scene::new("defaults");
+        assert_eq!(scene.find(None).unwrap().store, scene.folder.join("home/.local/share/layerfs"));
+        scene.environment.variables.insert("XDG_DATA_HOME".into(), "/data".into());
+        assert_eq!(scene.find(None).unwrap().store, Path::new("/data/layerfs"));
+        scene.environment.is_root = true;
+        assert_eq!(scene.find(None).unwrap().store, Path::new("/var/lib/layerfs"));
+        let homeless = Environment { system_config: "/nonexistent".into(), ..Environment::default() };
+        assert!(Settings::find(None, &homeless).unwrap_err().message.contains("--store"));
+    }
+
+    #[test]
+    fn the_nearer_source_wins() {
+        let mut scene = Scene::new("precedence");
+        scene.system("store = \"/system\"\ncompression = 5\nlisten = \"off\"\n");
+        let settings = scene.find(None).unwrap();
+        assert_eq!((settings.store.as_path(), settings.compression), (Path::new("/system"), Some(5)));
+        scene.user("store = \"/user\"\ncache = \"64 MiB\"\n");
+        let settings = scene.find(None).unwrap();
+        assert_eq!((settings.store.as_path(), settings.compression), (Path::new("/user"), Some(5)));
+        assert_eq!((settings.listen, settings.cache_bytes), (Listen::Off, Some(64 << 20)));
+        scene.environment.variables.insert(ENV_STORE.into(), "/variable".into());
+        assert_eq!(scene.find(None).unwrap().store, Path::new("/variable"));
+        let settings = scene.find(Some("/flag")).unwrap();
+        assert_eq!((settings.store.as_path(), settings.store_chosen_by), (Path::new("/flag"), "--store"));
+    }
+
+    #[test]
+    fn a_named_config_file_is_the_only_one() {
+        let mut scene = Scene::new("named");
+        scene.user("store = \"/user\"\n");
+        let named = scene.folder.join("named.toml");
+        scene.environment.variables.insert(ENV_CONFIG.into(), named.clone().into_os_string());
+        assert_eq!(scene.find(None).unwrap_err().class, crate::failure::Class::NotFound);
+        std::fs::write(&named, "log = \"debug\"\n").unwrap();
+        let settings = scene.find(None).unwrap();
+        assert_eq!(settings.log, "debug");
+        assert_ne!(settings.store, Path::new("/user"));
+    }
+
+    #[test]
+    fn mistakes_are_told_with_the_file() {
+        let scene = Scene::new("mistakes");
+        scene.user("stor = \"/user\"\n");
+        let message = scene.find(None).unwrap_err().message;
+        assert!(
+            message.contains("config.toml") && message.contains("stor") && message.contains("idle_minutes"),
+            "{message}"
+        );
+        scene.user("listen = \"everywhere\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("everywhere"));
+        scene.user("cache = \"lots\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("64 MiB"));
+    }
+
+    #[test]
+    fn listen_addresses() {
+        assert_eq!("::1".parse::<Listen>().unwrap(), Listen::At("[::1]:7440".into()));
+        assert_eq!("10.0.0.1:9".parse::<Listen>().unwrap(), Listen::At("10.0.0.1:9".into()));
+        assert_eq!("auto".parse::<Listen>().unwrap(), Listen::WhenPeersExist);
+    }
+}

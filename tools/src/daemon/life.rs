@@ -1,0 +1,129 @@
+//! When the daemon exits, and how: on a signal, on request, or because it was started by a command and has nothing to do.
+//!
+//! Invariant: before it exits, work was finished or cancelled, and every mount is gone.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use super::Daemon;
+use super::http::Context;
+use crate::api::{Empty, Stop};
+use crate::failure::{Class, Failure, Result};
+
+/// How long answers may take to leave after the daemon has decided to exit.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// The decision to exit.
+#[derive(Debug, Default)]
+pub struct Life {
+    asked: Notify,
+    is_over: Notify,
+}
+
+impl Life {
+    /// The daemon shall exit now; work and mounts are no more.
+    fn end(&self) {
+        self.asked.notify_one();
+    }
+}
+
+/// Resolves when the daemon shall stop to accept connections.
+pub async fn until_stopped(daemon: Arc<Daemon>) {
+    tokio::select! {
+        () = daemon.life.asked.notified() => {}
+        () = until_signal(&daemon) => {}
+        () = until_idle(&daemon) => {}
+    }
+    daemon.works.close();
+    daemon.life.is_over.notify_one();
+}
+
+/// Resolves some seconds after [`until_stopped`].
+pub async fn grace(daemon: &Daemon) {
+    daemon.life.is_over.notified().await;
+    tokio::time::sleep(LAST_WORDS).await;
+}
+
+async fn until_signal(daemon: &Arc<Daemon>) {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        tracing::error!("signals cannot be received");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("SIGINT"),
+    }
+    daemon.works.close();
+    daemon.works.cancel_all();
+    daemon.works.wait_until_done(None).await;
+    let daemon = daemon.clone();
+    let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(true)).await;
+}
+
+async fn until_idle(daemon: &Arc<Daemon>) {
+    if !daemon.is_autostarted {
+        return std::future::pending().await;
+    }
+    let limit = daemon.settings.idle;
+    let mut ticker = tokio::time::interval((limit / 4).clamp(Duration::from_millis(100), Duration::from_secs(15)));
+    loop {
+        ticker.tick().await;
+        let is_free = daemon.mounts.count() == 0 && !daemon.peering.is_listening();
+        let idle_since = daemon.works.idle_since(daemon.started);
+        let is_long_enough = idle_since.is_some_and(|since| Instant::now().duration_since(since) >= limit);
+        if is_free && is_long_enough && daemon.works.close_if_idle() {
+            tracing::info!("nothing to do for {} s", limit.as_secs());
+            return;
+        }
+    }
+}
+
+/// `/v1/stop`.
+pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
+    let daemon = &context.daemon;
+    let under_way: Vec<String> = daemon.works.list().into_iter().map(|work| work.label).collect();
+    if !request.force && !under_way.is_empty() {
+        let text = format!("the daemon is at work: {}", under_way.join(", "));
+        return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));
+    }
+    daemon.works.close();
+    let own = context.reporter.work().number;
+    daemon.works.cancel_all();
+    context.block_on(daemon.works.wait_until_done(Some(own)));
+    if let Err(failure) = daemon.mounts.unmount_all(request.force) {
+        daemon.works.reopen();
+        return Err(failure);
+    }
+    daemon.life.end();
+    Ok(Empty {})
+}
+
+/// Makes this process its own session's, away from the terminal and the folder it was started in, without the
+/// descriptors that it inherited.
+pub fn leave_terminal() {
+    // Fails only for a process group's leader, which is what is wanted then.
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::chdir("/");
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o022));
+    // SAFETY: called first thing in main, before any descriptor above 2 is owned by anything here.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0);
+    }
+}
+
+/// Lets go of the pipe that the announcement went to.
+pub fn leave_stdout() {
+    use std::os::fd::AsRawFd;
+    if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
+        // SAFETY: both descriptors are open, and nothing here owns descriptor 1.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::dup2(null.as_raw_fd(), libc::STDOUT_FILENO);
+        }
+    }
+}

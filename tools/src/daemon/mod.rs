@@ -1,0 +1,275 @@
+//! The daemon: owner of the store, the mounts and the peer listener; answers the control API.
+//!
+//! Invariants: whoever holds the store's lock owns its socket, so a socket found at the start is stale; the socket is
+//! there only while requests are answered; the daemon never exits with work or a mount half-way.
+
+pub mod http;
+pub mod life;
+pub mod memory;
+pub mod ops;
+pub mod work;
+
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use layerfs::store::{Store, StoreOptions};
+use tokio::net::UnixListener;
+
+use crate::api::{Empty, Status};
+use crate::cli::system::DaemonStart;
+use crate::config::{Listen, Settings};
+use crate::failure::{Class, Failure, Result};
+use crate::{autostart, units};
+use life::Life;
+use ops::mounts::Mounts;
+use ops::peers::Peering;
+use work::Works;
+
+/// How long a starting daemon waits for the last one to let go of the store.
+const PREDECESSOR: Duration = Duration::from_secs(15);
+
+/// All that the operations share.
+pub struct Daemon {
+    /// The store.
+    pub store: Arc<Store>,
+    /// The settings in force.
+    pub settings: Settings,
+    /// What is under way.
+    pub works: Arc<Works>,
+    /// The mounts.
+    pub mounts: Mounts,
+    /// The peers and the listener.
+    pub peering: Peering,
+    /// When and why to exit.
+    pub life: Life,
+    started: Instant,
+    started_at: i64,
+    is_autostarted: bool,
+}
+
+impl Daemon {
+    /// What it says of itself.
+    pub fn status(&self) -> Status {
+        let listener = self.peering.status();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            api: crate::api::API_VERSION,
+            pid: std::process::id(),
+            store: self.settings.store.clone(),
+            started: crate::api::Timestamp(self.started_at),
+            uptime_seconds: units::seconds(self.started.elapsed()),
+            autostarted: self.is_autostarted,
+            listening: listener.listening,
+            listen_error: listener.error,
+            mounts: self.mounts.count() as u64,
+            resident_bytes: memory::resident_bytes(),
+            mount_namespace: mount_namespace(),
+            work: self.works.list(),
+        }
+    }
+}
+
+/// The inode of this process's mount namespace; 0 if unknown.
+pub fn mount_namespace() -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self/ns/mnt").map_or(0, |metadata| metadata.ino())
+}
+
+/// Runs the daemon until it is told to exit.
+///
+/// Detached, it writes one line to stdout when it is ready or has failed, which [`autostart`] reads.
+pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
+    memory::limit_arenas();
+    if start.detached {
+        life::leave_terminal();
+    }
+    start_log(&settings, !start.detached);
+    let outcome = prepare_and_serve(settings, start);
+    if let (true, Err(failure)) = (start.detached, &outcome) {
+        tracing::error!("{failure}");
+        announce(&autostart::Announcement::Failed(failure.clone()));
+    }
+    outcome
+}
+
+fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
+    if let Some(step) = &start.crash_at {
+        arm(step)?;
+    }
+    let listen = match &start.listen {
+        Some(text) => text.parse()?,
+        None => settings.listen.clone(),
+    };
+    let Some(store) = open_store(&settings)? else {
+        // Another one was faster; whoever started this one can talk to that.
+        announce(&autostart::Announcement::Ready);
+        return Ok(());
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .thread_name("layerfs-io")
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::from(layerfs::Error::io("starting the runtime", e)))?;
+    let served = runtime.block_on(serve(store, settings, listen, start));
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    served
+}
+
+/// Opens the store; waits for a predecessor to leave. None if another daemon answers for it.
+fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
+    let defaults = StoreOptions::create();
+    let options = StoreOptions {
+        cache_bytes: settings.cache_bytes.map_or(defaults.cache_bytes, |bytes| bytes as usize),
+        compression_level: settings.compression.unwrap_or(defaults.compression_level),
+        threads: settings.threads.unwrap_or(defaults.threads),
+        ..defaults
+    };
+    let began = Instant::now();
+    loop {
+        match Store::open(&settings.store, options) {
+            Ok(store) => return Ok(Some(store)),
+            Err(error @ layerfs::Error::Busy(_)) => {
+                if std::os::unix::net::UnixStream::connect(autostart::socket_target(&settings.store)).is_ok() {
+                    return Ok(None);
+                }
+                if began.elapsed() > PREDECESSOR {
+                    return Err(error.into());
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &DaemonStart) -> Result<()> {
+    let mounts = Mounts::new(&store)?;
+    let peering = Peering::new(&store, listen)?;
+    let daemon = Arc::new(Daemon {
+        works: Arc::new(Works::default()),
+        mounts,
+        peering,
+        life: Life::default(),
+        started: Instant::now(),
+        started_at: units::now(),
+        is_autostarted: start.autostarted,
+        store,
+        settings,
+    });
+    let bringing_back = daemon.clone();
+    let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store)).await;
+    daemon.peering.start().await?;
+    let socket = Socket::bind(&daemon.settings.store)?;
+    tracing::info!(store = %daemon.settings.store.display(), pid = std::process::id(), "ready");
+    if start.detached {
+        announce(&autostart::Announcement::Ready);
+    }
+    let (listener, socket) = socket.split();
+    let router = router().with_state(daemon.clone());
+    let stopped = life::until_stopped(daemon.clone());
+    let serving = axum::serve(listener, router).with_graceful_shutdown(stopped);
+    tokio::select! {
+        served = serving => served.map_err(|e| Failure::from(layerfs::Error::io("serving the control API", e)))?,
+        // A client that keeps its connection open must not keep the daemon.
+        () = life::grace(&daemon) => {}
+    }
+    drop(socket);
+    daemon.peering.stop().await;
+    tracing::info!("exits");
+    Ok(())
+}
+
+fn router() -> Router<Arc<Daemon>> {
+    ops::routes(Router::new()).fallback(|request: axum::extract::Request| async move {
+        let text = format!("there is no operation {}; docs/API.md lists them", request.uri().path());
+        http::with_version(http::failed(&Failure::new(Class::NotFound, text)))
+    })
+}
+
+/// The control socket; it goes when this is dropped.
+struct Socket {
+    listener: UnixListener,
+    paths: SocketPaths,
+}
+
+struct SocketPaths(Vec<PathBuf>);
+
+impl Socket {
+    fn bind(store: &Path) -> Result<Socket> {
+        let link = autostart::socket_path(store);
+        let _ = std::fs::remove_file(&link);
+        let real = autostart::bindable_path(&link)?;
+        if real != link {
+            let _ = std::fs::remove_file(&real);
+        }
+        // In a folder that only the owner enters, or created so that nobody else can connect.
+        let old = rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o177));
+        let bound = UnixListener::bind(&real);
+        rustix::process::umask(old);
+        let listener = bound.map_err(|e| Failure::file("listen on", &real, e))?;
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(&real, private).map_err(|e| Failure::file("protect", &real, e))?;
+        let mut paths = vec![real.clone()];
+        if real != link {
+            std::os::unix::fs::symlink(&real, &link).map_err(|e| Failure::file("create", &link, e))?;
+            paths.push(link);
+        }
+        Ok(Socket { listener, paths: SocketPaths(paths) })
+    }
+
+    fn split(self) -> (UnixListener, SocketPaths) {
+        (self.listener, self.paths)
+    }
+}
+
+impl Drop for SocketPaths {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn announce(announcement: &autostart::Announcement) {
+    let mut stdout = std::io::stdout().lock();
+    // Nobody may be listening any more.
+    let _ = writeln!(stdout, "{}", serde_json::json!(announcement));
+    let _ = stdout.flush();
+    drop(stdout);
+    life::leave_stdout();
+}
+
+fn start_log(settings: &Settings, is_foreground: bool) {
+    use std::io::IsTerminal;
+    let filter = tracing_subscriber::EnvFilter::try_new(&settings.log).unwrap_or_else(|_| "info".into());
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(is_foreground && std::io::stderr().is_terminal())
+        .with_target(false);
+    // A second daemon in one process happens only in tests.
+    let _ = subscriber.try_init();
+}
+
+fn arm(step: &str) -> Result<()> {
+    let (name, nth) = match step.rsplit_once(':') {
+        Some((name, nth)) => (name, nth.parse().map_err(|_| Failure::invalid(format!("{nth:?} is no count")))?),
+        None => (step, 1),
+    };
+    if layerfs::failpoint::arm(name, nth) {
+        return Ok(());
+    }
+    let known = layerfs::failpoint::NAMES.join(", ");
+    Err(Failure::invalid(format!("there is no step {name:?}; the steps are {known}")))
+}
+
+/// `/v1/stop`: exits after the answer.
+pub fn stop(context: &http::Context, request: crate::api::Stop) -> Result<Empty> {
+    life::stop(context, request)
+}

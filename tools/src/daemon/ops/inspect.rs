@@ -1,0 +1,184 @@
+//! Looking into layers: inspect, diff.
+
+use layerfs::attr::FileKind;
+use layerfs::content::{Content, Extent, Extents};
+use layerfs::diff::{Change, Differences, What};
+use layerfs::inode::{Inode, Node};
+use layerfs::view::View;
+use layerfs::{Ino, LayerId};
+
+use super::layers::{Catalog, resolve};
+use crate::api::PathText;
+use crate::api::layers::{
+    ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, InspectRequest, InspectResult,
+};
+use crate::daemon::http::Context;
+use crate::failure::Result;
+
+/// `/v1/inspect`.
+pub fn inspect(context: &Context, request: InspectRequest) -> Result<InspectResult> {
+    let store = &context.daemon.store;
+    let layer = resolve(store, &request.layer)?;
+    context.label(format!("inspect {}", request.layer));
+    let (info, manifest) = Catalog::read(store)?.info(layer)?;
+    let mut result = InspectResult {
+        layer: info,
+        next_ino: manifest.next_ino.0,
+        table_bytes: manifest.inodes.len() + manifest.dentries.len(),
+        entry: None,
+    };
+    let Some(path) = &request.path else {
+        if request.chunks {
+            send_chunks(context, "inodes", &manifest.inodes)?;
+            send_chunks(context, "dentries", &manifest.dentries)?;
+        }
+        return Ok(result);
+    };
+    let view = View::open(store, layer)?;
+    let (ino, _) = view.resolve(&path.0, false)?;
+    let inode = view.expect_inode(ino)?;
+    match &inode.node {
+        Node::File(content) if request.chunks => send_chunks(context, "data", content)?,
+        Node::Folder => send_folder(context, &view, ino)?,
+        _ => {}
+    }
+    result.entry = Some(entry(path.clone(), &inode));
+    Ok(result)
+}
+
+fn entry(path: PathText, inode: &Inode) -> EntryInfo {
+    let (data_bytes, chunker) = match &inode.node {
+        Node::File(content @ Content::Extents { chunker, .. }) => {
+            (content.data_bytes(), Some(format!("{chunker:?}").to_lowercase()))
+        }
+        Node::File(content) => (content.len(), None),
+        _ => (0, None),
+    };
+    let is_device = matches!(inode.kind(), FileKind::BlockDevice | FileKind::CharDevice);
+    let rdev = inode.rdev();
+    EntryInfo {
+        path,
+        ino: inode.ino.0,
+        kind: kind_text(inode.kind()),
+        mode: inode.mode(),
+        uid: inode.attrs.uid,
+        gid: inode.attrs.gid,
+        nlink: inode.nlink,
+        size: inode.size(),
+        data_bytes,
+        modified: inode.attrs.mtime.into(),
+        chunker,
+        target: match &inode.node {
+            Node::Symlink(target) => Some(PathText(target.clone())),
+            _ => None,
+        },
+        device: is_device.then(|| (libc::major(rdev), libc::minor(rdev))),
+        xattrs: inode.xattrs.iter().map(|(name, _)| crate::api::escape(name)).collect(),
+    }
+}
+
+/// As serde writes it.
+fn kind_text(kind: FileKind) -> String {
+    serde_json::to_value(kind).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn send_folder(context: &Context, view: &View, folder: Ino) -> Result<()> {
+    for entry in view.read_folder(folder, None)? {
+        let entry = entry?;
+        context.reporter.check()?;
+        let size = view.expect_inode(entry.ino)?.size();
+        let (name, kind) = (PathText(entry.name.to_vec()), kind_text(entry.kind));
+        context.reporter.item(&FolderItem { name, ino: entry.ino.0, kind, size })?;
+    }
+    Ok(())
+}
+
+fn send_chunks(context: &Context, part: &str, content: &Content) -> Result<()> {
+    let store = &context.daemon.store;
+    for extent in Extents::new(&**store, content, 0)? {
+        let (offset, extent) = extent?;
+        let id = match extent {
+            Extent::Chunk { id, .. } => Some(id),
+            Extent::Hole { .. } => None,
+        };
+        let stored_bytes = match &id {
+            Some(id) => store.info(id)?.map(|info| u64::from(info.stored_bytes)),
+            None => None,
+        };
+        let id = id.map(|id| id.to_string());
+        context.reporter.item(&ChunkItem { part: part.to_owned(), offset, bytes: extent.len(), id, stored_bytes })?;
+    }
+    Ok(())
+}
+
+/// `/v1/diff`.
+pub fn diff(context: &Context, request: DiffRequest) -> Result<DiffSummary> {
+    context.label(format!("diff {} {}", request.old, request.new));
+    let store = &context.daemon.store;
+    let (old, new) = (side(context, &request.old)?, side(context, &request.new)?);
+    let (old, new) = (View::open(store, old)?, View::open(store, new)?);
+    let mut summary = DiffSummary::default();
+    for change in layerfs::diff::diff(&old, &new) {
+        let item = change_item(&change?);
+        context.reporter.check()?;
+        count(&mut summary, &item);
+        if !request.summary {
+            context.reporter.item(&item)?;
+        }
+    }
+    Ok(summary)
+}
+
+fn side(context: &Context, text: &str) -> Result<LayerId> {
+    resolve(&context.daemon.store, text)
+}
+
+fn change_item(change: &Change) -> ChangeItem {
+    let (kind, differs) = match &change.what {
+        What::Added => ("added", Vec::new()),
+        What::Removed => ("removed", Vec::new()),
+        What::Modified(differences) => (how(differences), names(differences)),
+    };
+    let mut path = b"/".to_vec();
+    path.extend_from_slice(&change.path);
+    ChangeItem {
+        change: kind.to_owned(),
+        differs,
+        path: PathText(path),
+        old_bytes: change.old_bytes(),
+        new_bytes: change.new_bytes(),
+    }
+}
+
+fn how(differences: &Differences) -> &'static str {
+    match differences {
+        Differences { kind: true, .. } => "type",
+        Differences { content: true, .. } => "modified",
+        _ => "attributes",
+    }
+}
+
+fn names(differences: &Differences) -> Vec<String> {
+    let Differences { kind, content, mode, owner, mtime, xattrs, links } = *differences;
+    let all = [
+        (kind, "kind"),
+        (content, "content"),
+        (mode, "mode"),
+        (owner, "owner"),
+        (mtime, "mtime"),
+        (xattrs, "xattrs"),
+        (links, "links"),
+    ];
+    all.into_iter().filter(|(differs, _)| *differs).map(|(_, name)| name.to_owned()).collect()
+}
+
+fn count(summary: &mut DiffSummary, item: &ChangeItem) {
+    match item.change.as_str() {
+        "added" => summary.added += 1,
+        "removed" => summary.removed += 1,
+        "attributes" => return summary.attributes += 1,
+        _ => summary.modified += 1,
+    }
+    summary.old_bytes += item.old_bytes;
+    summary.new_bytes += item.new_bytes;
+}

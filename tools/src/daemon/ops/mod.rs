@@ -1,0 +1,44 @@
+//! The operations of the control API. Each is a function from a request to an answer; this table is all of them.
+
+pub mod check;
+pub mod inspect;
+pub mod layers;
+pub mod mounts;
+pub mod peers;
+
+use std::sync::Arc;
+
+use axum::Router;
+
+use super::Daemon;
+use super::http::{Context, Length, operation};
+use crate::api::{Cancel, Empty, Status};
+use crate::failure::{Class, Failure, Result};
+
+/// Adds every operation to `router`.
+pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
+    use Length::{Long, Short};
+    router
+        .route("/v1/status", operation("status", Short, status))
+        .route("/v1/stop", operation("stop", Short, super::stop))
+        .route("/v1/cancel", operation("cancel", Short, cancel))
+        .route("/v1/list", operation("list", Short, layers::list))
+        .route("/v1/tree", operation("tree", Short, layers::tree))
+        .route("/v1/log", operation("log", Short, layers::log))
+        .route("/v1/tag", operation("tag", Short, layers::tag))
+        .route("/v1/remove", operation("remove", Short, layers::remove))
+        .route("/v1/inspect", operation("inspect", Long, inspect::inspect))
+        .route("/v1/diff", operation("diff", Long, inspect::diff))
+}
+
+fn status(context: &Context, _: Empty) -> Result<Status> {
+    Ok(context.daemon.status())
+}
+
+fn cancel(context: &Context, request: Cancel) -> Result<Empty> {
+    let work = context.daemon.works.get(request.work).ok_or_else(|| {
+        Failure::new(Class::NotFound, format!("there is no work {}; it may have ended", request.work))
+    })?;
+    work.cancel();
+    Ok(Empty {})
+}

@@ -1,0 +1,267 @@
+//! mount.layerfs: what mount(8) and fstab call. The same binary under another name.
+//!
+//! Parsing is pure; the mount itself is the daemon's, and flags that are the kernel's own (nosuid, noatime, …) are set
+//! on it afterwards. Exit codes are those of mount(8).
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::MountFlags;
+
+use crate::api::Empty;
+use crate::api::mounts::{MountInfo, MountList, MountRequest};
+use crate::autostart::{self, StoreUse};
+use crate::cli::{ColorChoice, Global};
+use crate::config::{Environment, Settings};
+use crate::failure::{Class, Failure, Result};
+use crate::output::Output;
+
+/// mount(8)'s codes for wrong usage and for a mount that failed.
+const EXIT_USAGE: u8 = 1;
+const EXIT_FAILED: u8 = 32;
+
+const USAGE: &str = "usage: mount.layerfs NAME DIR [-fnsv] [-o ro,upper=UPPER,store=PATH,remount,…]\n\
+    mount(8) calls this for `mount -t layerfs NAME DIR -o …` and for lines of fstab; see mount.layerfs(8)";
+
+/// Options with a meaning here, besides the generic ones below.
+const OURS: &str = "ro, rw, upper=UPPER, store=PATH, remount";
+
+/// Options that are for mount(8), systemd or other readers of fstab.
+const FOR_OTHERS: &[&str] = &[
+    "defaults",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "nofail",
+    "fail",
+    "_netdev",
+    "rw",
+    "suid",
+    "dev",
+    "exec",
+    "async",
+    "atime",
+    "diratime",
+    "strictatime",
+    "nostrictatime",
+    "norelatime",
+    "lazytime",
+    "nolazytime",
+    "mand",
+    "nomand",
+    "loud",
+    "silent",
+    "allow_other",
+    "default_permissions",
+    "iversion",
+    "noiversion",
+    "nosymfollow",
+];
+
+/// Options that the kernel keeps per mount.
+const FLAGS: &[(&str, MountFlags)] = &[
+    ("nosuid", MountFlags::NOSUID),
+    ("nodev", MountFlags::NODEV),
+    ("noexec", MountFlags::NOEXEC),
+    ("noatime", MountFlags::NOATIME),
+    ("nodiratime", MountFlags::NODIRATIME),
+    ("relatime", MountFlags::RELATIME),
+];
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct Wish {
+    name: String,
+    dir: PathBuf,
+    read_only: bool,
+    is_remount: bool,
+    upper: Option<String>,
+    store: Option<PathBuf>,
+    flags: MountFlags,
+    is_fake: bool,
+    is_verbose: bool,
+}
+
+/// Runs as mount.layerfs; returns the exit code.
+pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
+    let output = Output::new(&Global { store: None, json: false, quiet: false, color: ColorChoice::Auto });
+    let args: Vec<OsString> = args.collect();
+    if args.iter().any(|arg| arg == "-h" || arg == "--help") {
+        output.note(USAGE);
+        return 0;
+    }
+    let (outcome, code) = match parse(&args) {
+        Err(failure) => (Err(failure.hint(USAGE)), EXIT_USAGE),
+        Ok(wish) if wish.is_fake => (Ok(()), 0),
+        Ok(wish) => (act(&wish, output), EXIT_FAILED),
+    };
+    match outcome {
+        Ok(()) => 0,
+        Err(failure) => {
+            output.note(&format!("mount.layerfs: {}", failure.message.replace('\n', "\n  ")));
+            if failure.class == Class::Denied { EXIT_USAGE } else { code }
+        }
+    }
+}
+
+fn parse(args: &[OsString]) -> Result<Wish> {
+    let mut positional = Vec::new();
+    let mut options = Vec::new();
+    let (mut is_fake, mut is_verbose, mut is_sloppy) = (false, false, false);
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let bytes = arg.as_bytes();
+        if !bytes.starts_with(b"-") || bytes == b"-" {
+            positional.push(arg);
+            continue;
+        }
+        for (index, letter) in bytes.iter().enumerate().skip(1) {
+            match letter {
+                b'f' => is_fake = true,
+                b'v' => is_verbose = true,
+                b's' => is_sloppy = true,
+                b'n' => {}
+                b'r' => options.push(OsString::from("ro")),
+                b'w' => options.push(OsString::from("rw")),
+                b'o' | b't' | b'N' => {
+                    let attached = &bytes[index + 1..];
+                    let value =
+                        if attached.is_empty() { args.next().map(|value| value.as_bytes()) } else { Some(attached) };
+                    let value = value.ok_or_else(|| Failure::invalid(format!("-{} needs a value", *letter as char)))?;
+                    if *letter == b'o' {
+                        options.extend(value.split(|byte| *byte == b',').map(|o| OsStr::from_bytes(o).to_owned()));
+                    }
+                    break;
+                }
+                other => return Err(Failure::invalid(format!("-{} is no option", *other as char))),
+            }
+        }
+    }
+    let [name, dir] = positional[..] else {
+        return Err(Failure::invalid("a layer's name and a folder are needed"));
+    };
+    let name = name.to_str().ok_or_else(|| Failure::invalid(format!("{name:?} is not a layer's name")))?.to_owned();
+    let mut wish = Wish {
+        name,
+        dir: crate::absolute(Path::new(dir))?,
+        read_only: false,
+        is_remount: false,
+        upper: None,
+        store: None,
+        flags: MountFlags::empty(),
+        is_fake,
+        is_verbose,
+    };
+    options.iter().try_for_each(|option| apply(&mut wish, option, is_sloppy))?;
+    if wish.read_only && wish.upper.is_some() && !wish.is_remount {
+        return Err(Failure::invalid("ro and upper= exclude each other: a read-only mount has no upper"));
+    }
+    Ok(wish)
+}
+
+fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
+    let text = option.to_str().ok_or_else(|| Failure::invalid(format!("{option:?} is no option")))?;
+    if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| *name == text) {
+        wish.flags |= *flag;
+        return Ok(());
+    }
+    match text.split_once('=').unwrap_or((text, "")) {
+        ("", _) => {}
+        ("ro", "") => wish.read_only = true,
+        ("rw", "") => wish.read_only = false,
+        ("remount", "") => wish.is_remount = true,
+        ("upper", upper) if !upper.is_empty() => wish.upper = Some(upper.to_owned()),
+        ("store", store) if !store.is_empty() => wish.store = Some(PathBuf::from(store)),
+        (name, _) if FOR_OTHERS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") => {}
+        ("comment" | "uhelper" | "helper" | "context" | "fscontext" | "defcontext" | "rootcontext", _) => {}
+        _ if is_sloppy => {}
+        _ => return Err(Failure::invalid(format!("{text:?} is no option of layerfs; there are {OURS}"))),
+    }
+    Ok(())
+}
+
+fn act(wish: &Wish, output: Output) -> Result<()> {
+    let settings = Settings::find(wish.store.as_deref(), &Environment::current())?;
+    let client = autostart::ensure(&settings, StoreUse::MustExist)?;
+    if wish.is_remount {
+        return remount(wish, &client);
+    }
+    let request = MountRequest {
+        layer: wish.name.clone(),
+        dir: std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?,
+        read_only: wish.read_only,
+        upper: wish.upper.clone(),
+    };
+    let info: MountInfo = client.call("mount", &request).map_err(|failure| {
+        if failure.class == Class::NotFound && wish.name.starts_with('/') {
+            let hint = "mount(8) made a path of the name because a file of that name is in the current folder; \
+                        run it from another folder";
+            return failure.hint(hint);
+        }
+        failure
+    })?;
+    if !wish.flags.is_empty() {
+        let read_only = if wish.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+        set_flags(&info.dir, wish.flags | read_only)?;
+    }
+    if wish.is_verbose {
+        output.note(&format!("mount.layerfs: {} mounted on {}", wish.name, info.dir.display()));
+    }
+    Ok(())
+}
+
+fn remount(wish: &Wish, client: &crate::client::Client) -> Result<()> {
+    let dir = std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?;
+    let list: MountList = client.call("mounts", &Empty {})?;
+    let mount = list.mounts.iter().find(|mount| mount.dir == dir).ok_or_else(|| {
+        Failure::new(Class::NotFound, format!("nothing of this store is mounted at {}", dir.display()))
+    })?;
+    if mount.read_only && !wish.read_only {
+        let text = format!("{} was mounted without an upper, so it cannot become writable", dir.display());
+        return Err(Failure::new(Class::Unsupported, text).hint("unmount it, and mount it again without ro"));
+    }
+    let read_only = if wish.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    set_flags(&dir, wish.flags | read_only)
+}
+
+fn set_flags(dir: &Path, flags: MountFlags) -> Result<()> {
+    let set = rustix::mount::mount_remount(dir, flags | MountFlags::BIND, "");
+    set.map_err(|e| Failure::file("set the mount options of", dir, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(args: &[&str]) -> Result<Wish> {
+        parse(&args.iter().map(OsString::from).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn what_mount_8_passes_is_understood() {
+        let parsed =
+            wish(&["debian/12", "/mnt", "-o", "rw,nosuid,noatime,x-systemd.automount,upper=web,store=/s"]).unwrap();
+        assert_eq!((parsed.name.as_str(), parsed.dir.as_path()), ("debian/12", Path::new("/mnt")));
+        assert_eq!(parsed.upper.as_deref(), Some("web"));
+        assert_eq!(parsed.store.as_deref(), Some(Path::new("/s")));
+        assert_eq!(parsed.flags, MountFlags::NOSUID | MountFlags::NOATIME);
+        assert!(!parsed.read_only);
+        let parsed = wish(&["a", "/mnt", "-sfnv", "-t", "layerfs", "-oro,strange"]).unwrap();
+        assert!(parsed.read_only && parsed.is_fake && parsed.is_verbose);
+        assert!(wish(&["a", "/mnt", "-o", "remount,ro,upper=x"]).unwrap().is_remount);
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        assert!(wish(&["a"]).unwrap_err().message.contains("folder"));
+        assert!(wish(&["a", "/mnt", "-o", "uper=x"]).unwrap_err().message.contains("upper=UPPER"));
+        assert!(wish(&["a", "/mnt", "-o"]).unwrap_err().message.contains("-o"));
+        assert!(wish(&["a", "/mnt", "-o", "ro,upper=x"]).unwrap_err().message.contains("exclude"));
+        assert!(wish(&["a", "/mnt", "-q"]).unwrap_err().message.contains("-q"));
+    }
+}
