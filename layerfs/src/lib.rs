@@ -20,6 +20,7 @@ pub mod error;
 pub mod export;
 pub mod failpoint;
 pub mod id;
+pub mod import;
 pub mod inode;
 pub mod manifest;
 pub mod monitor;
