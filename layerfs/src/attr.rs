@@ -27,7 +27,8 @@ impl FileKind {
     /// The kind with code `code` (FORMAT.md, "Dentry records").
     pub fn from_code(code: u8) -> Option<FileKind> {
         use FileKind::*;
-        [File, Folder, Symlink, BlockDevice, CharDevice, Fifo, Socket].into_iter().find(|kind| *kind as u8 == code)
+        const KINDS: [FileKind; 7] = [File, Folder, Symlink, BlockDevice, CharDevice, Fifo, Socket];
+        KINDS.get(usize::from(code).checked_sub(1)?).copied()
     }
 
     /// The kind in the `S_IFMT` bits of `mode`.
