@@ -1,1 +1,34 @@
-//! migrator.
+//! migrator: moves layers between hosts.
+//!
+//! A [`Node`] is one store's side of the network: its identity, its peers, its listener, and the two things that
+//! a person asks for, [`Node::push`] and [`Node::pull`]. Below it the protocol (docs/PROTOCOL.md) is split in three:
+//! [`wire`] knows bytes, [`protocol`] knows what may follow what and does no I/O, and the drivers ([`send`],
+//! [`receive`]) do the I/O and decide nothing. The protocol never sees a file or a path.
+//!
+//! This crate is asynchronous (tokio); whatever reads the store or hashes runs on blocking threads.
+
+pub mod access;
+pub mod check;
+pub mod error;
+pub mod identity;
+pub mod link;
+pub mod listener;
+pub mod node;
+pub mod peers;
+pub mod plan;
+pub mod progress;
+pub mod protocol;
+pub mod receive;
+pub mod scan;
+pub mod send;
+#[cfg(test)]
+mod tests;
+pub mod tls;
+pub mod wire;
+
+pub use error::{Error, Result};
+pub use identity::{Fingerprint, Identity, PublicKey};
+pub use listener::Listener;
+pub use node::{Node, NodeOptions, PullOptions, PushOptions};
+pub use peers::{Peer, PeerName, Peers, Rights};
+pub use progress::TransferReport;

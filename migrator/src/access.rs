@@ -1,0 +1,125 @@
+//! What a peer's key may reach: which layers count as held, and for which chunks "have" is answered.
+//!
+//! A peer that may see all names may learn of all chunks. For any other, a chunk is there only if a visible name
+//! refers to it or the peer itself has sent it in this transfer. So a peer that merely knows a chunk's id neither
+//! learns whether another tenant has it, nor gets at it by naming it in a layer of its own: the same answer decides
+//! whether a received layer is complete.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use layerfs::chunk::ChunkRead;
+use layerfs::manifest::Manifest;
+use layerfs::store::{Session, Store};
+use layerfs::{ChunkId, LayerId, Result};
+use parking_lot::Mutex;
+
+use crate::peers::Visible;
+use crate::plan;
+
+/// Chunks of which a restricted peer is told at most; more are sent again, at worst.
+const MAX_REACHABLE: usize = 4_000_000;
+
+/// Half an id: enough to tell chunks apart, as nobody makes 2^64 of them.
+type HalfId = [u8; 16];
+
+fn half(id: &ChunkId) -> HalfId {
+    let mut half = [0; 16];
+    half.copy_from_slice(&id.0[..16]);
+    half
+}
+
+/// What one peer may reach in one store, as of when it was made.
+#[derive(Debug)]
+pub struct Access {
+    held: HashSet<LayerId>,
+    /// `None`: everything.
+    reachable: Option<Mutex<HashSet<HalfId>>>,
+}
+
+impl Access {
+    /// What a peer that sees `visible` may reach in `store`. Reads what a restricted peer may see; blocks.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn new(store: &Arc<Store>, visible: &Visible) -> Result<Access> {
+        let mut layers = Vec::new();
+        let roots = match visible {
+            Visible::All => store.roots()?,
+            Visible::Matching(_) => visible_layers(store, visible)?,
+        };
+        let mut held = HashSet::new();
+        for root in roots {
+            add_stack(store.as_ref(), root, &mut held, &mut layers)?;
+        }
+        let reachable = match visible {
+            Visible::All => None,
+            Visible::Matching(_) => {
+                let mut ids = HashSet::new();
+                layers.reverse();
+                plan::candidates(store.as_ref(), &layers, &[], &mut |candidate| {
+                    if ids.len() < MAX_REACHABLE {
+                        ids.insert(half(&candidate.id));
+                    }
+                    Ok(())
+                })?;
+                Some(Mutex::new(ids))
+            }
+        };
+        Ok(Access { held, reachable })
+    }
+
+    /// Whether `layer` is here, whole, and may be known of.
+    pub fn holds(&self, layer: &LayerId) -> bool {
+        self.held.contains(layer)
+    }
+
+    /// For each of `ids`, whether the peer may take it as being here. Those are not collected while `session` lives.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn has(&self, session: &Session, ids: &[ChunkId]) -> Result<Vec<bool>> {
+        let Some(reachable) = &self.reachable else { return session.has_many(ids) };
+        let allowed: Vec<bool> = {
+            let reachable = reachable.lock();
+            ids.iter().map(|id| reachable.contains(&half(id))).collect()
+        };
+        let asked: Vec<ChunkId> =
+            ids.iter().zip(&allowed).filter(|(_, allowed)| **allowed).map(|(id, _)| *id).collect();
+        let mut found = session.has_many(&asked)?.into_iter();
+        Ok(allowed.into_iter().map(|allowed| allowed && found.next().unwrap_or(false)).collect())
+    }
+
+    /// The peer has sent these.
+    pub fn grant(&self, ids: impl Iterator<Item = ChunkId>) {
+        if let Some(reachable) = &self.reachable {
+            reachable.lock().extend(ids.map(|id| half(&id)));
+        }
+    }
+}
+
+/// The layers that visible names refer to, the latest first.
+///
+/// # Errors
+/// Those of the index.
+pub fn visible_layers(store: &Store, visible: &Visible) -> Result<Vec<LayerId>> {
+    let mut names = store.names()?;
+    names.retain(|(name, _)| visible.allows(name));
+    names.sort_by_key(|(_, record)| std::cmp::Reverse(record.created));
+    Ok(names.into_iter().map(|(_, record)| record.layer).collect())
+}
+
+/// Adds `top` and all below it to `seen`, and the new ones to `order`, children before parents.
+fn add_stack(
+    chunks: &dyn ChunkRead,
+    top: LayerId,
+    seen: &mut HashSet<LayerId>,
+    order: &mut Vec<LayerId>,
+) -> Result<()> {
+    let mut next = Some(top);
+    while let Some(layer) = next.filter(|layer| seen.insert(*layer)) {
+        order.push(layer);
+        next = Manifest::load(chunks, layer)?.parent;
+    }
+    Ok(())
+}

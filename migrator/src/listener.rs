@@ -1,0 +1,185 @@
+//! Being called: accepts connections, tells peers from strangers, serves what peers ask for.
+//!
+//! Invariants: the number of connections is bounded; a stranger's bytes are never parsed beyond the handshake; every
+//! failure is told to the peer and ends its connection only.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use layerfs::error::ErrorClass;
+use layerfs::monitor::{Monitor, Silent};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+
+use crate::error::{Error, Result};
+use crate::link::{Counted, Counters, Link};
+use crate::node::Node;
+use crate::peers::Peer;
+use crate::progress::Tally;
+use crate::receive::{self, Terms};
+use crate::send;
+use crate::tls;
+use crate::wire::Message;
+
+/// Connections at a time; more wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 64;
+
+/// A socket that is listened on. Dropping it stops listening and cuts its connections.
+#[derive(Debug)]
+pub struct Listener {
+    address: SocketAddr,
+    stop: watch::Sender<bool>,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Listener {
+    pub(crate) async fn start(node: Node, address: SocketAddr) -> Result<Listener> {
+        let failed = |error| Error::link("listening on", &address.to_string(), error);
+        let socket = TcpListener::bind(address).await.map_err(failed)?;
+        let config = tls::server_config(node.identity()).map_err(|e| failed(std::io::Error::other(e)))?;
+        let address = socket.local_addr().map_err(failed)?;
+        let (stop, stopped) = watch::channel(false);
+        let task = tokio::spawn(accept_all(node, socket, TlsAcceptor::from(config), stopped));
+        Ok(Listener { address, stop, task: Some(task) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Stops listening, cuts the connections and waits until they are gone.
+    pub async fn close(mut self) {
+        self.stop.send_replace(true);
+        if let Some(task) = self.task.take() {
+            let _ = task.await;
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+    }
+}
+
+async fn accept_all(node: Node, socket: TcpListener, acceptor: TlsAcceptor, mut stopped: watch::Receiver<bool>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { break };
+        let (stream, from) = tokio::select! {
+            _ = stopped.changed() => break,
+            accepted = socket.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection failed");
+                    // Out of descriptors, most likely: give others time to end.
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        while connections.try_join_next().is_some() {}
+        let (node, acceptor) = (node.clone(), acceptor.clone());
+        connections.spawn(async move {
+            if let Err(error) = serve(node, acceptor, stream, from).await {
+                tracing::info!(%from, error = error_chain(&error), "a connection failed");
+            }
+            drop(slot);
+        });
+    }
+    connections.shutdown().await;
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text
+}
+
+async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: SocketAddr) -> Result<()> {
+    let patience = node.options().patience;
+    let address = from.to_string();
+    stream.set_nodelay(true).map_err(|e| Error::link("setting up", &address, e))?;
+    let counters = Arc::new(Counters::default());
+    let handshake = timeout(patience.connect, acceptor.accept(Counted::new(stream, counters.clone()))).await;
+    let late = |_| Error::Timeout { action: "handshake", peer: address.clone(), seconds: patience.connect.as_secs() };
+    let stream = handshake.map_err(late)?.map_err(|e| Error::link("shaking hands with", &address, e))?;
+    let key = tls::peer_key(stream.get_ref().1).ok_or_else(|| Error::protocol(&address, "it shows no key"))?;
+    let peers = node.peers().clone();
+    let peer = crate::send::joined(tokio::task::spawn_blocking(move || Ok(peers.by_key(&key)?)).await)?;
+    let label = peer.as_ref().map_or(address.clone(), |peer| peer.name.to_string());
+    let mut link = Link::start(stream, &label, patience);
+    let result = match peer {
+        Some(peer) => serve_peer(&node, &peer, &mut link).await,
+        None => {
+            node.note_stranger(key, from);
+            Err(Error::refused(
+                ErrorClass::Denied,
+                format!(
+                    "your key {} is not known here; do `layerctl peer add NAME ADDRESS` on that host too",
+                    key.fingerprint()
+                ),
+            ))
+        }
+    };
+    match &result {
+        Ok(()) => link.close().await,
+        Err(error) => link.close_with(error).await,
+    }
+    tracing::debug!(peer = label, read = counters.read(), written = counters.written(), "connection closed");
+    result
+}
+
+async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
+    let monitor: Arc<dyn Monitor> = Arc::new(Silent);
+    while let Some(request) = link.recv_or_end().await? {
+        let tally = Arc::new(Tally::new());
+        match request {
+            offer @ Message::Offer(_) => {
+                require(peer.rights.push, "push to")?;
+                let terms = Terms { visible: peer.rights.visible.clone(), wanted: None };
+                let (names, changed) = receive::run(link, node.store(), terms, Some(offer), &tally, &monitor).await?;
+                log(peer, "received", &tally, names.len(), changed);
+            }
+            Message::Fetch { names } => {
+                require(peer.rights.pull, "pull from")?;
+                let (store, visible) = (node.store().clone(), peer.rights.visible.clone());
+                let prepare = move || send::prepare(&store, &names, &visible, false);
+                let prepared = send::joined(tokio::task::spawn_blocking(prepare).await)?;
+                let changed = send::run(link, node.store(), &prepared, &tally, &monitor).await?;
+                log(peer, "sent", &tally, 0, changed);
+            }
+            other => return Err(Error::protocol(link.peer(), format!("{} as a request", other.kind()))),
+        }
+    }
+    Ok(())
+}
+
+fn require(right: bool, what: &str) -> Result<()> {
+    if right {
+        return Ok(());
+    }
+    Err(Error::refused(ErrorClass::Denied, format!("this key may not {what} this host; its operator can allow it")))
+}
+
+fn log(peer: &Peer, what: &str, tally: &Tally, names: usize, changed: u16) {
+    let report = tally.report();
+    tracing::info!(
+        peer = peer.name.as_str(),
+        names,
+        changed,
+        chunks = report.chunks_sent,
+        stored_bytes = report.chunk_stored_bytes,
+        seconds = report.seconds,
+        "{what} layers"
+    );
+}

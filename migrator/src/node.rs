@@ -1,0 +1,274 @@
+//! One store's side of the network: what tools call.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use layerfs::LayerName;
+use layerfs::error::ErrorClass;
+use layerfs::monitor::Monitor;
+use layerfs::store::Store;
+use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::error::{Error, Result};
+use crate::identity::{Fingerprint, Identity, PublicKey};
+use crate::link::{Counted, Counters, Link, Patience};
+use crate::listener::Listener;
+use crate::peers::{Peer, Peers, Visible, normalize_address};
+use crate::progress::{Tally, TransferReport};
+use crate::receive::{self, Terms};
+use crate::send::{self, joined};
+use crate::tls::{self, FoundKey};
+use crate::wire::{MAX_NAMES, Message};
+
+/// So many strangers are remembered.
+const MAX_STRANGERS: usize = 16;
+
+/// How a node behaves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NodeOptions {
+    /// How patient its links are.
+    pub patience: Patience,
+}
+
+/// How layers are pushed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PushOptions {
+    /// Names that are taken there by other layers are replaced.
+    pub force: bool,
+}
+
+/// How layers are pulled.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PullOptions {
+    /// Names that are taken here by other layers are replaced.
+    pub force: bool,
+}
+
+/// A host that called and isn't a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stranger {
+    /// Its key.
+    pub key: PublicKey,
+    /// From where it called.
+    pub address: SocketAddr,
+}
+
+/// One store's side of the network. Clones share it.
+#[derive(Clone)]
+pub struct Node(Arc<Inner>);
+
+struct Inner {
+    store: Arc<Store>,
+    identity: Identity,
+    peers: Peers,
+    options: NodeOptions,
+    strangers: Mutex<VecDeque<Stranger>>,
+}
+
+impl Node {
+    /// The node of `store`. Makes the host's key if there is none yet.
+    ///
+    /// # Errors
+    /// Those of [`Identity::load_or_create`].
+    pub fn open(store: Arc<Store>, options: NodeOptions) -> Result<Node> {
+        let identity = Identity::load_or_create(store.folder())?;
+        let peers = Peers::new(store.clone());
+        Ok(Node(Arc::new(Inner { store, identity, peers, options, strangers: Mutex::default() })))
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.0.store
+    }
+
+    /// Who this host is.
+    pub fn identity(&self) -> &Identity {
+        &self.0.identity
+    }
+
+    /// This host's public key.
+    pub fn public_key(&self) -> PublicKey {
+        self.0.identity.public_key()
+    }
+
+    /// The short form of this host's key, for people to compare.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.0.identity.fingerprint()
+    }
+
+    /// The peers on record.
+    pub fn peers(&self) -> &Peers {
+        &self.0.peers
+    }
+
+    /// How it behaves.
+    pub fn options(&self) -> &NodeOptions {
+        &self.0.options
+    }
+
+    /// Hosts that called of late and aren't peers, the latest first.
+    pub fn strangers(&self) -> Vec<Stranger> {
+        let peers = self.peers();
+        let is_unknown = |stranger: &Stranger| !matches!(peers.by_key(&stranger.key), Ok(Some(_)));
+        self.0.strangers.lock().iter().filter(|stranger| is_unknown(stranger)).copied().collect()
+    }
+
+    pub(crate) fn note_stranger(&self, key: PublicKey, address: SocketAddr) {
+        let mut strangers = self.0.strangers.lock();
+        strangers.retain(|stranger| stranger.key != key);
+        strangers.push_front(Stranger { key, address });
+        strangers.truncate(MAX_STRANGERS);
+    }
+
+    /// Listens for peers on `address` until the listener is closed or dropped.
+    ///
+    /// # Errors
+    /// [`Error::Link`] if the address can't be had.
+    pub async fn listen(&self, address: SocketAddr) -> Result<Listener> {
+        Listener::start(self.clone(), address).await
+    }
+
+    /// The key that the host at `address` shows. Nothing is sent to it, and nothing says yet whose key it is: compare
+    /// its fingerprint before adding a peer with it.
+    ///
+    /// # Errors
+    /// [`Error::Link`] or [`Error::Timeout`] if it can't be reached.
+    pub async fn probe(&self, address: &str) -> Result<PublicKey> {
+        let address = normalize_address(address)?;
+        let (stream, found, _) = self.dial(&address, &address, None).await?;
+        let _ = timeout(self.options().patience.connect, async {
+            let mut stream = stream;
+            tokio::io::AsyncWriteExt::shutdown(&mut stream).await
+        })
+        .await;
+        found.get().ok_or_else(|| Error::protocol(&address, "it shows no key"))
+    }
+
+    /// Brings `names`, with all layers of their stacks, to the peer called `peer`. What is there already isn't sent.
+    ///
+    /// # Errors
+    /// Of any kind; nothing is named there then, unless only the peer's last answer was lost.
+    pub async fn push(
+        &self,
+        names: &[LayerName],
+        peer: &str,
+        options: PushOptions,
+        monitor: Arc<dyn Monitor>,
+    ) -> Result<TransferReport> {
+        let tally = Arc::new(Tally::new());
+        let peer = self.peer(peer).await?;
+        let (store, wanted) = (self.store().clone(), names.to_vec());
+        let prepare = move || send::prepare(&store, &wanted, &Visible::All, options.force);
+        let prepared = joined(spawn_blocking(prepare).await)?;
+        let (mut link, counters) = self.connect(&peer, &tally, monitor.as_ref()).await?;
+        let result = send::run(&mut link, self.store(), &prepared, &tally, &monitor).await;
+        let changed = finish(link, result).await?;
+        Ok(report(&tally, &counters, &peer, names.to_vec(), changed))
+    }
+
+    /// Brings `names`, with all layers of their stacks, from the peer called `peer`. What is here already isn't sent.
+    ///
+    /// # Errors
+    /// Of any kind; nothing is named here then.
+    pub async fn pull(
+        &self,
+        names: &[LayerName],
+        peer: &str,
+        options: PullOptions,
+        monitor: Arc<dyn Monitor>,
+    ) -> Result<TransferReport> {
+        let tally = Arc::new(Tally::new());
+        if names.is_empty() || names.len() > MAX_NAMES {
+            return Err(layerfs::Error::invalid(format!("1 to {MAX_NAMES} names can be moved at once")).into());
+        }
+        let peer = self.peer(peer).await?;
+        let (mut link, counters) = self.connect(&peer, &tally, monitor.as_ref()).await?;
+        let fetch = link.send(Message::Fetch { names: names.to_vec() }).await;
+        let result = match fetch {
+            Ok(()) => {
+                let wanted = Some((names.to_vec(), options.force));
+                // We choose the names; which of our chunks the peer learns of is still its key's matter.
+                let terms = Terms { visible: peer.rights.visible.clone(), wanted };
+                receive::run(&mut link, self.store(), terms, None, &tally, &monitor).await
+            }
+            Err(error) => Err(error),
+        };
+        let (names, changed) = finish(link, result).await?;
+        Ok(report(&tally, &counters, &peer, names, changed))
+    }
+
+    async fn peer(&self, name: &str) -> Result<Peer> {
+        let (peers, name) = (self.peers().clone(), name.to_owned());
+        joined(spawn_blocking(move || Ok(peers.get(&name)?)).await)
+    }
+
+    async fn connect(&self, peer: &Peer, tally: &Tally, monitor: &dyn Monitor) -> Result<(Link, Arc<Counters>)> {
+        tally.phase("connect");
+        monitor.phase("connecting", None);
+        let address = peer.address.as_deref().ok_or_else(|| {
+            let message =
+                format!("peer {0} has no address; do `layerctl peer remove {0}` and add it with one", peer.name);
+            Error::refused(ErrorClass::Invalid, message)
+        })?;
+        let name = peer.name.as_str();
+        let (stream, _, counters) = self.dial(name, address, Some(peer.key)).await?;
+        Ok((Link::start(stream, name, self.options().patience), counters))
+    }
+
+    async fn dial(
+        &self,
+        name: &str,
+        address: &str,
+        key: Option<PublicKey>,
+    ) -> Result<(Dialled, FoundKey, Arc<Counters>)> {
+        let patience = self.options().patience.connect;
+        let label = if name == address { address.to_owned() } else { format!("{name} at {address}") };
+        let failed = |error| Error::link("connecting to", &label, error);
+        let late = |action| Error::Timeout { action, peer: label.clone(), seconds: patience.as_secs() };
+        let stream = timeout(patience, TcpStream::connect(address)).await.map_err(|_| late("connecting"))?;
+        let stream = stream.map_err(failed)?;
+        stream.set_nodelay(true).map_err(failed)?;
+        let (config, found) = tls::client_config(self.identity(), key).map_err(|e| failed(std::io::Error::other(e)))?;
+        let counters = Arc::new(Counters::default());
+        let connecting = TlsConnector::from(config).connect(tls::server_name(), Counted::new(stream, counters.clone()));
+        let result = timeout(patience, connecting).await.map_err(|_| late("TLS handshake"))?;
+        match (result, key, found.get()) {
+            (Ok(stream), _, _) => Ok((stream, found, counters)),
+            (Err(_), Some(expected), Some(other)) if other != expected => Err(Error::WrongKey {
+                peer: name.to_owned(),
+                address: address.to_owned(),
+                expected: expected.fingerprint(),
+                found: other.fingerprint(),
+            }),
+            (Err(error), _, _) => Err(failed(error)),
+        }
+    }
+}
+
+type Dialled = TlsStream<Counted<TcpStream>>;
+
+/// Closes `link` as befits `result`.
+async fn finish<T>(link: Link, result: Result<T>) -> Result<T> {
+    match &result {
+        Ok(_) => link.close().await,
+        Err(error) => link.close_with(error).await,
+    }
+    result
+}
+
+fn report(tally: &Tally, counters: &Counters, peer: &Peer, names: Vec<LayerName>, changed: u16) -> TransferReport {
+    TransferReport {
+        peer: peer.name.to_string(),
+        names,
+        names_changed: changed,
+        bytes_sent: counters.written(),
+        bytes_received: counters.read(),
+        ..tally.report()
+    }
+}

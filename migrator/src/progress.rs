@@ -1,0 +1,111 @@
+//! What a transfer cost, and the counters behind it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use layerfs::LayerName;
+use parking_lot::Mutex;
+use serde::Serialize;
+
+/// What a transfer did. Bytes are those on the socket, TLS included.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct TransferReport {
+    /// The peer's name.
+    pub peer: String,
+    /// The names that were moved.
+    pub names: Vec<LayerName>,
+    /// How many of them were set; the others were there already.
+    pub names_changed: u16,
+    /// Layers in the named stacks.
+    pub layers: u64,
+    /// Layers that the receiver lacked.
+    pub layers_sent: u64,
+    /// Bytes that this side wrote to the socket.
+    pub bytes_sent: u64,
+    /// Bytes that this side read from the socket.
+    pub bytes_received: u64,
+    /// Chunks that went over the link.
+    pub chunks_sent: u64,
+    /// Their plain bytes.
+    pub chunk_plain_bytes: u64,
+    /// Their bytes as stored and sent.
+    pub chunk_stored_bytes: u64,
+    /// Chunks that were asked for and were there already (those of layers in common aren't even asked for).
+    pub chunks_reused: u64,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+    /// How long each phase took.
+    pub phases: Vec<Phase>,
+}
+
+/// A part of a transfer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Phase {
+    /// "connect", "negotiate", "send", "commit".
+    pub name: &'static str,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+}
+
+/// The counters of one transfer while it runs.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    started: Instant,
+    phases: Mutex<(Vec<Phase>, Option<(&'static str, Instant)>)>,
+    pub chunks: AtomicU64,
+    pub plain_bytes: AtomicU64,
+    pub stored_bytes: AtomicU64,
+    pub reused: AtomicU64,
+    pub layers: AtomicU64,
+    pub layers_lacking: AtomicU64,
+}
+
+impl Tally {
+    pub fn new() -> Tally {
+        let count = || AtomicU64::new(0);
+        Tally {
+            started: Instant::now(),
+            phases: Mutex::default(),
+            chunks: count(),
+            plain_bytes: count(),
+            stored_bytes: count(),
+            reused: count(),
+            layers: count(),
+            layers_lacking: count(),
+        }
+    }
+
+    /// Phase `name` begins, the last one ends.
+    pub fn phase(&self, name: &'static str) {
+        let mut phases = self.phases.lock();
+        let (done, current) = &mut *phases;
+        let now = Instant::now();
+        if let Some((name, since)) = current.replace((name, now)) {
+            done.push(Phase { name, seconds: seconds(now - since) });
+        }
+    }
+
+    /// Everything counted so far.
+    pub fn report(&self) -> TransferReport {
+        let phases = self.phases.lock();
+        let mut all = phases.0.clone();
+        all.extend(phases.1.map(|(name, since)| Phase { name, seconds: seconds(since.elapsed()) }));
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        TransferReport {
+            layers: get(&self.layers),
+            layers_sent: get(&self.layers_lacking),
+            chunks_sent: get(&self.chunks),
+            chunk_plain_bytes: get(&self.plain_bytes),
+            chunk_stored_bytes: get(&self.stored_bytes),
+            chunks_reused: get(&self.reused),
+            seconds: seconds(self.started.elapsed()),
+            phases: all,
+            ..TransferReport::default()
+        }
+    }
+}
+
+/// Whole microseconds are enough.
+fn seconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1e6
+}

@@ -1,0 +1,163 @@
+//! The receiving side: answer the offer, want what is lacking, store it, verify, name.
+//!
+//! Invariants: only chunks that were wanted are taken, each once; nothing is named before everything that was wanted
+//! has come; the names are the last step but one.
+
+use std::collections::{HashSet, VecDeque};
+
+use layerfs::ChunkId;
+use layerfs::chunk::StoredChunk;
+
+use super::Violation;
+use crate::wire::{MAX_ASK, MAX_OUTSTANDING, Message, Offer};
+
+/// What the driver has to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReceiverStep {
+    /// Send this message.
+    Send(Message),
+    /// See which layers and hints are held and which names are free, then call [`Receiver::offer_checked`].
+    CheckOffer(Offer),
+    /// See which of these chunks are there, then call [`Receiver::have_checked`]. One at a time, in order.
+    CheckHave(Vec<ChunkId>),
+    /// Verify these chunks and store them.
+    Store(Vec<StoredChunk>),
+    /// When everything is stored: make it durable, verify the lacking layers whole, set the names, then call
+    /// [`Receiver::committed`].
+    Commit,
+    /// The transfer is complete.
+    Finish,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    AwaitOffer,
+    CheckingOffer,
+    Receiving,
+    Committing,
+    Finished,
+}
+
+/// The receiving side of one transfer.
+#[derive(Debug)]
+pub struct Receiver {
+    state: State,
+    next_seq: u32,
+    /// Asks that are being checked, in order.
+    checking: VecDeque<(u32, Vec<ChunkId>)>,
+    checking_ids: usize,
+    /// Wanted and not come.
+    awaited: HashSet<ChunkId>,
+    received: u64,
+}
+
+impl Default for Receiver {
+    fn default() -> Receiver {
+        Receiver {
+            state: State::AwaitOffer,
+            next_seq: 0,
+            checking: VecDeque::new(),
+            checking_ids: 0,
+            awaited: HashSet::new(),
+            received: 0,
+        }
+    }
+}
+
+impl Receiver {
+    /// A message came.
+    ///
+    /// # Errors
+    /// [`Violation`] if it may not come now; the transfer is over then.
+    pub fn on_message(&mut self, message: Message) -> Result<Vec<ReceiverStep>, Violation> {
+        match (message, &self.state) {
+            (Message::Alive, _) => Ok(Vec::new()),
+            (Message::Offer(offer), State::AwaitOffer) => {
+                self.state = State::CheckingOffer;
+                Ok(vec![ReceiverStep::CheckOffer(offer)])
+            }
+            (Message::Ask { seq, ids }, State::Receiving) => self.on_ask(seq, ids),
+            (Message::Chunks(chunks), State::Receiving) => self.on_chunks(chunks),
+            (Message::End { chunks }, State::Receiving) => self.on_end(chunks),
+            (other, state) => Err(Violation::unexpected(other.kind(), state.name())),
+        }
+    }
+
+    /// The offer was checked. With nothing lacking the transfer goes straight to its end.
+    pub fn offer_checked(&mut self, lacking: Vec<bool>, held: Vec<bool>) -> Vec<ReceiverStep> {
+        debug_assert_eq!(self.state, State::CheckingOffer);
+        if lacking.contains(&true) {
+            self.state = State::Receiving;
+            vec![ReceiverStep::Send(Message::Need { lacking, held })]
+        } else {
+            self.state = State::Committing;
+            vec![ReceiverStep::Commit]
+        }
+    }
+
+    fn on_ask(&mut self, seq: u32, ids: Vec<ChunkId>) -> Result<Vec<ReceiverStep>, Violation> {
+        if seq != self.next_seq {
+            return Err(Violation(format!("Ask {seq} instead of {}", self.next_seq)));
+        }
+        if ids.len() > MAX_ASK || self.awaited.len() + self.checking_ids + ids.len() > MAX_OUTSTANDING {
+            return Err(Violation(format!("more than {MAX_OUTSTANDING} chunks outstanding")));
+        }
+        self.next_seq = seq.wrapping_add(1);
+        self.checking_ids += ids.len();
+        self.checking.push_back((seq, ids.clone()));
+        Ok(vec![ReceiverStep::CheckHave(ids)])
+    }
+
+    /// The oldest unanswered ask was checked: for each id, whether it is there.
+    pub fn have_checked(&mut self, present: &[bool]) -> Vec<ReceiverStep> {
+        let Some((seq, ids)) = self.checking.pop_front() else {
+            debug_assert!(false, "no ask is being checked");
+            return Vec::new();
+        };
+        self.checking_ids -= ids.len();
+        let want = |(id, present): (ChunkId, &bool)| !*present && self.awaited.insert(id);
+        let wanted = ids.into_iter().zip(present).map(want).collect();
+        vec![ReceiverStep::Send(Message::Want { seq, wanted })]
+    }
+
+    fn on_chunks(&mut self, chunks: Vec<StoredChunk>) -> Result<Vec<ReceiverStep>, Violation> {
+        if let Some(chunk) = chunks.iter().find(|chunk| !self.awaited.remove(&chunk.id)) {
+            return Err(Violation(format!("chunk {} was not wanted", chunk.id)));
+        }
+        self.received += chunks.len() as u64;
+        Ok(vec![ReceiverStep::Store(chunks)])
+    }
+
+    fn on_end(&mut self, chunks: u64) -> Result<Vec<ReceiverStep>, Violation> {
+        if chunks != self.received || !self.awaited.is_empty() || !self.checking.is_empty() {
+            let missing = self.awaited.len();
+            return Err(Violation(format!("End after {} of {chunks} chunks, {missing} still awaited", self.received)));
+        }
+        self.state = State::Committing;
+        Ok(vec![ReceiverStep::Commit])
+    }
+
+    /// The names are set, durably.
+    pub fn committed(&mut self, changed: u16) -> Vec<ReceiverStep> {
+        debug_assert_eq!(self.state, State::Committing);
+        self.state = State::Finished;
+        vec![ReceiverStep::Send(Message::Done { changed }), ReceiverStep::Finish]
+    }
+
+    /// How many chunks have come.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            State::AwaitOffer => "an offer is awaited",
+            State::CheckingOffer => "an offer is being checked",
+            State::Receiving => "chunks are being received",
+            State::Committing => "the layers are being verified",
+            State::Finished => "the transfer is over",
+        }
+    }
+}

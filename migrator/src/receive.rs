@@ -1,0 +1,362 @@
+//! The receiving side's driver: does what [`Receiver`] says, over a [`Link`], into a [`Store`].
+//!
+//! Chunks are verified by several threads at once and appended by one at a time, in the order of their coming, so
+//! that they lie in the packs as they lay at the sender. Invariants: at most [`MAX_JOBS`] frames are in memory beyond
+//! the link's; nothing is named before the layers were verified whole; what arrived before a failure stays, unnamed, for
+//! the next attempt.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use futures::StreamExt;
+use futures::stream::FuturesOrdered;
+use layerfs::chunk::{self, StoredChunk, Verified};
+use layerfs::error::ErrorClass;
+use layerfs::manifest::Manifest;
+use layerfs::monitor::Monitor;
+use layerfs::store::{Expect, NameChange, Pin, Session, Store};
+use layerfs::{ChunkId, LayerId, LayerName, failpoint};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use crate::access::Access;
+use crate::check::check_layer;
+use crate::error::{Error, Result};
+use crate::link::Link;
+use crate::peers::Visible;
+use crate::progress::Tally;
+use crate::protocol::{Receiver, ReceiverStep};
+use crate::send::{CANCEL_CHECK, joined};
+use crate::wire::{Message, Offer};
+
+/// Frames that are being verified or wait to be appended.
+const MAX_JOBS: usize = 8;
+/// A restricted peer may send so many chunks in one transfer: each is remembered.
+const MAX_RESTRICTED_CHUNKS: u64 = 4_000_000;
+
+/// On what terms layers are received.
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    /// What the peer may see, and which names it may set.
+    pub visible: Visible,
+    /// Only these names are wanted (a pull), with whether they may be replaced; `None` takes what is offered (a push).
+    pub wanted: Option<(Vec<LayerName>, bool)>,
+}
+
+/// Receives one transfer. With `first`, that is its first message. Returns the names and how many were changed.
+///
+/// # Errors
+/// The store's, the link's, or the sender's own words.
+pub(crate) async fn run(
+    link: &mut Link,
+    store: &Arc<Store>,
+    terms: Terms,
+    first: Option<Message>,
+    tally: &Arc<Tally>,
+    monitor: &Arc<dyn Monitor>,
+) -> Result<(Vec<LayerName>, u16)> {
+    let context = Arc::new(Context { store: store.clone(), session: store.session("receive"), terms });
+    tally.phase("negotiate");
+    monitor.phase("comparing", None);
+    let mut driver = Driver {
+        link,
+        context: context.clone(),
+        machine: Receiver::default(),
+        tally,
+        monitor,
+        accepted: None,
+        checking: None,
+        to_check: VecDeque::new(),
+        verifying: FuturesOrdered::new(),
+        appending: None,
+        changed: 0,
+    };
+    let result = driver.go(first).await;
+    let names = driver.accepted.as_ref().map(|accepted| accepted.names()).unwrap_or_default();
+    drop(driver);
+    if let Err(error) = &result
+        && error.class() != ErrorClass::NoSpace
+    {
+        // What has come is verified: the next attempt need not fetch it again.
+        let flushed = joined(spawn_blocking(move || Ok(context.session.flush()?)).await);
+        if let Err(error) = flushed {
+            tracing::debug!(%error, "received chunks were not kept");
+        }
+    }
+    result.map(|changed| (names, changed))
+}
+
+struct Context {
+    store: Arc<Store>,
+    session: Session,
+    terms: Terms,
+}
+
+/// An offer that was accepted.
+struct Accepted {
+    offer: Offer,
+    force: bool,
+    lacking: Vec<bool>,
+    access: Access,
+    /// What is held stays while the transfer builds upon it.
+    _pins: Vec<Pin>,
+}
+
+impl Accepted {
+    fn names(&self) -> Vec<LayerName> {
+        self.offer.names.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    fn layer_of(&self, index: u16) -> LayerId {
+        self.offer.layers[usize::from(index)].id
+    }
+}
+
+struct Driver<'a> {
+    link: &'a mut Link,
+    context: Arc<Context>,
+    machine: Receiver,
+    tally: &'a Arc<Tally>,
+    monitor: &'a Arc<dyn Monitor>,
+    accepted: Option<Arc<Accepted>>,
+    checking: Option<JoinHandle<Result<Vec<bool>>>>,
+    to_check: VecDeque<Vec<ChunkId>>,
+    verifying: FuturesOrdered<JoinHandle<Result<Vec<Verified>>>>,
+    appending: Option<JoinHandle<Result<()>>>,
+    changed: u16,
+}
+
+/// What happened next.
+enum Event {
+    Message(Message),
+    Checked(Vec<bool>),
+    Verified(Vec<Verified>),
+    Appended,
+    Tick,
+}
+
+impl Driver<'_> {
+    async fn go(&mut self, first: Option<Message>) -> Result<u16> {
+        let mut ticks = tokio::time::interval(CANCEL_CHECK);
+        let mut next = first;
+        loop {
+            let event = match next.take() {
+                Some(message) => Event::Message(message),
+                None => self.next(&mut ticks).await?,
+            };
+            let steps = self.on_event(event)?;
+            if self.perform(steps).await? {
+                return Ok(self.changed);
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: Event) -> Result<Vec<ReceiverStep>> {
+        match event {
+            Event::Message(message) => {
+                let violation = |v: crate::protocol::Violation| Error::protocol(self.link.peer(), v.0);
+                return self.machine.on_message(message).map_err(violation);
+            }
+            Event::Checked(present) => {
+                let reused = present.iter().filter(|present| **present).count();
+                self.tally.reused.fetch_add(reused as u64, Relaxed);
+                self.check_next();
+                return Ok(self.machine.have_checked(&present));
+            }
+            Event::Verified(chunks) => self.append(chunks),
+            Event::Appended => failpoint::hit("receive.chunk"),
+            Event::Tick => layerfs::monitor::check(self.monitor.as_ref())?,
+        }
+        Ok(Vec::new())
+    }
+
+    /// Waits for the next thing to happen. While too much is in memory, messages wait.
+    async fn next(&mut self, ticks: &mut tokio::time::Interval) -> Result<Event> {
+        let has_room = self.verifying.len() < MAX_JOBS;
+        let may_append = self.appending.is_none() && !self.verifying.is_empty();
+        tokio::select! {
+            biased;
+            result = finished(&mut self.appending) => joined(result).map(|()| Event::Appended),
+            Some(result) = self.verifying.next(), if may_append => joined(result).map(Event::Verified),
+            result = finished(&mut self.checking) => joined(result).map(Event::Checked),
+            message = self.link.recv(), if has_room => message.map(Event::Message),
+            _ = ticks.tick() => Ok(Event::Tick),
+        }
+    }
+
+    /// Does `steps` in order; returns whether it is over.
+    async fn perform(&mut self, steps: Vec<ReceiverStep>) -> Result<bool> {
+        let mut steps = VecDeque::from(steps);
+        while let Some(step) = steps.pop_front() {
+            match step {
+                ReceiverStep::Send(message) => self.link.send(message).await?,
+                ReceiverStep::CheckOffer(offer) => steps.extend(self.check_offer(offer).await?),
+                ReceiverStep::CheckHave(ids) => {
+                    self.to_check.push_back(ids);
+                    if self.checking.is_none() {
+                        self.check_next();
+                    }
+                }
+                ReceiverStep::Store(chunks) => self.verify(chunks)?,
+                ReceiverStep::Commit => steps.extend(self.commit().await?),
+                ReceiverStep::Finish => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
+    async fn check_offer(&mut self, offer: Offer) -> Result<Vec<ReceiverStep>> {
+        let context = self.context.clone();
+        let accepted = Arc::new(joined(spawn_blocking(move || accept(&context, offer)).await)?);
+        let held = accepted.offer.hints.iter().map(|hint| accepted.access.holds(hint)).collect();
+        let lacking = accepted.lacking.clone();
+        let lacks = || accepted.offer.layers.iter().zip(&lacking).filter(|(_, lacks)| **lacks);
+        self.tally.layers.store(lacking.len() as u64, Relaxed);
+        self.tally.layers_lacking.store(lacks().count() as u64, Relaxed);
+        self.tally.phase("receive");
+        let total = lacks().fold(0u64, |sum, (layer, _)| sum.saturating_add(layer.file_bytes));
+        self.monitor.phase("receiving", Some(total));
+        self.accepted = Some(accepted);
+        failpoint::hit("receive.offered");
+        Ok(self.machine.offer_checked(lacking, held))
+    }
+
+    fn check_next(&mut self) {
+        self.checking = match (self.to_check.pop_front(), self.accepted.clone()) {
+            (Some(ids), Some(accepted)) => {
+                let context = self.context.clone();
+                Some(spawn_blocking(move || Ok(accepted.access.has(&context.session, &ids)?)))
+            }
+            _ => None,
+        };
+    }
+
+    fn verify(&mut self, chunks: Vec<StoredChunk>) -> Result<()> {
+        let restricted = self.context.terms.visible != Visible::All;
+        if restricted && self.machine.received() > MAX_RESTRICTED_CHUNKS {
+            let message = format!("a peer with restricted rights may send {MAX_RESTRICTED_CHUNKS} chunks at once");
+            return Err(Error::refused(ErrorClass::Denied, message));
+        }
+        self.tally.chunks.fetch_add(chunks.len() as u64, Relaxed);
+        let sum = |of: fn(&StoredChunk) -> u64| chunks.iter().map(of).sum::<u64>();
+        let plain = sum(|chunk| u64::from(chunk.plain_bytes));
+        self.tally.plain_bytes.fetch_add(plain, Relaxed);
+        self.tally.stored_bytes.fetch_add(sum(|chunk| chunk.stored.len() as u64), Relaxed);
+        self.monitor.advance(plain);
+        self.monitor.items(chunks.len() as u64);
+        self.verifying.push_back(spawn_blocking(move || {
+            let verified = chunks.into_iter().map(|chunk| chunk::verify(chunk).map(|(_, verified)| verified));
+            Ok(verified.collect::<layerfs::Result<Vec<_>>>()?)
+        }));
+        Ok(())
+    }
+
+    fn append(&mut self, chunks: Vec<Verified>) {
+        let context = self.context.clone();
+        let accepted = self.accepted.clone();
+        self.appending = Some(spawn_blocking(move || {
+            if let Some(accepted) = accepted {
+                accepted.access.grant(chunks.iter().map(|chunk| chunk.stored().id));
+            }
+            for chunk in chunks {
+                context.session.put_verified(chunk)?;
+            }
+            Ok(())
+        }));
+    }
+
+    async fn commit(&mut self) -> Result<Vec<ReceiverStep>> {
+        self.tally.phase("commit");
+        self.monitor.phase("verifying", None);
+        if let Some(appending) = self.appending.take() {
+            joined(appending.await)?;
+        }
+        while let Some(verified) = self.verifying.next().await {
+            self.append(joined(verified)?);
+            if let Some(appending) = self.appending.take() {
+                joined(appending.await)?;
+                failpoint::hit("receive.chunk");
+            }
+        }
+        let Some(accepted) = self.accepted.clone() else { return Ok(Vec::new()) };
+        let context = self.context.clone();
+        self.changed = joined(spawn_blocking(move || commit(&context, &accepted)).await)?;
+        Ok(self.machine.committed(self.changed))
+    }
+}
+
+/// Waits for the job in `slot` and empties it; for ever if there is none.
+async fn finished<T>(slot: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    let Some(job) = slot else { return std::future::pending().await };
+    let result = job.await;
+    *slot = None;
+    result
+}
+
+/// Sees which layers are held and whether the names may be set. Blocks.
+fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
+    let Context { store, terms, .. } = context;
+    let force = match &terms.wanted {
+        Some((names, force)) => {
+            let is_wanted = |(name, _): &(LayerName, u16)| names.contains(name);
+            if !offer.names.iter().all(is_wanted)
+                || !names.iter().all(|name| offer.names.iter().any(|(n, _)| n == name))
+            {
+                return Err(Error::refused(ErrorClass::Invalid, "other names than those asked for were offered"));
+            }
+            *force
+        }
+        None => offer.force,
+    };
+    for (name, top) in &offer.names {
+        // The answer is the same whether the name exists or not.
+        if terms.wanted.is_none() && !terms.visible.allows(name) {
+            return Err(Error::refused(ErrorClass::Denied, format!("this key may not set the name {name}")));
+        }
+        let taken = store.name(name)?.is_some_and(|record| record.layer != offer.layers[usize::from(*top)].id);
+        if taken && !force {
+            let message = format!("the name {name} is taken by another layer; use --force to replace it");
+            return Err(Error::refused(ErrorClass::Exists, message));
+        }
+    }
+    let access = Access::new(store, &terms.visible)?;
+    let lacking: Vec<bool> = offer.layers.iter().map(|layer| !access.holds(&layer.id)).collect();
+    let offered = offer.layers.iter().map(|layer| &layer.id);
+    let held = offered.chain(&offer.hints).filter(|id| access.holds(id));
+    let pins = held.map(|id| store.pin(*id)).collect::<layerfs::Result<_>>()?;
+    Ok(Accepted { offer, force, lacking, access, _pins: pins })
+}
+
+/// Makes the chunks durable, verifies the layers, sets the names. Blocks. Returns how many names have changed.
+fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
+    let Context { store, session, .. } = context;
+    session.commit()?;
+    failpoint::hit("receive.staged");
+    let layers = accepted.offer.layers.iter().zip(&accepted.lacking);
+    let mut whole: HashSet<LayerId> = layers.clone().filter(|(_, lacks)| !**lacks).map(|(layer, _)| layer.id).collect();
+    for (layer, _) in layers.filter(|(_, lacks)| **lacks) {
+        check_layer(store.as_ref(), layer.id, &mut |ids| accepted.access.has(session, ids))?;
+        // A parent that is here but not the peer's to see would come into its reach by this layer.
+        let parent = Manifest::load(store.as_ref(), layer.id)?.parent;
+        if let Some(parent) = parent.filter(|parent| !whole.contains(parent)) {
+            return Err(layerfs::Error::LayerMissing(parent).into());
+        }
+        whole.insert(layer.id);
+    }
+    failpoint::hit("receive.verified");
+    let mut changes = Vec::new();
+    let mut changed = 0;
+    for (name, top) in &accepted.offer.names {
+        let layer = accepted.layer_of(*top);
+        if store.name(name)?.is_none_or(|record| record.layer != layer) {
+            changed += 1;
+        }
+        let expect = if accepted.force { Expect::Any } else { Expect::Absent };
+        changes.push(NameChange { name: name.clone(), layer, expect });
+    }
+    if changed > 0 {
+        store.set_names(&changes)?;
+    }
+    failpoint::hit("receive.named");
+    Ok(changed)
+}

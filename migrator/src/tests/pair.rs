@@ -1,0 +1,172 @@
+//! What the tests share: layers made by hand, and two nodes that know each other.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use layerfs::attr::{Attrs, FileKind, Xattrs};
+use layerfs::chunk::{ChunkWrite, Class};
+use layerfs::chunker::{Chunker, Cutter, Piece};
+use layerfs::content::{Content, ContentBuilder, Extent};
+use layerfs::inode::{Dentry, Inode, Node as InodeNode, Target};
+use layerfs::manifest::{LayerKind, LayerWriter, Manifest};
+use layerfs::monitor::{Monitor, Silent};
+use layerfs::store::{Expect, Store, StoreOptions};
+use layerfs::{Ino, LayerId, LayerName};
+
+use crate::peers::{Peer, PeerName, Rights};
+use crate::{Listener, Node, NodeOptions, PublicKey};
+
+/// Files by name, all in the root folder.
+pub type Tree = BTreeMap<String, Vec<u8>>;
+
+/// `count` bytes that don't compress well and depend on `seed`.
+pub fn noise(seed: u64, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// A tree of `files` small files and one of `large_bytes`.
+pub fn tree(files: u64, large_bytes: usize) -> Tree {
+    let mut tree: Tree = (0..files).map(|n| (format!("f{n:06}"), noise(n, 40 + (n as usize * 997) % 3000))).collect();
+    tree.insert("large".to_owned(), noise(u64::MAX, large_bytes));
+    tree
+}
+
+pub fn name(text: &str) -> LayerName {
+    LayerName::new(text).unwrap()
+}
+
+pub fn silent() -> Arc<dyn Monitor> {
+    Arc::new(Silent)
+}
+
+fn content(bytes: &[u8], out: &dyn ChunkWrite) -> Content {
+    if bytes.len() <= 512 {
+        return Content::Inline(bytes.to_vec());
+    }
+    let mut builder = ContentBuilder::new(Chunker::Tree);
+    let mut cutter = Cutter::new(Chunker::Tree);
+    let mut push = |piece: Piece<'_>| {
+        let extent = match piece {
+            Piece::Data(data) => Extent::Chunk { id: out.put(Class::Data, data)?, bytes: data.len() as u32 },
+            Piece::Hole(bytes) => Extent::Hole { bytes },
+        };
+        builder.push(extent, out)
+    };
+    cutter.data(bytes, &mut push).unwrap();
+    cutter.finish(&mut push).unwrap();
+    builder.finish(out).unwrap()
+}
+
+/// Writes a layer with the whole of `tree` and, with a parent, only that; numbers follow the names' order from `first`.
+pub fn write_layer(out: &dyn ChunkWrite, tree: &Tree, parent: Option<(LayerId, &Manifest)>, first: u64) -> LayerId {
+    let mut writer = LayerWriter::new(out);
+    let mut inodes = Vec::new();
+    let inode = |ino, node| Inode { ino: Ino(ino), nlink: 1, attrs: Attrs::default(), xattrs: Xattrs::new(), node };
+    if parent.is_none() {
+        inodes.push(inode(1, InodeNode::Folder));
+    }
+    for (at, (name, bytes)) in tree.iter().enumerate() {
+        let ino = first + at as u64;
+        let target = Target::Inode { ino: Ino(ino), kind: FileKind::File };
+        writer.dentry(&Dentry { folder: Ino::ROOT, name: name.clone().into_bytes(), target }).unwrap();
+        inodes.push(inode(ino, InodeNode::File(content(bytes, out))));
+    }
+    inodes.iter().for_each(|inode| writer.inode(inode).unwrap());
+    let next = Ino(first + tree.len() as u64);
+    writer.finish(LayerKind::Base, parent, next).unwrap().0
+}
+
+/// Stores `tree` as a base layer called `called`.
+pub fn add_layer(store: &Arc<Store>, called: &str, tree: &Tree) -> LayerId {
+    let session = store.session("test");
+    let layer = write_layer(&session, tree, None, 2);
+    session.commit().unwrap();
+    store.set_name(&name(called), layer, Expect::Any).unwrap();
+    layer
+}
+
+/// Stores `tree` over `parent`, replacing nothing of it.
+pub fn add_layer_over(store: &Arc<Store>, called: &str, tree: &Tree, parent: LayerId, first: u64) -> LayerId {
+    let session = store.session("test");
+    let below = Manifest::load(store.as_ref(), parent).unwrap();
+    let layer = write_layer(&session, tree, Some((parent, &below)), first);
+    session.commit().unwrap();
+    store.set_name(&name(called), layer, Expect::Any).unwrap();
+    layer
+}
+
+/// A store in a temporary folder, with its node.
+pub struct Host {
+    pub node: Node,
+    pub folder: tempfile::TempDir,
+}
+
+impl Host {
+    pub fn new() -> Host {
+        Host::with(NodeOptions::default())
+    }
+
+    pub fn with(options: NodeOptions) -> Host {
+        let folder = tempfile::Builder::new().prefix("layerfs-migrator-").tempdir().unwrap();
+        let store =
+            Store::open(&folder.path().join("store"), StoreOptions { create: true, ..Default::default() }).unwrap();
+        Host { node: Node::open(store, options).unwrap(), folder }
+    }
+
+    pub fn store(&self) -> &Arc<Store> {
+        self.node.store()
+    }
+
+    pub fn know(&self, called: &str, key: PublicKey, address: Option<String>, rights: Rights) {
+        let name = PeerName::new(called).unwrap();
+        self.node.peers().add(Peer { name, address, key, rights }).unwrap();
+    }
+
+    /// Whether `called` refers to `layer` here, and all of that is whole.
+    pub fn has_whole(&self, called: &str, layer: LayerId) -> bool {
+        let Some(record) = self.store().name(&name(called)).unwrap() else { return false };
+        assert_eq!(record.layer, layer);
+        let mut next = Some(layer);
+        while let Some(layer) = next {
+            let store = self.store();
+            crate::check::check_layer(store.as_ref(), layer, &mut |ids| store.contains_many(ids)).unwrap();
+            next = Manifest::load(store.as_ref(), layer).unwrap().parent;
+        }
+        true
+    }
+}
+
+/// Two hosts; `here` knows `there` as "there", which listens and knows `here` as "here".
+pub struct Pair {
+    pub here: Host,
+    pub there: Host,
+    pub listener: Listener,
+}
+
+impl Pair {
+    pub async fn new() -> Pair {
+        Pair::with_rights(Rights::default()).await
+    }
+
+    /// `rights` are those of `here` at `there`.
+    pub async fn with_rights(rights: Rights) -> Pair {
+        let (here, there) = (Host::new(), Host::new());
+        let listener = there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+        here.know("there", there.node.public_key(), Some(listener.address().to_string()), Rights::default());
+        there.know("here", here.node.public_key(), None, rights);
+        Pair { here, there, listener }
+    }
+
+    pub async fn push(&self, called: &str) -> crate::Result<crate::TransferReport> {
+        self.here.node.push(&[name(called)], "there", Default::default(), silent()).await
+    }
+
+    pub async fn pull(&self, called: &str) -> crate::Result<crate::TransferReport> {
+        self.here.node.pull(&[name(called)], "there", Default::default(), silent()).await
+    }
+}

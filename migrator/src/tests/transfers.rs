@@ -1,0 +1,81 @@
+//! What a transfer brings over, and what it costs.
+
+use layerfs::LayerName;
+
+use super::pair::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_brings_everything_and_the_same_again_brings_nothing() {
+    let pair = Pair::new().await;
+    let layer = add_layer(pair.here.store(), "base", &tree(3000, 5 << 20));
+    let first = pair.push("base").await.unwrap();
+    assert!(pair.there.has_whole("base", layer));
+    assert_eq!((first.layers_sent, first.names_changed), (1, 1));
+    assert!(first.bytes_sent > 5 << 20, "{first:?}");
+
+    let again = pair.push("base").await.unwrap();
+    assert_eq!((again.layers_sent, again.names_changed, again.chunks_sent), (0, 0, 0));
+    assert!(again.bytes_sent + again.bytes_received < 4096, "{again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_change_costs_little() {
+    let pair = Pair::new().await;
+    let mut files = tree(50_000, 100 << 20);
+    add_layer(pair.here.store(), "one", &files);
+    pair.push("one").await.unwrap();
+    let large = files.get_mut("large").unwrap();
+    large[50 << 20] ^= 1;
+    let layer = add_layer(pair.here.store(), "two", &files);
+    let report = pair.push("two").await.unwrap();
+    assert!(pair.there.has_whole("two", layer));
+    // Three chunks of data at the most, and the difference of the manifests.
+    assert!(report.bytes_sent < 3 * (256 << 10) + (64 << 10), "{report:?}");
+    assert!(report.bytes_sent - report.chunk_stored_bytes < 48 << 10, "{report:?}");
+    assert!(report.bytes_received < 8 << 10, "{report:?}");
+    assert!(report.chunks_sent < 20, "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_over_a_held_one_costs_only_itself() {
+    let pair = Pair::new().await;
+    let base = add_layer(pair.here.store(), "base", &tree(20_000, 30 << 20));
+    pair.push("base").await.unwrap();
+    // The large file again, changed in the middle, under the number that it has in the base, as a seal writes it.
+    let mut large = noise(u64::MAX, 30 << 20);
+    large[15 << 20] ^= 1;
+    let app = add_layer_over(pair.here.store(), "app", &[("large".to_owned(), large)].into(), base, 20_002);
+    let report = pair.push("app").await.unwrap();
+    assert!(pair.there.has_whole("app", app));
+    assert_eq!((report.layers, report.layers_sent), (2, 1));
+    assert!(report.bytes_sent < 3 * (256 << 10) + (32 << 10), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_is_a_push_the_other_way() {
+    let pair = Pair::new().await;
+    let base = add_layer(pair.there.store(), "base", &tree(500, 1 << 20));
+    let app = add_layer_over(pair.there.store(), "app", &tree(10, 1 << 18), base, 502);
+    let report = pair.pull("app").await.unwrap();
+    assert!(pair.here.has_whole("app", app));
+    assert_eq!((report.layers_sent, report.names_changed), (2, 1));
+    assert!(pair.here.store().name(&name("base")).unwrap().is_none());
+    let again = pair.pull("app").await.unwrap();
+    assert!(again.bytes_sent + again.bytes_received < 4096, "{again:?}");
+    let base_again = pair.pull("base").await.unwrap();
+    assert_eq!((base_again.layers_sent, base_again.names_changed), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_names_come_at_once() {
+    let pair = Pair::new().await;
+    let one = add_layer(pair.here.store(), "one", &tree(100, 1 << 20));
+    let two = add_layer(pair.here.store(), "two", &tree(200, 2 << 20));
+    pair.here.store().set_name(&name("one-too"), one, layerfs::store::Expect::Absent).unwrap();
+    let names: Vec<LayerName> = ["one", "two", "one-too", "one"].into_iter().map(name).collect();
+    let report = pair.here.node.push(&names, "there", Default::default(), silent()).await.unwrap();
+    assert_eq!((report.layers, report.names_changed), (2, 3));
+    assert!(
+        pair.there.has_whole("one", one) && pair.there.has_whole("one-too", one) && pair.there.has_whole("two", two)
+    );
+}

@@ -1,0 +1,321 @@
+//! Encoding and decoding of each message. PROTOCOL.md, "Messages": one function pair per table row.
+
+use bytes::Bytes;
+use layerfs::chunk::{Class, Codec, MAX_CHUNK_BYTES, MAX_STORED_BYTES, StoredChunk};
+use layerfs::codec::{Put, Reader};
+use layerfs::error::ErrorClass;
+use layerfs::{Error, LayerId, LayerName, Result};
+
+use super::{
+    CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message,
+    Offer, OfferedLayer,
+};
+
+const HELLO: u8 = 0x01;
+const ERROR: u8 = 0x02;
+const ALIVE: u8 = 0x03;
+const FETCH: u8 = 0x10;
+const OFFER: u8 = 0x11;
+const NEED: u8 = 0x12;
+const ASK: u8 = 0x13;
+const WANT: u8 = 0x14;
+/// The type of [`Message::Chunks`], which may be longer than the others.
+pub(super) const CHUNKS: u8 = 0x15;
+const END: u8 = 0x16;
+const DONE: u8 = 0x17;
+
+const MAGIC: &[u8; 4] = b"LFWP";
+const FLAG_FORCE: u8 = 1;
+/// The bytes of a chunk's record in front of its stored bytes.
+const CHUNK_HEADER_BYTES: usize = 32 + 1 + 1 + 4 + 4;
+
+/// Appends the frame of `message` to `out`.
+pub fn encode(message: &Message, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.put_u32(0);
+    match message {
+        Message::Hello(hello) => encode_hello(hello, out),
+        Message::Error { class, text } => {
+            out.put_u8(ERROR);
+            out.put_u8(class_code(*class));
+            out.put_bytes16(text.as_bytes());
+        }
+        Message::Alive => out.put_u8(ALIVE),
+        Message::Fetch { names } => {
+            out.put_u8(FETCH);
+            out.put_u16(names.len() as u16);
+            names.iter().for_each(|name| out.put_bytes16(name.as_str().as_bytes()));
+        }
+        Message::Offer(offer) => encode_offer(offer, out),
+        Message::Need { lacking, held } => {
+            out.put_u8(NEED);
+            put_bits(lacking, out);
+            put_bits(held, out);
+        }
+        Message::Ask { seq, ids } => {
+            out.put_u8(ASK);
+            out.put_u32(*seq);
+            out.put_u16(ids.len() as u16);
+            ids.iter().for_each(|id| out.put_id(id));
+        }
+        Message::Want { seq, wanted } => {
+            out.put_u8(WANT);
+            out.put_u32(*seq);
+            put_bits(wanted, out);
+        }
+        Message::Chunks(chunks) => {
+            out.put_u8(CHUNKS);
+            out.put_u16(chunks.len() as u16);
+            chunks.iter().for_each(|chunk| put_chunk(chunk, out));
+        }
+        Message::End { chunks } => {
+            out.put_u8(END);
+            out.put_u64(*chunks);
+        }
+        Message::Done { changed } => {
+            out.put_u8(DONE);
+            out.put_u16(*changed);
+        }
+    }
+    close(start, out);
+}
+
+fn close(start: usize, out: &mut [u8]) {
+    let bytes = (out.len() - start - 4) as u32;
+    out[start..start + 4].copy_from_slice(&bytes.to_le_bytes());
+}
+
+fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {
+    out.put_u8(HELLO);
+    out.extend_from_slice(MAGIC);
+    out.put_u16(hello.version);
+    out.put_u16(hello.lowest);
+    out.put_u16(hello.highest);
+    out.put_u64(hello.features);
+}
+
+fn encode_offer(offer: &Offer, out: &mut Vec<u8>) {
+    out.put_u8(OFFER);
+    out.put_u8(if offer.force { FLAG_FORCE } else { 0 });
+    out.put_u16(offer.layers.len() as u16);
+    for layer in &offer.layers {
+        out.put_id(&layer.id.0);
+        out.put_u64(layer.file_bytes);
+    }
+    out.put_u16(offer.names.len() as u16);
+    for (name, top) in &offer.names {
+        out.put_bytes16(name.as_str().as_bytes());
+        out.put_u16(*top);
+    }
+    out.put_u16(offer.hints.len() as u16);
+    offer.hints.iter().for_each(|hint| out.put_id(&hint.0));
+}
+
+/// A 16-bit count, then a bit each, the first in the lowest bit of the first byte; unused bits are 0.
+fn put_bits(bits: &[bool], out: &mut Vec<u8>) {
+    out.put_u16(bits.len() as u16);
+    for eight in bits.chunks(8) {
+        out.put_u8(eight.iter().enumerate().fold(0, |byte, (at, bit)| byte | u8::from(*bit) << at));
+    }
+}
+
+fn put_chunk(chunk: &StoredChunk, out: &mut Vec<u8>) {
+    out.put_id(&chunk.id);
+    out.put_u8(chunk.class as u8);
+    out.put_u8(chunk.codec as u8);
+    out.put_u32(chunk.plain_bytes);
+    out.put_bytes32(&chunk.stored);
+}
+
+/// Decodes the body of a frame of type `kind`. Chunks' bytes are slices of `body`.
+///
+/// # Errors
+/// [`Error::Corrupt`] for anything malformed, [`Error::Unsupported`] for an unknown type.
+pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
+    let mut reader = Reader::new("message", body);
+    let reader = &mut reader;
+    let message = match kind {
+        HELLO => Message::Hello(decode_hello(reader)?),
+        ERROR => decode_error(reader)?,
+        ALIVE => Message::Alive,
+        FETCH => Message::Fetch { names: list(reader, "names", 1, MAX_NAMES, decode_name)? },
+        OFFER => Message::Offer(decode_offer(reader)?),
+        NEED => Message::Need { lacking: bits(reader, MAX_LAYERS)?, held: bits(reader, MAX_HINTS)? },
+        ASK => Message::Ask { seq: reader.u32()?, ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
+        WANT => Message::Want { seq: reader.u32()?, wanted: bits(reader, MAX_ASK)? },
+        CHUNKS => Message::Chunks(list(reader, "chunks", 1, usize::from(u16::MAX), |r| decode_chunk(r, body))?),
+        END => Message::End { chunks: reader.u64()? },
+        DONE => Message::Done { changed: reader.u16()? },
+        other => return Err(Error::Unsupported { what: "message", detail: format!("type {other:#04x}") }),
+    };
+    reader.finish()?;
+    Ok(message)
+}
+
+fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello> {
+    if reader.take(4)? != MAGIC {
+        return Err(reader.error("it doesn't begin with LFWP"));
+    }
+    // What a later version appends is not ours to judge: the versions decide, and they stand in front.
+    let hello =
+        Hello { version: reader.u16()?, lowest: reader.u16()?, highest: reader.u16()?, features: reader.u64()? };
+    if hello.highest <= super::VERSION {
+        return Ok(hello);
+    }
+    reader.take(reader.rest().len())?;
+    Ok(hello)
+}
+
+fn decode_error(reader: &mut Reader<'_>) -> Result<Message> {
+    let class = class_of(reader.u8()?);
+    let text = reader.bytes16()?;
+    if text.len() > MAX_ERROR_TEXT {
+        return Err(reader.error(format!("an error's text of {} bytes", text.len())));
+    }
+    // A peer's words end up on a terminal: no control characters.
+    let text = String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    Ok(Message::Error { class, text })
+}
+
+fn decode_offer(reader: &mut Reader<'_>) -> Result<Offer> {
+    let flags = reader.u8()?;
+    if flags & !FLAG_FORCE != 0 {
+        return Err(Error::Unsupported { what: "offer", detail: format!("flags {flags:#04x}") });
+    }
+    let layer = |r: &mut Reader<'_>| Ok(OfferedLayer { id: LayerId(r.id()?), file_bytes: r.u64()? });
+    let layers = list(reader, "layers", 1, MAX_LAYERS, layer)?;
+    let names = list(reader, "names", 1, MAX_NAMES, |r| Ok((decode_name(r)?, r.u16()?)))?;
+    if let Some((name, top)) = names.iter().find(|(_, top)| usize::from(*top) >= layers.len()) {
+        return Err(reader.error(format!("name {name} has layer {top} of {}", layers.len())));
+    }
+    let hints = list(reader, "hints", 0, MAX_HINTS, |r| Ok(LayerId(r.id()?)))?;
+    Ok(Offer { force: flags & FLAG_FORCE != 0, layers, names, hints })
+}
+
+fn decode_name(reader: &mut Reader<'_>) -> Result<LayerName> {
+    let text = std::str::from_utf8(reader.bytes16()?).map_err(|_| reader.error("a name that isn't text"))?;
+    LayerName::new(text).map_err(|_| reader.error("an impossible name"))
+}
+
+/// A 16-bit count between `least` and `most`, then so many items. Allocates no more than `reader` has bytes for.
+fn list<'a, T>(
+    reader: &mut Reader<'a>,
+    what: &str,
+    least: usize,
+    most: usize,
+    mut item: impl FnMut(&mut Reader<'a>) -> Result<T>,
+) -> Result<Vec<T>> {
+    let count = usize::from(reader.u16()?);
+    if count < least || count > most || count > reader.rest().len() {
+        return Err(reader.error(format!("{count} {what}")));
+    }
+    let mut items = Vec::with_capacity(count.min(1024));
+    for _ in 0..count {
+        items.push(item(reader)?);
+    }
+    Ok(items)
+}
+
+fn bits(reader: &mut Reader<'_>, most: usize) -> Result<Vec<bool>> {
+    let count = usize::from(reader.u16()?);
+    if count > most {
+        return Err(reader.error(format!("{count} bits")));
+    }
+    let bytes = reader.take(count.div_ceil(8))?;
+    let bit = |at: usize| bytes[at / 8] >> (at % 8) & 1 == 1;
+    if (count..bytes.len() * 8).any(bit) {
+        return Err(reader.error("unused bits are set"));
+    }
+    Ok((0..count).map(bit).collect())
+}
+
+fn decode_chunk(reader: &mut Reader<'_>, body: &Bytes) -> Result<StoredChunk> {
+    let id = reader.id()?;
+    let class = reader.u8()?;
+    let class = Class::from_code(class).ok_or_else(|| reader.error(format!("chunk class {class}")))?;
+    let codec = reader.u8()?;
+    let codec = Codec::from_code(codec).ok_or_else(|| reader.error(format!("chunk codec {codec}")))?;
+    let plain_bytes = reader.u32()?;
+    let stored = reader.bytes32()?;
+    let plain_is_possible = (1..=MAX_CHUNK_BYTES).contains(&(plain_bytes as usize));
+    if !plain_is_possible || stored.is_empty() || stored.len() > MAX_STORED_BYTES {
+        return Err(reader.error(format!("a chunk of {plain_bytes} plain bytes in {}", stored.len())));
+    }
+    Ok(StoredChunk { id, class, codec, plain_bytes, stored: body.slice_ref(stored) })
+}
+
+/// Fills one [`Message::Chunks`] frame, copying each chunk's bytes once.
+#[derive(Debug)]
+pub struct ChunksWriter {
+    frame: Vec<u8>,
+    count: u16,
+}
+
+impl Default for ChunksWriter {
+    fn default() -> ChunksWriter {
+        let mut frame = Vec::with_capacity(CHUNKS_TARGET_BYTES + MAX_STORED_BYTES + 256);
+        frame.put_u32(0);
+        frame.put_u8(CHUNKS);
+        frame.put_u16(0);
+        ChunksWriter { frame, count: 0 }
+    }
+}
+
+impl ChunksWriter {
+    /// Appends a chunk. The caller takes the frame when [`ChunksWriter::is_full`] says so.
+    pub fn push(&mut self, chunk: &StoredChunk) {
+        put_chunk(chunk, &mut self.frame);
+        self.count += 1;
+    }
+
+    /// Whether the frame should go.
+    pub fn is_full(&self) -> bool {
+        self.frame.len() + CHUNK_HEADER_BYTES >= CHUNKS_TARGET_BYTES || self.count == u16::MAX
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The frame.
+    pub fn finish(mut self) -> Bytes {
+        self.frame[HEADER_BYTES..HEADER_BYTES + 2].copy_from_slice(&self.count.to_le_bytes());
+        close(0, &mut self.frame);
+        self.frame.into()
+    }
+}
+
+/// The codes of PROTOCOL.md, "Errors".
+const CLASSES: [(u8, ErrorClass); 10] = [
+    (1, ErrorClass::Invalid),
+    (2, ErrorClass::NotFound),
+    (3, ErrorClass::Exists),
+    (4, ErrorClass::Busy),
+    (5, ErrorClass::Corrupt),
+    (6, ErrorClass::Unsupported),
+    (7, ErrorClass::NoSpace),
+    (8, ErrorClass::Denied),
+    (9, ErrorClass::Network),
+    (10, ErrorClass::Io),
+];
+
+fn class_code(class: ErrorClass) -> u8 {
+    CLASSES.iter().find(|(_, other)| *other == class).map_or(10, |(code, _)| *code)
+}
+
+/// A code that a later version adds is an [`ErrorClass::Io`] to us.
+fn class_of(code: u8) -> ErrorClass {
+    CLASSES.iter().find(|(other, _)| *other == code).map_or(ErrorClass::Io, |(_, class)| *class)
+}
+
+/// Through the bytes and back.
+#[cfg(test)]
+pub(super) fn round_trip(message: &Message) -> Message {
+    let mut frame = Vec::new();
+    encode(message, &mut frame);
+    let header: [u8; HEADER_BYTES] = frame[..HEADER_BYTES].try_into().unwrap();
+    let header = super::FrameHeader::decode(&header).unwrap();
+    assert_eq!(header.body_bytes, frame.len() - HEADER_BYTES);
+    header.message(&Bytes::copy_from_slice(&frame[HEADER_BYTES..])).unwrap()
+}

@@ -1,0 +1,193 @@
+//! The messages and their bytes. PROTOCOL.md, "Frames" and "Messages".
+//!
+//! Invariants: a frame's length is checked before anything is allocated; decoding never panics and never reads past
+//! its frame; what decodes encodes to the same bytes.
+
+mod codec;
+#[cfg(test)]
+mod golden;
+
+use bytes::Bytes;
+use layerfs::chunk::StoredChunk;
+use layerfs::error::ErrorClass;
+use layerfs::{ChunkId, LayerId, LayerName};
+
+pub use codec::{ChunksWriter, decode, encode};
+
+/// The protocol's version.
+pub const VERSION: u16 = 1;
+/// The bytes in front of a frame's body: length and type.
+pub const HEADER_BYTES: usize = 5;
+/// The most bytes that a frame's length field may say (type and body).
+pub const MAX_FRAME_BYTES: usize = 2 * 1024 * 1024;
+/// The most bytes of a frame that isn't [`Message::Chunks`].
+pub const MAX_SMALL_FRAME_BYTES: usize = 128 * 1024;
+/// The most ids in one [`Message::Ask`].
+pub const MAX_ASK: usize = 1024;
+/// The most layers that one [`Message::Offer`] may speak of.
+pub const MAX_LAYERS: usize = 1024;
+/// The most names in one [`Message::Offer`] or [`Message::Fetch`].
+pub const MAX_NAMES: usize = 256;
+/// The most hints in one [`Message::Offer`].
+pub const MAX_HINTS: usize = 64;
+/// The most ids that may be asked for or wanted and not yet sent at any time.
+pub const MAX_OUTSTANDING: usize = 64 * 1024;
+/// The most bytes of an error's text.
+pub const MAX_ERROR_TEXT: usize = 2000;
+/// Below this many bytes a sender goes on filling a [`Message::Chunks`].
+pub const CHUNKS_TARGET_BYTES: usize = 512 * 1024;
+
+/// A message between two hosts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// The first message of either side.
+    Hello(Hello),
+    /// The sender of this gives up; nothing follows.
+    Error {
+        /// The class of the failure.
+        class: ErrorClass,
+        /// Its text.
+        text: String,
+    },
+    /// Nothing to say, but still here.
+    Alive,
+    /// Please offer these names to me.
+    Fetch {
+        /// What is wanted.
+        names: Vec<LayerName>,
+    },
+    /// These names, with these layers, are to be had.
+    Offer(Offer),
+    /// What of an offer is lacking. Answers [`Message::Offer`] unless nothing is lacking.
+    Need {
+        /// For each layer of the offer, whether it is lacking.
+        lacking: Vec<bool>,
+        /// For each hint of the offer, whether it is held whole.
+        held: Vec<bool>,
+    },
+    /// Which of these chunks are lacking?
+    Ask {
+        /// Counts the asks of a transfer from 0.
+        seq: u32,
+        /// Up to [`MAX_ASK`] ids.
+        ids: Vec<ChunkId>,
+    },
+    /// The answer to the [`Message::Ask`] with the same number.
+    Want {
+        /// The ask's number.
+        seq: u32,
+        /// For each id of the ask, whether it is to be sent.
+        wanted: Vec<bool>,
+    },
+    /// Chunks as they lie in the sender's packs.
+    Chunks(Vec<StoredChunk>),
+    /// Everything that was wanted has been sent.
+    End {
+        /// How many chunks were sent in all.
+        chunks: u64,
+    },
+    /// The names are set, durably.
+    Done {
+        /// How many names were changed; the others were there already.
+        changed: u16,
+    },
+}
+
+/// The first message of either side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The version that what follows is written in.
+    pub version: u16,
+    /// The lowest version that this side speaks.
+    pub lowest: u16,
+    /// The highest version that this side speaks.
+    pub highest: u16,
+    /// Bits 0 to 31 are extras that may be ignored; whoever doesn't know one of bits 32 to 63 gives up.
+    pub features: u64,
+}
+
+impl Hello {
+    /// What this program says.
+    pub const OURS: Hello = Hello { version: VERSION, lowest: VERSION, highest: VERSION, features: 0 };
+
+    /// The features that may not be ignored.
+    pub const REQUIRED_FEATURES: u64 = !0 << 32;
+}
+
+/// A layer that is to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OfferedLayer {
+    /// Its id.
+    pub id: LayerId,
+    /// The sizes of its files added up, in bytes: for progress, not to be relied on.
+    pub file_bytes: u64,
+}
+
+/// What a sender has to give.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Whether names that are taken are to be changed.
+    pub force: bool,
+    /// Every layer of every named stack, once, parents before children.
+    pub layers: Vec<OfferedLayer>,
+    /// The names, each with the index of its top layer in `layers`.
+    pub names: Vec<(LayerName, u16)>,
+    /// Layers that the sender holds too, most related first: what of them the receiver holds need not be asked for.
+    pub hints: Vec<LayerId>,
+}
+
+impl Message {
+    /// The type's name, for errors.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Message::Hello(_) => "Hello",
+            Message::Error { .. } => "Error",
+            Message::Alive => "Alive",
+            Message::Fetch { .. } => "Fetch",
+            Message::Offer(_) => "Offer",
+            Message::Need { .. } => "Need",
+            Message::Ask { .. } => "Ask",
+            Message::Want { .. } => "Want",
+            Message::Chunks(_) => "Chunks",
+            Message::End { .. } => "End",
+            Message::Done { .. } => "Done",
+        }
+    }
+
+    /// An error's message, its text cut to what fits.
+    pub fn error(class: ErrorClass, text: impl Into<String>) -> Message {
+        let mut text: String = text.into();
+        if text.len() > MAX_ERROR_TEXT {
+            let end = (0..=MAX_ERROR_TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+            text.truncate(end);
+        }
+        Message::Error { class, text }
+    }
+}
+
+/// A frame's header, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// The type byte.
+    pub kind: u8,
+    /// How many bytes of body follow.
+    pub body_bytes: usize,
+}
+
+impl FrameHeader {
+    /// Checks the first [`HEADER_BYTES`] of a frame.
+    pub fn decode(header: &[u8; HEADER_BYTES]) -> layerfs::Result<FrameHeader> {
+        let [a, b, c, d, kind] = *header;
+        let bytes = u32::from_le_bytes([a, b, c, d]) as usize;
+        let most = if kind == codec::CHUNKS { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
+        if bytes == 0 || bytes > most {
+            return Err(layerfs::Error::corrupt("frame", format!("{bytes} bytes of type {kind:#04x}")));
+        }
+        Ok(FrameHeader { kind, body_bytes: bytes - 1 })
+    }
+
+    /// Decodes the body that follows. Chunks' bytes aren't copied.
+    pub fn message(&self, body: &Bytes) -> layerfs::Result<Message> {
+        decode(self.kind, body)
+    }
+}
