@@ -7,7 +7,7 @@ export CARGO_TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
-MANDIR ?= $(PREFIX)/share/man/man1
+MANDIR ?= $(PREFIX)/share/man
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 # mount(8) looks for its helpers in /sbin only.
 HELPERDIR ?= /sbin
@@ -54,8 +54,9 @@ install:
 	install -D -m 755 $(LAYERCTL) $(DESTDIR)$(BINDIR)/layerctl
 	install -d $(DESTDIR)$(HELPERDIR)
 	ln -sf $(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs
-	install -d $(DESTDIR)$(MANDIR)
-	$(LAYERCTL) generate man $(DESTDIR)$(MANDIR)
+	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
+	$(LAYERCTL) generate man $(DESTDIR)$(MANDIR)/man1
+	mv $(DESTDIR)$(MANDIR)/man1/mount.layerfs.8 $(DESTDIR)$(MANDIR)/man8/
 	install -d $(DESTDIR)$(COMPLETIONS)/bash-completion/completions $(DESTDIR)$(COMPLETIONS)/zsh/site-functions $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d
 	$(LAYERCTL) generate completions bash > $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl
 	$(LAYERCTL) generate completions zsh > $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl
@@ -64,6 +65,6 @@ install:
 	sed 's|@BINDIR@|$(BINDIR)|' scripts/layerfs.service > $(DESTDIR)$(UNITDIR)/layerfs.service
 
 uninstall:
-	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(MANDIR)/layerctl*.1
+	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(MANDIR)/man1/layerctl*.1 $(DESTDIR)$(MANDIR)/man8/mount.layerfs.8
 	rm -f $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
 	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service

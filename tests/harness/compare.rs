@@ -12,9 +12,14 @@ use crate::case::output_of;
 /// Fails unless rsync finds no difference in either direction: names, kinds, bytes, modes, owners, times to the
 /// nanosecond, hard links, ACLs, extended attributes.
 pub fn same_by_rsync(a: &Path, b: &Path) -> anyhow::Result<()> {
+    same_by_rsync_with(a, b, &["-aHAXS"])
+}
+
+/// The same with other options than `-aHAXS`, for formats that cannot hold everything.
+pub fn same_by_rsync_with(a: &Path, b: &Path, options: &[&str]) -> anyhow::Result<()> {
     for (from, to) in [(a, b), (b, a)] {
         let mut rsync = Command::new("rsync");
-        rsync.args(["-aHAXS", "--checksum", "--modify-window=-1", "--numeric-ids", "--dry-run", "-i", "--delete"]);
+        rsync.args(options).args(["--checksum", "--modify-window=-1", "--numeric-ids", "--dry-run", "-i", "--delete"]);
         rsync.arg(with_slash(from)).arg(with_slash(to));
         let differences = output_of(&mut rsync)?;
         ensure!(

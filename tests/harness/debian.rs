@@ -53,6 +53,13 @@ fn make(cache: &Path) -> anyhow::Result<PathBuf> {
         let last = format!("{error:#}").lines().last().unwrap_or_default().to_owned();
         bail!("debootstrap failed (is a mirror reachable?): {last}");
     }
+    // The downloaded packages would be most of the tree, and hold its content a second time.
+    for entry in std::fs::read_dir(growing.join("var/cache/apt/archives"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            std::fs::remove_file(path)?;
+        }
+    }
     std::fs::rename(&growing, &done)?;
     Ok(done)
 }

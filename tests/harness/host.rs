@@ -71,16 +71,21 @@ impl Daemon {
 
     /// The most memory that it ever held, in bytes.
     pub fn peak_memory_bytes(&self) -> anyhow::Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kibibytes * 1024)
+        peak_memory_of(self.pid())
     }
 
     /// What it has logged.
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
+}
+
+/// The most memory that process `pid` ever held, in bytes.
+pub fn peak_memory_of(pid: u32) -> anyhow::Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kibibytes * 1024)
 }
 
 impl Drop for Daemon {
@@ -150,6 +155,13 @@ impl Host {
         let status = daemon.wait()?;
         ensure!(status.success(), "the daemon ended with {status}\n{}", daemon.log_text());
         Ok(())
+    }
+
+    /// Ends the daemon, whether or not a mount of its own keeps it busy.
+    pub fn stop_or_kill(&mut self) -> anyhow::Result<()> {
+        let mut daemon = self.daemon.take().context("no daemon runs")?;
+        self.ctl.run(["daemon", "stop", "--force"])?;
+        daemon.wait().map(drop)
     }
 
     /// Waits until the daemon has died of SIGKILL by its own hand, at a step that it was told to die at.
@@ -229,20 +241,15 @@ impl Host {
     /// The names in the store with their layers' ids.
     pub fn names(&self) -> anyhow::Result<std::collections::BTreeMap<String, String>> {
         let list = self.ctl.json(["list"])?;
-        let rows = list
-            .as_array()
-            .or_else(|| list["layers"].as_array())
-            .with_context(|| format!("`list --json` is no list: {list}"))?;
-        rows.iter()
-            .map(|row| {
-                let name = row["name"].as_str().with_context(|| format!("no name in {row}"))?;
-                let layer = row["layer"]
-                    .as_str()
-                    .or_else(|| row["id"].as_str())
-                    .with_context(|| format!("no layer in {row}"))?;
-                Ok((name.to_owned(), layer.to_owned()))
-            })
-            .collect()
+        let rows = list["layers"].as_array().with_context(|| format!("`list --json` is no list: {list}"))?;
+        let mut names = std::collections::BTreeMap::new();
+        for row in rows {
+            let id = row["id"].as_str().with_context(|| format!("no id in {row}"))?;
+            for name in row["names"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+                names.insert(name.to_owned(), id.to_owned());
+            }
+        }
+        Ok(names)
     }
 }
 
