@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::attrs::Losses;
 use super::compress::{Compression, Compressor};
 use super::place::{Scratch, Workspace};
-use super::tar::TarWriter;
+use super::tar::{Style, TarWriter};
 use super::{ExportReport, feed};
 use crate::attr::FileKind;
 use crate::diff::{What, layer_changes};
@@ -197,7 +197,7 @@ fn write_layer(
         chunks,
         monitor,
         |feed| {
-            let mut tar = TarWriter::new(chunks, feed, losses, monitor, b"");
+            let mut tar = TarWriter::new(chunks, feed, losses, monitor, Style::Oci);
             write_changes(view, &mut tar)?;
             tar.finish()
         },

@@ -39,7 +39,7 @@ pub fn export(
     let (entries, data_bytes) = feed::run(
         &**view.chunks(),
         monitor,
-        |feed| write_tree(view, TarWriter::new(&**view.chunks(), feed, &losses, monitor, b"./")),
+        |feed| write_tree(view, TarWriter::new(&**view.chunks(), feed, &losses, monitor, Style::Tar)),
         |piece| compressor.write_all(piece).map_err(failed),
     )?;
     compressor.finish().map_err(failed)?;
@@ -56,13 +56,22 @@ fn write_tree(view: &View, mut tar: TarWriter<'_, '_>) -> Result<(u64, u64)> {
     tar.finish()
 }
 
+/// For whom a tar is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// For tar programs: paths start with `./`, ACLs are text.
+    Tar,
+    /// For container tools: paths start with their first part, ACLs are extended attributes like others.
+    Oci,
+}
+
 /// Writes entries of a tar into a feed.
 pub struct TarWriter<'a, 'f> {
     chunks: &'a dyn ChunkRead,
     feed: &'a mut Feed<'f>,
     losses: &'a Losses,
     monitor: &'a dyn Monitor,
-    prefix: &'static [u8],
+    style: Style,
     /// The first path of each inode that has more names to come, and how many.
     links: HashMap<Ino, (Vec<u8>, u32)>,
     written: u64,
@@ -71,25 +80,22 @@ pub struct TarWriter<'a, 'f> {
 }
 
 impl<'a, 'f> TarWriter<'a, 'f> {
-    /// A writer whose paths all start with `prefix`.
+    /// A writer of a tar in `style`.
     pub fn new(
         chunks: &'a dyn ChunkRead,
         feed: &'a mut Feed<'f>,
         losses: &'a Losses,
         monitor: &'a dyn Monitor,
-        prefix: &'static [u8],
+        style: Style,
     ) -> TarWriter<'a, 'f> {
         let (links, written, entries, data_bytes) = (HashMap::new(), 0, 0, 0);
-        TarWriter { chunks, feed, losses, monitor, prefix, links, written, entries, data_bytes }
+        TarWriter { chunks, feed, losses, monitor, style, links, written, entries, data_bytes }
     }
 
     /// Appends `inode` under `path`, which has no slash at either end and is empty for the root.
     pub fn inode(&mut self, path: &[u8], inode: &Inode) -> Result<()> {
         monitor::check(self.monitor)?;
-        let mut full = [self.prefix, path].concat();
-        if full.is_empty() {
-            full.extend_from_slice(b"./");
-        }
+        let mut full = self.full(path);
         let (kind, link, device): (_, &[u8], _) = match &inode.node {
             Node::File(_) => (Kind::File, b"", 0),
             Node::Folder => (Kind::Folder, b"", 0),
@@ -118,16 +124,23 @@ impl<'a, 'f> TarWriter<'a, 'f> {
         {
             return self.put(&Header { kind: Kind::HardLink, link: &first, device: 0, ..header }.encode());
         }
-        header.records = xattr_records(inode)?;
+        header.records = xattr_records(inode, self.style)?;
         match &inode.node {
             Node::File(content) => self.file(header, content),
             _ => self.put(&header.encode()),
         }
     }
 
+    fn full(&self, path: &[u8]) -> Vec<u8> {
+        match self.style {
+            Style::Oci if !path.is_empty() => path.to_vec(),
+            _ => [b"./", path].concat(),
+        }
+    }
+
     /// Appends an empty file at `path`: a whiteout.
     pub fn marker(&mut self, path: &[u8]) -> Result<()> {
-        let full = [self.prefix, path].concat();
+        let full = self.full(path);
         let (kind, mtime, records) = (Kind::File, Default::default(), Vec::new());
         let (link, permissions, uid, gid, size, device, sparse_size) = (&b""[..], 0o600, 0, 0, 0, 0, None);
         let header =
@@ -247,12 +260,12 @@ fn map_line(number: u64) -> Vec<u8> {
     format!("{number}\n").into_bytes()
 }
 
-/// The pax records of an inode's extended attributes. ACLs go out as text, which all tar programs understand.
-fn xattr_records(inode: &Inode) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+/// The pax records of an inode's extended attributes.
+fn xattr_records(inode: &Inode, style: Style) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let record = |(name, value): &(Vec<u8>, Vec<u8>)| {
         let key: &[u8] = match name.as_slice() {
-            acl::ACCESS => b"SCHILY.acl.access",
-            acl::DEFAULT => b"SCHILY.acl.default",
+            acl::ACCESS if style == Style::Tar => b"SCHILY.acl.access",
+            acl::DEFAULT if style == Style::Tar => b"SCHILY.acl.default",
             _ => return Ok(header::xattr_record(name, value)),
         };
         Ok((key.to_vec(), acl::to_text(value)?.into_bytes()))
