@@ -28,8 +28,8 @@ pub enum Compression {
 
 const GZIP_LEVEL: u32 = 6;
 const ZSTD_LEVEL: i32 = 3;
-/// Higher presets take 100 MB per thread.
-const XZ_LEVEL: u32 = 3;
+/// Higher presets take up to 100 MB per thread.
+const XZ_LEVEL: u32 = 2;
 
 impl Compression {
     fn block_bytes(self) -> usize {
@@ -37,7 +37,7 @@ impl Compression {
             Compression::None => 0,
             Compression::Gzip => 1024 * 1024,
             Compression::Zstd => 2 * 1024 * 1024,
-            Compression::Xz => 8 * 1024 * 1024,
+            Compression::Xz => 4 * 1024 * 1024,
         }
     }
 
