@@ -75,6 +75,11 @@ impl Output {
         }
     }
 
+    /// A question on stderr, asked even of quiet users.
+    pub fn ask(&self, text: &str) {
+        write_stderr(text);
+    }
+
     /// A warning on stderr.
     pub fn warn(&self, text: &str) {
         if !self.quiet {
@@ -166,8 +171,6 @@ pub enum Color {
     Dim,
     /// See [`Paint::cyan`].
     Cyan,
-    /// See [`Paint::green`].
-    Green,
     /// See [`Paint::red`].
     Red,
 }
@@ -217,7 +220,6 @@ impl Table {
                 None => cell.clone(),
                 Some(Color::Dim) => paint.dim(cell),
                 Some(Color::Cyan) => paint.cyan(cell),
-                Some(Color::Green) => paint.green(cell),
                 Some(Color::Red) => paint.red(cell),
             };
             match self.columns[index].1 {

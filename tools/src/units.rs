@@ -73,11 +73,6 @@ pub fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".to_owned() } else { format!("{:.1}%", part as f64 * 100.0 / whole as f64) }
 }
 
-/// How many times greater `whole` is than `part`: `2.61×`.
-pub fn ratio(whole: u64, part: u64) -> String {
-    if part == 0 { "-".to_owned() } else { format!("{:.2}×", whole as f64 / part as f64) }
-}
-
 /// How long before `now` (both seconds since 1970) `then` was: `just now`, `5 min ago`; a date when it is far.
 pub fn age(then: i64, now: i64) -> String {
     match now - then {
@@ -177,7 +172,6 @@ mod tests {
         assert_eq!(plural(1, "file"), "1 file");
         assert_eq!(duration(0.25), "0.2 s");
         assert_eq!(duration(200.0), "3 min 20 s");
-        assert_eq!(ratio(300, 100), "3.00×");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{PathText, Timestamp};
-use crate::cli::layers::{Format, Kind};
+use crate::cli::layers::Kind;
 
 /// `/v1/import`: what to import.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -68,12 +68,13 @@ pub struct NewLayer {
 pub struct ExportRequest {
     /// The layer.
     pub name: String,
-    /// An absolute path; none for `/v1/export-stream`.
+    /// An absolute path, or `oci:` with one and perhaps a tag; none for `/v1/export-stream`.
     #[serde(default)]
     pub dest: Option<PathBuf>,
-    /// What to write; by default what the path's ending says.
+    /// What to write: "folder", "tar", "tar.gz", "tar.zst", "tar.xz", "oci", "oci-zstd", "raw"; by default what the
+    /// path's ending says.
     #[serde(default)]
-    pub format: Option<Format>,
+    pub format: Option<String>,
 }
 
 /// What an export wrote.
@@ -82,9 +83,11 @@ pub struct ExportResult {
     /// The layer's id.
     pub id: String,
     /// Files, folders and all else.
-    pub files: u64,
-    /// Bytes written.
-    pub bytes_written: u64,
+    pub entries: u64,
+    /// Bytes of file content, holes not counted.
+    pub data_bytes: u64,
+    /// The digest of the OCI manifest, if it is an OCI layout.
+    pub oci_manifest: Option<String>,
     /// How long it took.
     pub seconds: f64,
 }

@@ -8,7 +8,7 @@ pub mod mounts;
 pub mod peers;
 pub mod storage;
 
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -96,11 +96,6 @@ impl<'de> Deserialize<'de> for Timestamp {
 pub struct PathText(pub Vec<u8>);
 
 impl PathText {
-    /// As a path.
-    pub fn to_path(&self) -> PathBuf {
-        PathBuf::from(std::ffi::OsString::from_vec(self.0.clone()))
-    }
-
     /// For people: what is not printable is escaped.
     pub fn display(&self) -> String {
         escape(&self.0)

@@ -34,6 +34,8 @@ pub struct TransferResult {
     pub bytes_received: u64,
     /// How long it took.
     pub seconds: f64,
+    /// How long each phase took, in order.
+    pub phases: Vec<(String, f64)>,
 }
 
 /// `/v1/peer-add`.
@@ -89,6 +91,36 @@ pub struct PeerInfo {
 pub struct PeerList {
     /// Sorted by name.
     pub peers: Vec<PeerInfo>,
+    /// Hosts that called of late and are no peers.
+    pub strangers: Vec<StrangerInfo>,
+}
+
+/// A host that called and is no peer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StrangerInfo {
+    /// From where it called.
+    pub address: String,
+    /// Its public key.
+    pub key: String,
+    /// The key in a form that people compare.
+    pub fingerprint: String,
+}
+
+/// `/v1/peer-probe`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProbeRequest {
+    /// Where it listens.
+    pub address: String,
+}
+
+/// The key that a host shows. Nothing says yet whose it is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProbeResult {
+    /// Its public key.
+    pub key: String,
+    /// The key in a form that people compare.
+    pub fingerprint: String,
 }
 
 /// `/v1/peer-remove`.
@@ -110,4 +142,6 @@ pub struct Identity {
     pub host: String,
     /// The port to connect to.
     pub port: u16,
+    /// Where it listens now.
+    pub listening: Option<String>,
 }

@@ -98,39 +98,63 @@ pub struct DuRow {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WhyRequest {
-    /// A chunk's id, or NAME:/PATH.
+    /// A chunk's id, NAME:/PATH, or the absolute path of something in a mount.
     pub what: String,
-    /// At most so many places.
+    /// At most so many references.
     #[serde(default)]
     pub limit: Option<u64>,
 }
 
-/// Who refers to it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Who refers to a chunk, or where a path comes from.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct WhyResult {
-    /// The chunks that it is about.
-    pub chunks: Vec<String>,
-    /// The places.
+    /// The chunk's references, if it was about one.
     pub references: Vec<Reference>,
     /// Whether there are more than the limit.
     pub more: bool,
+    /// The path's origin, if it was about one.
+    pub path: Option<Origin>,
 }
 
-/// A place that refers to a chunk.
+/// Something that refers to a chunk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reference {
-    /// The chunk.
-    pub chunk: String,
     /// The layer that holds the record.
     pub layer: String,
-    /// The names whose stack holds that layer.
+    /// The names whose stacks have that layer.
     pub names: Vec<String>,
-    /// "data", "list", "inodes", "dentries", "manifest".
-    pub part: String,
-    /// The path of the file, if it is a file's.
-    pub path: Option<PathText>,
-    /// Where it lies in the file.
-    pub offset: Option<u64>,
+    /// What the chunk is for there: "manifest", "inodes", "dentries", "file".
+    pub role: String,
+    /// The inode of the file, if it is a file's.
+    pub ino: Option<u64>,
+    /// The paths of the file.
+    pub paths: Vec<PathText>,
+}
+
+/// Where a path comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Its inode.
+    pub ino: u64,
+    /// "file", "folder", ….
+    pub kind: String,
+    /// The layer that gave the inode this name.
+    pub named_by: Option<LayerRef>,
+    /// The layers that have a record of the inode, the top first: the first one counts.
+    pub records: Vec<LayerRef>,
+    /// All paths of the inode, if it has more than one.
+    pub links: Vec<PathText>,
+    /// The names whose trees have the inode as this one has it.
+    pub names: Vec<String>,
+}
+
+/// A layer, told shortly.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRef {
+    /// Its id.
+    pub id: String,
+    /// Its names.
+    pub names: Vec<String>,
 }
 
 /// `/v1/gc`.

@@ -27,7 +27,7 @@ impl From<Kind> for layerfs::manifest::LayerKind {
     }
 }
 
-/// Make a layer of SRC and name it NAME.
+/// Make a layer of a folder, an archive, an OCI image or a disk image.
 ///
 /// SRC is recognised by its content: a folder, a tar archive (plain, gzip, zstd, xz), an OCI image layout (folder or
 /// tar), an archive of `docker save`, or a disk image (raw, qcow2). `-` reads from stdin. An OCI image becomes a stack,
@@ -67,38 +67,20 @@ pub struct Import {
     pub force: bool,
 }
 
-/// What to write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// A folder
-    #[value(alias = "dir")]
-    Folder,
-    /// A tar archive
-    Tar,
-    /// A tar archive, gzip
-    #[value(name = "tar.gz", alias = "tgz")]
-    #[serde(rename = "tar.gz")]
-    TarGz,
-    /// A tar archive, zstd
-    #[value(name = "tar.zst")]
-    #[serde(rename = "tar.zst")]
-    TarZst,
-    /// An OCI image layout, one tar per layer
-    Oci,
-    /// A raw disk image
-    Raw,
-}
+/// The formats of an export, as [`layerfs::export::Format`] reads them.
+const FORMATS: [&str; 8] = ["folder", "tar", "tar.gz", "tar.zst", "tar.xz", "oci", "oci-zstd", "raw"];
 
-/// Write NAME with everything below it to DEST.
+/// Write a layer out as a folder, an archive, an OCI image or a disk image.
 ///
-/// The format follows DEST's ending (.tar, .tar.gz, .tgz, .tar.zst, .oci, .raw, .img); without one it is a folder.
+/// Everything below the layer is part of it.
+/// The format follows DEST's ending (.tar, .tar.gz, .tgz, .tar.zst, .tar.xz, .raw, .img); anything else is a folder.
+/// `oci:PATH[:TAG]` is an OCI image layout. An existing DEST is never overwritten.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl export debian ./rootfs\n  \
     layerctl export debian rootfs.tar.zst\n  \
     layerctl export debian - | tar -tv\n  \
-    layerctl export app ./app-image --format oci     for skopeo, umoci, podman\n  \
+    layerctl export app oci:app-image:latest     for skopeo, umoci, podman\n  \
     layerctl export vm/disk disk.raw")]
 pub struct Export {
     /// The layer
@@ -107,12 +89,12 @@ pub struct Export {
     /// Where to write; `-` for a tar archive on stdout
     #[arg(value_name = "DEST", value_hint = clap::ValueHint::AnyPath)]
     pub dest: PathBuf,
-    /// What to write
-    #[arg(long, short, value_name = "FORMAT")]
-    pub format: Option<Format>,
+    /// What to write, whatever DEST's ending
+    #[arg(long, short, value_name = "FORMAT", value_parser = FORMATS)]
+    pub format: Option<String>,
 }
 
-/// Give NAME's layer one more name.
+/// Give a layer one more name.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  layerctl tag app app:2026-11-21\n  layerctl tag app:2026-11-21 app --force    back to that one"
@@ -129,7 +111,7 @@ pub struct Tag {
     pub force: bool,
 }
 
-/// Remove names.
+/// Remove names; what nothing else refers to is freed by gc.
 ///
 /// Layers that other names, mounts or layers need stay. The space is freed by `layerctl gc`.
 #[derive(Debug, Args)]
@@ -165,7 +147,7 @@ pub struct Tree {
     pub name: Option<String>,
 }
 
-/// Show a layer's manifest, or what PATH in it is.
+/// Show a layer's manifest, or what a path in it is.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  layerctl inspect debian\n  layerctl inspect debian /usr/bin/perl --chunks\n  layerctl inspect debian /etc          a folder's entries"
@@ -191,7 +173,7 @@ pub struct Log {
     pub layer: String,
 }
 
-/// Show what changed from A to B, by path, with sizes.
+/// Show what changed between two layers, by path, with sizes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl diff debian app\n  \

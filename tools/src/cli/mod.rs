@@ -74,73 +74,46 @@ pub enum ColorChoice {
     Never,
 }
 
-/// The commands.
+/// The commands; each is told of where its arguments are.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a layer of a folder, an archive, an OCI image or a disk image
     Import(layers::Import),
-    /// Write a layer out as a folder, an archive, an OCI image or a disk image
     Export(layers::Export),
-    /// Give a layer one more name
     Tag(layers::Tag),
-    /// Remove names; what nothing else refers to is freed by gc
     #[command(alias = "rm")]
     Remove(layers::Remove),
-    /// List the layers
     #[command(alias = "ls")]
     List(layers::List),
-    /// Show which layer lies on which
     Tree(layers::Tree),
-    /// Show a layer's manifest, or one file's chunks
     #[command(alias = "show")]
     Inspect(layers::Inspect),
-    /// Show the history of a stack, top first
     #[command(alias = "history")]
     Log(layers::Log),
-    /// Show what changed between two layers, by path
     Diff(layers::Diff),
 
-    /// Mount a layer with everything below it
     Mount(mounts::Mount),
-    /// Unmount
     #[command(alias = "unmount")]
     Umount(mounts::Umount),
-    /// Make a layer of what was changed in a mount
     #[command(alias = "commit")]
     Seal(mounts::Seal),
-    /// List the mounts
     Mounts(mounts::Mounts),
-    /// List or remove the writable tops of mounts
     Uppers(mounts::Uppers),
 
-    /// Send layers to a peer
     Push(peers::Push),
-    /// Fetch layers from a peer
     Pull(peers::Pull),
-    /// Add, list and remove peers; show this host's own identity
     Peer(peers::Peer),
 
-    /// Show what the store holds: chunks, packs, ratios, dead bytes
     Stat(storage::Stat),
-    /// Show what layers take, and what removing them would free
     Du(storage::Du),
-    /// Show who refers to a chunk or a path
     Why(storage::Why),
-    /// Free what nothing refers to
     Gc(storage::Gc),
-    /// Check the store's structure
     Fsck(storage::Fsck),
-    /// Read and verify every chunk
     #[command(alias = "verify")]
     Scrub(storage::Scrub),
 
-    /// Start, stop or look at the daemon
     Daemon(system::Daemon),
-    /// Print completions for a shell
     Completions(system::Completions),
-    /// Generate man pages and completions
     Generate(system::Generate),
-    /// Print the versions of this program and of the daemon
     Version(system::Version),
 }
 

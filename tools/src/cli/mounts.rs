@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::layers::Kind;
 
-/// Mount NAME with everything below it at DIR.
+/// Mount a layer with everything below it.
 ///
 /// The mount is writable: changes go to an upper, which `seal` turns into a layer. Without --upper it is a fresh one.
 /// The same works from mount(8) and fstab: see mount.layerfs(8).
@@ -31,7 +31,7 @@ pub struct Mount {
     pub upper: Option<String>,
 }
 
-/// Unmount what is mounted at DIR.
+/// Unmount.
 ///
 /// A named upper is kept. A nameless one that holds changes is kept too, under its number (`layerctl uppers`),
 /// unless --discard is given.
@@ -52,7 +52,7 @@ pub struct Umount {
     pub lazy: bool,
 }
 
-/// Make a layer of what was changed in the mount at DIR, and name it NAME.
+/// Make a layer of what was changed in a mount.
 ///
 /// It costs what changed. The mount goes on, over the new layer.
 #[derive(Debug, Args)]

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-/// Send NAME and everything below it to PEER: only what it lacks.
+/// Send layers and everything below them to a peer: only what it lacks.
 ///
 /// The names appear on the other side all at once, when everything is there and verified. A transfer that was cut goes
 /// on where it was when the command is repeated.
@@ -17,7 +17,7 @@ pub struct Push {
     pub force: bool,
 }
 
-/// Fetch NAME and everything below it from PEER: only what is lacking here.
+/// Fetch layers and everything below them from a peer: only what is lacking here.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force")]
 pub struct Pull {
@@ -29,13 +29,13 @@ pub struct Pull {
     pub force: bool,
 }
 
-/// Peers: the hosts that this one exchanges layers with.
+/// Add, list and remove peers, the hosts to exchange layers with.
 ///
-/// Both hosts know each other's key. `layerctl peer id` prints, on each host, the line to run on the other.
+/// Both hosts know each other's key: one `peer add` on each side. `layerctl peer id` prints what to compare or to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    edge1# layerctl peer id\n  \
-    central# layerctl peer add edge1 edge1.example.org --key lfk…    (the key that edge1 printed)\n  \
+    edge1# layerctl peer id                               its fingerprint and key\n  \
+    central# layerctl peer add edge1 edge1.example.org    shows the fingerprint that it finds, and asks\n  \
     central# layerctl peer list")]
 pub struct Peer {
     /// What to do
@@ -47,10 +47,14 @@ pub struct Peer {
 #[derive(Debug, Subcommand)]
 pub enum PeerAction {
     /// Add a peer, or replace what is known of it
+    ///
+    /// Without --key the host is asked for its key, and you are asked whether the fingerprint is right: compare it with the
+    /// one of `layerctl peer id` on the other host.
     #[command(after_help = "Examples:\n  \
-        layerctl peer add edge1 edge1.example.org --key KEY\n  \
-        layerctl peer add edge1 10.0.0.2:7440 --key KEY --allow pull --visible 'app/*'\n\n\
-        Compare the fingerprint that it prints with the one of `layerctl peer id` on the other host.")]
+        layerctl peer add edge1 edge1.example.org\n  \
+        layerctl peer add edge1 edge1.example.org --fingerprint 7x2kd-…      for scripts\n  \
+        layerctl peer add edge1 10.0.0.2:7440 --key lfk-… --allow pull --visible 'app/*'\n  \
+        layerctl peer add laptop - --key lfk-…      a host that only calls")]
     Add(PeerAdd),
     /// List the peers
     #[command(alias = "ls", after_help = "Examples:\n  layerctl peer list\n  layerctl peer list --json")]
@@ -77,8 +81,11 @@ pub struct PeerAdd {
     #[arg(value_name = "ADDRESS")]
     pub address: String,
     /// Its public key, as `layerctl peer id` prints it there
-    #[arg(long, short, value_name = "KEY")]
-    pub key: String,
+    #[arg(long, short, value_name = "KEY", required_if_eq("address", "-"))]
+    pub key: Option<String>,
+    /// Its fingerprint: the key is taken from the host itself if it has this fingerprint
+    #[arg(long, value_name = "FINGERPRINT", conflicts_with = "key")]
+    pub fingerprint: Option<String>,
     /// What it may do here [default: both]
     #[arg(long, value_delimiter = ',', value_name = "WHAT", value_parser = ["push", "pull", "none"])]
     pub allow: Vec<String>,

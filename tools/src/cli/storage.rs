@@ -2,12 +2,15 @@
 
 use clap::Args;
 
-/// Show what the store holds.
+/// Show what the store holds: chunks, packs, ratios, dead bytes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  layerctl stat\n  layerctl stat --json | jq .dedup_ratio")]
 pub struct Stat {}
 
-/// Show what layers take: apparent, unique to each, shared, compressed; and what removing a name would free.
+/// Show what layers take, and what removing them would free.
+///
+/// Apparent: the sizes of the files. Plain: the chunks, each once, of which some are unique to this name and some shared with
+/// others. Compressed: what they take in the store.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl du\n  \
@@ -22,22 +25,23 @@ pub struct Du {
     pub layers: bool,
 }
 
-/// Show which names, layers and paths refer to a chunk, or to the content of a path.
+/// Show which names, layers and paths refer to a chunk, or where a path comes from and who shares it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl why 5f3a09c2d1e4…                    a chunk (its whole id)\n  \
-    layerctl why debian:/usr/bin/perl             the chunks of a file\n\n\
+    layerctl why debian:/usr/bin/perl             a path of a layer\n  \
+    layerctl why /mnt/usr/bin/perl                a path in a mount\n\n\
     `layerctl inspect NAME PATH --chunks` lists a file's chunks.")]
 pub struct Why {
-    /// A chunk's id, or NAME:/PATH
+    /// A chunk's id, NAME:/PATH, or a path in a mount
     #[arg(value_name = "CHUNK|PATH")]
     pub what: String,
-    /// Show at most so many places
+    /// Show at most so many references
     #[arg(long, short = 'n', default_value_t = 100, value_name = "N")]
     pub limit: u64,
 }
 
-/// Free the space of what no name, mount, upper or transfer refers to. Everything else goes on meanwhile.
+/// Free what no name, mount, upper or transfer refers to. Everything else goes on meanwhile.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  layerctl gc --dry-run\n  layerctl gc")]
 pub struct Gc {
@@ -46,8 +50,9 @@ pub struct Gc {
     pub dry_run: bool,
 }
 
-/// Check the store's structure: packs against the index, names against manifests, uppers against their layers.
+/// Check the store's structure.
 ///
+/// Packs against the index, names against manifests, uppers against their layers.
 /// Exit code 6 if something is wrong.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \

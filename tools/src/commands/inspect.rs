@@ -7,7 +7,7 @@ use crate::api::PathText;
 use crate::api::layers::{
     ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, InspectRequest, InspectResult,
 };
-use crate::api::storage::{WhyRequest, WhyResult};
+use crate::api::storage::{LayerRef, Origin, WhyRequest, WhyResult};
 use crate::cli::{layers as args, storage};
 use crate::failure::{Failure, Result};
 use crate::output::{Color, Paint, Table, facts, short};
@@ -222,19 +222,42 @@ pub fn why(session: &Session, args: storage::Why) -> Result<()> {
 }
 
 fn why_text(result: &WhyResult, paint: Paint) -> String {
-    if result.references.is_empty() {
-        return "nothing refers to it; `layerctl gc` frees it\n".to_owned();
+    if let Some(origin) = &result.path {
+        return origin_text(origin, paint);
     }
-    let mut table = Table::new(&["CHUNK", "PART", "OFFSET>", "LAYER", "NAMES", "PATH"]);
+    if result.references.is_empty() {
+        return "nothing refers to it\n".to_owned();
+    }
+    let mut table = Table::new(&["LAYER", "PART", "INODE>", "NAMES", "PATH"]);
     for reference in &result.references {
+        let layer = short(&reference.layer);
+        let ino = reference.ino.map_or_else(|| "-".to_owned(), |ino| ino.to_string());
+        let paths: Vec<String> = reference.paths.iter().map(PathText::display).collect();
         table.colored([
-            (short(&reference.chunk), Some(Color::Dim)),
-            (reference.part.clone(), None),
-            (reference.offset.map_or_else(|| "-".to_owned(), units::count), None),
-            (short(&reference.layer), Some(Color::Dim)),
+            (layer, Some(Color::Dim)),
+            (reference.role.clone(), None),
+            (ino, None),
             (reference.names.join(", "), Some(Color::Cyan)),
-            (reference.path.as_ref().map(PathText::display).unwrap_or_default(), None),
+            (paths.join(", "), None),
         ]);
     }
     table.render(paint)
+}
+
+fn origin_text(origin: &Origin, paint: Paint) -> String {
+    let layer = |layer: &LayerRef| match layer.names.is_empty() {
+        true => short(&layer.id),
+        false => format!("{}  {}", paint.cyan(&layer.names.join(", ")), paint.dim(&short(&layer.id))),
+    };
+    let mut list = vec![
+        ("inode", origin.ino.to_string()),
+        ("kind", origin.kind.clone()),
+        ("named by", origin.named_by.as_ref().map_or_else(|| "-".to_owned(), layer)),
+    ];
+    for (index, record) in origin.records.iter().enumerate() {
+        list.push((if index == 0 { "content of" } else { "before" }, layer(record)));
+    }
+    list.extend(origin.links.iter().map(|path| ("link", path.display())));
+    list.push(("shared by", paint.cyan(&origin.names.join(", "))));
+    facts(paint, list)
 }

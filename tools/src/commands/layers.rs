@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read};
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Session;
 use crate::api::layers::{
@@ -79,7 +79,7 @@ pub fn export(session: &Session, args: args::Export) -> Result<()> {
     let is_stream = args.dest.as_os_str() == "-";
     let request = ExportRequest {
         name: args.name,
-        dest: if is_stream { None } else { Some(absolute(&args.dest)?) },
+        dest: if is_stream { None } else { Some(absolute_dest(&args.dest)?) },
         format: args.format,
     };
     let mut display = Display::new(session.output, format!("exporting {}", request.name));
@@ -95,11 +95,25 @@ pub fn export(session: &Session, args: args::Export) -> Result<()> {
     }
     let result: ExportResult = client.work("export", &request, &mut display, &mut |_| Ok(()))?;
     session.output.answer(&result, |result| {
-        let written = units::size(result.bytes_written);
-        let rate = units::rate(result.bytes_written, result.seconds);
-        let files = units::plural(result.files, "file");
-        format!("{files}, {written} written to {}, {}, {rate}\n", args.dest.display(), units::duration(result.seconds))
+        let data = units::size(result.data_bytes);
+        let rate = units::rate(result.data_bytes, result.seconds);
+        let entries = units::plural(result.entries, "entry").replace("entrys", "entries");
+        let digest = result.oci_manifest.as_ref().map(|digest| format!("  {digest}\n")).unwrap_or_default();
+        let dest = args.dest.display();
+        format!("{dest}: {entries}, {data}, {}, {rate}\n{digest}", units::duration(result.seconds))
     })
+}
+
+/// Makes a path absolute, or the path in `oci:PATH[:TAG]`.
+fn absolute_dest(dest: &Path) -> Result<PathBuf> {
+    match dest.to_str().and_then(|text| text.strip_prefix("oci:")) {
+        None => absolute(dest),
+        Some(path) => {
+            let mut text = std::ffi::OsString::from("oci:");
+            text.push(absolute(Path::new(path))?);
+            Ok(text.into())
+        }
+    }
 }
 
 /// `layerctl tag`.

@@ -14,7 +14,7 @@ use crate::autostart::{self, StoreUse};
 use crate::cli::Command;
 use crate::client::Client;
 use crate::config::Settings;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::output::Output;
 use crate::progress::Display;
 
@@ -46,21 +46,6 @@ impl Session {
     pub fn work<Q: Serialize, R: DeserializeOwned>(&self, operation: &str, request: &Q, label: &str) -> Result<R> {
         let mut display = Display::new(self.output, label);
         self.client()?.work(operation, request, &mut display, &mut |_| Ok(()))
-    }
-
-    /// Does a long operation with items of type `I`.
-    pub fn work_with_items<Q: Serialize, R: DeserializeOwned, I: DeserializeOwned>(
-        &self,
-        operation: &str,
-        request: &Q,
-        label: &str,
-        item: &mut dyn FnMut(I) -> Result<()>,
-    ) -> Result<R> {
-        let mut display = Display::new(self.output, label);
-        self.client()?.work(operation, request, &mut display, &mut |value| {
-            let decoded = serde_json::from_value(value);
-            item(decoded.map_err(|e| Failure::invalid(format!("the daemon's answer makes no sense: {e}")))?)
-        })
     }
 }
 

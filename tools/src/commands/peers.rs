@@ -1,13 +1,16 @@
 //! push, pull, peer.
 
+use std::io::IsTerminal;
+
 use super::Session;
 use crate::api::Empty;
 use crate::api::peers::{
-    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, TransferRequest, TransferResult,
+    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, ProbeRequest, ProbeResult, StrangerInfo,
+    TransferRequest, TransferResult,
 };
 use crate::cli::peers as args;
-use crate::config::DEFAULT_PORT;
-use crate::failure::{Failure, Result};
+use crate::client::Client;
+use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Table, facts};
 use crate::progress::Display;
 use crate::units;
@@ -68,31 +71,58 @@ pub fn peer(session: &Session, args: args::Peer) -> Result<()> {
 
 fn add(session: &Session, args: args::PeerAdd) -> Result<()> {
     let allows = |what: &str| args.allow.is_empty() || args.allow.iter().any(|allowed| allowed == what);
+    let client = session.client_of_new_store()?;
+    let is_known = args.key.is_some();
+    let key = match &args.key {
+        Some(key) => key.clone(),
+        None => ask_for_key(session, &client, &args)?,
+    };
     let request = PeerAddRequest {
         allow_push: allows("push"),
         allow_pull: allows("pull"),
+        address: (args.address != "-").then(|| args.address.clone()),
         name: args.name,
-        address: (args.address != "-").then(|| with_port(&args.address)),
-        key: args.key,
+        key,
         visible: args.visible,
         force: args.force,
     };
-    let peer: PeerInfo = session.client_of_new_store()?.call("peer-add", &request)?;
+    let peer: PeerInfo = client.call("peer-add", &request)?;
     let paint = session.output.paint();
-    session.output.answer(&peer, |peer| format!("{}  {}\n", paint.cyan(&peer.name), paint.bold(&peer.fingerprint)))?;
-    if !session.output.json {
+    session
+        .output
+        .answer(&peer, |peer| format!("added peer {}  {}\n", paint.cyan(&peer.name), paint.bold(&peer.fingerprint)))?;
+    if !session.output.json && is_known {
         session.output.note(&format!("compare the fingerprint with the one of `layerctl peer id` on {}", peer.name));
     }
     Ok(())
 }
 
-/// `HOST` with the default port, `[V6]:PORT` and `HOST:PORT` as they are.
-fn with_port(address: &str) -> String {
-    if address.parse::<std::net::Ipv6Addr>().is_ok() {
-        return format!("[{address}]:{DEFAULT_PORT}");
+/// The key that the host shows, once somebody has said that its fingerprint is right.
+fn ask_for_key(session: &Session, client: &Client, args: &args::PeerAdd) -> Result<String> {
+    let shown: ProbeResult = client.call("peer-probe", &ProbeRequest { address: args.address.clone() })?;
+    let plain = |text: &str| text.replace('-', "").to_lowercase();
+    if let Some(expected) = &args.fingerprint {
+        if plain(expected) == plain(&shown.fingerprint) {
+            return Ok(shown.key);
+        }
+        let text = format!("{} has the fingerprint {}, not {expected}", args.address, shown.fingerprint);
+        return Err(
+            Failure::new(Class::Denied, text).hint("somebody may sit in between; look at `layerctl peer id` there")
+        );
     }
-    let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    if has_port { address.to_owned() } else { format!("{address}:{DEFAULT_PORT}") }
+    let question = format!("{} shows the fingerprint {}", args.address, shown.fingerprint);
+    if !std::io::stdin().is_terminal() || session.output.json {
+        return Err(Failure::new(Class::Denied, format!("{question}, and nobody is here to compare it")).hint(
+            format!("if `layerctl peer id` says the same there, repeat this with --fingerprint {}", shown.fingerprint),
+        ));
+    }
+    session.output.ask(&format!("{question}.\nDoes `layerctl peer id` say the same there? [y/N] "));
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(shown.key);
+    }
+    Err(Failure::new(Class::Denied, "not added"))
 }
 
 fn list(session: &Session) -> Result<()> {
@@ -120,8 +150,14 @@ fn list(session: &Session) -> Result<()> {
         }
         table.render(session.output.paint())
     })?;
-    if list.peers.is_empty() && !session.output.json {
-        session.output.note("no peers; `layerctl peer id` on the other host prints how to add it here");
+    if session.output.json {
+        return Ok(());
+    }
+    if list.peers.is_empty() {
+        session.output.note("no peers; `layerctl peer add NAME ADDRESS` adds one");
+    }
+    for StrangerInfo { address, key, .. } in &list.strangers {
+        session.output.note(&format!("{address} called and is no peer; its key is {key}"));
     }
     Ok(())
 }
@@ -133,21 +169,10 @@ fn id(session: &Session) -> Result<()> {
         facts(paint, [("key", identity.key.clone()), ("fingerprint", paint.bold(&identity.fingerprint))])
     })?;
     if !session.output.json {
-        let Identity { key, host, port, .. } = &identity;
-        session.output.note(&format!("on the other host:\n  layerctl peer add {host} ADDRESS:{port} --key {key}"));
+        let Identity { key, host, port, listening, .. } = &identity;
+        let how =
+            if listening.is_some() { "" } else { "this host does not listen yet: it does as soon as it has a peer\n" };
+        session.output.note(&format!("{how}on the other host:\n  layerctl peer add {host} ADDRESS:{port} --key {key}"));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_get_the_default_port() {
-        assert_eq!(with_port("edge1.example.org"), "edge1.example.org:7440");
-        assert_eq!(with_port("10.0.0.2:9"), "10.0.0.2:9");
-        assert_eq!(with_port("fd00::1"), "[fd00::1]:7440");
-        assert_eq!(with_port("[fd00::1]:9"), "[fd00::1]:9");
-    }
 }

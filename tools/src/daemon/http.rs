@@ -41,7 +41,7 @@ pub struct Context {
     /// The daemon.
     pub daemon: Arc<Daemon>,
     /// Progress, items, cancelling.
-    pub reporter: Reporter,
+    pub reporter: Arc<Reporter>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -141,12 +141,11 @@ where
             let (pieces, mut receiver) = mpsc::channel(PIECES);
             let mut writer = PieceWriter { pieces };
             let started = start(daemon, name, Length::Long, move |context| run(context, query, &mut writer))?;
-            let first = receiver.recv().await;
-            if first.is_none() {
+            match receiver.recv().await {
+                Some(first) => Ok(bytes_response(started, first, receiver)),
                 // It ended without a byte: a failure can still have a status of its own.
-                return whole(started).await;
+                None => whole(started).await,
             }
-            Ok(bytes_response(started, first, receiver))
         };
         with_version(answer.await.unwrap_or_else(|failure| failed(&failure)))
     })
@@ -154,11 +153,12 @@ where
 
 /// An operation under way.
 struct Started {
-    number: u64,
     work: Arc<super::work::Work>,
     events: mpsc::Receiver<Event>,
     outcome: JoinHandle<Result<serde_json::Value>>,
-    cancel: CancelOnDrop,
+    /// What came of it, while events are still to be told.
+    done: Option<Result<serde_json::Value>>,
+    _cancel: CancelOnDrop,
 }
 
 fn start<A: Serialize>(
@@ -170,10 +170,13 @@ fn start<A: Serialize>(
     let entry = daemon.works.begin(name.to_owned(), length == Length::Long)?;
     let work = entry.work().clone();
     let (sender, events) = mpsc::channel(EVENTS);
-    let context =
-        Context { daemon, reporter: Reporter::new(work.clone(), sender), runtime: tokio::runtime::Handle::current() };
+    let context = Context {
+        daemon,
+        reporter: Arc::new(Reporter::new(work.clone(), sender)),
+        runtime: tokio::runtime::Handle::current(),
+    };
     let outcome = tokio::task::spawn_blocking(move || perform(entry, context, run));
-    Ok(Started { number: work.number, cancel: CancelOnDrop(work.clone()), work, events, outcome })
+    Ok(Started { _cancel: CancelOnDrop(work.clone()), work, events, outcome, done: None })
 }
 
 fn perform<A: Serialize>(
@@ -189,28 +192,50 @@ fn perform<A: Serialize>(
     outcome
 }
 
-async fn finish(outcome: JoinHandle<Result<serde_json::Value>>) -> Result<serde_json::Value> {
-    outcome.await.unwrap_or_else(|error| {
-        tracing::error!("an operation died: {error}");
-        let text =
-            "the operation died of a mistake in this program; please report it with daemon.log in the store's folder";
-        Err(Failure::new(Class::Failure, text))
-    })
+/// What an operation does next.
+enum Step {
+    /// It tells something.
+    Event(Event),
+    /// It has ended.
+    Done(Result<serde_json::Value>),
+}
+
+impl Started {
+    /// The next step. Events that were sent before the end come before it.
+    async fn step(&mut self) -> Step {
+        if self.done.is_none() {
+            tokio::select! {
+                biased;
+                Some(event) = self.events.recv() => return Step::Event(event),
+                outcome = &mut self.outcome => self.done = Some(outcome.unwrap_or_else(|error| Err(died(&error)))),
+            }
+        }
+        if let Ok(event) = self.events.try_recv() {
+            return Step::Event(event);
+        }
+        Step::Done(self.done.take().unwrap_or_else(|| Err(layerfs::Error::Cancelled.into())))
+    }
+}
+
+fn died(error: &tokio::task::JoinError) -> Failure {
+    tracing::error!("an operation died: {error}");
+    let text =
+        "the operation died of a mistake in this program; please report it with daemon.log in the store's folder";
+    Failure::new(Class::Failure, text)
 }
 
 /// One JSON document. Items, if there are any, are gathered.
 async fn whole(mut started: Started) -> Result<Response<Body>> {
     let mut items = Vec::new();
     let mut warnings = Vec::new();
-    while let Some(event) = started.events.recv().await {
-        match event {
-            Event::Item(item) => items.push(item),
-            Event::Warning(text) => warnings.push(text),
-            _ => {}
+    let mut answer = loop {
+        match started.step().await {
+            Step::Event(Event::Item(item)) => items.push(item),
+            Step::Event(Event::Warning(text)) => warnings.push(text),
+            Step::Event(_) => {}
+            Step::Done(outcome) => break outcome?,
         }
-    }
-    let mut answer = finish(started.outcome).await?;
-    drop(started.cancel);
+    };
     if let Some(object) = answer.as_object_mut() {
         if !items.is_empty() {
             object.insert("items".to_owned(), items.into());
@@ -226,25 +251,20 @@ async fn whole(mut started: Started) -> Result<Response<Body>> {
 fn events(started: Started) -> Response<Body> {
     let mut ticker = tokio::time::interval(TICK);
     ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-    let first = line(&Event::Started { work: started.number });
+    let first = line(&Event::Started { work: started.work.number });
     let state = Some((started, ticker));
     let rest = futures::stream::unfold(state, |state| async {
         let (mut started, mut ticker) = state?;
-        let event = tokio::select! {
+        let step = tokio::select! {
             biased;
-            event = started.events.recv() => match event {
-                Some(event) => event,
-                None => {
-                    let event = match finish(started.outcome).await {
-                        Ok(answer) => Event::Result(answer),
-                        Err(failure) => Event::Error(failure),
-                    };
-                    return Some((line(&event), None));
-                }
-            },
-            _ = ticker.tick() => Event::Progress(started.work.progress()),
+            step = started.step() => step,
+            _ = ticker.tick() => Step::Event(Event::Progress(started.work.progress())),
         };
-        Some((line(&event), Some((started, ticker))))
+        match step {
+            Step::Event(event) => Some((line(&event), Some((started, ticker)))),
+            Step::Done(Ok(answer)) => Some((line(&Event::Result(answer)), None)),
+            Step::Done(Err(failure)) => Some((line(&Event::Error(failure)), None)),
+        }
     });
     let lines = futures::StreamExt::chain(futures::stream::iter([first]), rest);
     let body = StreamBody::new(futures::StreamExt::map(lines, |line| Ok::<_, io::Error>(Frame::data(line))));
@@ -253,7 +273,7 @@ fn events(started: Started) -> Response<Body> {
     response
 }
 
-fn bytes_response(started: Started, first: Option<Bytes>, rest: mpsc::Receiver<Bytes>) -> Response<Body> {
+fn bytes_response(started: Started, first: Bytes, rest: mpsc::Receiver<Bytes>) -> Response<Body> {
     let body = StreamBody::new(pieces(started, first, rest));
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();
@@ -265,36 +285,43 @@ fn bytes_response(started: Started, first: Option<Bytes>, rest: mpsc::Receiver<B
     response
 }
 
-fn pieces(
-    started: Started,
-    first: Option<Bytes>,
-    rest: mpsc::Receiver<Bytes>,
-) -> impl Stream<Item = io::Result<Frame<Bytes>>> {
-    futures::stream::unfold(Some((started, first, rest)), |state| async {
+fn pieces(started: Started, first: Bytes, rest: mpsc::Receiver<Bytes>) -> impl Stream<Item = io::Result<Frame<Bytes>>> {
+    futures::stream::unfold(Some((started, Some(first), rest)), |state| async {
         let (mut started, first, mut rest) = state?;
-        let piece = match first {
-            Some(piece) => Some(piece),
-            None => loop {
-                tokio::select! {
-                    piece = rest.recv() => break piece,
-                    // Nobody reads the events here; the log has the warnings.
-                    Some(_) = started.events.recv() => {}
-                }
-            },
-        };
-        if let Some(piece) = piece {
+        if let Some(piece) = first {
             return Some((Ok(Frame::data(piece)), Some((started, None, rest))));
         }
-        let (name, text) = match finish(started.outcome).await {
-            Ok(answer) => (api::TRAILER_RESULT, api::ascii_json(&answer)),
-            Err(failure) => (api::TRAILER_ERROR, api::ascii_json(&serde_json::json!({ "error": failure }))),
-        };
-        let mut trailers = HeaderMap::new();
-        if let Ok(value) = HeaderValue::from_str(&text) {
-            trailers.insert(name, value);
+        loop {
+            tokio::select! {
+                biased;
+                Some(piece) = rest.recv() => return Some((Ok(Frame::data(piece)), Some((started, None, rest)))),
+                step = started.step() => match step {
+                    // Nobody reads the events here; the log has the warnings.
+                    Step::Event(_) => {}
+                    Step::Done(outcome) => {
+                        started.done = Some(outcome);
+                        rest.close();
+                        if let Ok(piece) = rest.try_recv() {
+                            return Some((Ok(Frame::data(piece)), Some((started, None, rest))));
+                        }
+                        return Some((Ok(Frame::trailers(trailers(started.done.take()))), None));
+                    }
+                },
+            }
         }
-        Some((Ok(Frame::trailers(trailers)), None))
     })
+}
+
+fn trailers(outcome: Option<Result<serde_json::Value>>) -> HeaderMap {
+    let (name, text) = match outcome {
+        Some(Ok(answer)) => (api::TRAILER_RESULT, api::ascii_json(&answer)),
+        Some(Err(failure)) => (api::TRAILER_ERROR, api::ascii_json(&serde_json::json!({ "error": failure }))),
+        None => return HeaderMap::new(),
+    };
+    HeaderValue::from_str(&text).map_or_else(
+        |_| HeaderMap::new(),
+        |value| HeaderMap::from_iter([(axum::http::HeaderName::from_static(name), value)]),
+    )
 }
 
 fn line(event: &Event) -> Bytes {

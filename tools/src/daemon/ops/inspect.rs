@@ -77,8 +77,8 @@ fn entry(path: PathText, inode: &Inode) -> EntryInfo {
     }
 }
 
-/// As serde writes it.
-fn kind_text(kind: FileKind) -> String {
+/// A kind as the API writes it.
+pub fn kind_text(kind: FileKind) -> String {
     serde_json::to_value(kind).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 

@@ -5,13 +5,15 @@ pub mod inspect;
 pub mod layers;
 pub mod mounts;
 pub mod peers;
+pub mod storage;
+pub mod transfer;
 
 use std::sync::Arc;
 
 use axum::Router;
 
 use super::Daemon;
-use super::http::{Context, Length, operation};
+use super::http::{Context, Length, download, operation};
 use crate::api::{Cancel, Empty, Status};
 use crate::failure::{Class, Failure, Result};
 
@@ -29,6 +31,10 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/remove", operation("remove", Short, layers::remove))
         .route("/v1/inspect", operation("inspect", Long, inspect::inspect))
         .route("/v1/diff", operation("diff", Long, inspect::diff))
+        .route("/v1/export", operation("export", Long, transfer::export))
+        .route("/v1/export-stream", download("export", transfer::export_stream))
+        .route("/v1/du", operation("du", Long, storage::du))
+        .route("/v1/why", operation("why", Long, storage::why))
 }
 
 fn status(context: &Context, _: Empty) -> Result<Status> {

@@ -24,6 +24,11 @@ impl Mounts {
         0
     }
 
+    /// The layer and the path in it of something in a mount.
+    pub fn locate(&self, path: &std::path::Path) -> Result<(layerfs::LayerId, Vec<u8>)> {
+        Err(layerfs::Error::NotFound { what: "mount of", name: path.display().to_string() }.into())
+    }
+
     /// Unmounts all; `lazy` detaches what is in use.
     pub fn unmount_all(&self, _lazy: bool) -> Result<()> {
         Ok(())
