@@ -39,6 +39,12 @@ const HEADER_BYTES: usize = 128;
 /// Small enough that what is read is still in the processor's cache when it is hashed.
 const READ_BYTES: usize = 128 * 1024;
 
+/// Mapped pages count as the process's memory. So that a tree of any size stays cheap, what reads much of larger
+/// tables than this gives their pages back after so many steps.
+pub(crate) const KEPT_BYTES: u64 = 32 * 1024 * 1024;
+/// The steps.
+pub(crate) const RELEASE_EVERY: u64 = 1 << 15;
+
 /// Where the parts of a table file lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Layout {
@@ -247,11 +253,11 @@ impl Table {
 
     /// Gives the pages that reading has mapped back to the page cache; they come again when they are read.
     pub fn release_pages(&self) {
-        #[cfg(target_os = "linux")]
-        {
-            // SAFETY: the mapping is a read-only one of a file, so that its pages are never lost.
-            #[allow(unsafe_code)]
-            let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        // SAFETY: the mapping is a read-only one of a file, so that its pages are never lost.
+        #[allow(unsafe_code)]
+        let released = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        if let Err(error) = released {
+            tracing::debug!(%error, "the kernel keeps a table's pages mapped");
         }
     }
 
@@ -361,9 +367,14 @@ impl Table {
         name.ok_or_else(|| Error::corrupt("table file", "a dentry beyond its records"))
     }
 
-    /// All dentries, by folder and name.
+    /// All dentries, by folder and name. The pages of a large table are released as it goes.
     pub fn dentries(&self) -> impl DoubleEndedIterator<Item = Result<DentryRef<'_>>> {
-        (0..self.layout.dentry_count).map(|position| self.dentry_at(position))
+        (0..self.layout.dentry_count).map(|position| {
+            if position % RELEASE_EVERY == RELEASE_EVERY - 1 && self.mapped_bytes() > KEPT_BYTES {
+                self.release_pages();
+            }
+            self.dentry_at(position)
+        })
     }
 
     /// The first position in `range`, which is one folder's, whose name is not less than `name`.

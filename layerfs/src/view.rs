@@ -4,6 +4,7 @@
 //! merges their sorted runs. Invariants: a view never changes; it holds no memory per entry; two views of the same
 //! layer share its mapped tables. Numbers of inodes are those of the layers, on every host and in every view.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Weak};
@@ -18,7 +19,7 @@ use crate::id::{Ino, LayerId};
 use crate::inode::{Inode, Node, Stat, Target};
 use crate::manifest::Manifest;
 use crate::store::Store;
-use crate::table::Table;
+use crate::table::{KEPT_BYTES, RELEASE_EVERY, Table};
 use crate::walk::FolderIter;
 
 /// The most layers in a stack: every look-up may have to ask each.
@@ -154,8 +155,26 @@ impl View {
         self.manifest().map_or(Ino::FIRST, |manifest| manifest.next_ino)
     }
 
+    /// Bytes of the mapped tables.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.table.mapped_bytes()).sum()
+    }
+
+    /// Counts a step of this thread, and now and then gives the pages of large tables back.
+    pub(crate) fn step(&self) {
+        thread_local! {
+            static STEPS: Cell<u64> = const { Cell::new(0) };
+        }
+        let steps = STEPS.get().wrapping_add(1);
+        STEPS.set(steps);
+        if steps.is_multiple_of(RELEASE_EVERY) && self.mapped_bytes() > KEPT_BYTES {
+            self.layers.iter().for_each(|layer| layer.table.release_pages());
+        }
+    }
+
     /// What `name` in `folder` refers to.
     pub fn lookup(&self, folder: Ino, name: &[u8]) -> Result<Option<(Ino, FileKind)>> {
+        self.step();
         for layer in &self.layers {
             match layer.table.lookup(folder, name)? {
                 None => {}
@@ -168,6 +187,7 @@ impl View {
 
     /// Where the record of inode `ino` stands: in the topmost layer that has one.
     pub fn place(&self, ino: Ino) -> Option<Place> {
+        self.step();
         let mut layers = self.layers.iter().enumerate();
         layers.find_map(|(layer, open)| open.table.inode_position(ino).map(|position| Place { layer, position }))
     }

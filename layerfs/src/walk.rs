@@ -172,6 +172,7 @@ impl<'v> Walker<'v> {
             self.entered.enter(self.view, folder)?;
             self.open.push((folder, self.view.read_folder(folder, None)?, self.path.len()));
         }
+        self.view.step();
         while let Some((folder, entries, path_bytes)) = self.open.last_mut() {
             self.path.truncate(*path_bytes);
             let Some(entry) = entries.next().transpose()? else {
