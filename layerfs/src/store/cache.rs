@@ -3,8 +3,6 @@
 //! Invariants: the sum of the cached lengths stays under the limit; a chunk that several threads want at once is
 //! read by one of them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -22,8 +20,6 @@ pub(crate) struct ChunkCache {
     shards: Vec<Mutex<Shard>>,
     flights: Vec<Mutex<()>>,
     shard_limit: usize,
-    hits: AtomicU64,
-    misses: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -39,8 +35,6 @@ impl ChunkCache {
             shards: (0..SHARDS).map(|_| shard()).collect(),
             flights: (0..FLIGHTS).map(|_| Mutex::new(())).collect(),
             shard_limit: limit_bytes / SHARDS,
-            hits: AtomicU64::new(0),
-            misses: AtomicU64::new(0),
         }
     }
 
@@ -56,15 +50,12 @@ impl ChunkCache {
     /// The bytes of `id`, from here or from `load`.
     pub fn get(&self, id: &ChunkId, load: impl FnOnce() -> Result<Bytes>) -> Result<Bytes> {
         if let Some(plain) = self.peek(id) {
-            self.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(plain);
         }
         let _flight = self.flights[usize::from(id.0[30]) % FLIGHTS].lock();
         if let Some(plain) = self.peek(id) {
-            self.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(plain);
         }
-        self.misses.fetch_add(1, Ordering::Relaxed);
         let plain = load()?;
         self.insert(id, plain.clone());
         Ok(plain)
@@ -84,10 +75,5 @@ impl ChunkCache {
             let Some((_, old)) = shard.chunks.pop_lru() else { break };
             shard.bytes -= old.len() + ENTRY_BYTES;
         }
-    }
-
-    /// Hits and misses so far.
-    pub fn counts(&self) -> (u64, u64) {
-        (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
     }
 }

@@ -126,6 +126,8 @@ pub(crate) struct DbOptions {
     pub write_buffer_bytes: usize,
     pub read_only: bool,
     pub create: bool,
+    /// Whether to skip damaged records of the log: for reading what is left.
+    pub lenient: bool,
 }
 
 /// The open database.
@@ -267,7 +269,11 @@ fn general_options(options: &DbOptions) -> Options {
     general.create_if_missing(options.create);
     general.create_missing_column_families(options.create);
     // A torn last record is what a crash leaves; damage elsewhere must not drop synced writes in silence.
-    general.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    general.set_wal_recovery_mode(if options.lenient {
+        DBRecoveryMode::SkipAnyCorruptedRecord
+    } else {
+        DBRecoveryMode::TolerateCorruptedTailRecords
+    });
     general.set_db_write_buffer_size(3 * options.write_buffer_bytes);
     general.set_max_total_wal_size(8 * options.write_buffer_bytes as u64);
     general.set_max_open_files(128);

@@ -81,6 +81,25 @@ impl Index {
         self.db.contains(Cf::Chunks, id.0)
     }
 
+    /// [`Index::get`] that isn't misled by a sweep, which removes entries and puts some of them back.
+    pub fn get_settled(&self, id: &ChunkId) -> Result<Option<Location>> {
+        if let Some(location) = self.get(id)? {
+            return Ok(Some(location));
+        }
+        let _change = self.change.lock();
+        self.get(id)
+    }
+
+    /// [`Index::get_many`], likewise.
+    pub fn get_many_settled(&self, ids: &[ChunkId]) -> Result<Vec<Option<Location>>> {
+        let found = self.get_many(ids)?;
+        if found.iter().all(Option::is_some) {
+            return Ok(found);
+        }
+        let _change = self.change.lock();
+        self.get_many(ids)
+    }
+
     /// Adds entries whose records are synced. Unsynced itself.
     pub fn add<'a>(&self, entries: impl IntoIterator<Item = (&'a ChunkId, &'a Location)>) -> Result<()> {
         let mut batch = Batch::new();
@@ -91,26 +110,35 @@ impl Index {
         Ok(())
     }
 
-    /// Removes `entries`, then puts those back that `is_wanted` after all. Returns how many are gone.
+    /// Removes `entries`, then asks who is wanted after all and puts those back. Returns which are gone.
     ///
     /// Whoever wants a chunk says so first and looks into the index then, so one of the two sees the other.
-    pub fn remove(&self, entries: &[(ChunkId, Location)], is_wanted: impl Fn(&ChunkId) -> bool) -> Result<usize> {
+    pub fn remove<W: Fn(&ChunkId, &Location) -> bool>(
+        &self,
+        entries: &[(ChunkId, Location)],
+        ask: impl FnOnce() -> W,
+    ) -> Result<Vec<bool>> {
         let _change = self.change.lock();
         let ids: Vec<ChunkId> = entries.iter().map(|(id, _)| *id).collect();
         let now = self.get_many(&ids)?;
+        let mut is_gone: Vec<bool> = entries.iter().zip(now).map(|((_, then), now)| now == Some(*then)).collect();
         let mut batch = Batch::new();
-        let same: Vec<_> = entries.iter().zip(now).filter(|((_, then), now)| now.as_ref() == Some(then)).collect();
-        same.iter().for_each(|((id, _), _)| batch.delete(Cf::Chunks, id.0));
-        self.db.write(batch, Sync::No)?;
-        let mut back = Batch::new();
-        for ((id, location), _) in same.iter().filter(|((id, _), _)| is_wanted(id)) {
-            back.put(Cf::Chunks, id.0, location.encode());
+        for ((id, _), _) in entries.iter().zip(&is_gone).filter(|(_, is_same)| **is_same) {
+            batch.delete(Cf::Chunks, id.0);
         }
-        let gone = same.len() - back.len();
+        self.db.write(batch, Sync::No)?;
+        let is_wanted = ask();
+        let mut back = Batch::new();
+        for ((id, location), is_gone) in entries.iter().zip(&mut is_gone) {
+            if *is_gone && is_wanted(id, location) {
+                back.put(Cf::Chunks, id.0, location.encode());
+                *is_gone = false;
+            }
+        }
         if !back.is_empty() {
             self.db.write(back, Sync::No)?;
         }
-        Ok(gone)
+        Ok(is_gone)
     }
 
     /// Sets each entry to its new location if it still has the old one.

@@ -7,8 +7,12 @@
 //! used by any number of threads.
 
 mod cache;
+mod check;
+pub mod closure;
 pub mod db;
 mod filter;
+mod fsck;
+mod gc;
 mod index;
 mod ingest;
 mod names;
@@ -16,9 +20,13 @@ mod open;
 mod pack;
 mod packs;
 mod pins;
+mod rebuild;
+mod scan;
+mod scrub;
 mod session;
 mod source;
 mod space;
+mod stat;
 #[cfg(test)]
 mod tests;
 
@@ -32,18 +40,25 @@ use parking_lot::Mutex;
 
 use crate::chunk::{self, ChunkRead, Class, StoredChunk};
 use crate::error::{Error, Result};
-use crate::id::{ChunkId, LayerId};
+use crate::id::ChunkId;
+pub use fsck::{FsckOptions, FsckReport, Problem, ProblemKind};
+pub use gc::{GcOptions, GcReport};
 pub use ingest::Ingest;
 pub use names::{Expect, NameChange, NameRecord};
 pub use open::StoreOptions;
 pub use pack::PackId;
 pub use pins::{Pin, RootSource};
+pub use rebuild::{RebuildReport, rebuild};
+pub use scrub::{DamagedChunk, ScrubReport};
 pub use session::{Session, SessionReport};
 pub use source::{FileSource, ReadSource, Source, SourcePiece};
+
+pub use stat::{ClassStat, StoreStat};
 
 use cache::ChunkCache;
 use db::Db;
 use filter::Touched;
+use gc::Collector;
 use index::{Index, Location};
 use packs::Packs;
 use pins::Roots;
@@ -81,6 +96,7 @@ pub struct Store {
     /// Held while names are compared and set.
     names_change: Mutex<()>,
     sessions: Mutex<Sessions>,
+    collector: Collector,
     /// Locked for as long as the store is open. Last, so that it is released last.
     _lock: Option<File>,
 }
@@ -132,22 +148,22 @@ impl Store {
 
     /// Whether chunk `id` is here.
     pub fn contains(&self, id: &ChunkId) -> Result<bool> {
-        self.index.contains(id)
+        Ok(self.index.get_settled(id)?.is_some())
     }
 
     /// Which of `ids` are here. To rely on the answer, ask [`Session::has_many`] instead.
     pub fn contains_many(&self, ids: &[ChunkId]) -> Result<Vec<bool>> {
-        Ok(self.index.get_many(ids)?.iter().map(Option::is_some).collect())
+        Ok(self.index.get_many_settled(ids)?.iter().map(Option::is_some).collect())
     }
 
     /// What the index knows of chunk `id`.
     pub fn info(&self, id: &ChunkId) -> Result<Option<ChunkInfo>> {
-        Ok(self.index.get(id)?.map(ChunkInfo::from))
+        Ok(self.index.get_settled(id)?.map(ChunkInfo::from))
     }
 
     /// What the index knows of each of `ids`.
     pub fn info_many(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkInfo>>> {
-        Ok(self.index.get_many(ids)?.into_iter().map(|location| location.map(ChunkInfo::from)).collect())
+        Ok(self.index.get_many_settled(ids)?.into_iter().map(|location| location.map(ChunkInfo::from)).collect())
     }
 
     /// Chunk `id` as it lies in its pack, not verified: for the wire, whose other end verifies.
@@ -157,7 +173,7 @@ impl Store {
     pub fn read_stored(&self, id: &ChunkId) -> Result<StoredChunk> {
         let mut last = None;
         for _ in 0..READ_ATTEMPTS {
-            let location = self.index.get(id)?.ok_or(Error::ChunkMissing(*id))?;
+            let location = self.index.get_settled(id)?.ok_or(Error::ChunkMissing(*id))?;
             if last == Some(location) {
                 break;
             }
@@ -194,17 +210,24 @@ impl Store {
     }
 
     fn unregister(&self, number: u64) {
-        self.sessions.lock().touched.remove(&number);
-    }
-
-    /// Keeps `layer` from a collection that is running, if one is.
-    fn protect_layer(&self, _layer: LayerId) -> Result<()> {
-        Ok(())
+        let mut sessions = self.sessions.lock();
+        if let Some(touched) = sessions.touched.remove(&number) {
+            self.collector.absorb(touched);
+        }
     }
 }
 
 impl ChunkRead for Store {
     fn get(&self, id: &ChunkId) -> Result<Bytes> {
         self.cache.get(id, || Ok(chunk::verify(self.read_stored(id)?)?.0))
+    }
+}
+
+/// A store's chunks past its cache.
+pub(crate) struct Uncached<'a>(pub &'a Store);
+
+impl ChunkRead for Uncached<'_> {
+    fn get(&self, id: &ChunkId) -> Result<Bytes> {
+        self.0.get_uncached(id)
     }
 }

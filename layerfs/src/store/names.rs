@@ -181,11 +181,16 @@ impl Store {
         Ok(record)
     }
 
-    /// Checks that `layer` and the layers below it are here.
+    /// Checks that `layer` and the layers below it are here, and keeps them from a collection that is running.
+    ///
+    /// A collection removes manifests before anything else, so a layer whose manifest is in the index is whole.
     pub(crate) fn require_layer(&self, layer: LayerId) -> Result<()> {
         self.protect_layer(layer)?;
         let mut next = Some(layer);
         while let Some(layer) = next {
+            if !self.contains(&layer.0)? {
+                return Err(Error::LayerMissing(layer));
+            }
             next = Manifest::load(self, layer)?.parent;
         }
         Ok(())

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::store::cache::ChunkCache;
 use crate::store::db::{Db, DbOptions};
+use crate::store::gc::Collector;
 use crate::store::index::Index;
 use crate::store::packs::Packs;
 use crate::store::pins::Roots;
@@ -94,16 +95,17 @@ impl Store {
         }
         if !options.read_only {
             empty_folder(&folder.join("tmp"))?;
+            remove_half_made(&folder.join("tables"))?;
         }
-        let db = Db::open(
-            &folder.join("index"),
-            DbOptions {
-                block_cache_bytes: options.block_cache_bytes,
-                write_buffer_bytes: options.write_buffer_bytes,
-                read_only: options.read_only,
-                create: !found,
-            },
-        )?;
+        let db =
+            Db::open(&folder.join("index"), DbOptions { create: !found, ..db_options(&options) }).map_err(|error| {
+                match error {
+                    Error::Index(text) if found => {
+                        Error::Index(format!("{text}; `layerctl fsck --rebuild` makes the index anew from the packs"))
+                    }
+                    other => other,
+                }
+            })?;
         let db = Arc::new(db);
         let store = Store {
             folder: folder.to_owned(),
@@ -115,6 +117,7 @@ impl Store {
             roots: Roots::default(),
             names_change: Mutex::new(()),
             sessions: Mutex::default(),
+            collector: Collector::default(),
             _lock: lock,
         };
         if !found {
@@ -126,8 +129,18 @@ impl Store {
     }
 }
 
+pub(crate) fn db_options(options: &StoreOptions) -> DbOptions {
+    DbOptions {
+        block_cache_bytes: options.block_cache_bytes,
+        write_buffer_bytes: options.write_buffer_bytes,
+        read_only: options.read_only,
+        create: false,
+        lenient: false,
+    }
+}
+
 /// Whether there is a store in `folder` that this version can read.
-fn read_format(folder: &Path) -> Result<bool> {
+pub(crate) fn read_format(folder: &Path) -> Result<bool> {
     let path = folder.join("format");
     let text = match fs::read(&path) {
         Ok(text) => text,
@@ -169,7 +182,7 @@ fn make_folder(folder: &Path) -> Result<()> {
     made.map_err(|e| Error::file("create", folder, e))
 }
 
-fn take_lock(folder: &Path, read_only: bool) -> Result<Option<File>> {
+pub(crate) fn take_lock(folder: &Path, read_only: bool) -> Result<Option<File>> {
     let path = folder.join("lock");
     let mut options = OpenOptions::new();
     if read_only {
@@ -204,6 +217,19 @@ fn empty_folder(folder: &Path) -> Result<()> {
             _ => fs::remove_file(&path),
         };
         removed.map_err(|e| Error::file("remove", &path, e))?;
+    }
+    Ok(())
+}
+
+/// Removes what a crash left of files that were being written.
+fn remove_half_made(folder: &Path) -> Result<()> {
+    make_folder(folder)?;
+    let failed = |e| Error::file("list", folder, e);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            fs::remove_file(&path).map_err(|e| Error::file("remove", &path, e))?;
+        }
     }
     Ok(())
 }

@@ -12,7 +12,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use bytes::Bytes;
@@ -205,6 +205,11 @@ impl PackWriter {
     /// Up to where the pack is known to be good and durable.
     pub fn synced_end(&self) -> u64 {
         self.synced_end
+    }
+
+    /// Whether the file still has a name.
+    pub fn is_linked(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
     }
 
     pub fn is_full(&self) -> bool {

@@ -73,9 +73,12 @@ impl Packs {
     pub fn take(&self) -> Result<PackWriter> {
         {
             let mut state = self.state.lock();
-            if let Some(writer) = state.spare.pop() {
-                state.owned.insert(writer.id());
-                return Ok(writer);
+            while let Some(writer) = state.spare.pop() {
+                // Whoever removes packs behind our back shall not make us lose more.
+                if writer.is_linked() {
+                    state.owned.insert(writer.id());
+                    return Ok(writer);
+                }
             }
         }
         self.create()
@@ -129,6 +132,12 @@ impl Packs {
         self.open.lock().pop(&id);
         self.release(id);
         removed
+    }
+
+    /// Closes pack `id`, as if it had been opened long ago.
+    #[cfg(test)]
+    pub fn forget_open(&self, id: PackId) {
+        self.open.lock().pop(&id);
     }
 
     /// The open file of pack `id`; `None` if there is no such pack.

@@ -71,14 +71,22 @@ impl Store {
 
     /// Every layer that something refers to: names, pins, root sources. Without the layers below them.
     pub fn roots(&self) -> Result<Vec<LayerId>> {
-        let mut roots: BTreeSet<LayerId> = self.names()?.into_iter().map(|(_, record)| record.layer).collect();
+        let mut roots: BTreeSet<LayerId> = self.named_layers()?.into_iter().collect();
         roots.extend(self.in_use()?);
         Ok(roots.into_iter().collect())
     }
 
+    pub(crate) fn named_layers(&self) -> Result<Vec<LayerId>> {
+        Ok(self.names()?.into_iter().map(|(_, record)| record.layer).collect())
+    }
+
     /// Every layer that something other than a name refers to. Without the layers below them.
     pub fn in_use(&self) -> Result<BTreeSet<LayerId>> {
-        let mut layers: BTreeSet<LayerId> = self.roots.pins.lock().keys().copied().collect();
+        let pinned: Vec<LayerId> = self.roots.pins.lock().keys().copied().collect();
+        // Somebody may be about to learn that what he wants to pin isn't here any more.
+        let is_here = self.contains_many(&pinned.iter().map(|layer| layer.0).collect::<Vec<_>>())?;
+        let mut layers: BTreeSet<LayerId> =
+            pinned.into_iter().zip(is_here).filter(|(_, is_here)| *is_here).map(|(layer, _)| layer).collect();
         for source in self.roots.sources.lock().iter() {
             layers.extend(source()?);
         }

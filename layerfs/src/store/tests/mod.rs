@@ -1,14 +1,20 @@
 //! Tests of the store through its public face.
 
 mod basics;
+mod collect;
+mod damage;
 mod ingest;
 
 use std::sync::Arc;
 
+use crate::attr::Attrs;
 use crate::chunk::{ChunkWrite, Class};
+use crate::chunker::Chunker;
+use crate::content::Content;
 use crate::id::{ChunkId, Ino, LayerId, LayerName};
+use crate::inode::{Inode, Node};
 use crate::manifest::{LayerKind, LayerWriter};
-use crate::store::{Store, StoreOptions};
+use crate::store::{Expect, ReadSource, Session, Store, StoreOptions};
 
 /// A store in a temporary folder, which goes when this is dropped.
 pub(super) fn store() -> (tempfile::TempDir, Arc<Store>) {
@@ -35,4 +41,38 @@ pub(super) fn empty_layer(out: &dyn ChunkWrite, next_ino: u64) -> LayerId {
 
 pub(super) fn put(out: &dyn ChunkWrite, seed: u64, bytes: usize) -> ChunkId {
     out.put(Class::Data, &noise(seed, bytes)).unwrap()
+}
+
+/// A layer with one file per seed, of `bytes` each.
+pub(super) fn layer_of(session: &Session, parent: Option<LayerId>, seeds: &[u64], bytes: usize) -> LayerId {
+    let mut contents: Vec<Content> = Vec::new();
+    let mut ingest = session.ingest(|(), content| {
+        contents.extend(content);
+        Ok(())
+    });
+    for seed in seeds {
+        ingest.file((), Chunker::Tree, &mut ReadSource(&noise(*seed, bytes)[..])).unwrap();
+    }
+    ingest.finish().unwrap();
+    let mut writer = LayerWriter::new(session);
+    let attrs = Attrs { permissions: 0o644, ..Attrs::default() };
+    let mut inode = |ino, node| {
+        writer.inode(&Inode { ino: Ino(ino), nlink: 1, attrs: attrs.clone(), xattrs: Vec::new(), node }).unwrap();
+    };
+    inode(1, Node::Folder);
+    for (ino, content) in (2..).zip(contents) {
+        inode(ino, Node::File(content));
+    }
+    let manifest = parent.map(|id| (id, crate::manifest::Manifest::load(session, id).unwrap()));
+    let parent = manifest.as_ref().map(|(id, manifest)| (*id, manifest));
+    writer.finish(LayerKind::Base, parent, Ino(2 + seeds.len() as u64)).unwrap().0
+}
+
+/// [`layer_of`], committed and named.
+pub(super) fn named_layer(store: &Arc<Store>, text: &str, seeds: &[u64], bytes: usize) -> LayerId {
+    let session = store.session(text);
+    let layer = layer_of(&session, None, seeds, bytes);
+    session.commit().unwrap();
+    store.set_name(&name(text), layer, Expect::Any).unwrap();
+    layer
 }

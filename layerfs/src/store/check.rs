@@ -1,0 +1,271 @@
+//! What fsck and scrub have in common: packs against the index in both directions, and layers' completeness.
+//!
+//! Memory: one window and one batch per thread, and a number per pack, however large the store is.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::chunk::{self, Class};
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, LayerId};
+use crate::inode::Inode;
+use crate::manifest::Manifest;
+use crate::monitor::{self, Monitor};
+use crate::store::closure::{ClosureVisitor, Known, walk_layer};
+use crate::store::index::Location;
+use crate::store::pack::PackId;
+use crate::store::scan::{Found, PackScan};
+use crate::store::{Store, Uncached};
+
+const BATCH: usize = 256;
+
+/// Something wrong with packs or index.
+#[derive(Debug)]
+pub(crate) enum Finding {
+    /// A pack can't be read at all.
+    Unreadable(PackId, Error),
+    /// Bytes inside of a pack that are no record.
+    Damage(PackId, u64, u64),
+    /// An index entry whose record isn't there, or whose bytes are wrong.
+    Chunk(ChunkId, Location, String),
+}
+
+/// What there is in packs.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    pub packs: AtomicU64,
+    pub live_chunks: AtomicU64,
+    pub live_plain_bytes: AtomicU64,
+    pub live_record_bytes: AtomicU64,
+    pub dead_record_bytes: AtomicU64,
+    pub tail_bytes: AtomicU64,
+}
+
+fn add(counter: &AtomicU64, value: u64) {
+    counter.fetch_add(value, Ordering::Relaxed);
+}
+
+/// One pass over all packs.
+pub(crate) struct PackCheck<'a> {
+    store: &'a Store,
+    monitor: &'a dyn Monitor,
+    /// Whether to read and verify every live chunk too.
+    verify: bool,
+    pub totals: Totals,
+    findings: Mutex<Vec<Finding>>,
+    matched: Mutex<HashMap<PackId, u64>>,
+}
+
+impl<'a> PackCheck<'a> {
+    pub fn new(store: &'a Store, monitor: &'a dyn Monitor, verify: bool) -> PackCheck<'a> {
+        let (findings, matched) = (Mutex::default(), Mutex::default());
+        PackCheck { store, monitor, verify, totals: Totals::default(), findings, matched }
+    }
+
+    /// Checks everything; returns what is wrong.
+    pub fn run(&self) -> Result<Vec<Finding>> {
+        let packs = self.store.packs.list()?;
+        self.monitor.phase("checking packs", Some(packs.iter().map(|(_, bytes)| bytes).sum()));
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<()> {
+            while let Some((id, bytes)) = packs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.pack(*id)?;
+                self.monitor.advance(*bytes);
+            }
+            Ok(())
+        };
+        let threads = if self.verify { self.store.options.thread_count() } else { 1 };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|_| Err(Error::Index("a thread of the store panicked".to_owned())))
+            })
+        })?;
+        self.entries()?;
+        Ok(std::mem::take(&mut *self.findings.lock()))
+    }
+
+    fn found(&self, finding: Finding) {
+        self.findings.lock().push(finding);
+    }
+
+    fn pack(&self, id: PackId) -> Result<()> {
+        add(&self.totals.packs, 1);
+        let scan = match PackScan::open(id, self.store.packs.path(id)) {
+            Ok(scan) => scan,
+            Err(error) => {
+                self.found(Finding::Unreadable(id, error));
+                return Ok(());
+            }
+        };
+        let mut batch = Vec::with_capacity(BATCH);
+        for found in scan {
+            match found {
+                Ok(Found::Record(offset, header)) => batch.push((header.id, header.location(id, offset))),
+                Ok(Found::Damage { from, to }) => self.found(Finding::Damage(id, from, to)),
+                Ok(Found::Tail { from }) => {
+                    let end = self.store.packs.path(id).metadata().map_or(from, |metadata| metadata.len());
+                    add(&self.totals.tail_bytes, end.saturating_sub(from));
+                }
+                Err(error) => self.found(Finding::Unreadable(id, error)),
+            }
+            if batch.len() == BATCH {
+                self.batch(&batch)?;
+                batch.clear();
+            }
+        }
+        self.batch(&batch)
+    }
+
+    fn batch(&self, batch: &[(ChunkId, Location)]) -> Result<()> {
+        monitor::check(self.monitor)?;
+        let ids: Vec<ChunkId> = batch.iter().map(|(id, _)| *id).collect();
+        for ((id, location), entry) in batch.iter().zip(self.store.index.get_many(&ids)?) {
+            if entry != Some(*location) {
+                add(&self.totals.dead_record_bytes, location.record_bytes());
+                continue;
+            }
+            *self.matched.lock().entry(location.pack).or_default() += 1;
+            add(&self.totals.live_chunks, 1);
+            add(&self.totals.live_plain_bytes, u64::from(location.plain_bytes));
+            add(&self.totals.live_record_bytes, location.record_bytes());
+            if self.verify {
+                self.check_entry(id, location, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what the index says of `id`; tells what is wrong, if the index still says so then.
+    fn check_entry(&self, id: &ChunkId, location: &Location, verify: bool) -> Result<()> {
+        let result = match self.store.packs.read(id, location) {
+            Ok(Some(stored)) if verify => chunk::verify(stored).map(|_| ()),
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(Error::ChunkMissing(*id)),
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(()) => Ok(()),
+            Err(_) if self.store.index.get(id)? != Some(*location) => Ok(()),
+            Err(error) => {
+                self.found(Finding::Chunk(*id, *location, error.to_string()));
+                Ok(())
+            }
+        }
+    }
+
+    /// The other direction: packs of which the index says more than there was are looked at entry by entry.
+    fn entries(&self) -> Result<()> {
+        let mut counts: HashMap<PackId, u64> = HashMap::new();
+        for entry in self.store.index.iter()? {
+            *counts.entry(entry?.1.pack).or_default() += 1;
+        }
+        let matched = self.matched.lock().clone();
+        counts.retain(|pack, count| matched.get(pack).copied().unwrap_or(0) < *count);
+        if counts.is_empty() {
+            return Ok(());
+        }
+        let told: HashSet<ChunkId> = self.chunks_told();
+        for entry in self.store.index.iter()? {
+            let (id, location) = entry?;
+            if counts.contains_key(&location.pack) && !told.contains(&id) {
+                self.check_entry(&id, &location, self.verify)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn chunks_told(&self) -> HashSet<ChunkId> {
+        let chunk = |finding: &Finding| match finding {
+            Finding::Chunk(id, ..) => Some(*id),
+            _ => None,
+        };
+        self.findings.lock().iter().filter_map(chunk).collect()
+    }
+}
+
+/// Looks whether a layer's chunks are in the index.
+pub(crate) struct Presence<'a> {
+    store: &'a Store,
+    monitor: &'a dyn Monitor,
+    pub known: Known,
+    batch: Vec<ChunkId>,
+    /// The first that is missing.
+    missing: Option<ChunkId>,
+    missing_count: u64,
+}
+
+impl<'a> Presence<'a> {
+    pub fn new(store: &'a Store, monitor: &'a dyn Monitor) -> Presence<'a> {
+        Presence { store, monitor, known: Known::default(), batch: Vec::new(), missing: None, missing_count: 0 }
+    }
+
+    fn look(&mut self) -> Result<()> {
+        let batch = std::mem::take(&mut self.batch);
+        for (id, is_there) in batch.iter().zip(self.store.contains_many(&batch)?) {
+            if !is_there {
+                self.missing.get_or_insert(*id);
+                self.missing_count += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks one layer, without those below it.
+    pub fn layer(&mut self, layer: LayerId) -> Result<Manifest> {
+        let walked = walk_layer(&Uncached(self.store), layer, self);
+        self.look()?;
+        let (missing, count) = (self.missing.take(), std::mem::take(&mut self.missing_count));
+        if missing.is_some() {
+            // Some of what was called seen may not have been looked up with success.
+            self.known = Known::default();
+        }
+        match (walked, missing) {
+            (Err(error), _) => Err(error),
+            (Ok(_), Some(id)) if count == 1 => Err(Error::ChunkMissing(id)),
+            (Ok(_), Some(id)) => Err(Error::corrupt("layer", format!("{count} chunks are missing, {id} among them"))),
+            (Ok(manifest), None) => Ok(manifest),
+        }
+    }
+}
+
+impl ClosureVisitor for Presence<'_> {
+    fn meta(&mut self, id: &ChunkId, _: Class) -> Result<()> {
+        monitor::check(self.monitor)?;
+        // It is opened too, but perhaps from the cache.
+        if self.known.contains(id) { Ok(()) } else { self.data(id, 0) }
+    }
+    fn data(&mut self, id: &ChunkId, _: u32) -> Result<()> {
+        self.batch.push(*id);
+        if self.batch.len() >= 1024 { self.look() } else { Ok(()) }
+    }
+    fn is_known(&self, id: &ChunkId) -> bool {
+        self.known.contains(id)
+    }
+    fn seen(&mut self, id: &ChunkId) {
+        self.known.insert(id);
+    }
+    fn inode(&mut self, _: &Inode) -> Result<bool> {
+        Ok(true)
+    }
+}
+
+impl Store {
+    /// Checks that `layer`, without those below it, is here whole: its manifest and tables are read, verified and
+    /// decoded, and every chunk that they refer to is in the index.
+    pub fn check_layer(&self, layer: LayerId) -> Result<()> {
+        Presence::new(self, &monitor::Silent).layer(layer).map(|_| ())
+    }
+
+    /// [`Store::check_layer`] of `layer` and all below it.
+    pub fn check_stack(&self, layer: LayerId) -> Result<()> {
+        let mut presence = Presence::new(self, &monitor::Silent);
+        let mut next = Some(layer);
+        while let Some(layer) = next {
+            next = presence.layer(layer)?.parent;
+        }
+        Ok(())
+    }
+}

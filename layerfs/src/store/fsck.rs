@@ -1,0 +1,198 @@
+//! Checks the store's structure, without reading the chunks of data: packs, index, names, layers.
+//!
+//! FORMAT.md, "What fsck checks". It may run while the store is used; a collection may not run meanwhile.
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, LayerId};
+use crate::manifest::Manifest;
+use crate::monitor::Monitor;
+use crate::store::check::{Finding, PackCheck, Presence};
+use crate::store::{Store, Uncached};
+
+/// How to check.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FsckOptions {
+    /// Whether to remove index entries whose chunk isn't where they say, so that it is stored again when it comes
+    /// again.
+    pub repair: bool,
+}
+
+/// What is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProblemKind {
+    /// A pack can't be read.
+    PackUnreadable,
+    /// Bytes inside of a pack are no record. Harmless unless chunks are missing.
+    PackDamaged,
+    /// The index refers to a chunk that isn't there.
+    ChunkGone,
+    /// A layer that a name needs is incomplete or damaged.
+    LayerBroken,
+    /// Something else than a pack lies among the packs.
+    StrayFile,
+}
+
+/// A problem.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Problem {
+    /// Its kind.
+    pub kind: ProblemKind,
+    /// The pack, chunk, layer or file.
+    pub subject: String,
+    /// What is wrong with it.
+    pub detail: String,
+    /// The names that it affects, as far as that is known.
+    pub names: Vec<String>,
+    /// Whether it was repaired.
+    pub repaired: bool,
+}
+
+/// The result of a check.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct FsckReport {
+    /// Packs.
+    pub packs: u64,
+    /// Chunks in the index that have their record.
+    pub chunks: u64,
+    /// What their records take, in bytes.
+    pub live_bytes: u64,
+    /// What records take that the index doesn't know, in bytes: garbage.
+    pub dead_bytes: u64,
+    /// Bytes behind the last whole record of packs: what crashes left.
+    pub tail_bytes: u64,
+    /// Names.
+    pub names: u64,
+    /// Layers that were checked.
+    pub layers: u64,
+    /// The problems, the first [`FsckReport::MAX_PROBLEMS`] of them.
+    pub problems: Vec<Problem>,
+    /// How many there are in all.
+    pub problem_count: u64,
+}
+
+impl FsckReport {
+    /// The most problems that a report lists.
+    pub const MAX_PROBLEMS: usize = 1000;
+
+    /// Whether nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.problem_count == 0
+    }
+
+    fn add(&mut self, kind: ProblemKind, subject: String, detail: String, names: Vec<String>, repaired: bool) {
+        self.problem_count += 1;
+        if self.problems.len() < Self::MAX_PROBLEMS {
+            self.problems.push(Problem { kind, subject, detail, names, repaired });
+        }
+    }
+}
+
+impl Store {
+    /// Checks the structure of everything.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while a collection or another check runs; what is wrong with the store is no error, but in the
+    /// report.
+    pub fn fsck(&self, monitor: &dyn Monitor, options: FsckOptions) -> Result<FsckReport> {
+        let busy = || Error::Busy("a collection or check of this store is running already".to_owned());
+        let _running = self.collector.running.try_lock().ok_or_else(busy)?;
+        let mut report = FsckReport::default();
+        self.find_strays(&mut report)?;
+        let check = PackCheck::new(self, monitor, false);
+        let findings = check.run()?;
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+        report.packs = load(&check.totals.packs);
+        report.chunks = load(&check.totals.live_chunks);
+        report.live_bytes = load(&check.totals.live_record_bytes);
+        report.dead_bytes = load(&check.totals.dead_record_bytes);
+        report.tail_bytes = load(&check.totals.tail_bytes);
+        self.report_findings(findings, options, &mut report)?;
+        self.check_roots(monitor, &mut report)?;
+        Ok(report)
+    }
+
+    fn find_strays(&self, report: &mut FsckReport) -> Result<()> {
+        let folder = self.packs.folder();
+        let failed = |e| Error::file("list", folder, e);
+        let packs: HashSet<_> = self.packs.list()?.into_iter().map(|(id, _)| self.packs.path(id)).collect();
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            // A pack may have been made since the list was.
+            if !packs.contains(&path) && path.extension().is_none_or(|extension| extension != "pack") {
+                let detail = "it is not a pack; move it away".to_owned();
+                report.add(ProblemKind::StrayFile, path.display().to_string(), detail, Vec::new(), false);
+            }
+        }
+        Ok(())
+    }
+
+    fn report_findings(&self, findings: Vec<Finding>, options: FsckOptions, report: &mut FsckReport) -> Result<()> {
+        let mut gone: Vec<ChunkId> = Vec::new();
+        for finding in findings {
+            match finding {
+                Finding::Unreadable(pack, error) => {
+                    report.add(ProblemKind::PackUnreadable, pack.to_string(), error.to_string(), Vec::new(), false);
+                }
+                Finding::Damage(pack, from, to) => {
+                    let detail = format!("bytes {from} to {to} are no record");
+                    report.add(ProblemKind::PackDamaged, pack.to_string(), detail, Vec::new(), false);
+                }
+                Finding::Chunk(id, _, detail) => {
+                    gone.push(id);
+                    report.add(ProblemKind::ChunkGone, id.to_string(), detail, Vec::new(), options.repair);
+                }
+            }
+        }
+        if options.repair && !gone.is_empty() {
+            self.index.forget(&gone)?;
+            self.db.sync()?;
+        }
+        Ok(())
+    }
+
+    /// The names that keep each root; none for what is kept by a pin or an upper.
+    fn named_roots(&self) -> Result<BTreeMap<LayerId, Vec<String>>> {
+        let mut roots: BTreeMap<LayerId, Vec<String>> = BTreeMap::new();
+        for (name, record) in self.names()? {
+            roots.entry(record.layer).or_default().push(name.to_string());
+        }
+        for layer in self.in_use()? {
+            roots.entry(layer).or_default();
+        }
+        Ok(roots)
+    }
+
+    fn check_roots(&self, monitor: &dyn Monitor, report: &mut FsckReport) -> Result<()> {
+        monitor.phase("checking layers", None);
+        let roots = self.named_roots()?;
+        report.names = roots.values().map(|names| names.len() as u64).sum();
+        let mut presence = Presence::new(self, monitor);
+        let mut checked: HashSet<LayerId> = HashSet::new();
+        for (root, names) in &roots {
+            let mut next = Some(*root);
+            while let Some(layer) = next.filter(|layer| checked.insert(*layer)) {
+                report.layers += 1;
+                monitor.items(1);
+                next = match presence.layer(layer) {
+                    Ok(manifest) => manifest.parent,
+                    Err(Error::Cancelled) => return Err(Error::Cancelled),
+                    // The name may have been removed, and collected, since the names were read.
+                    Err(_) if !self.is_root(*root)? => None,
+                    Err(error) => {
+                        let kind = ProblemKind::LayerBroken;
+                        report.add(kind, layer.to_string(), error.to_string(), names.clone(), false);
+                        Manifest::load(&Uncached(self), layer).ok().and_then(|manifest| manifest.parent)
+                    }
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn is_root(&self, layer: LayerId) -> Result<bool> {
+        Ok(self.roots()?.contains(&layer))
+    }
+}

@@ -1,0 +1,500 @@
+//! Garbage collection, while everything else goes on.
+//!
+//! 1. *Mark*: every chunk of every root's stack goes into a filter. Roots: names, pins, root sources.
+//! 2. *Sweep*: index entries that are in no filter (nor in that of any session that lived meanwhile) are removed,
+//!    manifests before all others: a layer whose manifest is there is whole.
+//! 3. *Packs*: dead ones are unlinked, mostly dead and small ones are rewritten first.
+//!
+//! Why nothing that is wanted goes: a session says that it wants a chunk *before* it looks whether it is there, and
+//! the sweep removes an entry *before* it looks whether somebody wants it, so one of them sees the other. Whoever
+//! names or pins a layer while this runs marks it first. Memory: the filter (2 bytes per chunk), and bounded sets.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::attr::Time;
+use crate::chunk::{self, Class};
+use crate::codec::{Put, Reader};
+use crate::error::{Error, Result};
+use crate::failpoint;
+use crate::id::{ChunkId, LayerId};
+use crate::inode::Inode;
+use crate::monitor::{self, Monitor};
+use crate::store::closure::{ClosureVisitor, Known, walk_stack};
+use crate::store::db::{Cf, Sync};
+use crate::store::filter::{IdFilter, Touched};
+use crate::store::index::Location;
+use crate::store::pack::{HEADER_BYTES, PackId, PackWriter};
+use crate::store::scan::{Found, PackScan};
+use crate::store::{Store, Uncached};
+
+/// How to collect.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GcOptions {
+    /// Only tell what would go.
+    pub dry_run: bool,
+}
+
+/// What was collected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct GcReport {
+    /// Layers that stay.
+    pub live_layers: u64,
+    /// Chunks that stay.
+    pub live_chunks: u64,
+    /// Chunks that went (or would).
+    pub dead_chunks: u64,
+    /// What those took, in bytes.
+    pub dead_bytes: u64,
+    /// Packs removed (or that would be) without copying anything.
+    pub packs_removed: u64,
+    /// Packs whose live chunks were copied to new ones (or would be).
+    pub packs_rewritten: u64,
+    /// The bytes copied.
+    pub copied_bytes: u64,
+    /// By how much the packs got smaller, in bytes.
+    pub freed_bytes: u64,
+}
+
+/// Entries looked at in one step of the sweep.
+const SWEEP_BATCH: usize = 4096;
+/// Records looked up in one step of a rewrite.
+const REWRITE_BATCH: usize = 256;
+/// Packs below this size are merged if there are several.
+const SMALL_PACK_BYTES: u64 = 8 << 20;
+const LAST_GC_KEY: &[u8] = b"gc.last";
+
+#[derive(Debug, Default)]
+pub(crate) struct Collector {
+    /// Held by the one collection (or check) that runs.
+    pub running: Mutex<()>,
+    active: Mutex<Option<Arc<Run>>>,
+}
+
+impl Collector {
+    fn active(&self) -> Option<Arc<Run>> {
+        self.active.lock().clone()
+    }
+
+    /// A session has ended: what it mentioned stays until the collection that runs is over.
+    pub fn absorb(&self, touched: Arc<Touched>) {
+        if let Some(run) = self.active() {
+            run.retired.lock().push(touched);
+        }
+    }
+}
+
+/// A collection that runs.
+#[derive(Debug)]
+struct Run {
+    live: IdFilter,
+    /// The layers that are marked, or just being checked.
+    layers: RwLock<HashSet<LayerId>>,
+    /// Held while layers are marked.
+    marking: Mutex<Known>,
+    retired: Mutex<Vec<Arc<Touched>>>,
+}
+
+struct Marker<'a> {
+    live: &'a IdFilter,
+    known: &'a mut Known,
+    monitor: &'a dyn Monitor,
+}
+
+impl ClosureVisitor for Marker<'_> {
+    fn meta(&mut self, id: &ChunkId, _: Class) -> Result<()> {
+        self.live.insert(id);
+        monitor::check(self.monitor)
+    }
+    fn data(&mut self, id: &ChunkId, _: u32) -> Result<()> {
+        self.live.insert(id);
+        Ok(())
+    }
+    fn is_known(&self, id: &ChunkId) -> bool {
+        self.known.contains(id)
+    }
+    fn seen(&mut self, id: &ChunkId) {
+        self.known.insert(id);
+    }
+    fn inode(&mut self, _: &Inode) -> Result<bool> {
+        Ok(true)
+    }
+}
+
+impl Run {
+    /// Marks `layer` and all below it. With `check`, fails if anything is missing.
+    fn mark(&self, store: &Store, layer: LayerId, check: bool, monitor: &dyn Monitor) -> Result<()> {
+        let mut known = self.marking.lock();
+        let mut new = Vec::new();
+        let mut marker = Marker { live: &self.live, known: &mut known, monitor };
+        walk_stack(&Uncached(store), layer, &mut marker, |layer| {
+            let is_new = !self.layers.read().contains(&layer);
+            new.extend(is_new.then_some(layer));
+            !is_new
+        })?;
+        // Marked first, looked for then: as everywhere.
+        self.layers.write().extend(&new);
+        if check && let Err(error) = new.iter().try_for_each(|layer| store.check_layer(*layer)) {
+            self.layers.write().retain(|layer| !new.contains(layer));
+            return Err(error);
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    /// Removes what nothing refers to.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if one runs already; that of a damaged layer, since what it needs can't be known then.
+    pub fn gc(&self, monitor: &dyn Monitor, options: GcOptions) -> Result<GcReport> {
+        self.check_writable()?;
+        let busy = || Error::Busy("a collection or check of this store is running already".to_owned());
+        let _running = self.collector.running.try_lock().ok_or_else(busy)?;
+        let run = Arc::new(Run {
+            live: IdFilter::new(self.index.estimated_count()? * 5 / 4 + 4096),
+            layers: RwLock::default(),
+            marking: Mutex::default(),
+            retired: Mutex::default(),
+        });
+        let named = {
+            // A name is set either before this, and seen here, or after, and marked by whoever sets it.
+            let _names = self.names_change.lock();
+            let _sessions = self.sessions.lock();
+            *self.collector.active.lock() = Some(run.clone());
+            self.named_layers()
+        };
+        let collection = Collection { store: self, run: &run, monitor, options };
+        let result = named.and_then(|mut roots| {
+            roots.extend(self.in_use()?);
+            collection.collect(&roots)
+        });
+        *self.collector.active.lock() = None;
+        result
+    }
+
+    /// Keeps `layer` and all below it from a collection that is running, if one is. The layer must not have lost
+    /// anything to it already.
+    pub(crate) fn protect_layer(&self, layer: LayerId) -> Result<()> {
+        match self.collector.active() {
+            Some(run) => run.mark(self, layer, true, &monitor::Silent),
+            None => Ok(()),
+        }
+    }
+
+    /// When the last collection ended, and how many bytes of the packs were dead then.
+    pub fn last_gc(&self) -> Result<Option<(Time, u64)>> {
+        let Some(bytes) = self.db.get(Cf::Meta, LAST_GC_KEY)? else { return Ok(None) };
+        let mut reader = Reader::new("gc record", &bytes);
+        let time = Time { seconds: reader.i64()?, nanos: reader.u32()? };
+        Ok(Some((time, reader.u64()?)))
+    }
+
+    /// The filters of all sessions that live, or lived while `run` did.
+    fn touched(&self, run: &Run) -> Vec<Arc<Touched>> {
+        let sessions = self.sessions.lock();
+        let mut all: Vec<_> = sessions.touched.values().cloned().collect();
+        all.extend(run.retired.lock().iter().cloned());
+        all
+    }
+}
+
+struct Collection<'a> {
+    store: &'a Store,
+    run: &'a Run,
+    monitor: &'a dyn Monitor,
+    options: GcOptions,
+}
+
+/// What of a pack is live.
+#[derive(Clone, Copy, Debug, Default)]
+struct Live {
+    bytes: u64,
+}
+
+impl Collection<'_> {
+    fn collect(&self, roots: &[LayerId]) -> Result<GcReport> {
+        self.monitor.phase("marking", None);
+        for root in roots {
+            self.run.mark(self.store, *root, false, self.monitor)?;
+            self.monitor.items(1);
+        }
+        failpoint::hit("gc.marked");
+        let mut report = GcReport { live_layers: self.run.layers.read().len() as u64, ..GcReport::default() };
+        // Before the sweep, so that what becomes live in a claimed pack is seen by the count that follows it.
+        let packs = self.claim_packs()?;
+        let result = self.collect_packs(&packs, &mut report);
+        packs.iter().for_each(|(id, _)| self.store.packs.release(*id));
+        result?;
+        if !self.options.dry_run {
+            self.remove_dead_tables()?;
+            self.record_end()?;
+        }
+        Ok(report)
+    }
+
+    fn collect_packs(&self, packs: &[(PackId, u64)], report: &mut GcReport) -> Result<()> {
+        self.monitor.phase("sweeping", None);
+        let live = self.sweep(report)?;
+        failpoint::hit("gc.swept");
+        self.monitor.phase("rewriting packs", None);
+        self.rewrite_packs(packs, &live, report)
+    }
+
+    /// The packs that nobody appends to; nobody will while we have them.
+    fn claim_packs(&self) -> Result<Vec<(PackId, u64)>> {
+        let packs = self.store.packs.list()?;
+        if self.options.dry_run {
+            return Ok(packs);
+        }
+        Ok(packs.into_iter().filter(|(id, _)| self.store.packs.claim(*id)).collect())
+    }
+
+    /// Removes dead entries. Returns what is live in each pack.
+    fn sweep(&self, report: &mut GcReport) -> Result<HashMap<PackId, Live>> {
+        if !self.options.dry_run {
+            self.sweep_where(|location| location.class == Class::Manifest, report)?;
+        }
+        let dead_manifests = *report;
+        let live = self.sweep_where(|_| true, report)?;
+        report.live_chunks -= dead_manifests.live_chunks;
+        if !self.options.dry_run {
+            // Before a pack goes, its entries must be gone for good.
+            self.store.db.sync()?;
+        }
+        Ok(live)
+    }
+
+    fn sweep_where(
+        &self,
+        concerns: impl Fn(&Location) -> bool,
+        report: &mut GcReport,
+    ) -> Result<HashMap<PackId, Live>> {
+        let mut live: HashMap<PackId, Live> = HashMap::new();
+        let mut batch = Vec::with_capacity(SWEEP_BATCH);
+        let mut touched = self.store.touched(self.run);
+        for entry in self.store.index.iter()? {
+            let (id, location) = entry?;
+            if !concerns(&location) {
+                continue;
+            }
+            if self.is_live(&id, &location) || touched.iter().any(|touched| touched.contains(&id)) {
+                report.live_chunks += 1;
+                live.entry(location.pack).or_default().bytes += location.record_bytes();
+                continue;
+            }
+            batch.push((id, location));
+            if batch.len() == SWEEP_BATCH {
+                self.sweep_batch(&batch, &mut live, report)?;
+                batch.clear();
+                touched = self.store.touched(self.run);
+                monitor::check(self.monitor)?;
+            }
+        }
+        self.sweep_batch(&batch, &mut live, report)?;
+        Ok(live)
+    }
+
+    /// Whether `id` was marked. Of manifests that is known exactly.
+    fn is_live(&self, id: &ChunkId, location: &Location) -> bool {
+        self.run.live.contains(id)
+            && (location.class != Class::Manifest || self.run.layers.read().contains(&LayerId(*id)))
+    }
+
+    fn sweep_batch(
+        &self,
+        batch: &[(ChunkId, Location)],
+        live: &mut HashMap<PackId, Live>,
+        report: &mut GcReport,
+    ) -> Result<()> {
+        let is_gone = if self.options.dry_run {
+            vec![true; batch.len()]
+        } else {
+            self.store.index.remove(batch, || {
+                let touched = self.store.touched(self.run);
+                move |id: &ChunkId, location: &Location| {
+                    self.is_live(id, location) || touched.iter().any(|touched| touched.contains(id))
+                }
+            })?
+        };
+        for ((_, location), is_gone) in batch.iter().zip(is_gone) {
+            if is_gone {
+                report.dead_chunks += 1;
+                report.dead_bytes += location.record_bytes();
+            } else {
+                report.live_chunks += 1;
+                live.entry(location.pack).or_default().bytes += location.record_bytes();
+            }
+        }
+        self.monitor.items(batch.len() as u64);
+        Ok(())
+    }
+
+    fn rewrite_packs(
+        &self,
+        packs: &[(PackId, u64)],
+        live: &HashMap<PackId, Live>,
+        report: &mut GcReport,
+    ) -> Result<()> {
+        let mut rewrite = Vec::new();
+        let mut small = Vec::new();
+        for &(id, bytes) in packs {
+            match live.get(&id).map_or(0, |live| live.bytes) {
+                0 => {
+                    report.packs_removed += 1;
+                    report.freed_bytes += bytes;
+                    if !self.options.dry_run {
+                        self.unlink(id)?;
+                    }
+                }
+                live if live * 2 < bytes => rewrite.push((id, bytes, live)),
+                live if bytes < SMALL_PACK_BYTES => small.push((id, bytes, live)),
+                _ => {}
+            }
+        }
+        if small.len() + rewrite.len() > 1 {
+            rewrite.append(&mut small);
+            rewrite.sort_unstable();
+        }
+        if self.options.dry_run {
+            report.packs_rewritten = rewrite.len() as u64;
+            report.freed_bytes += rewrite.iter().map(|(_, bytes, live)| bytes - live).sum::<u64>();
+            return Ok(());
+        }
+        let mut out = None;
+        let result = rewrite.iter().try_for_each(|&(id, bytes, _)| self.rewrite(id, bytes, &mut out, report));
+        if let Some(out) = out {
+            finish_pack(self.store, out);
+        }
+        result
+    }
+
+    /// Copies the live records of pack `id` to `out`, and removes it.
+    fn rewrite(&self, id: PackId, bytes: u64, out: &mut Option<PackWriter>, report: &mut GcReport) -> Result<()> {
+        monitor::check(self.monitor)?;
+        let mut moves = Vec::new();
+        match self.copy_records(id, out, &mut moves) {
+            Ok(()) => {}
+            Err(error @ (Error::Corrupt { .. } | Error::ChunkDamaged { .. })) => {
+                self.monitor.warn(&format!("pack {id} is damaged and stays as it is: {error}"));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        if let Some(out) = out {
+            out.sync()?;
+        }
+        failpoint::hit("gc.rewritten");
+        self.store.index.relocate(&moves)?;
+        self.store.db.sync()?;
+        let copied = moves.iter().map(|(_, _, new)| new.record_bytes()).sum::<u64>();
+        report.packs_rewritten += 1;
+        report.copied_bytes += copied;
+        report.freed_bytes += bytes.saturating_sub(copied);
+        self.monitor.advance(copied);
+        self.unlink(id)
+    }
+
+    fn copy_records(
+        &self,
+        id: PackId,
+        out: &mut Option<PackWriter>,
+        moves: &mut Vec<(ChunkId, Location, Location)>,
+    ) -> Result<()> {
+        let mut batch = Vec::with_capacity(REWRITE_BATCH);
+        for found in PackScan::open(id, self.store.packs.path(id))? {
+            match found? {
+                Found::Record(offset, header) => batch.push((header.id, header.location(id, offset))),
+                Found::Tail { .. } => {}
+                Found::Damage { from, to } => {
+                    return Err(Error::corrupt("pack", format!("bytes {from} to {to} are no record")));
+                }
+            }
+            if batch.len() == REWRITE_BATCH {
+                self.copy_batch(&batch, out, moves)?;
+                batch.clear();
+            }
+        }
+        self.copy_batch(&batch, out, moves)
+    }
+
+    fn copy_batch(
+        &self,
+        batch: &[(ChunkId, Location)],
+        out: &mut Option<PackWriter>,
+        moves: &mut Vec<(ChunkId, Location, Location)>,
+    ) -> Result<()> {
+        let ids: Vec<ChunkId> = batch.iter().map(|(id, _)| *id).collect();
+        let now = self.store.index.get_many(&ids)?;
+        for ((id, old), _) in batch.iter().zip(now).filter(|((_, old), now)| now.as_ref() == Some(old)) {
+            let Some(stored) = self.store.packs.read(id, old)? else { continue };
+            let (_, verified) = chunk::verify(stored)?;
+            if let Some(mut full) = out.take_if(|out| out.is_full()) {
+                full.sync()?;
+                finish_pack(self.store, full);
+            }
+            if out.is_none() {
+                *out = Some(self.store.packs.create()?);
+            }
+            if let Some(writer) = out {
+                moves.push((*id, *old, writer.append(verified.stored())?));
+            }
+        }
+        Ok(())
+    }
+
+    fn unlink(&self, id: PackId) -> Result<()> {
+        failpoint::hit("gc.before-unlink");
+        self.store.packs.remove(id)?;
+        failpoint::hit("gc.after-unlink");
+        Ok(())
+    }
+
+    /// Removes the tables of layers that are gone: they can be built again should we be wrong.
+    fn remove_dead_tables(&self) -> Result<()> {
+        let folder = self.store.tables_folder();
+        let failed = |e| Error::file("list", &folder, e);
+        for entry in std::fs::read_dir(&folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let layer = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<LayerId>().ok());
+            let is_live = layer.is_none_or(|layer| self.run.layers.read().contains(&layer));
+            if !is_live {
+                std::fs::remove_file(&path).map_err(|e| Error::file("remove", &path, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn record_end(&self) -> Result<()> {
+        let (now, dead) = (Time::now(), self.store.dead_bytes()?);
+        let mut record = Vec::new();
+        record.put_i64(now.seconds);
+        record.put_u32(now.nanos);
+        record.put_u64(dead);
+        let mut batch = crate::store::db::Batch::new();
+        batch.put(Cf::Meta, LAST_GC_KEY, record);
+        self.store.db.write(batch, Sync::Yes)
+    }
+}
+
+fn finish_pack(store: &Store, mut pack: PackWriter) {
+    if pack.roll_back() {
+        store.packs.give_back(pack);
+    } else {
+        store.packs.release(pack.id());
+    }
+}
+
+impl Store {
+    /// Bytes of the packs that no index entry refers to.
+    pub(crate) fn dead_bytes(&self) -> Result<u64> {
+        let total: u64 = self.packs.list()?.iter().map(|(_, bytes)| bytes.saturating_sub(HEADER_BYTES as u64)).sum();
+        let mut live = 0;
+        for entry in self.index.iter()? {
+            live += entry?.1.record_bytes();
+        }
+        Ok(total.saturating_sub(live))
+    }
+}

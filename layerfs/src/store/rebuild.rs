@@ -1,0 +1,240 @@
+//! Makes the index anew from the packs alone.
+//!
+//! Invariants: only chunks whose bytes verify get into the new index; the old index stays in place until the new one
+//! is complete. Names and everything else that isn't chunks are taken over if the old database can still be read;
+//! if not, each complete layer that no other layer lies on gets the name `recovered/<the id's first 12 digits>`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+use rustix::fs::{CWD, RenameFlags};
+
+use crate::chunk::{self, Class};
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::id::{LayerId, LayerName};
+use crate::manifest::Manifest;
+use crate::monitor::{self, Monitor};
+use crate::store::db::{Batch, Cf, Db, DbOptions, Sync};
+use crate::store::names::Expect;
+use crate::store::open::{self, StoreOptions};
+use crate::store::pack::{PackId, read_record};
+use crate::store::packs::Packs;
+use crate::store::scan::{Found, PackScan};
+
+/// What a rebuild found.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct RebuildReport {
+    /// Packs that were read.
+    pub packs: u64,
+    /// Chunks that are in the new index.
+    pub chunks: u64,
+    /// Records whose bytes are wrong.
+    pub damaged_chunks: u64,
+    /// Packs, or parts of them, that couldn't be read.
+    pub pack_problems: Vec<String>,
+    /// Whether names, uppers, mounts and peers could be taken over.
+    pub records_kept: bool,
+    /// Names that were given to layers whose names are unknown.
+    pub recovered: Vec<String>,
+}
+
+const BATCH: usize = 1024;
+
+/// Makes the index of the store in `folder` anew. The store must not be open.
+///
+/// # Errors
+/// As [`crate::store::Store::open`]; what can't be read is no error, but in the report.
+pub fn rebuild(folder: &Path, options: StoreOptions, monitor: &dyn Monitor) -> Result<RebuildReport> {
+    if !open::read_format(folder)? {
+        return Err(Error::NotFound { what: "store", name: folder.display().to_string() });
+    }
+    let lock = open::take_lock(folder, false)?;
+    let (old, new) = (folder.join("index"), folder.join("index.new"));
+    remove_folder(&new)?;
+    let db_options = DbOptions { create: true, ..open::db_options(&options) };
+    let db = Db::open(&new, db_options)?;
+    let packs = Packs::open(folder.join("packs"))?;
+    let scan = Scan::new(&db, &packs, monitor);
+    scan.run(options.thread_count())?;
+    let mut report = RebuildReport {
+        packs: scan.packs_read.load(Ordering::Relaxed),
+        damaged_chunks: scan.damaged.load(Ordering::Relaxed),
+        pack_problems: std::mem::take(&mut *scan.problems.lock()),
+        ..RebuildReport::default()
+    };
+    let manifests = std::mem::take(&mut *scan.manifests.lock());
+    report.chunks = db.iter_from(Cf::Chunks, &[])?.count() as u64;
+    match copy_records(&old, &db, db_options) {
+        Ok(()) => report.records_kept = true,
+        Err(error) => monitor.warn(&format!("the old index can't be read, so names are unknown: {error}")),
+    }
+    db.sync()?;
+    drop(db);
+    swap(&new, &old)?;
+    if report.records_kept {
+        remove_folder(&new)?;
+    } else {
+        keep_aside(&new, &folder.join("index.damaged"))?;
+        drop(lock);
+        report.recovered = recover_names(folder, options, &manifests)?;
+    }
+    Ok(report)
+}
+
+struct Scan<'a> {
+    db: &'a Db,
+    packs: &'a Packs,
+    monitor: &'a dyn Monitor,
+    packs_read: AtomicU64,
+    damaged: AtomicU64,
+    problems: Mutex<Vec<String>>,
+    /// Layer → the layer that it lies on.
+    manifests: Mutex<BTreeMap<LayerId, Option<LayerId>>>,
+}
+
+impl<'a> Scan<'a> {
+    fn new(db: &'a Db, packs: &'a Packs, monitor: &'a dyn Monitor) -> Scan<'a> {
+        Scan {
+            db,
+            packs,
+            monitor,
+            packs_read: AtomicU64::new(0),
+            damaged: AtomicU64::new(0),
+            problems: Mutex::default(),
+            manifests: Mutex::default(),
+        }
+    }
+
+    fn run(&self, threads: usize) -> Result<()> {
+        let list = self.packs.list()?;
+        self.monitor.phase("reading packs", Some(list.iter().map(|(_, bytes)| bytes).sum()));
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<()> {
+            while let Some((id, bytes)) = list.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.pack(*id)?;
+                self.monitor.advance(*bytes);
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|_| Err(Error::Index("a thread of the store panicked".to_owned())))
+            })
+        })
+    }
+
+    fn problem(&self, id: PackId, detail: impl std::fmt::Display) {
+        self.problems.lock().push(format!("pack {id}: {detail}"));
+    }
+
+    fn pack(&self, id: PackId) -> Result<()> {
+        self.packs_read.fetch_add(1, Ordering::Relaxed);
+        let (scan, file) = match (PackScan::open(id, self.packs.path(id)), self.packs.file(id)?) {
+            (Ok(scan), Some(file)) => (scan, file),
+            (Err(error), _) => {
+                self.problem(id, error);
+                return Ok(());
+            }
+            (_, None) => return Ok(()),
+        };
+        let mut batch = Batch::new();
+        for found in scan {
+            let (offset, header) = match found {
+                Ok(Found::Record(offset, header)) => (offset, header),
+                Ok(Found::Damage { from, to }) => {
+                    self.problem(id, format_args!("bytes {from} to {to} are no record"));
+                    continue;
+                }
+                Ok(Found::Tail { .. }) => continue,
+                Err(error) => {
+                    self.problem(id, error);
+                    continue;
+                }
+            };
+            let location = header.location(id, offset);
+            match read_record(&file, &header.id, &location).and_then(chunk::verify) {
+                Ok((plain, _)) => {
+                    if header.class == Class::Manifest
+                        && let Ok(manifest) = Manifest::decode(&plain)
+                    {
+                        self.manifests.lock().insert(LayerId(header.id), manifest.parent);
+                    }
+                    batch.put(Cf::Chunks, header.id.0, location.encode());
+                }
+                Err(Error::ChunkDamaged { .. }) => {
+                    self.damaged.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => return Err(error),
+            }
+            if batch.len() >= BATCH {
+                monitor::check(self.monitor)?;
+                self.db.write(std::mem::take(&mut batch), Sync::No)?;
+            }
+        }
+        self.db.write(batch, Sync::No)
+    }
+}
+
+/// Takes over everything but the chunks from the database at `old`.
+fn copy_records(old: &Path, db: &Db, options: DbOptions) -> Result<()> {
+    let read_only = DbOptions { read_only: true, create: false, ..options };
+    let old = Db::open(old, read_only).or_else(|_| Db::open(old, DbOptions { lenient: true, ..read_only }))?;
+    for cf in Cf::ALL.into_iter().filter(|cf| *cf != Cf::Chunks) {
+        let mut batch = Batch::new();
+        for entry in old.iter_from(cf, &[])? {
+            let (key, value) = entry?;
+            batch.put(cf, key, value);
+            if batch.bytes() > 1 << 20 {
+                db.write(std::mem::take(&mut batch), Sync::No)?;
+            }
+        }
+        db.write(batch, Sync::No)?;
+    }
+    Ok(())
+}
+
+/// Names the complete layers that no other complete layer lies on.
+fn recover_names(
+    folder: &Path,
+    options: StoreOptions,
+    manifests: &BTreeMap<LayerId, Option<LayerId>>,
+) -> Result<Vec<String>> {
+    let store = crate::store::Store::open(folder, options)?;
+    let complete: BTreeSet<LayerId> =
+        manifests.keys().copied().filter(|layer| store.check_stack(*layer).is_ok()).collect();
+    let parents: BTreeSet<LayerId> = complete.iter().filter_map(|layer| *manifests.get(layer)?).collect();
+    let mut recovered = Vec::new();
+    for layer in complete.difference(&parents) {
+        let name = LayerName::new(&format!("recovered/{}", layer.0.short()))?;
+        store.set_name(&name, *layer, Expect::Absent)?;
+        recovered.push(name.to_string());
+    }
+    Ok(recovered)
+}
+
+/// Puts `new` in the place of `old`, which afterwards lies at `new`, if there is one.
+fn swap(new: &Path, old: &Path) -> Result<()> {
+    let flags = if old.exists() { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
+    rustix::fs::renameat_with(CWD, new, CWD, old, flags).map_err(|e| Error::file("put in place", old, e))?;
+    durable::sync_parent(old)
+}
+
+fn keep_aside(folder: &Path, aside: &Path) -> Result<()> {
+    if !folder.exists() {
+        return Ok(());
+    }
+    remove_folder(aside)?;
+    fs::rename(folder, aside).map_err(|e| Error::file("rename", folder, e))
+}
+
+fn remove_folder(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::file("remove", folder, e)),
+        _ => Ok(()),
+    }
+}

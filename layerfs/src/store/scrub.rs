@@ -1,0 +1,142 @@
+//! Reads and verifies every chunk that the index knows.
+//!
+//! Damaged chunks stay where they are until a good copy comes: [`crate::store::Session::replace`].
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::atomic::Ordering;
+
+use crate::chunk::Class;
+use crate::error::{Error, Result};
+use crate::id::ChunkId;
+use crate::inode::Inode;
+use crate::monitor::Monitor;
+use crate::store::check::{Finding, PackCheck};
+use crate::store::closure::{ClosureVisitor, Known, walk_stack};
+use crate::store::{Store, Uncached};
+
+/// A chunk whose bytes are wrong or gone.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct DamagedChunk {
+    /// Its id.
+    pub id: ChunkId,
+    /// What it held.
+    pub class: Class,
+    /// Its plain length in bytes.
+    pub plain_bytes: u32,
+    /// What is wrong with it.
+    pub detail: String,
+    /// The names whose stacks need it.
+    pub names: Vec<String>,
+}
+
+/// The result of reading everything.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct ScrubReport {
+    /// Packs.
+    pub packs: u64,
+    /// Chunks read, damaged ones included.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub plain_bytes: u64,
+    /// What their records take, in bytes.
+    pub stored_bytes: u64,
+    /// Packs, or parts of them, that can't be read.
+    pub pack_problems: Vec<String>,
+    /// The damaged chunks.
+    pub damaged: Vec<DamagedChunk>,
+}
+
+impl ScrubReport {
+    /// Whether every chunk is whole.
+    pub fn is_clean(&self) -> bool {
+        self.damaged.is_empty()
+    }
+}
+
+impl Store {
+    /// Reads and verifies every chunk.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while a collection or another check runs. Damage is no error, but in the report.
+    pub fn scrub(&self, monitor: &dyn Monitor) -> Result<ScrubReport> {
+        let busy = || Error::Busy("a collection or check of this store is running already".to_owned());
+        let _running = self.collector.running.try_lock().ok_or_else(busy)?;
+        let check = PackCheck::new(self, monitor, true);
+        let findings = check.run()?;
+        let mut report = ScrubReport {
+            packs: check.totals.packs.load(Ordering::Relaxed),
+            chunks: check.totals.live_chunks.load(Ordering::Relaxed),
+            plain_bytes: check.totals.live_plain_bytes.load(Ordering::Relaxed),
+            stored_bytes: check.totals.live_record_bytes.load(Ordering::Relaxed),
+            ..ScrubReport::default()
+        };
+        for finding in findings {
+            match finding {
+                Finding::Unreadable(pack, error) => report.pack_problems.push(format!("pack {pack}: {error}")),
+                Finding::Damage(pack, from, to) => {
+                    report.pack_problems.push(format!("pack {pack}: bytes {from} to {to} are no record"));
+                }
+                Finding::Chunk(id, location, detail) => report.damaged.push(DamagedChunk {
+                    id,
+                    class: location.class,
+                    plain_bytes: location.plain_bytes,
+                    detail,
+                    names: Vec::new(),
+                }),
+            }
+        }
+        report.damaged.sort_by_key(|chunk| chunk.id);
+        self.find_names(monitor, &mut report.damaged)?;
+        Ok(report)
+    }
+
+    fn find_names(&self, monitor: &dyn Monitor, damaged: &mut [DamagedChunk]) -> Result<()> {
+        if damaged.is_empty() {
+            return Ok(());
+        }
+        monitor.phase("looking who needs the damaged chunks", None);
+        let ids: HashSet<ChunkId> = damaged.iter().map(|chunk| chunk.id).collect();
+        let mut needed: BTreeMap<ChunkId, BTreeSet<String>> = BTreeMap::new();
+        for (name, record) in self.names()? {
+            let mut search = Search { ids: &ids, found: HashSet::new(), known: Known::default() };
+            // Damage ends the walk, but is mentioned before.
+            match walk_stack(&Uncached(self), record.layer, &mut search, |_| false) {
+                Err(Error::Cancelled) => return Err(Error::Cancelled),
+                _ => search.found.into_iter().for_each(|id| {
+                    needed.entry(id).or_default().insert(name.to_string());
+                }),
+            }
+        }
+        for chunk in damaged {
+            chunk.names = needed.remove(&chunk.id).into_iter().flatten().collect();
+        }
+        Ok(())
+    }
+}
+
+struct Search<'a> {
+    ids: &'a HashSet<ChunkId>,
+    found: HashSet<ChunkId>,
+    known: Known,
+}
+
+impl ClosureVisitor for Search<'_> {
+    fn meta(&mut self, id: &ChunkId, _: Class) -> Result<()> {
+        self.data(id, 0)
+    }
+    fn data(&mut self, id: &ChunkId, _: u32) -> Result<()> {
+        if self.ids.contains(id) {
+            self.found.insert(*id);
+        }
+        Ok(())
+    }
+    fn is_known(&self, id: &ChunkId) -> bool {
+        self.known.contains(id)
+    }
+    fn seen(&mut self, id: &ChunkId) {
+        self.known.insert(id);
+    }
+    fn inode(&mut self, _: &Inode) -> Result<bool> {
+        Ok(true)
+    }
+}

@@ -1,0 +1,119 @@
+//! Figures about the store as a whole.
+
+use std::collections::HashSet;
+
+use crate::chunk::Class;
+use crate::error::Result;
+use crate::id::{ChunkId, LayerId};
+use crate::inode::{Inode, Node};
+use crate::monitor::{self, Monitor};
+use crate::store::closure::{ClosureVisitor, walk_stack};
+use crate::store::pack::HEADER_BYTES;
+use crate::store::{Store, Uncached};
+
+/// The chunks of one class.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct ClassStat {
+    /// The class.
+    pub class: Class,
+    /// How many there are.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub plain_bytes: u64,
+    /// What they take in packs, in bytes, headers included.
+    pub stored_bytes: u64,
+}
+
+/// Figures about a store.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct StoreStat {
+    /// By class: data, list, table, manifest.
+    pub classes: Vec<ClassStat>,
+    /// Chunks of all classes.
+    pub chunks: u64,
+    /// Their plain bytes.
+    pub plain_bytes: u64,
+    /// What they take in packs, in bytes.
+    pub stored_bytes: u64,
+    /// Packs.
+    pub packs: u64,
+    /// Their sizes added up, in bytes.
+    pub pack_bytes: u64,
+    /// How much of them nothing in the index refers to, in bytes: what a collection frees at once.
+    pub dead_bytes: u64,
+    /// Names.
+    pub names: u64,
+    /// Layers in the stacks of those names.
+    pub layers: u64,
+    /// Bytes of file data in those layers, each time that it is referred to. Files of up to 512 bytes, which lie in the
+    /// tables, included.
+    pub referenced_bytes: u64,
+    /// `referenced_bytes` by the plain bytes of data and tables stored.
+    pub dedup_ratio: f64,
+    /// `plain_bytes` by `stored_bytes`.
+    pub compression_ratio: f64,
+}
+
+struct References<'a> {
+    bytes: u64,
+    monitor: &'a dyn Monitor,
+}
+
+impl ClosureVisitor for References<'_> {
+    fn meta(&mut self, _: &ChunkId, _: Class) -> Result<()> {
+        monitor::check(self.monitor)
+    }
+    fn data(&mut self, _: &ChunkId, _: u32) -> Result<()> {
+        Ok(())
+    }
+    fn is_known(&self, _: &ChunkId) -> bool {
+        false
+    }
+    fn seen(&mut self, _: &ChunkId) {}
+    fn inode(&mut self, inode: &Inode) -> Result<bool> {
+        if let Node::File(content) = &inode.node {
+            self.bytes += content.data_bytes();
+        }
+        Ok(false)
+    }
+}
+
+impl Store {
+    /// Counts everything. Reads the index and the tables of all named layers.
+    pub fn stat(&self, monitor: &dyn Monitor) -> Result<StoreStat> {
+        let mut classes = Class::ALL.map(|class| ClassStat { class, chunks: 0, plain_bytes: 0, stored_bytes: 0 });
+        for entry in self.index.iter()? {
+            let (_, location) = entry?;
+            let stat = &mut classes[location.class as usize];
+            stat.chunks += 1;
+            stat.plain_bytes += u64::from(location.plain_bytes);
+            stat.stored_bytes += location.record_bytes();
+        }
+        let packs = self.packs.list()?;
+        let pack_bytes: u64 = packs.iter().map(|(_, bytes)| bytes).sum();
+        let sum = |of: fn(&ClassStat) -> u64| classes.iter().map(of).sum::<u64>();
+        let (plain_bytes, stored_bytes) = (sum(|stat| stat.plain_bytes), sum(|stat| stat.stored_bytes));
+        let names = self.names()?;
+        let mut layers: HashSet<LayerId> = HashSet::new();
+        let mut references = References { bytes: 0, monitor };
+        for (_, record) in &names {
+            walk_stack(&Uncached(self), record.layer, &mut references, |layer| !layers.insert(layer))?;
+        }
+        let ratio = |a: u64, b: u64| if b == 0 { 1.0 } else { a as f64 / b as f64 };
+        let content_bytes = classes[Class::Data as usize].plain_bytes + classes[Class::Table as usize].plain_bytes;
+        Ok(StoreStat {
+            chunks: sum(|stat| stat.chunks),
+            plain_bytes,
+            stored_bytes,
+            packs: packs.len() as u64,
+            pack_bytes,
+            dead_bytes: pack_bytes.saturating_sub(stored_bytes + (packs.len() * HEADER_BYTES) as u64),
+            names: names.len() as u64,
+            layers: layers.len() as u64,
+            referenced_bytes: references.bytes,
+            dedup_ratio: ratio(references.bytes, content_bytes),
+            compression_ratio: ratio(plain_bytes, stored_bytes),
+            classes: classes.to_vec(),
+        })
+    }
+}

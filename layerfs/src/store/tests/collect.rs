@@ -1,0 +1,168 @@
+//! Garbage collection, alone and against everything else; figures.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::monitor::Silent;
+use crate::store::{FsckOptions, GcOptions, GcReport};
+
+fn gc(store: &Store) -> GcReport {
+    store.gc(&Silent, GcOptions::default()).unwrap()
+}
+
+fn assert_clean(store: &Store) {
+    let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
+    assert!(report.is_clean(), "{report:#?}");
+}
+
+fn pack_bytes(store: &Store) -> u64 {
+    store.packs.list().unwrap().iter().map(|(_, bytes)| bytes).sum()
+}
+
+#[test]
+fn what_is_named_stays_and_the_rest_goes() {
+    let (_folder, store) = store();
+    let a = named_layer(&store, "a", &[1, 2, 3], 300_000);
+    named_layer(&store, "b", &[3, 4, 5, 6, 7, 8], 300_000);
+    let before = pack_bytes(&store);
+    let idle = gc(&store);
+    assert_eq!((idle.dead_chunks, idle.live_layers, idle.packs_removed), (0, 2, 0));
+    store.remove_name(&name("b")).unwrap();
+    let dry = store.gc(&Silent, GcOptions { dry_run: true }).unwrap();
+    assert_eq!(pack_bytes(&store), before);
+    let report = gc(&store);
+    assert_eq!((report.dead_chunks, report.dead_bytes), (dry.dead_chunks, dry.dead_bytes));
+    assert!(report.dead_bytes > 1_400_000 && report.live_layers == 1, "{report:?}");
+    assert!(pack_bytes(&store) < before / 2, "{} of {before}", pack_bytes(&store));
+    store.check_stack(a).unwrap();
+    assert_clean(&store);
+    assert!(store.scrub(&Silent).unwrap().is_clean());
+    assert_eq!(store.last_gc().unwrap().unwrap().1, store.dead_bytes().unwrap());
+    store.remove_name(&name("a")).unwrap();
+    gc(&store);
+    assert_eq!(store.stat(&Silent).unwrap().chunks, 0);
+    assert_eq!(store.packs.list().unwrap(), []);
+}
+
+#[test]
+fn pins_sources_and_parents_keep_layers() {
+    let (_folder, store) = store();
+    let session = store.session("s");
+    let base = layer_of(&session, None, &[1], 100_000);
+    let top = layer_of(&session, Some(base), &[2], 100_000);
+    let other = layer_of(&session, None, &[3], 100_000);
+    session.commit().unwrap();
+    let pin = store.pin(top).unwrap();
+    store.add_root_source(Box::new(move || Ok(vec![other])));
+    drop(session);
+    let report = gc(&store);
+    assert_eq!((report.live_layers, report.dead_chunks), (3, 0));
+    store.check_stack(top).unwrap();
+    drop(pin);
+    assert_eq!(gc(&store).live_layers, 1);
+    store.check_stack(other).unwrap();
+    assert!(store.check_layer(base).is_err());
+}
+
+#[test]
+fn a_living_session_keeps_what_it_mentioned() {
+    let (_folder, store) = store();
+    let old = named_layer(&store, "old", &[1, 2], 200_000);
+    store.remove_name(&name("old")).unwrap();
+    let session = store.session("same again");
+    let again = layer_of(&session, None, &[1, 2], 200_000);
+    assert_eq!((again, session.report().new_chunks), (old, 0));
+    assert_eq!(gc(&store).dead_chunks, 0);
+    session.commit().unwrap();
+    store.set_name(&name("new"), again, Expect::Absent).unwrap();
+    drop(session);
+    assert_eq!(gc(&store).dead_chunks, 0);
+    store.check_stack(again).unwrap();
+}
+
+#[test]
+fn small_packs_are_merged_and_spare_ones_are_not_appended_to_after_that() {
+    let (_folder, store) = store();
+    let sessions: Vec<_> = (0..5).map(|n| store.session(&n.to_string())).collect();
+    for (n, session) in sessions.iter().enumerate() {
+        let layer = layer_of(session, None, &[n as u64 + 10], 50_000);
+        session.commit().unwrap();
+        store.set_name(&name(&n.to_string()), layer, Expect::Absent).unwrap();
+    }
+    drop(sessions);
+    assert_eq!(store.packs.list().unwrap().len(), 5);
+    assert_eq!(gc(&store).packs_rewritten, 5);
+    assert_eq!(store.packs.list().unwrap().len(), 1);
+    named_layer(&store, "more", &[99], 50_000);
+    assert_eq!(gc(&store).packs_rewritten, 0);
+    assert_clean(&store);
+}
+
+#[test]
+fn imports_names_and_collections_race() {
+    let (_folder, store) = store();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..3u64)
+            .map(|thread| {
+                let store = &store;
+                scope.spawn(move || {
+                    for round in 0..60u64 {
+                        // The same few layers again and again, so that chunks die and come back.
+                        let seed = (round * 7 + thread) % 5;
+                        let text = format!("t{thread}");
+                        let layer = named_layer(store, &text, &[seed, seed + 1, 100 + round % 3], 40_000);
+                        store.check_stack(layer).unwrap();
+                        if round % 3 == 0 {
+                            // The layer goes by another name, then loses the first.
+                            store.set_name(&name(&format!("{text}-kept")), layer, Expect::Any).unwrap();
+                            store.remove_name(&name(&text)).unwrap();
+                            store.check_stack(layer).unwrap();
+                        }
+                    }
+                })
+            })
+            .collect();
+        let collector = scope.spawn(|| {
+            let mut count = 0;
+            while !done.load(Ordering::Relaxed) {
+                if let Err(error) = store.gc(&Silent, GcOptions::default()) {
+                    panic!("{error}: {error:?}");
+                }
+                count += 1;
+            }
+            count
+        });
+        let reader = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for (_, record) in store.names().unwrap() {
+                    // A layer that just lost its name may go; one that a pin could get may not.
+                    if let Ok(pin) = store.pin(record.layer) {
+                        store.check_stack(pin.layer()).unwrap();
+                    }
+                }
+            }
+        });
+        let written: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
+        done.store(true, Ordering::Relaxed);
+        written.into_iter().for_each(|writer| writer.unwrap());
+        assert!(collector.join().unwrap() > 1);
+        reader.join().unwrap();
+    });
+    gc(&store);
+    assert_clean(&store);
+    assert!(store.scrub(&Silent).unwrap().is_clean());
+}
+
+#[test]
+fn figures_add_up() {
+    let (_folder, store) = store();
+    named_layer(&store, "a", &[1, 2], 100_000);
+    named_layer(&store, "b", &[1, 2, 3], 100_000);
+    let stat = store.stat(&Silent).unwrap();
+    assert_eq!((stat.names, stat.layers, stat.referenced_bytes), (2, 2, 500_000));
+    assert_eq!(stat.classes[Class::Data as usize].plain_bytes, 300_000);
+    assert_eq!(stat.dead_bytes, 0);
+    assert!(stat.dedup_ratio > 1.6 && stat.dedup_ratio < 1.7, "{}", stat.dedup_ratio);
+    assert_eq!(stat.pack_bytes, stat.stored_bytes + 16 * stat.packs);
+}

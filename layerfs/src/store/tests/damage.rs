@@ -1,0 +1,185 @@
+//! Bad bytes, lost files, full disks: what is seen, and what can be made whole.
+
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::chunk::{ChunkRead, Codec, StoredChunk, encode};
+use crate::error::{Error, ErrorClass};
+use crate::monitor::Silent;
+use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, check_header, encode_header};
+use crate::store::scan::{Found, PackScan};
+use crate::store::{FsckOptions, ProblemKind, rebuild};
+
+#[test]
+fn golden_bytes_of_a_pack() {
+    assert_eq!(encode_header(PackId(0x0102)), b"LFPK\x01\x00\x00\x00\x02\x01\x00\x00\x00\x00\x00\x00");
+    let id = ChunkId::of(b"layerfs");
+    let chunk = StoredChunk { id, class: Class::List, codec: Codec::Raw, plain_bytes: 7, stored: "layerfs".into() };
+    let mut record = Vec::new();
+    RecordHeader::of(&chunk).encode(&mut record);
+    let hex: String = record.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(
+        hex,
+        "4c464352010007000000070000000322e72d22a2f59fca659542b8a2e92fcddc0bde21a6078f7f3af14e947e0a6922523291"
+    );
+    assert_eq!(record.len(), RECORD_BYTES);
+    assert_eq!(RecordHeader::decode(&record).unwrap(), RecordHeader::of(&chunk));
+}
+
+#[test]
+fn headers_of_other_versions_and_packs_are_refused() {
+    let good = encode_header(PackId(7));
+    check_header(&good, PackId(7)).unwrap();
+    assert_eq!(check_header(&good, PackId(8)).unwrap_err().class(), ErrorClass::Corrupt);
+    assert_eq!(check_header(&good[..10], PackId(7)).unwrap_err().class(), ErrorClass::Corrupt);
+    for (position, class) in [(0, ErrorClass::Corrupt), (4, ErrorClass::Unsupported), (6, ErrorClass::Unsupported)] {
+        let mut bad = good.clone();
+        bad[position] ^= 2;
+        assert_eq!(check_header(&bad, PackId(7)).unwrap_err().class(), class, "byte {position}");
+    }
+}
+
+/// The only pack of a store.
+fn the_pack(store: &Store) -> (PackId, std::path::PathBuf) {
+    let packs = store.packs.list().unwrap();
+    assert_eq!(packs.len(), 1);
+    (packs[0].0, store.packs.path(packs[0].0))
+}
+
+#[test]
+fn a_scan_finds_every_good_record_whatever_is_damaged() {
+    let (_folder, store) = store();
+    let session = store.session("s");
+    (0..20).for_each(|seed| {
+        put(&session, seed, 3000);
+    });
+    session.commit().unwrap();
+    let (id, path) = the_pack(&store);
+    let bytes = std::fs::read(&path).unwrap();
+    let scan = || PackScan::open(id, path.clone()).unwrap().map(|found| found.unwrap()).collect::<Vec<_>>();
+    let whole = scan();
+    assert_eq!(whole.len(), 20);
+    let record_bytes = RECORD_BYTES + 3000;
+    for cut in [1, RECORD_BYTES, RECORD_BYTES + 1, record_bytes - 1] {
+        std::fs::write(&path, &bytes[..16 + 19 * record_bytes + cut]).unwrap();
+        let found = scan();
+        assert_eq!(found[..19], whole[..19]);
+        assert_eq!(found[19..], [Found::Tail { from: (16 + 19 * record_bytes) as u64 }]);
+    }
+    for byte in [0, 4, 5, 7, 11, 20, 49] {
+        let mut bad = bytes.clone();
+        bad[16 + 5 * record_bytes + byte] ^= 0x40;
+        std::fs::write(&path, &bad).unwrap();
+        let found = scan();
+        assert_eq!(found.len(), 20);
+        assert!(matches!(found[5], Found::Damage { .. }));
+        assert_eq!(found[6..], whole[6..]);
+    }
+    std::fs::write(&path, &bytes).unwrap();
+}
+
+#[test]
+fn flipped_bits_are_found_reported_with_names_and_healed() {
+    let (_folder, store) = store();
+    let layer = named_layer(&store, "hurt", &[1, 2, 3], 60_000);
+    named_layer(&store, "fine", &[4], 60_000);
+    let id = ChunkId::of(&noise(2, 60_000)[..0x1]);
+    assert!(store.get(&id).is_err());
+    let stored: Vec<_> = store.index.iter().unwrap().map(|entry| entry.unwrap()).collect();
+    let (id, location) =
+        stored.iter().find(|(_, location)| location.class == Class::Data && location.offset > 16).unwrap();
+    let (_, path) = the_pack(&store);
+    let plain = store.get_uncached(id).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    let at = u64::from(location.offset) + RECORD_BYTES as u64 + 100;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean(), "fsck doesn't read data");
+    let report = store.scrub(&Silent).unwrap();
+    assert_eq!(report.damaged.iter().map(|chunk| chunk.id).collect::<Vec<_>>(), [*id]);
+    assert_eq!(report.damaged[0].names.len(), 1);
+    // Its record's header too: now fsck sees that the chunk is gone.
+    file.write_all_at(b"XXXX", u64::from(location.offset)).unwrap();
+    let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
+    assert!(
+        report.problems.iter().any(|p| p.kind == ProblemKind::ChunkGone && p.subject == id.to_string()),
+        "{report:#?}"
+    );
+    let session = store.session("heal");
+    session.replace(encode(*id, Class::Data, &plain, 3)).unwrap();
+    session.commit().unwrap();
+    assert!(store.scrub(&Silent).unwrap().is_clean());
+    let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
+    assert!(report.problems.iter().all(|problem| problem.kind == ProblemKind::PackDamaged), "{report:#?}");
+    store.check_stack(layer).unwrap();
+}
+
+#[test]
+fn a_lost_pack_is_told_and_its_chunks_can_come_again() {
+    let (_folder, store) = store();
+    let layer = named_layer(&store, "l", &[1, 2, 3], 60_000);
+    let (id, path) = the_pack(&store);
+    std::fs::remove_file(path).unwrap();
+    store.packs.forget_open(id);
+    let report = store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    assert!(report.problems.iter().any(|problem| problem.kind == ProblemKind::LayerBroken && problem.names == ["l"]));
+    assert!(report.problems.iter().any(|problem| problem.kind == ProblemKind::ChunkGone && problem.repaired));
+    assert_eq!(named_layer(&store, "again", &[1, 2, 3], 60_000), layer);
+    assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean());
+}
+
+#[test]
+fn the_index_can_be_made_anew_from_packs_alone() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let session = store.session("s");
+    let base = layer_of(&session, None, &[1, 2], 80_000);
+    let top = layer_of(&session, Some(base), &[3], 80_000);
+    session.commit().unwrap();
+    store.set_name(&name("top"), top, Expect::Absent).unwrap();
+    drop(session);
+    let busy = rebuild(&path, StoreOptions::default(), &Silent).unwrap_err();
+    assert_eq!(busy.class(), ErrorClass::Busy);
+    drop(store);
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept && report.recovered.is_empty(), "{report:?}");
+    let check = |names: &[&str]| {
+        let store = Store::open(&path, StoreOptions::default()).unwrap();
+        let found: Vec<_> = store.names().unwrap().into_iter().map(|(name, _)| name.to_string()).collect();
+        assert_eq!(found, names);
+        store.check_stack(top).unwrap();
+        assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean());
+    };
+    check(&["top"]);
+    // Without any index, and with a torn tail.
+    std::fs::remove_dir_all(path.join("index")).unwrap();
+    assert!(Store::open(&path, StoreOptions::default()).is_err());
+    let pack = std::fs::read_dir(path.join("packs")).unwrap().next().unwrap().unwrap().path();
+    let file = std::fs::File::options().append(true).open(pack).unwrap();
+    std::io::Write::write_all(&mut &file, b"LFCR torn").unwrap();
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert_eq!(report.recovered, [format!("recovered/{}", top.0.short())]);
+    check(&[report.recovered[0].as_str()]);
+    // With an index full of rubbish.
+    std::fs::write(path.join("index/CURRENT"), "rubbish").unwrap();
+    assert!(Store::open(&path, StoreOptions::default()).is_err());
+    rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    check(&[format!("recovered/{}", top.0.short()).as_str()]);
+}
+
+#[test]
+fn a_damaged_layer_stops_a_collection_before_it_removes_anything() {
+    let (_folder, store) = store();
+    let layer = named_layer(&store, "l", &[1], 60_000);
+    named_layer(&store, "m", &[2], 60_000);
+    store.remove_name(&name("m")).unwrap();
+    store.index.forget(&[layer.0]).unwrap();
+    let path = store.folder().to_owned();
+    drop(store);
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    let before = store.index.iter().unwrap().count();
+    let error = store.gc(&Silent, crate::store::GcOptions::default()).unwrap_err();
+    assert!(matches!(error, Error::LayerMissing(_)), "{error}");
+    assert_eq!(store.index.iter().unwrap().count(), before);
+}
