@@ -1,0 +1,37 @@
+//! The one place where this crate's errors become what a program on a mount sees.
+
+use crate::error::Error;
+
+/// An error number of Linux.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl std::fmt::Debug for Errno {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", std::io::Error::from_raw_os_error(self.0))
+    }
+}
+
+impl From<Error> for Errno {
+    fn from(error: Error) -> Errno {
+        let errno = error.errno();
+        match errno {
+            // What a program does wrong, or the disk's owner: they learn it from the number.
+            libc::ENOSPC | libc::EDQUOT | libc::ENXIO | libc::EFBIG | libc::EINVAL | libc::EOPNOTSUPP => {}
+            _ => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                tracing::warn!(%error, cause, "a request on a mount failed");
+            }
+        }
+        // A store that is damaged must not look like a file that isn't there.
+        if errno == libc::ENOENT || errno == libc::EEXIST { Errno(libc::EIO) } else { Errno(errno) }
+    }
+}
+
+/// The result of an operation of the filesystem.
+pub type FsResult<T> = Result<T, Errno>;
+
+/// Fails with `errno`.
+pub fn fail<T>(errno: i32) -> FsResult<T> {
+    Err(Errno(errno))
+}

@@ -1,0 +1,297 @@
+//! The data of regular files: reading, writing, copy-up.
+//!
+//! Invariant: whoever changes a file's data holds its stripe. A reader holds nothing: when a seal takes the data
+//! file away under it, it finds the same bytes in the sealed content.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::super::caller::Caller;
+use super::super::errno::{Errno, FsResult, fail};
+use super::attrs::clear_privileges;
+use super::edit::Edit;
+use super::{Fs, State};
+use crate::attr::Time;
+use crate::chunker::Chunker;
+use crate::content::{self, Content, Extent, Extents};
+use crate::id::Ino;
+use crate::inode::Node;
+use crate::upper::Upper;
+use crate::upper::table::Backed;
+
+/// What a write did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// How many bytes it wrote.
+    pub bytes: usize,
+    /// Whether it cleared setuid, setgid or capabilities: what the kernel has cached of the inode is wrong then.
+    pub cleared_privileges: bool,
+}
+
+/// Where a file's bytes are.
+enum Source {
+    Backed,
+    Sealed(Arc<Content>),
+}
+
+const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+const COPY_BYTES: usize = 1 << 20;
+
+impl Fs {
+    fn source(&self, state: &State, ino: Ino) -> FsResult<Source> {
+        let node = match state.tables.inode(ino) {
+            Some(inode) => match inode.backed {
+                Some(_) => return Ok(Source::Backed),
+                None => inode.inode.node.clone(),
+            },
+            None => {
+                if let Some(content) = self.contents.lock().get(&ino) {
+                    return Ok(Source::Sealed(content.clone()));
+                }
+                state.inode_below(ino)?.node
+            }
+        };
+        match node {
+            Node::File(content) => {
+                let content = Arc::new(content);
+                if state.tables.inode(ino).is_none() {
+                    self.contents.lock().put(ino, content.clone());
+                }
+                Ok(Source::Sealed(content))
+            }
+            Node::Folder => fail(libc::EISDIR),
+            _ => fail(libc::EINVAL),
+        }
+    }
+
+    /// Opens `ino`: checks that it can be opened so, and empties it if the flags say so. There is nothing to close,
+    /// but see [`Fs::release`].
+    pub fn open(&self, ino: Ino, flags: i32, caller: Caller) -> FsResult<()> {
+        if flags & libc::O_TRUNC != 0 {
+            let set = super::SetAttr { size: Some(0), ..Default::default() };
+            return self.setattr(ino, set, caller).map(drop);
+        }
+        if flags & libc::O_ACCMODE != libc::O_RDONLY {
+            self.writable_upper()?;
+        }
+        Ok(())
+    }
+
+    /// Up to `buffer.len()` bytes of `ino` at `offset`; fewer at its end only.
+    pub fn read(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+        loop {
+            let state = self.state.read();
+            let source = self.source(&state, ino)?;
+            let view = state.view.clone();
+            drop(state);
+            match source {
+                Source::Sealed(content) => return Ok(content::read_at(&**view.chunks(), &content, offset, buffer)?),
+                Source::Backed => match self.writable_upper()?.data().file(ino) {
+                    Ok(file) => return read_file(&file, offset, buffer),
+                    // A seal has just taken it away.
+                    Err(_) if !self.is_backed(ino) => continue,
+                    Err(error) => return Err(error.into()),
+                },
+            }
+        }
+    }
+
+    fn is_backed(&self, ino: Ino) -> bool {
+        self.state.read().tables.inode(ino).is_some_and(|inode| inode.backed.is_some())
+    }
+
+    /// Writes `data` at `offset`. `clear_bits` says whether setuid and setgid go (capabilities always do).
+    pub fn write(&self, ino: Ino, offset: u64, data: &[u8], clear_bits: bool) -> FsResult<Written> {
+        let (upper, _gate) = self.enter()?;
+        let _stripe = self.stripe(ino).lock();
+        let end =
+            offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
+        self.copy_up(upper, ino, u64::MAX)?;
+        let file = upper.data().file(ino)?;
+        let mut written = 0;
+        let mut failure = None;
+        while written < data.len() {
+            match file.write_at(&data[written..], offset + written as u64) {
+                Ok(0) => failure = Some(libc::EIO),
+                Ok(count) => written += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => failure = Some(error.raw_os_error().unwrap_or(libc::EIO)),
+            }
+            if failure.is_some() {
+                break;
+            }
+        }
+        if let (0, Some(errno)) = (written, failure) {
+            return fail(errno);
+        }
+        self.written_bytes.fetch_add(written as u64, Ordering::Relaxed);
+        let end = end - (data.len() - written) as u64;
+        let cleared_privileges = self.data_changed(upper, ino, end, clear_bits)?;
+        Ok(Written { bytes: written, cleared_privileges })
+    }
+
+    /// The data of `ino` changed and reaches at least to `end`. Returns whether privileges were cleared.
+    fn data_changed(&self, upper: &Upper, ino: Ino, end: u64, clear_bits: bool) -> FsResult<bool> {
+        let now = Time::now();
+        let mut state = self.state.write();
+        let mut cleared = false;
+        state.tables.touch(ino, |inode| {
+            if let Some(backed) = &mut inode.backed {
+                backed.bytes = backed.bytes.max(end);
+            }
+            inode.inode.attrs.mtime = now;
+            inode.inode.attrs.ctime = now;
+            cleared = clear_privileges(inode, || clear_bits);
+        });
+        if cleared {
+            upper.save(&mut state.tables, &[ino])?;
+        }
+        Ok(cleared)
+    }
+
+    /// Makes sure that the upper has the first `limit` bytes of `ino` in a data file. Its stripe is held.
+    fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<()> {
+        let state = self.state.read();
+        let Source::Sealed(content) = self.source(&state, ino)? else { return Ok(()) };
+        let view = state.view.clone();
+        drop(state);
+        upper.data().create(ino, &**view.chunks(), &content, limit)?;
+        let chunker = match &*content {
+            Content::Extents { chunker, .. } => *chunker,
+            Content::Inline(_) => Chunker::Tree,
+        };
+        let mut edit = Edit::new(self, upper);
+        let mut inode = edit.inode(ino)?;
+        inode.inode.node = Node::File(Content::empty());
+        inode.backed = Some(Backed { bytes: content.len().min(limit), chunker });
+        edit.set(inode);
+        match edit.commit() {
+            Ok(_) => {
+                self.contents.lock().pop(&ino);
+                Ok(())
+            }
+            Err(errno) => {
+                upper.data().remove(ino);
+                Err(errno)
+            }
+        }
+    }
+
+    /// Changes the length of the data of `ino`, whose stripe is held; the caller updates the inode.
+    pub(super) fn truncate_data(&self, upper: &Upper, ino: Ino, size: u64) -> FsResult<()> {
+        if size > i64::MAX as u64 {
+            return fail(libc::EFBIG);
+        }
+        let state = self.state.read();
+        let source = self.source(&state, ino)?;
+        drop(state);
+        if let Source::Sealed(content) = source {
+            if content.len() == size {
+                return Ok(());
+            }
+            self.copy_up(upper, ino, size)?;
+        }
+        Ok(upper.data().set_len(ino, size)?)
+    }
+
+    /// `fallocate` with Linux's mode bits.
+    pub fn allocate(&self, ino: Ino, mode: i32, offset: u64, bytes: u64) -> FsResult<()> {
+        let (upper, _gate) = self.enter()?;
+        let _stripe = self.stripe(ino).lock();
+        let known = KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+        if mode & !known != 0 {
+            return fail(libc::EOPNOTSUPP);
+        }
+        let end = offset.checked_add(bytes).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
+        self.copy_up(upper, ino, u64::MAX)?;
+        upper.data().allocate(ino, mode, offset, bytes)?;
+        let end = if mode & KEEP_SIZE != 0 { 0 } else { end };
+        self.data_changed(upper, ino, end, false).map(drop)
+    }
+
+    /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`.
+    pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> FsResult<u64> {
+        let state = self.state.read();
+        let source = self.source(&state, ino)?;
+        let view = state.view.clone();
+        drop(state);
+        let content = match source {
+            Source::Backed => return Ok(self.writable_upper()?.data().seek(ino, offset, data)?),
+            Source::Sealed(content) => content,
+        };
+        if offset >= content.len() {
+            return fail(libc::ENXIO);
+        }
+        if let Content::Inline(bytes) = &*content {
+            return Ok(if data { offset } else { bytes.len() as u64 });
+        }
+        for next in Extents::new(&**view.chunks(), &content, offset)? {
+            let (at, extent) = next?;
+            if matches!(extent, Extent::Chunk { .. }) == data {
+                return Ok(at.max(offset));
+            }
+        }
+        if data { fail(libc::ENXIO) } else { Ok(content.len()) }
+    }
+
+    /// Copies bytes between files (or within one); returns how many.
+    pub fn copy_range(&self, from: (Ino, u64), to: (Ino, u64), bytes: u64) -> FsResult<u64> {
+        let mut buffer = vec![0; COPY_BYTES.min(bytes as usize)];
+        let mut copied = 0;
+        while copied < bytes {
+            let wanted = buffer.len().min((bytes - copied) as usize);
+            let count = self.read(from.0, from.1 + copied, &mut buffer[..wanted])?;
+            if count == 0 {
+                break;
+            }
+            match self.write(to.0, to.1 + copied, &buffer[..count], false) {
+                Ok(written) => copied += written.bytes as u64,
+                Err(_) if copied > 0 => break,
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(copied)
+    }
+
+    /// Makes the data and attributes of `ino` durable, and with them everything that was done to names before.
+    pub fn fsync(&self, ino: Ino) -> FsResult<()> {
+        let Some(upper) = &self.upper else { return Ok(()) };
+        let _gate = self.gate.read();
+        let mut state = self.state.write();
+        if state.tables.is_unsaved(ino) {
+            upper.save(&mut state.tables, &[ino])?;
+        }
+        let is_backed = state.tables.inode(ino).is_some_and(|inode| inode.backed.is_some());
+        drop(state);
+        if is_backed {
+            upper.data().sync(ino)?;
+        }
+        Ok(upper.sync()?)
+    }
+
+    /// A descriptor of `ino` was closed.
+    pub fn release(&self, ino: Ino) {
+        let Some(upper) = &self.upper else { return };
+        if !self.state.read().tables.is_unsaved(ino) {
+            return;
+        }
+        let _gate = self.gate.read();
+        if let Err(error) = upper.save(&mut self.state.write().tables, &[ino]) {
+            tracing::warn!(%ino, %error, "cannot save the times of a file now");
+        }
+    }
+}
+
+fn read_file(file: &std::fs::File, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return fail(error.raw_os_error().unwrap_or(libc::EIO)),
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,262 @@
+//! Listing folders, in an order that stays while entries come and go.
+//!
+//! Hides how an entry's position (its *cookie*, what `telldir` gives) is found again. Names from below have the
+//! positions of the sealed listing, which never changes, whether or not the upper hides them; names that the upper
+//! added come after them, by their slot's order. So a position means the same in every descriptor, and removing
+//! entries moves none. Only a seal changes what is below: folders that are open then keep their old listing.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use super::super::errno::{Errno, FsResult, fail};
+use super::{Fs, Stat, State};
+use crate::attr::FileKind;
+use crate::id::Ino;
+use crate::inode::Target;
+
+/// What `opendir` gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FolderHandle(pub u64);
+
+/// An entry of a listing.
+#[derive(Debug)]
+pub struct Item<'a> {
+    /// Its name.
+    pub name: &'a [u8],
+    /// The inode that it refers to.
+    pub ino: Ino,
+    /// That inode's kind.
+    pub kind: FileKind,
+    /// Where a listing goes on behind it.
+    pub cookie: u64,
+    /// What `stat` tells of it, if that was asked for; not for `.` and `..`.
+    pub stat: Option<Stat>,
+}
+
+/// The cookie of the first entry from below; 1 and 2 are `.` and `..`.
+const FIRST_BELOW: u64 = 3;
+/// Added to a slot's order to give the cookie of a name that the upper added.
+const ADDED: u64 = 1 << 62;
+const CURSORS: NonZeroUsize = NonZeroUsize::new(512).unwrap();
+
+/// The open folders.
+pub(super) struct Folders {
+    next: AtomicU64,
+    open: Mutex<HashMap<FolderHandle, Open>>,
+    /// The name that has a cookie, for the cookies at which listings were broken off lately.
+    cursors: Mutex<LruCache<(Ino, u64), Box<[u8]>>>,
+}
+
+impl Default for Folders {
+    fn default() -> Folders {
+        Folders { next: AtomicU64::new(1), open: Mutex::default(), cursors: Mutex::new(LruCache::new(CURSORS)) }
+    }
+}
+
+struct Open {
+    folder: Ino,
+    /// Names and cookies as they were before a seal.
+    frozen: Option<Arc<Vec<(u64, Box<[u8]>)>>>,
+}
+
+impl Fs {
+    /// Opens a folder for listing.
+    pub fn open_folder(&self, folder: Ino) -> FolderHandle {
+        let handle = FolderHandle(self.folders.next.fetch_add(1, Ordering::Relaxed));
+        if self.upper.is_some() {
+            self.folders.open.lock().insert(handle, Open { folder, frozen: None });
+        }
+        handle
+    }
+
+    /// Closes a folder.
+    pub fn release_folder(&self, handle: FolderHandle) {
+        self.folders.open.lock().remove(&handle);
+    }
+
+    /// Lists `folder` from behind the entry with cookie `after` on (0: from the start), until `emit` returns false.
+    /// An item that it took counts as looked up if `with_stat` is set, but for `.` and `..`.
+    pub fn list(
+        &self,
+        folder: Ino,
+        handle: FolderHandle,
+        after: u64,
+        with_stat: bool,
+        emit: &mut dyn FnMut(&Item<'_>) -> bool,
+    ) -> FsResult<()> {
+        let state = self.state.read();
+        let mut lister = Lister { fs: self, state: &state, folder, with_stat, emit };
+        if after < 1 && !lister.dot(b".", folder, 1) {
+            return Ok(());
+        }
+        if after < 2 && !lister.dot(b"..", self.parent(folder), 2) {
+            return Ok(());
+        }
+        let frozen = match self.folders.open.lock().get_mut(&handle) {
+            Some(open) if after == 0 => {
+                open.frozen = None;
+                None
+            }
+            Some(open) => open.frozen.clone(),
+            None => None,
+        };
+        match frozen {
+            Some(frozen) => lister.frozen(&frozen, after),
+            None => lister.merged(after),
+        }
+    }
+
+    /// The sealed layers are about to change: gives every open folder its listing as it is.
+    pub(super) fn freeze_listings(&self, state: &State) {
+        let mut made: HashMap<Ino, Arc<Vec<(u64, Box<[u8]>)>>> = HashMap::new();
+        for open in self.folders.open.lock().values_mut().filter(|open| open.frozen.is_none()) {
+            let frozen = match made.get(&open.folder) {
+                Some(frozen) => frozen.clone(),
+                None => {
+                    let mut entries = Vec::new();
+                    let mut emit = |item: &Item<'_>| {
+                        entries.push((item.cookie, Box::from(item.name)));
+                        true
+                    };
+                    Lister { fs: self, state, folder: open.folder, with_stat: false, emit: &mut emit }
+                        .merged(2)
+                        .unwrap_or_else(
+                            |errno| tracing::warn!(folder = %open.folder, ?errno, "a listing is cut short"),
+                        );
+                    made.entry(open.folder).or_insert(Arc::new(entries)).clone()
+                }
+            };
+            open.frozen = Some(frozen);
+        }
+        self.folders.cursors.lock().clear();
+    }
+
+    /// The folders that are open.
+    pub(super) fn open_folders(&self) -> Vec<Ino> {
+        self.folders.open.lock().values().map(|open| open.folder).collect()
+    }
+}
+
+struct Lister<'a> {
+    fs: &'a Fs,
+    state: &'a State,
+    folder: Ino,
+    with_stat: bool,
+    emit: &'a mut dyn FnMut(&Item<'_>) -> bool,
+}
+
+impl Lister<'_> {
+    fn dot(&mut self, name: &[u8], ino: Ino, cookie: u64) -> bool {
+        (self.emit)(&Item { name, ino, kind: FileKind::Folder, cookie, stat: None })
+    }
+
+    fn item(&mut self, name: &[u8], ino: Ino, kind: FileKind, cookie: u64) -> FsResult<bool> {
+        let stat = if self.with_stat { Some(self.fs.stat(self.state, ino)?) } else { None };
+        let has_stat = stat.is_some();
+        let taken = (self.emit)(&Item { name, ino, kind, cookie, stat });
+        if taken && has_stat {
+            self.fs.remember(self.folder, ino, kind);
+        }
+        Ok(taken)
+    }
+
+    fn merged(&mut self, after: u64) -> FsResult<()> {
+        if after < ADDED && !self.below(after)? {
+            return Ok(());
+        }
+        let Some(names) = self.state.tables.folder(self.folder) else { return Ok(()) };
+        let from = after.checked_sub(ADDED).map_or(1, |order| order + 1);
+        for (order, name, target) in names.added_from(from) {
+            if let Target::Inode { ino, kind } = target
+                && !self.item(name, ino, kind, ADDED + order)?
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The names from below, as the upper has them. Returns whether there was room for all.
+    fn below(&mut self, after: u64) -> FsResult<bool> {
+        if self.folder >= self.state.view.next_ino() {
+            return Ok(true);
+        }
+        let names = self.state.tables.folder(self.folder);
+        let mut cookie = after.max(FIRST_BELOW - 1);
+        let start = if cookie < FIRST_BELOW { None } else { Some(self.name_at(cookie)?) };
+        let mut last: Option<(u64, &[u8])> = None;
+        for entry in self.state.view.read_folder(self.folder, start.as_deref())? {
+            let entry = entry?;
+            cookie += 1;
+            let (ino, kind) = match names.and_then(|names| names.get(entry.name)) {
+                None => (entry.ino, entry.kind),
+                Some(slot) => match slot.target {
+                    Target::Inode { ino, kind } => (ino, kind),
+                    Target::Whiteout => continue,
+                },
+            };
+            if !self.item(entry.name, ino, kind, cookie)? {
+                if let Some((cookie, name)) = last {
+                    self.fs.folders.cursors.lock().put((self.folder, cookie), name.into());
+                }
+                return Ok(false);
+            }
+            last = Some((cookie, entry.name));
+        }
+        Ok(true)
+    }
+
+    /// The name from below that has `cookie`.
+    fn name_at(&self, cookie: u64) -> FsResult<Box<[u8]>> {
+        if let Some(name) = self.fs.folders.cursors.lock().get(&(self.folder, cookie)) {
+            return Ok(name.clone());
+        }
+        let mut entries = self.state.view.read_folder(self.folder, None)?;
+        match entries.nth((cookie - FIRST_BELOW) as usize) {
+            Some(entry) => Ok(entry?.name.into()),
+            // Behind the last one: nothing follows the greatest name there can be.
+            None => Ok(Box::from([0xff; 256])),
+        }
+    }
+
+    fn frozen(&mut self, entries: &[(u64, Box<[u8]>)], after: u64) -> FsResult<()> {
+        let start = entries.partition_point(|(cookie, _)| *cookie <= after);
+        for (cookie, name) in &entries[start..] {
+            if let Some((ino, kind)) = self.state.lookup(self.folder, name)?
+                && !self.item(name, ino, kind, *cookie)?
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Fs {
+    /// Fails unless `ino` is a folder.
+    pub fn check_folder(&self, ino: Ino) -> FsResult<()> {
+        match self.stat(&self.state.read(), ino)?.kind {
+            FileKind::Folder => Ok(()),
+            _ => fail(libc::ENOTDIR),
+        }
+    }
+
+    /// The host filesystem's space, for `statfs`.
+    pub fn space(&self) -> FsResult<rustix::fs::StatVfs> {
+        match &self.upper {
+            Some(upper) => Ok(upper.data().space()?),
+            None => fail(libc::ENOSYS),
+        }
+    }
+}
+
+impl From<rustix::io::Errno> for Errno {
+    fn from(errno: rustix::io::Errno) -> Errno {
+        Errno(errno.raw_os_error())
+    }
+}

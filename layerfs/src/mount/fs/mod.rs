@@ -1,0 +1,340 @@
+//! The filesystem, with no kernel in the loop: every operation of a mount, over a [`View`] and an optional [`Upper`].
+//!
+//! Hides where an inode's truth is (the upper's tables, its data files, the sealed layers). It checks no
+//! permissions: the kernel does, before a request is sent. Invariants:
+//!
+//! - An operation that fails has changed nothing; one that returned survives the end of the process.
+//! - Locks are taken in this order: `gate`, a data stripe, `state`, the small ones. `gate` is held for reading by
+//!   whatever changes something, and for writing by a seal. No data is read or written under `state`.
+//! - An inode without a name lives on in the upper until it is forgotten.
+
+mod attrs;
+mod edit;
+mod files;
+mod folders;
+mod names;
+mod sealing;
+mod xattrs;
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use lru::LruCache;
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+
+pub use attrs::{SetAttr, SetTime};
+pub use files::Written;
+pub use folders::{FolderHandle, Item};
+pub use sealing::{Frozen, FrozenState};
+
+use super::errno::{Errno, FsResult, fail};
+use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
+use crate::content::Content;
+use crate::id::Ino;
+use crate::inode::{Inode, Node, Target};
+use crate::upper::Upper;
+use crate::upper::table::{Tables, UpperInode};
+use crate::view::View;
+
+/// What `stat` tells of an inode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Its number.
+    pub ino: Ino,
+    /// Its kind.
+    pub kind: FileKind,
+    /// How many names it has.
+    pub nlink: u32,
+    /// Mode, owner, times.
+    pub attrs: Attrs,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What it allocates, in units of 512 bytes; for a sealed file, its data that isn't in holes.
+    pub blocks: u64,
+    /// `st_rdev`.
+    pub rdev: u64,
+}
+
+/// What is told of a folder's size: it is not a number of anything.
+const FOLDER_BYTES: u64 = 4096;
+const STRIPES: usize = 64;
+const SHARDS: usize = 16;
+const CONTENTS_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+
+/// The filesystem of one mount.
+pub struct Fs {
+    state: RwLock<State>,
+    upper: Option<Upper>,
+    gate: RwLock<()>,
+    stripes: [Mutex<()>; STRIPES],
+    lookups: Lookups,
+    /// The folder that each folder is in, as far as anybody has looked it up.
+    parents: RwLock<HashMap<Ino, Ino>>,
+    /// Decoded contents of sealed files. They are those of the view: emptied when that changes.
+    contents: Mutex<LruCache<Ino, Arc<Content>>>,
+    folders: folders::Folders,
+    /// Bytes that programs wrote through this mount.
+    written_bytes: AtomicU64,
+}
+
+pub(super) struct State {
+    pub(super) view: Arc<View>,
+    pub(super) tables: Tables,
+}
+
+impl std::fmt::Debug for Fs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fs").field("upper", &self.upper).finish_non_exhaustive()
+    }
+}
+
+impl Fs {
+    /// A filesystem that can't be written to.
+    pub fn read_only(view: Arc<View>) -> Fs {
+        Fs::new(view, None, Tables::new())
+    }
+
+    /// A filesystem with `upper` on top, which lies on `view`.
+    pub fn writable(view: Arc<View>, upper: Upper, tables: Tables) -> Fs {
+        Fs::new(view, Some(upper), tables)
+    }
+
+    fn new(view: Arc<View>, upper: Option<Upper>, tables: Tables) -> Fs {
+        Fs {
+            state: RwLock::new(State { view, tables }),
+            upper,
+            gate: RwLock::new(()),
+            stripes: [const { Mutex::new(()) }; STRIPES],
+            lookups: Lookups::default(),
+            parents: RwLock::default(),
+            contents: Mutex::new(LruCache::new(CONTENTS_MAX)),
+            folders: folders::Folders::default(),
+            written_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether it can be written to.
+    pub fn is_writable(&self) -> bool {
+        self.upper.is_some()
+    }
+
+    /// The upper, if there is one.
+    pub fn upper(&self) -> Option<&Upper> {
+        self.upper.as_ref()
+    }
+
+    /// The view below the upper, as it is now.
+    pub fn view(&self) -> Arc<View> {
+        self.state.read().view.clone()
+    }
+
+    /// How many inodes and names the upper holds.
+    pub fn upper_counts(&self) -> (u64, u64) {
+        let state = self.state.read();
+        (state.tables.inode_count() as u64, state.tables.dentry_count() as u64)
+    }
+
+    /// Bytes that programs wrote.
+    pub fn written_bytes(&self) -> u64 {
+        self.written_bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn writable_upper(&self) -> FsResult<&Upper> {
+        self.upper.as_ref().ok_or(Errno(libc::EROFS))
+    }
+
+    /// Held by whatever changes something; a seal waits for it, and then makes others wait.
+    fn enter(&self) -> FsResult<(&Upper, RwLockReadGuard<'_, ()>)> {
+        Ok((self.writable_upper()?, self.gate.read()))
+    }
+
+    /// Held by whatever changes the data of `ino`.
+    fn stripe(&self, ino: Ino) -> &Mutex<()> {
+        &self.stripes[(ino.0 % STRIPES as u64) as usize]
+    }
+
+    /// What `name` in `folder` refers to; none if nothing. The kernel remembers the inode until
+    /// [`Fs::forget`].
+    pub fn lookup(&self, folder: Ino, name: &[u8]) -> FsResult<Option<Stat>> {
+        check_name_length(name)?;
+        let state = self.state.read();
+        let Some((ino, kind)) = state.lookup(folder, name)? else { return Ok(None) };
+        let stat = self.stat(&state, ino)?;
+        self.remember(folder, ino, kind);
+        Ok(Some(stat))
+    }
+
+    /// Counts that the kernel knows `ino` now, which lies in `folder`. Call it with `state` held.
+    fn remember(&self, folder: Ino, ino: Ino, kind: FileKind) {
+        if kind == FileKind::Folder && self.parents.read().get(&ino) != Some(&folder) {
+            self.parents.write().insert(ino, folder);
+        }
+        if self.upper.is_some() {
+            self.lookups.add(ino);
+        }
+    }
+
+    /// The kernel forgets `count` of the look-ups of `ino`. An inode without a name ends with the last.
+    pub fn forget(&self, ino: Ino, count: u64) {
+        if let Some(upper) = &self.upper {
+            if !self.lookups.take(ino, count) {
+                return;
+            }
+            let is_orphan = |state: &State| state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink == 0);
+            if is_orphan(&self.state.read()) {
+                let _gate = self.gate.read();
+                let _stripe = self.stripe(ino).lock();
+                let mut state = self.state.write();
+                if is_orphan(&state) {
+                    self.reap(upper, &mut state, ino);
+                }
+            }
+        }
+        if ino != Ino::ROOT {
+            self.parents.write().remove(&ino);
+        }
+    }
+
+    /// Drops an inode that nobody can reach any more. If that fails, the next opening of the upper does it.
+    fn reap(&self, upper: &Upper, state: &mut State, ino: Ino) {
+        let mut change = crate::upper::table::Change::new();
+        change.forget(ino);
+        match upper.commit(&mut state.tables, change) {
+            Ok(()) => upper.data().remove(ino),
+            Err(error) => tracing::warn!(%ino, %error, "cannot drop an unlinked inode now"),
+        }
+    }
+
+    /// What `stat` tells of `ino`.
+    pub fn getattr(&self, ino: Ino) -> FsResult<Stat> {
+        self.stat(&self.state.read(), ino)
+    }
+
+    fn stat(&self, state: &State, ino: Ino) -> FsResult<Stat> {
+        let Some(inode) = state.tables.inode(ino) else {
+            let found = state.view.stat(ino)?.ok_or(Errno(libc::ESTALE))?;
+            let size = if found.kind == FileKind::Folder { FOLDER_BYTES } else { found.size };
+            let (kind, nlink, attrs, rdev) = (found.kind, found.nlink, found.attrs, found.rdev);
+            return Ok(Stat { ino, kind, nlink, attrs, size, blocks: found.data_bytes.div_ceil(512), rdev });
+        };
+        self.stat_upper(inode)
+    }
+
+    fn stat_upper(&self, inode: &UpperInode) -> FsResult<Stat> {
+        let ino = inode.inode.ino;
+        let blocks = match (&inode.inode.node, inode.backed) {
+            (Node::File(content), None) => content.data_bytes().div_ceil(512),
+            (Node::File(_), Some(_)) => self.writable_upper()?.data().stat(ino)?.blocks,
+            _ => 0,
+        };
+        let kind = inode.inode.kind();
+        let size = if kind == FileKind::Folder { FOLDER_BYTES } else { inode.size() };
+        let (nlink, attrs, rdev) = (inode.inode.nlink, inode.inode.attrs.clone(), inode.inode.rdev());
+        Ok(Stat { ino, kind, nlink, attrs, size, blocks, rdev })
+    }
+
+    /// The target of symbolic link `ino`.
+    pub fn readlink(&self, ino: Ino) -> FsResult<Vec<u8>> {
+        match self.state.read().inode(ino)?.inode.node {
+            Node::Symlink(target) => Ok(target),
+            _ => fail(libc::EINVAL),
+        }
+    }
+
+    /// The folder that `folder` is in, as far as it is known.
+    fn parent(&self, folder: Ino) -> Ino {
+        self.parents.read().get(&folder).copied().unwrap_or(folder)
+    }
+
+    /// Whether `folder` is `ancestor` or lies below it.
+    fn is_below(&self, folder: Ino, ancestor: Ino) -> bool {
+        let parents = self.parents.read();
+        let mut at = folder;
+        loop {
+            if at == ancestor {
+                return true;
+            }
+            match parents.get(&at) {
+                Some(parent) if at != Ino::ROOT => at = *parent,
+                _ => return false,
+            }
+        }
+    }
+}
+
+impl State {
+    /// What `name` in `folder` refers to.
+    pub(super) fn lookup(&self, folder: Ino, name: &[u8]) -> FsResult<Option<(Ino, FileKind)>> {
+        match self.tables.folder(folder).and_then(|names| names.get(name)) {
+            Some(slot) => Ok(match slot.target {
+                Target::Inode { ino, kind } => Some((ino, kind)),
+                Target::Whiteout => None,
+            }),
+            None => self.lookup_below(folder, name),
+        }
+    }
+
+    /// What the sealed layers say of `name` in `folder`.
+    fn lookup_below(&self, folder: Ino, name: &[u8]) -> FsResult<Option<(Ino, FileKind)>> {
+        if folder >= self.view.next_ino() { Ok(None) } else { Ok(self.view.lookup(folder, name)?) }
+    }
+
+    /// Inode `ino` as the upper has it, or would have it after copying it up.
+    pub(super) fn inode(&self, ino: Ino) -> FsResult<UpperInode> {
+        match self.tables.inode(ino) {
+            Some(inode) => Ok(inode.clone()),
+            None => Ok(UpperInode::sealed(self.inode_below(ino)?)),
+        }
+    }
+
+    fn inode_below(&self, ino: Ino) -> FsResult<Inode> {
+        self.view.inode(ino)?.ok_or(Errno(libc::ESTALE))
+    }
+}
+
+fn check_name_length(name: &[u8]) -> FsResult<()> {
+    if name.len() > MAX_NAME { fail(libc::ENAMETOOLONG) } else { Ok(()) }
+}
+
+fn check_new_name(name: &[u8]) -> FsResult<()> {
+    check_name_length(name)?;
+    match name {
+        b"." | b".." => fail(libc::EEXIST),
+        _ if is_valid_name(name) => Ok(()),
+        _ => fail(libc::EINVAL),
+    }
+}
+
+/// How often the kernel has looked up each inode and not forgotten it.
+#[derive(Default)]
+struct Lookups {
+    shards: [Mutex<HashMap<Ino, u64>>; SHARDS],
+}
+
+impl Lookups {
+    fn shard(&self, ino: Ino) -> &Mutex<HashMap<Ino, u64>> {
+        &self.shards[(ino.0 % SHARDS as u64) as usize]
+    }
+
+    fn add(&self, ino: Ino) {
+        *self.shard(ino).lock().entry(ino).or_insert(0) += 1;
+    }
+
+    /// Takes `count` off; true if nothing is left.
+    fn take(&self, ino: Ino, count: u64) -> bool {
+        let mut shard = self.shard(ino).lock();
+        let Some(left) = shard.get_mut(&ino) else { return true };
+        *left = left.saturating_sub(count);
+        let is_zero = *left == 0;
+        if is_zero {
+            shard.remove(&ino);
+        }
+        is_zero
+    }
+
+    fn is_known(&self, ino: Ino) -> bool {
+        self.shard(ino).lock().contains_key(&ino)
+    }
+}

@@ -1,0 +1,613 @@
+//! The FUSE front: the only file that names the FUSE library. Thin: it converts, and calls [`Fs`].
+//!
+//! Everything is cached by the kernel without limit of time, entries that aren't there too: whatever changes this
+//! filesystem comes through this mount, so that the kernel knows. What it can't know (a write cleared setuid; a seal)
+//! is notified. A read-only mount answers OPEN and OPENDIR with ENOSYS: warm, it sends nothing at all.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    Config, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, MountOption, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
+};
+
+use super::caller::Caller;
+use super::errno::{Errno, FsResult};
+use super::fs::{FolderHandle, Fs, SetAttr, SetTime, Stat};
+use crate::attr::{FileKind, Time};
+use crate::error::{Error, Result};
+use crate::id::Ino;
+
+/// Longer than any mount lives.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+const GENERATION: Generation = Generation(0);
+const MAX_WRITE: u32 = 1 << 20;
+const MAX_BACKGROUND: u16 = 64;
+/// Everything stays cached across opening; closing needs no word to us.
+const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_NOFLUSH);
+const FOLDER_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_CACHE_DIR);
+
+/// How to mount.
+#[derive(Clone, Debug)]
+pub(super) struct FuseOptions {
+    pub dir: PathBuf,
+    pub source: String,
+    pub allow_other: bool,
+    pub is_root: bool,
+    pub threads: usize,
+    /// Where the store is: for `statfs` of a read-only mount.
+    pub store_folder: PathBuf,
+}
+
+/// A mount that isn't served yet.
+pub(super) struct Session {
+    session: fuser::Session<Front>,
+    notifier: Kernel,
+}
+
+/// The way to tell the kernel what it can't know.
+#[derive(Clone, Debug)]
+pub(super) struct Kernel(Notifier);
+
+impl Session {
+    /// Mounts.
+    pub fn mount(fs: Arc<Fs>, options: &FuseOptions) -> Result<Session> {
+        let mut config = Config::default();
+        let mut mount_options = vec![
+            MountOption::FSName(options.source.clone()),
+            MountOption::CUSTOM("subtype=layerfs".to_owned()),
+            MountOption::DefaultPermissions,
+        ];
+        if options.is_root {
+            mount_options.extend([MountOption::Dev, MountOption::Suid]);
+        }
+        mount_options.push(if fs.is_writable() { MountOption::RW } else { MountOption::RO });
+        config.mount_options = mount_options;
+        config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+        config.n_threads = Some(options.threads);
+        config.clone_fd = true;
+        let notifier = Arc::new(OnceLock::new());
+        let front = Front { fs, notifier: notifier.clone(), store_folder: options.store_folder.clone() };
+        let session = fuser::Session::new(front, &options.dir, &config);
+        let session = session.map_err(|e| Error::file("mount on", &options.dir, e))?;
+        let kernel = Kernel(session.notifier());
+        let _ = notifier.set(kernel.clone());
+        Ok(Session { session, notifier: kernel })
+    }
+
+    /// The way to the kernel.
+    pub fn kernel(&self) -> Kernel {
+        self.notifier.clone()
+    }
+
+    /// Serves until it is unmounted.
+    pub fn serve(self) -> std::io::Result<()> {
+        self.session.run()
+    }
+}
+
+impl Kernel {
+    /// What the kernel has cached of `ino`'s attributes is out of date.
+    pub fn attributes_changed(&self, ino: Ino) {
+        self.send(self.0.inval_inode(INodeNo(ino.0), -1, 0));
+    }
+
+    /// What the kernel has cached of the attributes and the listing of `folder` is out of date.
+    pub fn listing_changed(&self, folder: Ino) {
+        self.send(self.0.inval_inode(INodeNo(folder.0), 0, 0));
+    }
+
+    fn send(&self, result: std::io::Result<()>) {
+        if let Err(error) = result {
+            tracing::debug!(%error, "the kernel didn't take a notification");
+        }
+    }
+}
+
+struct Front {
+    fs: Arc<Fs>,
+    notifier: Arc<OnceLock<Kernel>>,
+    store_folder: PathBuf,
+}
+
+impl From<Errno> for fuser::Errno {
+    fn from(errno: Errno) -> fuser::Errno {
+        fuser::Errno::from_i32(errno.0)
+    }
+}
+
+fn ino(number: INodeNo) -> Ino {
+    Ino(number.0)
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
+fn system_time(time: Time) -> SystemTime {
+    let whole = if time.seconds >= 0 {
+        UNIX_EPOCH.checked_add(Duration::from_secs(time.seconds as u64))
+    } else {
+        UNIX_EPOCH.checked_sub(Duration::from_secs(time.seconds.unsigned_abs()))
+    };
+    whole.and_then(|whole| whole.checked_add(Duration::from_nanos(u64::from(time.nanos)))).unwrap_or(UNIX_EPOCH)
+}
+
+/// The library turns -2 s + 0.8 s, as the kernel sends it, into 2.8 s before the epoch: this turns it back.
+fn time(system: SystemTime) -> Time {
+    match system.duration_since(UNIX_EPOCH) {
+        Ok(after) => Time { seconds: after.as_secs() as i64, nanos: after.subsec_nanos() },
+        Err(before) => {
+            let before = before.duration();
+            Time { seconds: -(before.as_secs() as i64), nanos: before.subsec_nanos() }
+        }
+    }
+}
+
+fn set_time(time_or_now: TimeOrNow) -> SetTime {
+    match time_or_now {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(system) => SetTime::To(time(system)),
+    }
+}
+
+/// The kernel's 32-bit form of a device number as `dev_t`.
+fn device(encoded: u32) -> u64 {
+    let minor = encoded & 0xff | (encoded >> 12) & 0xf_ff00;
+    libc::makedev((encoded & 0xf_ff00) >> 8, minor)
+}
+
+fn encoded_device(number: u64) -> u32 {
+    let (major, minor) = (libc::major(number), libc::minor(number));
+    minor & 0xff | major << 8 | (minor & !0xff) << 12
+}
+
+fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::File => FileType::RegularFile,
+        FileKind::Folder => FileType::Directory,
+        FileKind::Symlink => FileType::Symlink,
+        FileKind::BlockDevice => FileType::BlockDevice,
+        FileKind::CharDevice => FileType::CharDevice,
+        FileKind::Fifo => FileType::NamedPipe,
+        FileKind::Socket => FileType::Socket,
+    }
+}
+
+fn file_attr(stat: &Stat) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(stat.ino.0),
+        size: stat.size,
+        blocks: stat.blocks,
+        atime: system_time(stat.attrs.atime),
+        mtime: system_time(stat.attrs.mtime),
+        ctime: system_time(stat.attrs.ctime),
+        crtime: UNIX_EPOCH,
+        kind: file_type(stat.kind),
+        perm: stat.attrs.permissions,
+        nlink: stat.nlink,
+        uid: stat.attrs.uid,
+        gid: stat.attrs.gid,
+        rdev: encoded_device(stat.rdev),
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// The reply for a name that isn't there: cached too.
+fn no_entry() -> FileAttr {
+    let attrs = crate::attr::Attrs::default();
+    file_attr(&Stat { ino: Ino(0), kind: FileKind::File, nlink: 0, attrs, size: 0, blocks: 0, rdev: 0 })
+}
+
+fn reply_entry(result: FsResult<Stat>, reply: ReplyEntry) {
+    match result {
+        Ok(stat) => reply.entry(&FOREVER, &file_attr(&stat), GENERATION),
+        Err(errno) => reply.error(errno.into()),
+    }
+}
+
+fn reply_attr(result: FsResult<Stat>, reply: ReplyAttr) {
+    match result {
+        Ok(stat) => reply.attr(&FOREVER, &file_attr(&stat)),
+        Err(errno) => reply.error(errno.into()),
+    }
+}
+
+fn reply_empty(result: FsResult<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno.into()),
+    }
+}
+
+fn reply_written(result: FsResult<u64>, reply: ReplyWrite) {
+    match result {
+        Ok(bytes) => reply.written(bytes as u32),
+        Err(errno) => reply.error(errno.into()),
+    }
+}
+
+fn reply_xattr(result: FsResult<Vec<u8>>, size: u32, reply: ReplyXattr) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(fuser::Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(errno) => reply.error(errno.into()),
+    }
+}
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Filesystem for Front {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let wanted = [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_POSIX_ACL,
+            InitFlags::FUSE_DONT_MASK,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_NO_OPEN_SUPPORT,
+            InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            InitFlags::FUSE_ALLOW_IDMAP,
+        ];
+        for flag in wanted {
+            if let Err(missing) = config.add_capabilities(flag) {
+                tracing::debug!(?missing, "this kernel lacks a feature of FUSE");
+            }
+        }
+        let _ = config.set_max_write(MAX_WRITE);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.fs.lookup(ino(parent), name.as_bytes()) {
+            Ok(Some(stat)) => reply.entry(&FOREVER, &file_attr(&stat), GENERATION),
+            Ok(None) => reply.entry(&FOREVER, &no_entry(), GENERATION),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn forget(&self, _: &Request, number: INodeNo, count: u64) {
+        self.fs.forget(ino(number), count);
+    }
+
+    fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        reply_attr(self.fs.getattr(ino(number)), reply);
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        number: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<fuser::BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let permissions = mode.map(|mode| (mode & 0o7777) as u16);
+        let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
+        let set = SetAttr { permissions, uid, gid, size, atime, mtime };
+        reply_attr(self.fs.setattr(ino(number), set, caller(request)), reply);
+    }
+
+    fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
+        match self.fs.readlink(ino(number)) {
+            Ok(target) => reply.data(&target),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let made = self.fs.make(ino(parent), name.as_bytes(), mode, umask, device(rdev), caller(request));
+        reply_entry(made, reply);
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        let mode = mode & 0o7777 | libc::S_IFDIR;
+        reply_entry(self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request)), reply);
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.fs.unlink(ino(parent), name.as_bytes()), reply);
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.fs.rmdir(ino(parent), name.as_bytes()), reply);
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let target = target.as_os_str().as_bytes();
+        reply_entry(self.fs.symlink(ino(parent), name.as_bytes(), target, caller(request)), reply);
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (from, to) = ((ino(parent), name.as_bytes()), (ino(new_parent), new_name.as_bytes()));
+        reply_empty(self.fs.rename(from, to, flags.bits(), caller(request)), reply);
+    }
+
+    fn link(&self, _: &Request, number: INodeNo, new_parent: INodeNo, new_name: &OsStr, reply: ReplyEntry) {
+        reply_entry(self.fs.link(ino(number), ino(new_parent), new_name.as_bytes()), reply);
+    }
+
+    fn open(&self, request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if !self.fs.is_writable() {
+            return reply.error(fuser::Errno::ENOSYS);
+        }
+        match self.fs.open(ino(number), flags.0, caller(request)) {
+            Ok(()) => reply.opened(FileHandle(0), OPEN_FLAGS),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        BUFFER.with_borrow_mut(|buffer| {
+            let size = size as usize;
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match self.fs.read(ino(number), offset, &mut buffer[..size]) {
+                Ok(count) => reply.data(&buffer[..count]),
+                Err(errno) => reply.error(errno.into()),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let clear_bits = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.fs.write(ino(number), offset, data, clear_bits) {
+            Ok(written) => {
+                if written.cleared_privileges {
+                    self.attributes_changed(number);
+                }
+                reply.written(written.bytes as u32);
+            }
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.fs.release(ino(number));
+        reply.ok();
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _: &Request, number: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply_empty(self.fs.fsync(ino(number)), reply);
+    }
+
+    fn opendir(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if !self.fs.is_writable() {
+            return reply.error(fuser::Errno::ENOSYS);
+        }
+        reply.opened(FileHandle(self.fs.open_folder(ino(number)).0), FOLDER_FLAGS);
+    }
+
+    fn readdir(&self, _: &Request, number: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let listed = self.fs.list(ino(number), FolderHandle(handle.0), offset, false, &mut |item| {
+            !reply.add(INodeNo(item.ino.0), item.cookie, file_type(item.kind), OsStr::from_bytes(item.name))
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let listed = self.fs.list(ino(number), FolderHandle(handle.0), offset, true, &mut |item| {
+            // Of `.` and `..` the kernel takes the number and the kind only.
+            let attr = match &item.stat {
+                Some(stat) => file_attr(stat),
+                None => FileAttr { ino: INodeNo(item.ino.0), kind: file_type(item.kind), ..no_entry() },
+            };
+            !reply.add(attr.ino, item.cookie, OsStr::from_bytes(item.name), &FOREVER, &attr, GENERATION)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.fs.release_folder(FolderHandle(handle.0));
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, number: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply_empty(self.fs.fsync(ino(number)), reply);
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let space = match self.fs.upper() {
+            Some(upper) => upper.data().space().map_err(Errno::from),
+            None => rustix::fs::statvfs(&self.store_folder).map_err(Errno::from),
+        };
+        match space {
+            Ok(s) => reply.statfs(
+                s.f_blocks,
+                s.f_bfree,
+                s.f_bavail,
+                s.f_files,
+                s.f_ffree,
+                s.f_bsize as u32,
+                crate::attr::MAX_NAME as u32,
+                s.f_frsize as u32,
+            ),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        number: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(self.fs.setxattr(ino(number), name.as_bytes(), value, flags, caller(request)), reply);
+    }
+
+    fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        reply_xattr(self.fs.getxattr(ino(number), name.as_bytes()), size, reply);
+    }
+
+    fn listxattr(&self, request: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_xattr(self.fs.listxattr(ino(number), caller(request)), size, reply);
+    }
+
+    fn removexattr(&self, _: &Request, number: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.fs.removexattr(ino(number), name.as_bytes()), reply);
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        let mode = mode & 0o7777 | libc::S_IFREG;
+        match self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request)) {
+            Ok(stat) => reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(self.fs.allocate(ino(number), mode, offset, length), reply);
+    }
+
+    fn lseek(&self, _: &Request, number: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let result = match (u64::try_from(offset), whence) {
+            (Err(_), _) => Err(Errno(libc::ENXIO)),
+            (Ok(offset), libc::SEEK_DATA) => self.fs.seek(ino(number), offset, true),
+            (Ok(offset), libc::SEEK_HOLE) => self.fs.seek(ino(number), offset, false),
+            _ => Err(Errno(libc::EINVAL)),
+        };
+        match result {
+            Ok(found) => reply.offset(found as i64),
+            Err(errno) => reply.error(errno.into()),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        ino_in: INodeNo,
+        _: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _: FileHandle,
+        offset_out: u64,
+        length: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        // The answer has 32 bits.
+        let length = length.min(1 << 30);
+        reply_written(self.fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), length), reply);
+    }
+}
+
+impl Front {
+    fn attributes_changed(&self, number: INodeNo) {
+        if let Some(kernel) = self.notifier.get() {
+            kernel.attributes_changed(ino(number));
+        }
+    }
+}

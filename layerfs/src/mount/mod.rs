@@ -1,0 +1,381 @@
+//! Mounts: a filesystem on a folder of the host, from start to end.
+//!
+//! [`fs`] is the filesystem without a kernel, [`fuse`] its front; here is what holds them: which layer and upper,
+//! what is recorded so that a daemon that starts again mounts it again, and what is cleaned up when it ends, by our
+//! doing or by somebody's `umount`. Invariant: a mount whose session has ended has saved its upper.
+
+pub mod acl;
+pub mod caller;
+pub mod errno;
+pub mod fs;
+mod fuse;
+mod point;
+pub mod registry;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+use serde::Serialize;
+
+pub use registry::MountRecord;
+
+use crate::error::{Error, Result};
+use crate::id::{LayerId, LayerName, UpperId};
+use crate::monitor::Monitor;
+use crate::seal::{self, SealOptions, SealReport};
+use crate::store::{Pin, Store};
+use crate::upper::table::Tables;
+use crate::upper::{self, Upper, UpperRecord, UpperSize};
+use crate::view::View;
+use fs::Fs;
+use fuse::{FuseOptions, Kernel, Session};
+
+/// Which upper a mount gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UpperChoice {
+    /// None: the mount is read-only.
+    ReadOnly,
+    /// A new one without a name.
+    Fresh,
+    /// The one that has this name; it is made if there is none.
+    Named(LayerName),
+    /// This one.
+    Existing(UpperId),
+}
+
+/// How to mount.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// The upper.
+    pub upper: UpperChoice,
+    /// Whether other users may use it; if unset, they may if the superuser mounts.
+    pub allow_other: Option<bool>,
+    /// How many threads serve it; 0 stands for a number that fits the machine.
+    pub threads: usize,
+}
+
+impl Default for MountOptions {
+    fn default() -> MountOptions {
+        MountOptions { upper: UpperChoice::Fresh, allow_other: None, threads: 0 }
+    }
+}
+
+/// How to unmount.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UnmountOptions {
+    /// Take it out of the tree even if programs use it; it ends when they do.
+    pub lazy: bool,
+    /// Keep the record, so that the next daemon mounts it again: for a daemon that stops.
+    pub keep_record: bool,
+    /// Remove an upper without a name, with all that is in it.
+    pub discard_upper: bool,
+}
+
+/// What there is to know of a mount.
+#[derive(Clone, Debug, Serialize)]
+pub struct MountInfo {
+    /// Its record.
+    #[serde(flatten)]
+    pub record: MountRecord,
+    /// The layer below the upper, now.
+    pub base: Option<LayerId>,
+    /// The upper's record.
+    pub upper_record: Option<UpperRecord>,
+    /// How much the upper holds.
+    pub upper_size: Option<UpperSize>,
+    /// Bytes that programs wrote through this mount.
+    pub written_bytes: u64,
+    /// For how many seconds it has been mounted.
+    pub seconds: u64,
+}
+
+/// A mount.
+pub struct Mount {
+    store: Arc<Store>,
+    record: MountRecord,
+    kernel: Kernel,
+    device: Option<u64>,
+    started: Instant,
+    /// None once it has ended.
+    fs: Mutex<Option<Arc<Fs>>>,
+    pin: Mutex<Option<Pin>>,
+    ending: Mutex<UnmountOptions>,
+    ended: Mutex<bool>,
+    end: Condvar,
+}
+
+impl std::fmt::Debug for Mount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mount").field("record", &self.record).finish_non_exhaustive()
+    }
+}
+
+/// Keeps the layers of all uppers and recorded mounts of `store` from being collected, and removes what a crash left
+/// of uppers that were being removed. Call it once, when the store is opened.
+pub fn attach(store: &Arc<Store>) -> Result<()> {
+    let db = Arc::downgrade(store.db());
+    store.add_root_source(Box::new(move || {
+        let Some(db) = db.upgrade() else { return Ok(Vec::new()) };
+        let mut roots = upper::roots(&db)?;
+        roots.extend(registry::roots(&db)?);
+        Ok(roots)
+    }));
+    upper::remove_leftovers(store)
+}
+
+/// Mounts again what was mounted when the last daemon ended. What fails keeps its record.
+pub fn restore(store: &Arc<Store>) -> Result<Vec<(MountRecord, Result<Arc<Mount>>)>> {
+    let records = registry::list(store.db())?;
+    let start = |record: MountRecord| {
+        let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
+        let options = MountOptions { upper, allow_other: Some(record.allow_other), threads: record.threads.into() };
+        let mount = Mount::start(store, record.layer, &record.source, &record.dir, &options);
+        (record, mount)
+    };
+    Ok(records.into_iter().map(start).collect())
+}
+
+impl Mount {
+    /// Mounts the stack of `layer` on the folder `dir`. `source` is what the user asked for. For an existing upper
+    /// `layer` may be none; if it is given, the upper must lie on it. Without either, the mount starts empty.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Busy`] if the upper or the folder is in use, [`Error::Denied`], [`Error::File`].
+    pub fn start(
+        store: &Arc<Store>,
+        layer: Option<LayerId>,
+        source: &str,
+        dir: &Path,
+        options: &MountOptions,
+    ) -> Result<Arc<Mount>> {
+        let dir = point::prepare(dir)?;
+        let pin = layer.map(|layer| store.pin(layer)).transpose()?;
+        let (fs, made) = open_fs(store, layer, &options.upper)?;
+        let started = Mount::serve(store, fs, source, dir, options);
+        match started {
+            Ok(mount) => {
+                *mount.pin.lock() = pin;
+                Ok(mount)
+            }
+            Err(error) => {
+                if let Some(id) = made
+                    && let Err(error) = upper::remove(store, id)
+                {
+                    tracing::warn!(upper = %id, %error, "cannot remove the upper of a mount that failed");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn serve(
+        store: &Arc<Store>,
+        fs: Arc<Fs>,
+        source: &str,
+        dir: PathBuf,
+        options: &MountOptions,
+    ) -> Result<Arc<Mount>> {
+        let is_root = rustix::process::geteuid().is_root();
+        let threads = if options.threads == 0 { default_threads() } else { options.threads.min(64) };
+        let allow_other = options.allow_other.unwrap_or(is_root);
+        let store_folder = store.folder().to_owned();
+        let fuse =
+            FuseOptions { dir: dir.clone(), source: source.to_owned(), allow_other, is_root, threads, store_folder };
+        let upper = fs.upper().map(Upper::id);
+        let layer = if upper.is_none() { fs.view().top() } else { None };
+        let record = MountRecord { dir, source: source.to_owned(), layer, upper, allow_other, threads: threads as u16 };
+        let session = Session::mount(fs.clone(), &fuse)?;
+        let kernel = session.kernel();
+        let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
+        let serve = move || {
+            let result = session.serve();
+            if let Ok(mount) = receive.recv() {
+                mount.finish(result);
+            }
+        };
+        let thread = std::thread::Builder::new().name("mount".to_owned()).spawn(serve);
+        thread.map_err(|e| Error::io("starting a thread", e))?;
+        let device = point::device(&record.dir);
+        point::set_read_ahead(device);
+        let mount = Arc::new(Mount {
+            store: store.clone(),
+            record,
+            kernel,
+            device,
+            started: Instant::now(),
+            fs: Mutex::new(Some(fs)),
+            pin: Mutex::new(None),
+            ending: Mutex::default(),
+            ended: Mutex::new(false),
+            end: Condvar::new(),
+        });
+        let recorded = registry::put(store.db(), &mount.record);
+        let _ = send.send(mount.clone());
+        if let Err(error) = recorded {
+            mount.unmount(&UnmountOptions { lazy: true, ..Default::default() })?;
+            return Err(error);
+        }
+        Ok(mount)
+    }
+
+    /// Its record.
+    pub fn record(&self) -> &MountRecord {
+        &self.record
+    }
+
+    /// The filesystem; none once it has ended.
+    pub fn fs(&self) -> Option<Arc<Fs>> {
+        self.fs.lock().clone()
+    }
+
+    /// What there is to know of it; none once it has ended.
+    pub fn info(&self) -> Option<MountInfo> {
+        let fs = self.fs()?;
+        let upper_size = fs.upper().map(|upper| {
+            let (inodes, dentries) = fs.upper_counts();
+            let allocated_bytes = upper.data().allocated_bytes().unwrap_or(0);
+            UpperSize { inodes, dentries, allocated_bytes }
+        });
+        Some(MountInfo {
+            record: self.record.clone(),
+            base: fs.view().top(),
+            upper_record: fs.upper().map(Upper::record),
+            upper_size,
+            written_bytes: fs.written_bytes(),
+            seconds: self.started.elapsed().as_secs(),
+        })
+    }
+
+    /// Seals the upper; the mount goes on over the new layer.
+    ///
+    /// # Errors
+    /// As [`seal::seal`]; [`Error::NotFound`] once the mount has ended.
+    pub fn seal(&self, options: &SealOptions, monitor: &dyn Monitor) -> Result<SealReport> {
+        let fs = self.fs().ok_or_else(|| self.gone())?;
+        if fs.is_writable() {
+            point::sync(&self.record.dir, self.device);
+        }
+        let report = seal::seal(&self.store, &fs, options, monitor)?;
+        *self.pin.lock() = Some(self.store.pin(report.layer)?);
+        report.changed_inodes.iter().for_each(|ino| self.kernel.attributes_changed(*ino));
+        report.changed_folders.iter().for_each(|folder| self.kernel.listing_changed(*folder));
+        Ok(report)
+    }
+
+    /// Unmounts, and waits until everything is saved (but not if programs keep a lazily unmounted one going).
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if programs use it.
+    pub fn unmount(&self, options: &UnmountOptions) -> Result<()> {
+        if self.fs().is_none() {
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut *self.ending.lock(), *options);
+        if let Err(error) = point::unmount(&self.record.dir, options.lazy) {
+            *self.ending.lock() = before;
+            return Err(error);
+        }
+        if !options.lazy {
+            self.wait();
+        }
+        Ok(())
+    }
+
+    /// Waits until it has ended.
+    pub fn wait(&self) {
+        let mut ended = self.ended.lock();
+        while !*ended {
+            self.end.wait(&mut ended);
+        }
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        *self.ended.lock()
+    }
+
+    fn gone(&self) -> Error {
+        Error::NotFound { what: "mount", name: self.record.dir.display().to_string() }
+    }
+
+    fn finish(&self, served: std::io::Result<()>) {
+        if let Err(error) = served {
+            tracing::error!(dir = %self.record.dir.display(), %error, "a mount's session failed");
+        }
+        let options = *self.ending.lock();
+        if let Err(error) = self.clean_up(options) {
+            tracing::error!(dir = %self.record.dir.display(), %error, "cannot clean up after a mount");
+        }
+        *self.pin.lock() = None;
+        *self.ended.lock() = true;
+        self.end.notify_all();
+    }
+
+    fn clean_up(&self, options: UnmountOptions) -> Result<()> {
+        let Some(fs) = self.fs.lock().take() else { return Ok(()) };
+        fs.drop_orphans();
+        fs.save()?;
+        let upper = fs.upper().map(Upper::record);
+        let is_clean = seal::is_clean(&fs);
+        if let Some(upper) = fs.upper() {
+            upper.sync()?;
+        }
+        drop(fs);
+        if options.keep_record {
+            return Ok(());
+        }
+        registry::remove(self.store.db(), &self.record.dir)?;
+        match upper {
+            Some(record) if record.name.is_none() && (is_clean || options.discard_upper) => {
+                upper::remove(&self.store, record.id)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(4, usize::from).clamp(4, 16)
+}
+
+/// The filesystem for a mount; with it the id of an upper that was made for it.
+fn open_fs(store: &Arc<Store>, layer: Option<LayerId>, choice: &UpperChoice) -> Result<(Arc<Fs>, Option<UpperId>)> {
+    let view = |layer: Option<LayerId>| match layer {
+        Some(layer) => View::open(store, layer),
+        None => Ok(Arc::new(View::empty(store.clone()))),
+    };
+    let existing = match choice {
+        UpperChoice::ReadOnly if layer.is_none() => {
+            return Err(Error::invalid("a read-only mount needs a layer to show"));
+        }
+        UpperChoice::ReadOnly => return Ok((Arc::new(Fs::read_only(view(layer)?)), None)),
+        UpperChoice::Fresh => None,
+        UpperChoice::Named(name) => upper::find(store.db(), name)?,
+        UpperChoice::Existing(id) => {
+            let missing = || Error::NotFound { what: "upper", name: id.to_string() };
+            Some(upper::record(store.db(), *id)?.ok_or_else(missing)?)
+        }
+    };
+    let Some(record) = existing else {
+        let view = view(layer)?;
+        let name = if let UpperChoice::Named(name) = choice { Some(name.clone()) } else { None };
+        let (upper, tables) = Upper::create(store, &view, name)?;
+        let id = upper.id();
+        return Ok((Arc::new(Fs::writable(view, upper, tables)), Some(id)));
+    };
+    if layer.is_some() && layer != record.base {
+        return Err(Error::Busy(format!(
+            "upper {} lies on {}, not on the layer that was asked for; mount that, or choose another upper",
+            record.name.as_ref().map_or_else(|| record.id.to_string(), ToString::to_string),
+            record.base.map_or_else(|| "nothing".to_owned(), |base| format!("layer {}", base.0.short())),
+        )));
+    }
+    let view = view(record.base)?;
+    let (upper, tables): (Upper, Tables) = Upper::open(store, record.id)?;
+    Ok((Arc::new(Fs::writable(view, upper, tables)), None))
+}
+
+#[cfg(test)]
+mod tests;

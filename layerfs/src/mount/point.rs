@@ -1,0 +1,95 @@
+//! Mount points on the host: making sure that one is fit, unmounting, syncing.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use crate::error::{Error, Result};
+
+/// The absolute path of the folder `dir`. Mounts on it whose daemon is gone are taken away first.
+///
+/// # Errors
+/// [`Error::NotFound`], [`Error::Invalid`] if it is no folder.
+pub(super) fn prepare(dir: &Path) -> Result<PathBuf> {
+    let missing = || Error::NotFound { what: "folder", name: dir.display().to_string() };
+    // Its parent, not itself: a dead mount can't be looked into.
+    let dir = match (dir.parent(), dir.file_name()) {
+        (Some(parent), Some(name)) => {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            parent.canonicalize().map_err(|_| missing())?.join(name)
+        }
+        _ => dir.canonicalize().map_err(|_| missing())?,
+    };
+    // More than one may lie on top of each other; more than that is something else.
+    for _ in 0..16 {
+        match std::fs::metadata(&dir) {
+            Ok(found) if found.is_dir() => return Ok(dir.canonicalize().unwrap_or(dir)),
+            Ok(_) => return Err(Error::invalid(format!("{} is not a folder", dir.display()))),
+            Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+                tracing::info!(dir = %dir.display(), "taking away a mount whose daemon is gone");
+                unmount(&dir, true)?;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
+            Err(e) => return Err(Error::file("look at", &dir, e)),
+        }
+    }
+    Err(Error::Busy(format!("the mounts on {} can't be taken away", dir.display())))
+}
+
+/// Unmounts `dir`; with `lazy`, even if it is in use.
+pub(super) fn unmount(dir: &Path, lazy: bool) -> Result<()> {
+    let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() } | UnmountFlags::NOFOLLOW;
+    match rustix::mount::unmount(dir, flags) {
+        Ok(()) => Ok(()),
+        // It isn't mounted (any more).
+        Err(Errno::INVAL) => Ok(()),
+        Err(Errno::BUSY) => Err(Error::Busy(format!(
+            "{} is in use; leave it, or unmount it lazily (`layerctl umount --lazy`)",
+            dir.display()
+        ))),
+        Err(Errno::PERM) => unmount_by_helper(dir, lazy),
+        Err(errno) => Err(Error::file("unmount", dir, errno)),
+    }
+}
+
+fn unmount_by_helper(dir: &Path, lazy: bool) -> Result<()> {
+    let mut command = Command::new("fusermount3");
+    command.args(if lazy { &["-u", "-q", "-z"][..] } else { &["-u", "-q"][..] }).arg("--").arg(dir);
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(_) => Err(Error::Busy(format!("fusermount3 could not unmount {}; is it in use?", dir.display()))),
+        Err(e) => Err(Error::file("run fusermount3 to unmount", dir, e)),
+    }
+}
+
+/// The device number of the mount on `dir`.
+pub(super) fn device(dir: &Path) -> Option<u64> {
+    std::fs::metadata(dir).ok().map(|found| found.dev())
+}
+
+/// Makes the kernel send what programs wrote through mappings. A mount that can't be reached by its path any more
+/// has been left by them.
+pub(super) fn sync(dir: &Path, device: Option<u64>) {
+    let Ok(folder) = std::fs::File::open(dir) else { return };
+    if folder.metadata().ok().map(|found| found.dev()) == device
+        && let Err(errno) = rustix::fs::syncfs(&folder)
+    {
+        tracing::warn!(dir = %dir.display(), %errno, "cannot sync a mount");
+    }
+}
+
+/// How far ahead the kernel reads, in KiB: cold data should come in large pieces. Only the superuser may set it.
+const READ_AHEAD_KIB: u32 = 1024;
+
+pub(super) fn set_read_ahead(device: Option<u64>) {
+    let Some(device) = device else { return };
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
+        tracing::debug!(path, %error, "cannot set how far the kernel reads ahead");
+    }
+}

@@ -1,0 +1,107 @@
+//! The records of mounts: what a daemon that starts again has to mount. FORMAT.md, "Mounts".
+//!
+//! Invariant: a mount that is up has a record; one that somebody unmounted has none.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::codec::{Put, Reader};
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, LayerId, UpperId};
+use crate::store::db::{Batch, Cf, Db, Sync};
+
+/// What is mounted where, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MountRecord {
+    /// The mount point, absolute.
+    pub dir: PathBuf,
+    /// What the user asked for: a layer's name. It is the mount's source in `/proc/mounts`.
+    pub source: String,
+    /// The layer that a read-only mount shows; that of a writable one is its upper's base.
+    pub layer: Option<LayerId>,
+    /// The upper; none if the mount is read-only.
+    pub upper: Option<UpperId>,
+    /// Whether users other than the one who mounted may use it.
+    pub allow_other: bool,
+    /// How many threads serve it.
+    pub threads: u16,
+}
+
+impl MountRecord {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(96);
+        out.put_u8(1);
+        out.put_bytes16(self.source.as_bytes());
+        out.put_u8(u8::from(self.layer.is_some()));
+        out.put_id(&self.layer.map_or(ChunkId([0; 32]), |layer| layer.0));
+        out.put_u64(self.upper.map_or(0, |upper| upper.0));
+        out.put_u8(u8::from(self.allow_other));
+        out.put_u16(self.threads);
+        out
+    }
+
+    fn decode(dir: &[u8], row: &[u8]) -> Result<MountRecord> {
+        let mut reader = Reader::new("mount record", row);
+        let version = reader.u8()?;
+        if version != 1 {
+            return Err(Error::Unsupported { what: "mount record", detail: format!("version {version}") });
+        }
+        let source = String::from_utf8_lossy(reader.bytes16()?).into_owned();
+        let has_layer = reader.u8()? != 0;
+        let layer = Some(LayerId(reader.id()?)).filter(|_| has_layer);
+        let upper = Some(UpperId(reader.u64()?)).filter(|upper| upper.0 != 0);
+        let (allow_other, threads) = (reader.u8()? != 0, reader.u16()?);
+        reader.finish()?;
+        Ok(MountRecord { dir: PathBuf::from(OsStr::from_bytes(dir)), source, layer, upper, allow_other, threads })
+    }
+}
+
+/// All records, by mount point.
+pub fn list(db: &Db) -> Result<Vec<MountRecord>> {
+    let row = |row: Result<(Box<[u8]>, Box<[u8]>)>| row.and_then(|(dir, row)| MountRecord::decode(&dir, &row));
+    db.iter(Cf::Mounts, b"/")?.map(row).collect()
+}
+
+/// The layers that mounts show: roots for the garbage collection.
+pub fn roots(db: &Db) -> Result<Vec<LayerId>> {
+    Ok(list(db)?.into_iter().filter_map(|record| record.layer).collect())
+}
+
+/// Keeps a record, durably.
+pub fn put(db: &Db, record: &MountRecord) -> Result<()> {
+    let mut batch = Batch::new();
+    batch.put(Cf::Mounts, record.dir.as_os_str().as_bytes(), record.encode());
+    db.write(batch, Sync::Yes)
+}
+
+/// Drops the record of the mount on `dir`, durably.
+pub fn remove(db: &Db, dir: &Path) -> Result<()> {
+    let mut batch = Batch::new();
+    batch.delete(Cf::Mounts, dir.as_os_str().as_bytes());
+    db.write(batch, Sync::Yes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_round_trip() {
+        let record = MountRecord {
+            dir: PathBuf::from(OsStr::from_bytes(b"/mnt/a\xff")),
+            source: "debian".to_owned(),
+            layer: Some(LayerId(ChunkId::of(b"x"))),
+            upper: Some(UpperId(9)),
+            allow_other: true,
+            threads: 4,
+        };
+        let bare = MountRecord { layer: None, upper: None, ..record.clone() };
+        for record in [record, bare] {
+            let dir = record.dir.as_os_str().as_bytes().to_vec();
+            assert_eq!(MountRecord::decode(&dir, &record.encode()).unwrap(), record);
+        }
+    }
+}

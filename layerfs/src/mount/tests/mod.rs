@@ -1,0 +1,52 @@
+//! Tests of mounts: against a reference with no kernel in the loop, and through real ones.
+
+mod real;
+mod reference;
+
+use std::sync::{Arc, LazyLock};
+
+use crate::id::{LayerName, UpperId};
+use crate::manifest::LayerKind;
+use crate::monitor::Silent;
+use crate::mount::fs::Fs;
+use crate::seal::{SealOptions, SealReport, seal};
+use crate::store::{Expect, Store, StoreOptions};
+use crate::upper::Upper;
+use crate::view::View;
+
+/// A store for all tests of this process that need no store of their own.
+static STORE: LazyLock<(tempfile::TempDir, Arc<Store>)> = LazyLock::new(|| {
+    let folder = tempfile::Builder::new().prefix("layerfs-mount-").tempdir().unwrap();
+    let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+    (folder, store)
+});
+
+fn store() -> &'static Arc<Store> {
+    &STORE.1
+}
+
+fn unique_name(prefix: &str) -> LayerName {
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    LayerName::new(&format!("{prefix}-{number}")).unwrap()
+}
+
+fn empty_fs(store: &Arc<Store>) -> Fs {
+    let view = Arc::new(View::empty(store.clone()));
+    let (upper, tables) = Upper::create(store, &view, None).unwrap();
+    Fs::writable(view, upper, tables)
+}
+
+fn reopen(store: &Arc<Store>, id: UpperId) -> Fs {
+    let (upper, tables) = Upper::open(store, id).unwrap();
+    let view = match upper.record().base {
+        Some(base) => View::open(store, base).unwrap(),
+        None => Arc::new(View::empty(store.clone())),
+    };
+    Fs::writable(view, upper, tables)
+}
+
+fn seal_fs(store: &Arc<Store>, fs: &Fs) -> SealReport {
+    let options = SealOptions { name: unique_name("sealed"), expect: Expect::Absent, kind: LayerKind::Instance };
+    seal(store, fs, &options, &Silent).unwrap()
+}

@@ -1,0 +1,248 @@
+//! The data files of an upper: plain files `<store>/uppers/<upper>/<inode, hexadecimal>` on the host's filesystem.
+//!
+//! Hides that a file is copied up whole, and how many descriptors are open. Invariants: no descriptor is kept for
+//! an inode beyond a bounded cache; a data file that came from a sealed file is synced before a row refers to it,
+//! so that a crash of the machine can't replace old bytes by none; holes stay holes.
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
+
+use crate::attr::Time;
+use crate::chunk::ChunkRead;
+use crate::content::{Content, Extent, Extents, get_sized};
+use crate::error::{Error, Result};
+use crate::id::Ino;
+use crate::upper::table::Stamp;
+
+/// The most data files that an upper keeps open.
+const OPEN_MAX: NonZeroUsize = NonZeroUsize::new(512).unwrap();
+
+/// What `stat` tells of a data file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataStat {
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// What it allocates, in units of 512 bytes.
+    pub blocks: u64,
+    /// Its `st_mtime`.
+    pub mtime: Time,
+}
+
+/// The folder with an upper's data files, locked against a second user.
+#[derive(Debug)]
+pub struct DataFolder {
+    path: PathBuf,
+    folder: OwnedFd,
+    open: Mutex<LruCache<Ino, Arc<File>>>,
+    /// Data files were created since the folder was last synced.
+    created: AtomicBool,
+}
+
+fn file_name(ino: Ino) -> String {
+    format!("{:x}", ino.0)
+}
+
+impl DataFolder {
+    /// Opens the folder at `path`, which is made if it isn't there.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if another mount uses it.
+    pub fn open(path: &Path) -> Result<DataFolder> {
+        let failed = |action, errno: rustix::io::Errno| Error::file(action, path, errno);
+        match rustix::fs::mkdir(path, Mode::RWXU) {
+            Ok(()) => crate::durable::sync_parent(path)?,
+            Err(rustix::io::Errno::EXIST) => {}
+            Err(errno) => return Err(failed("create", errno)),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed("open", e))?;
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::Busy("the upper is in use by another mount; unmount that first".to_owned()));
+            }
+            Err(errno) => return Err(failed("lock", errno)),
+        }
+        let open = Mutex::new(LruCache::new(OPEN_MAX));
+        Ok(DataFolder { path: path.to_owned(), folder, open, created: AtomicBool::new(false) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn failed(&self, action: &'static str, ino: Ino, source: impl Into<std::io::Error>) -> Error {
+        Error::file(action, self.path.join(file_name(ino)), source)
+    }
+
+    /// The data file of `ino`.
+    pub fn file(&self, ino: Ino) -> Result<Arc<File>> {
+        if let Some(file) = self.open.lock().get(&ino) {
+            return Ok(file.clone());
+        }
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&self.folder, file_name(ino), flags, Mode::empty());
+        let file = Arc::new(File::from(opened.map_err(|e| self.failed("open", ino, e))?));
+        self.open.lock().put(ino, file.clone());
+        Ok(file)
+    }
+
+    /// The data file of `ino` through a descriptor of its own, for reading all of it, and its path for messages.
+    pub fn reader(&self, ino: Ino) -> Result<(File, PathBuf)> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&self.folder, file_name(ino), flags, Mode::empty());
+        Ok((File::from(opened.map_err(|e| self.failed("open", ino, e))?), self.path.join(file_name(ino))))
+    }
+
+    /// Makes the data file of `ino`, with the first `limit` bytes of `content`, and syncs it if that is anything.
+    ///
+    /// # Errors
+    /// Those of the disk and of `chunks`; no file is left then.
+    pub fn create(&self, ino: Ino, chunks: &dyn ChunkRead, content: &Content, limit: u64) -> Result<Arc<File>> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&self.folder, file_name(ino), flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(opened.map_err(|e| self.failed("create", ino, e))?);
+        self.created.store(true, Ordering::Release);
+        match self.fill(&file, ino, chunks, content, limit) {
+            Ok(()) => {
+                let file = Arc::new(file);
+                self.open.lock().put(ino, file.clone());
+                Ok(file)
+            }
+            Err(error) => {
+                self.remove(ino);
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, file: &File, ino: Ino, chunks: &dyn ChunkRead, content: &Content, limit: u64) -> Result<()> {
+        let limit = limit.min(content.len());
+        if limit == 0 {
+            return Ok(());
+        }
+        let wrote = |result: std::io::Result<()>| result.map_err(|e| self.failed("write", ino, e));
+        wrote(file.set_len(limit))?;
+        if let Content::Inline(bytes) = content {
+            wrote(file.write_all_at(&bytes[..limit as usize], 0))?;
+        } else {
+            for next in Extents::new(chunks, content, 0)? {
+                let (offset, extent) = next?;
+                if offset >= limit {
+                    break;
+                }
+                if let Extent::Chunk { id, bytes } = extent {
+                    let plain = get_sized(chunks, &id, bytes)?;
+                    let count = plain.len().min((limit - offset) as usize);
+                    wrote(file.write_all_at(&plain[..count], offset))?;
+                }
+            }
+        }
+        file.sync_data().map_err(|e| self.failed("sync", ino, e))
+    }
+
+    /// Removes the data file of `ino`, if there is one. A failure leaves a file that the next opening removes.
+    pub fn remove(&self, ino: Ino) {
+        self.open.lock().pop(&ino);
+        match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a data file"),
+        }
+    }
+
+    /// What `stat` tells of the data file of `ino`.
+    pub fn stat(&self, ino: Ino) -> Result<DataStat> {
+        let stat = match self.open.lock().peek(&ino) {
+            Some(file) => rustix::fs::fstat(file),
+            None => rustix::fs::statat(&self.folder, file_name(ino), AtFlags::SYMLINK_NOFOLLOW),
+        };
+        let stat = stat.map_err(|e| self.failed("stat", ino, e))?;
+        Ok(DataStat {
+            bytes: stat.st_size as u64,
+            blocks: stat.st_blocks as u64,
+            mtime: Time { seconds: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
+        })
+    }
+
+    /// The stamp of the data file of `ino`.
+    pub fn stamp(&self, ino: Ino) -> Result<Stamp> {
+        let stat = self.stat(ino)?;
+        Ok(Stamp { bytes: stat.bytes, mtime: stat.mtime })
+    }
+
+    /// Makes the bytes of `ino` durable, and that there is such a file.
+    pub fn sync(&self, ino: Ino) -> Result<()> {
+        self.file(ino)?.sync_data().map_err(|e| self.failed("sync", ino, e))?;
+        self.sync_folder()
+    }
+
+    /// Makes durable which data files there are.
+    pub fn sync_folder(&self) -> Result<()> {
+        if self.created.swap(false, Ordering::AcqRel)
+            && let Err(errno) = rustix::fs::fsync(&self.folder)
+        {
+            self.created.store(true, Ordering::Release);
+            return Err(Error::file("sync", &self.path, errno));
+        }
+        Ok(())
+    }
+
+    /// Changes the length of `ino`'s data file.
+    pub fn set_len(&self, ino: Ino, bytes: u64) -> Result<()> {
+        self.file(ino)?.set_len(bytes).map_err(|e| self.failed("truncate", ino, e))
+    }
+
+    /// `fallocate` with the raw mode bits of Linux.
+    pub fn allocate(&self, ino: Ino, mode: i32, offset: u64, bytes: u64) -> Result<()> {
+        let flags = FallocateFlags::from_bits_retain(mode as u32);
+        rustix::fs::fallocate(&*self.file(ino)?, flags, offset, bytes).map_err(|e| self.failed("allocate", ino, e))
+    }
+
+    /// `SEEK_DATA` or `SEEK_HOLE` from `offset`. Another data file's user never sees the descriptor's position.
+    pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> Result<u64> {
+        let to = if data { SeekFrom::Data(offset) } else { SeekFrom::Hole(offset) };
+        rustix::fs::seek(&*self.file(ino)?, to).map_err(|e| self.failed("seek", ino, e))
+    }
+
+    /// The numbers of all data files.
+    pub fn inos(&self) -> Result<Vec<Ino>> {
+        let failed = |e: rustix::io::Errno| Error::file("list", &self.path, e);
+        let mut inos = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name().to_str().unwrap_or_default();
+            inos.extend(u64::from_str_radix(name, 16).ok().map(Ino));
+        }
+        Ok(inos)
+    }
+
+    /// What all data files allocate, in bytes.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        let inos = self.inos()?;
+        Ok(inos.into_iter().filter_map(|ino| self.stat(ino).ok()).map(|stat| stat.blocks * 512).sum())
+    }
+
+    /// The host filesystem's figures, for `statfs`.
+    pub fn space(&self) -> Result<rustix::fs::StatVfs> {
+        rustix::fs::fstatvfs(&self.folder).map_err(|e| Error::file("stat", &self.path, e))
+    }
+}
+
+/// Removes the data files of an upper that nobody uses, and their folder.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::file("remove", path, e)),
+    }
+}

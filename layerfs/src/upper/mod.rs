@@ -1,0 +1,399 @@
+//! Uppers: the writable tops of mounts.
+//!
+//! An upper is a record, two tables of rows ([`table`]) in the store's database, and data files ([`data`]). It lies
+//! on a *base*, the layer that it was made over or that it was last sealed into. Invariants: an upper has one user
+//! at a time; a number that it gave to an inode is never given again, whatever crashes; an upper that has a record
+//! keeps its base from being collected.
+
+pub mod data;
+pub mod table;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::attr::{Attrs, Time};
+use crate::codec::{Put, Reader};
+use crate::content::Content;
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, Ino, LayerId, LayerName, UpperId};
+use crate::inode::{Inode, Node};
+use crate::store::Store;
+use crate::store::db::{Batch, Cf, Db, Sync};
+use crate::view::View;
+use data::DataFolder;
+use table::{Change, Tables, UpperInode};
+
+/// How many inode numbers are reserved at a time.
+const RESERVE: u64 = 1024;
+const COUNTER_KEY: &[u8] = b"c";
+
+/// An upper's own record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpperRecord {
+    /// Its number.
+    pub id: UpperId,
+    /// Its name; none if it belongs to one mount only. It has the form of a layer's name.
+    pub name: Option<LayerName>,
+    /// The layer that it lies on; none if it lies on nothing.
+    pub base: Option<LayerId>,
+    /// No inode of this number or above has ever been made in it.
+    pub next_ino: Ino,
+    /// When it was made.
+    pub created: Time,
+}
+
+impl UpperRecord {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(96);
+        out.put_u8(1);
+        out.put_u64(self.id.0);
+        out.put_bytes16(self.name.as_ref().map_or("", LayerName::as_str).as_bytes());
+        out.put_u8(u8::from(self.base.is_some()));
+        out.put_id(&self.base.map_or(ChunkId([0; 32]), |base| base.0));
+        out.put_u64(self.next_ino.0);
+        out.put_i64(self.created.seconds);
+        out.put_u32(self.created.nanos);
+        out
+    }
+
+    fn decode(row: &[u8]) -> Result<UpperRecord> {
+        let mut reader = Reader::new("upper record", row);
+        let version = reader.u8()?;
+        if version != 1 {
+            return Err(Error::Unsupported { what: "upper record", detail: format!("version {version}") });
+        }
+        let id = UpperId(reader.u64()?);
+        let name = std::str::from_utf8(reader.bytes16()?).map_err(|_| reader.error("a name that isn't text"))?;
+        let name = if name.is_empty() { None } else { Some(LayerName::new(name)?) };
+        let has_base = reader.u8()? != 0;
+        let base = Some(LayerId(reader.id()?)).filter(|_| has_base);
+        let next_ino = Ino(reader.u64()?);
+        let created = Time { seconds: reader.i64()?, nanos: reader.u32()? };
+        reader.finish()?;
+        Ok(UpperRecord { id, name, base, next_ino, created })
+    }
+}
+
+fn record_key(id: UpperId) -> Vec<u8> {
+    [&b"r"[..], &id.0.to_be_bytes()].concat()
+}
+
+fn name_key(name: &LayerName) -> Vec<u8> {
+    [&b"n"[..], name.as_str().as_bytes()].concat()
+}
+
+/// The records of all uppers, by number.
+pub fn list(db: &Db) -> Result<Vec<UpperRecord>> {
+    db.iter(Cf::Uppers, b"r")?.map(|row| UpperRecord::decode(&row?.1)).collect()
+}
+
+/// The layers that uppers lie on: roots for the garbage collection.
+pub fn roots(db: &Db) -> Result<Vec<LayerId>> {
+    Ok(list(db)?.into_iter().filter_map(|record| record.base).collect())
+}
+
+/// The record of upper `id`.
+pub fn record(db: &Db, id: UpperId) -> Result<Option<UpperRecord>> {
+    db.get(Cf::Uppers, record_key(id))?.map(|row| UpperRecord::decode(&row)).transpose()
+}
+
+/// The record of the upper that is called `name`.
+pub fn find(db: &Db, name: &LayerName) -> Result<Option<UpperRecord>> {
+    let Some(id) = db.get(Cf::Uppers, name_key(name))? else { return Ok(None) };
+    let id = UpperId(Reader::new("upper's name", &id).u64()?);
+    record(db, id)
+}
+
+/// How much an upper holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpperSize {
+    /// Inodes that it made or changed.
+    pub inodes: u64,
+    /// Names that it set or removed.
+    pub dentries: u64,
+    /// What its data files allocate, in bytes.
+    pub allocated_bytes: u64,
+}
+
+/// How much upper `id` holds, whether or not it is in use.
+pub fn size(store: &Store, id: UpperId) -> Result<UpperSize> {
+    let count = |prefix: Vec<u8>| -> Result<u64> { Ok(store.db().iter(Cf::Uppers, &prefix)?.count() as u64) };
+    let mut allocated_bytes = 0;
+    if let Ok(files) = std::fs::read_dir(folder_path(store, id)) {
+        use std::os::unix::fs::MetadataExt;
+        allocated_bytes = files.flatten().filter_map(|file| file.metadata().ok()).map(|stat| stat.blocks() * 512).sum();
+    }
+    let (inodes, dentries) = (count(table::inode_prefix(id))?, count(table::dentry_prefix(id))?);
+    Ok(UpperSize { inodes, dentries, allocated_bytes })
+}
+
+/// Removes upper `id` and everything in it.
+///
+/// # Errors
+/// [`Error::NotFound`]; [`Error::Busy`] if it is in use.
+pub fn remove(store: &Store, id: UpperId) -> Result<()> {
+    let missing = || Error::NotFound { what: "upper", name: id.to_string() };
+    let record = record(store.db(), id)?.ok_or_else(missing)?;
+    let path = folder_path(store, id);
+    let _lock = DataFolder::open(&path)?;
+    let mut batch = Batch::new();
+    batch.delete(Cf::Uppers, record_key(id));
+    if let Some(name) = &record.name {
+        batch.delete(Cf::Uppers, name_key(name));
+    }
+    store.db().write(batch, Sync::Yes)?;
+    remove_rows(store.db(), id)?;
+    data::remove_folder(&path)
+}
+
+/// Removes the rows of upper `id`, in batches of bounded size: it has no record any more.
+fn remove_rows(db: &Db, id: UpperId) -> Result<()> {
+    for prefix in [table::inode_prefix(id), table::dentry_prefix(id)] {
+        let mut batch = Batch::new();
+        for row in db.iter(Cf::Uppers, &prefix)? {
+            batch.delete(Cf::Uppers, row?.0);
+            if batch.len() >= 10_000 {
+                db.write(std::mem::take(&mut batch), Sync::No)?;
+            }
+        }
+        db.write(batch, Sync::No)?;
+    }
+    Ok(())
+}
+
+/// Removes the rows and data files of uppers that have no record: what a crash during [`remove`] leaves.
+pub fn remove_leftovers(store: &Store) -> Result<()> {
+    let alive: HashSet<UpperId> = list(store.db())?.into_iter().map(|record| record.id).collect();
+    let folder = store.uppers_folder();
+    let entries = std::fs::read_dir(&folder).map_err(|e| Error::file("list", &folder, e))?;
+    for entry in entries.flatten() {
+        let id = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(UpperId);
+        if let Some(id) = id.filter(|id| !alive.contains(id)) {
+            remove_rows(store.db(), id)?;
+            data::remove_folder(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn folder_path(store: &Store, id: UpperId) -> PathBuf {
+    store.uppers_folder().join(id.to_string())
+}
+
+/// Held while a number for a new upper is taken.
+static NUMBERING: Mutex<()> = Mutex::new(());
+
+/// An upper in use.
+pub struct Upper {
+    id: UpperId,
+    store: Arc<Store>,
+    data: DataFolder,
+    numbers: Mutex<Numbers>,
+}
+
+struct Numbers {
+    record: UpperRecord,
+    next: Ino,
+}
+
+impl std::fmt::Debug for Upper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upper").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Upper {
+    /// Makes a new upper over `view`.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if the name is taken.
+    pub fn create(store: &Arc<Store>, view: &View, name: Option<LayerName>) -> Result<(Upper, Tables)> {
+        let db = store.db();
+        let numbering = NUMBERING.lock();
+        if let Some(name) = &name
+            && find(db, name)?.is_some()
+        {
+            return Err(Error::Exists { what: "upper", name: name.to_string() });
+        }
+        let last = db.get(Cf::Uppers, COUNTER_KEY)?;
+        let last = last.map_or(Ok(0), |value| Reader::new("counter of uppers", &value).u64())?;
+        let id = UpperId(last + 1);
+        let record = UpperRecord { id, name, base: view.top(), next_ino: view.next_ino(), created: Time::now() };
+        let mut batch = Batch::new();
+        batch.put(Cf::Uppers, COUNTER_KEY, id.0.to_le_bytes());
+        batch.put(Cf::Uppers, record_key(id), record.encode());
+        if let Some(name) = &record.name {
+            batch.put(Cf::Uppers, name_key(name), id.0.to_le_bytes());
+        }
+        let path = folder_path(store, id);
+        data::remove_folder(&path)?;
+        let data = DataFolder::open(&path)?;
+        db.write(batch, Sync::Yes)?;
+        drop(numbering);
+        let next = record.next_ino;
+        let upper = Upper { id, store: store.clone(), data, numbers: Mutex::new(Numbers { record, next }) };
+        let mut tables = Tables::new();
+        if view.inode(Ino::ROOT)?.is_none() {
+            upper.make_root(&mut tables)?;
+        }
+        Ok((upper, tables))
+    }
+
+    fn make_root(&self, tables: &mut Tables) -> Result<()> {
+        let attrs = Attrs::imported(0o755, 0, 0, Time::now());
+        let mut change = Change::new();
+        let root = Inode { ino: Ino::ROOT, nlink: 2, attrs, xattrs: Vec::new(), node: Node::Folder };
+        change.inode(UpperInode::sealed(root));
+        self.commit(tables, change)
+    }
+
+    /// Opens upper `id` as its last user left it, or as that user's crash did.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Busy`] if it is in use, [`Error::Corrupt`].
+    pub fn open(store: &Arc<Store>, id: UpperId) -> Result<(Upper, Tables)> {
+        let missing = || Error::NotFound { what: "upper", name: id.to_string() };
+        let record = record(store.db(), id)?.ok_or_else(missing)?;
+        let data = DataFolder::open(&folder_path(store, id))?;
+        let next = record.next_ino;
+        let upper = Upper { id, store: store.clone(), data, numbers: Mutex::new(Numbers { record, next }) };
+        let mut tables = Tables::new();
+        let repairs = upper.load(&mut tables)?;
+        upper.commit(&mut tables, repairs)?;
+        Ok((upper, tables))
+    }
+
+    /// Reads the rows. Returns what a crash left to be repaired: files without a name, times of files that were
+    /// being written.
+    fn load(&self, tables: &mut Tables) -> Result<Change> {
+        let mut repairs = Change::new();
+        let mut backed_inos = HashSet::new();
+        for row in self.store.db().iter(Cf::Uppers, &table::inode_prefix(self.id))? {
+            let (mut inode, stamp) = table::decode_inode(&row?.1)?;
+            let ino = inode.inode.ino;
+            if inode.inode.nlink == 0 {
+                repairs.forget(ino);
+                continue;
+            }
+            if let (Some(backed), Some(stamp)) = (&mut inode.backed, stamp) {
+                match self.data.stat(ino) {
+                    Ok(stat) => {
+                        backed.bytes = stat.bytes;
+                        backed_inos.insert(ino);
+                        if (stat.bytes, stat.mtime) != (stamp.bytes, stamp.mtime) {
+                            inode.inode.attrs.mtime = stat.mtime;
+                            inode.inode.attrs.ctime = stat.mtime;
+                            repairs.inode(inode.clone());
+                        }
+                    }
+                    Err(error) if error.class() == crate::error::ErrorClass::NotFound => {
+                        tracing::warn!(upper = %self.id, %ino, "a data file was lost in a crash; the file is empty now");
+                        inode.backed = None;
+                        inode.inode.node = Node::File(Content::empty());
+                        repairs.inode(inode.clone());
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            tables.load_inode(inode);
+        }
+        for row in self.store.db().iter(Cf::Uppers, &table::dentry_prefix(self.id))? {
+            let (key, value) = row?;
+            let (folder, name) = table::decode_dentry_key(&key)?;
+            tables.load_dentry(folder, name, table::decode_slot(&value)?);
+        }
+        for ino in self.data.inos()?.into_iter().filter(|ino| !backed_inos.contains(ino)) {
+            self.data.remove(ino);
+        }
+        Ok(repairs)
+    }
+
+    /// Its number.
+    pub fn id(&self) -> UpperId {
+        self.id
+    }
+
+    /// Its record.
+    pub fn record(&self) -> UpperRecord {
+        self.numbers.lock().record.clone()
+    }
+
+    /// Its data files.
+    pub fn data(&self) -> &DataFolder {
+        &self.data
+    }
+
+    /// The store that it is in.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// A number for a new inode. The [`Upper::commit`] that follows makes it taken for ever.
+    pub fn take_ino(&self) -> Ino {
+        let mut numbers = self.numbers.lock();
+        let ino = numbers.next;
+        numbers.next = Ino(ino.0 + 1);
+        ino
+    }
+
+    /// The number that the next new inode gets.
+    pub fn next_ino(&self) -> Ino {
+        self.numbers.lock().next
+    }
+
+    /// Applies `change`: its rows in one atomic batch, then memory. It survives the end of the process.
+    ///
+    /// # Errors
+    /// Those of the database; nothing is changed then.
+    pub fn commit(&self, tables: &mut Tables, change: Change) -> Result<()> {
+        let mut batch = Batch::new();
+        change.rows(self.id, &mut batch, |ino| self.data.stamp(ino))?;
+        let mut numbers = self.numbers.lock();
+        let mut reserved = None;
+        if numbers.next > numbers.record.next_ino {
+            let record = UpperRecord { next_ino: Ino(numbers.next.0 + RESERVE), ..numbers.record.clone() };
+            batch.put(Cf::Uppers, record_key(self.id), record.encode());
+            reserved = Some(record);
+        }
+        if !batch.is_empty() {
+            self.store.db().write(batch, Sync::No)?;
+        }
+        if let Some(record) = reserved {
+            numbers.record = record;
+        }
+        drop(numbers);
+        tables.apply(change);
+        Ok(())
+    }
+
+    /// Writes the rows of all inodes that memory knows better.
+    pub fn save(&self, tables: &mut Tables, inos: &[Ino]) -> Result<()> {
+        let mut change = Change::new();
+        inos.iter().filter_map(|ino| tables.inode(*ino)).for_each(|inode| change.inode(inode.clone()));
+        self.commit(tables, change)
+    }
+
+    /// Makes durable everything that was committed.
+    pub fn sync(&self) -> Result<()> {
+        self.data.sync_folder()?;
+        self.store.db().sync()
+    }
+
+    /// Appends to `batch` that the upper lies on `base` now, and has lost the rows that `dropped` names.
+    pub fn rebase_rows(&self, base: LayerId, dropped: &Change, batch: &mut Batch) -> Result<UpperRecord> {
+        let numbers = self.numbers.lock();
+        let record = UpperRecord { base: Some(base), next_ino: numbers.next, ..numbers.record.clone() };
+        batch.put(Cf::Uppers, record_key(self.id), record.encode());
+        dropped.rows(self.id, batch, |ino| self.data.stamp(ino))?;
+        Ok(record)
+    }
+
+    /// The batch that [`Upper::rebase_rows`] filled has been written.
+    pub fn rebased(&self, record: UpperRecord) {
+        self.numbers.lock().record = record;
+    }
+}
