@@ -30,7 +30,9 @@ impl Fs {
             Some(FileKind::Fifo) => Node::Fifo,
             Some(FileKind::Socket) => Node::Socket,
         };
-        self.make_node(folder, name, node, (mode & 0o7777) as u16, umask as u16, caller)
+        // `mkdir` takes no setuid and no setgid: folders inherit the latter.
+        let allowed = if node.kind() == FileKind::Folder { 0o1777 } else { 0o7777 };
+        self.make_node(folder, name, node, (mode & allowed) as u16, umask as u16, caller)
     }
 
     /// Makes a symbolic link.
@@ -149,35 +151,31 @@ impl Fs {
         let edit = Edit::new(self, upper);
         let Some(source) = edit.state.lookup(from.0, from.1)? else { return fail(libc::ENOENT) };
         let target = edit.state.lookup(to.0, to.1)?;
+        match target {
+            Some(_) if flags & NOREPLACE != 0 => return fail(libc::EEXIST),
+            None if flags & EXCHANGE != 0 => return fail(libc::ENOENT),
+            _ => {}
+        }
         if source.1 == FileKind::Folder && self.is_below(to.0, source.0) {
             return fail(libc::EINVAL);
         }
-        if flags & EXCHANGE != 0 {
-            let Some(target) = target else { return fail(libc::ENOENT) };
+        if let Some(target) = target.filter(|target| target.1 == FileKind::Folder)
+            && self.is_below(from.0, target.0)
+        {
+            return fail(if flags & EXCHANGE != 0 { libc::EINVAL } else { libc::ENOTEMPTY });
+        }
+        if target.is_some_and(|target| target.0 == source.0) {
+            return Ok(());
+        }
+        if let (Some(target), true) = (target, flags & EXCHANGE != 0) {
             return self.exchange(edit, (from, source), (to, target));
         }
         check_new_name(to.1)?;
         edit.living_folder(to.0)?;
         if let Some(target) = target {
-            if flags & NOREPLACE != 0 {
-                return fail(libc::EEXIST);
-            }
-            if target.0 == source.0 {
-                return Ok(());
-            }
-            self.check_replacing(&edit, from.0, source.1, target)?;
+            check_replacing(&edit, source.1, target)?;
         }
         self.move_name(edit, (from, source), (to, target), flags & WHITEOUT != 0, caller)
-    }
-
-    fn check_replacing(&self, edit: &Edit<'_>, from: Ino, kind: FileKind, target: (Ino, FileKind)) -> FsResult<()> {
-        match (kind == FileKind::Folder, target.1 == FileKind::Folder) {
-            (true, false) => fail(libc::ENOTDIR),
-            (false, true) if self.is_below(from, target.0) => fail(libc::ENOTEMPTY),
-            (false, true) => fail(libc::EISDIR),
-            (true, true) if !edit.is_empty(target.0)? => fail(libc::ENOTEMPTY),
-            _ => Ok(()),
-        }
     }
 
     fn move_name(
@@ -217,12 +215,6 @@ impl Fs {
         (from, source): ((Ino, &[u8]), (Ino, FileKind)),
         (to, target): ((Ino, &[u8]), (Ino, FileKind)),
     ) -> FsResult<()> {
-        if target.1 == FileKind::Folder && self.is_below(from.0, target.0) {
-            return fail(libc::EINVAL);
-        }
-        if source.0 == target.0 {
-            return Ok(());
-        }
         edit.set_name(to.0, to.1, Some(source))?;
         edit.set_name(from.0, from.1, Some(target))?;
         let moved = i32::from(source.1 == FileKind::Folder) - i32::from(target.1 == FileKind::Folder);
@@ -238,5 +230,14 @@ impl Fs {
             }
         }
         Ok(())
+    }
+}
+
+fn check_replacing(edit: &Edit<'_>, kind: FileKind, target: (Ino, FileKind)) -> FsResult<()> {
+    match (kind == FileKind::Folder, target.1 == FileKind::Folder) {
+        (true, false) => fail(libc::ENOTDIR),
+        (false, true) => fail(libc::EISDIR),
+        (true, true) if !edit.is_empty(target.0)? => fail(libc::ENOTEMPTY),
+        _ => Ok(()),
     }
 }
