@@ -28,9 +28,21 @@ pub struct ImportRequest {
     /// The source is the whole tree.
     #[serde(default)]
     pub whole: bool,
+    /// What the source is; detected by default.
+    #[serde(default)]
+    pub format: Option<String>,
     /// Honour OCI whiteouts in plain tars.
     #[serde(default)]
     pub oci_whiteouts: bool,
+    /// Stay on the folder's file system.
+    #[serde(default)]
+    pub one_file_system: bool,
+    /// Which image of an archive with several.
+    #[serde(default)]
+    pub reference: Option<String>,
+    /// Which image of an index for several platforms.
+    #[serde(default)]
+    pub platform: Option<String>,
     /// Replace the name.
     #[serde(default)]
     pub force: bool,
@@ -39,12 +51,20 @@ pub struct ImportRequest {
 /// What an import made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ImportResult {
-    /// The layers, base first.
+    /// What the source was.
+    pub format: String,
+    /// The layers, the lowest first.
     pub layers: Vec<NewLayer>,
-    /// Bytes read from the source.
+    /// Entries of the source.
+    pub entries: u64,
+    /// Bytes of file content that were read.
     pub bytes_read: u64,
-    /// Bytes that the store grew by.
+    /// Chunks that were new.
+    pub new_chunks: u64,
+    /// Bytes that they take in the store.
     pub bytes_stored: u64,
+    /// Bytes of content that the store had already.
+    pub bytes_known: u64,
     /// How long it took.
     pub seconds: f64,
 }
@@ -56,8 +76,10 @@ pub struct NewLayer {
     pub name: Option<String>,
     /// Its id.
     pub id: String,
+    /// What it is for.
+    pub kind: String,
     /// Inode records.
-    pub files: u64,
+    pub inodes: u64,
     /// The sizes of the files in it, added up.
     pub file_bytes: u64,
 }

@@ -27,11 +27,11 @@ pub struct StatResult {
     pub pack_bytes: u64,
     /// Bytes in packs that no chunk of the index uses any more.
     pub dead_bytes: u64,
-    /// The sizes of all files of all named layers, added up.
-    pub apparent_bytes: u64,
-    /// `apparent_bytes` / plain bytes of data chunks.
+    /// Bytes of file data in the named stacks, each time that it is referred to.
+    pub referenced_bytes: u64,
+    /// `referenced_bytes` by the plain bytes of what holds it.
     pub dedup_ratio: Option<f64>,
-    /// Plain bytes / stored bytes.
+    /// Plain bytes by stored bytes.
     pub compression_ratio: Option<f64>,
 }
 
@@ -171,10 +171,14 @@ pub struct GcRequest {
 pub struct GcResult {
     /// Only told.
     pub dry_run: bool,
+    /// Layers that stay.
+    pub live_layers: u64,
     /// Chunks that stay.
     pub live_chunks: u64,
     /// Chunks that went.
     pub freed_chunks: u64,
+    /// What they took, in bytes; packs that are mostly alive keep it until they aren't.
+    pub dead_bytes: u64,
     /// Bytes by which the packs shrank.
     pub freed_bytes: u64,
     /// Packs that were removed.
@@ -186,22 +190,50 @@ pub struct GcResult {
 }
 
 /// `/v1/fsck`.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsckRequest {
+    /// Remove index entries whose chunk is gone, so that it is stored again when it comes again.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+/// What was checked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FsckResult {
     /// Whether nothing is wrong.
     pub clean: bool,
-    /// Names that were checked.
+    /// Names.
     pub names: u64,
-    /// Chunks in the index.
+    /// Layers.
+    pub layers: u64,
+    /// Chunks in the index that have their record.
     pub chunks: u64,
     /// Packs.
     pub packs: u64,
-    /// What is wrong, with the way out.
-    pub problems: Vec<String>,
-    /// Names that were found again by a rebuild.
+    /// What is wrong; the first of them, if there are very many.
+    pub problems: Vec<ProblemInfo>,
+    /// How many problems there are.
+    pub problem_count: u64,
+    /// Names that were given by a rebuild to layers whose names are unknown.
     pub recovered: Vec<String>,
     /// How long it took.
     pub seconds: f64,
+}
+
+/// Something that is wrong with the store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProblemInfo {
+    /// "pack-unreadable", "pack-damaged", "chunk-gone", "layer-broken", "stray-file".
+    pub kind: String,
+    /// The pack, chunk, layer or file.
+    pub subject: String,
+    /// What is wrong with it.
+    pub detail: String,
+    /// The names that it affects, as far as that is known.
+    pub names: Vec<String>,
+    /// Whether it was repaired.
+    pub repaired: bool,
 }
 
 /// `/v1/scrub`.
@@ -222,6 +254,8 @@ pub struct ScrubResult {
     pub chunks: u64,
     /// Bytes that were read.
     pub bytes: u64,
+    /// Packs, or parts of them, that can't be read.
+    pub pack_problems: Vec<String>,
     /// Damaged chunks.
     pub damaged: Vec<DamagedChunk>,
     /// How many of those were healed.

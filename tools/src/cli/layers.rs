@@ -59,9 +59,21 @@ pub struct Import {
     /// SRC is the whole tree, not what is added: what SRC lacks of the parent is removed
     #[arg(long, requires = "parent")]
     pub whole: bool,
+    /// What SRC is, if it is not to be found out: folder, tar, oci, docker, raw or qcow2
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<String>,
     /// Honour OCI whiteouts (.wh.NAME) in a plain tar too
     #[arg(long)]
     pub oci_whiteouts: bool,
+    /// Stay on the folder's file system
+    #[arg(long, short = 'x')]
+    pub one_file_system: bool,
+    /// Which image of an archive that has several
+    #[arg(long, value_name = "TAG")]
+    pub reference: Option<String>,
+    /// Which image of several platforms, such as linux/arm64 [default: this machine's]
+    #[arg(long, value_name = "PLATFORM")]
+    pub platform: Option<String>,
     /// Replace NAME if it exists
     #[arg(long, short)]
     pub force: bool,

@@ -57,9 +57,13 @@ pub struct Gc {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl fsck\n  \
+    layerctl fsck --repair       forget chunks that are gone, so that an import or a pull brings them back\n  \
     layerctl fsck --rebuild      make the index anew from the packs alone; the daemon must not run")]
 pub struct Fsck {
-    /// Rebuild the index from the packs
+    /// Forget chunks that the packs don't hold, so that they are stored again when they come again
+    #[arg(long, conflicts_with = "rebuild")]
+    pub repair: bool,
+    /// Make the index anew from the packs
     #[arg(long)]
     pub rebuild: bool,
 }

@@ -26,7 +26,11 @@ pub fn import(session: &Session, args: args::Import) -> Result<()> {
         kind: args.kind,
         like: args.like,
         whole: args.whole,
+        format: args.format,
         oci_whiteouts: args.oci_whiteouts,
+        one_file_system: args.one_file_system,
+        reference: args.reference,
+        platform: args.platform,
         force: args.force,
     };
     let mut display = Display::new(session.output, format!("importing {}", request.name));
@@ -43,14 +47,9 @@ pub fn import(session: &Session, args: args::Import) -> Result<()> {
 fn imported(result: &ImportResult, paint: Paint) -> String {
     let mut text = String::new();
     for layer in &result.layers {
-        let name = layer.name.as_deref().unwrap_or("(no name)");
-        let size = units::size(layer.file_bytes);
-        text.push_str(&format!(
-            "{}  {}  {}, {size}\n",
-            short(&layer.id),
-            paint.cyan(name),
-            units::plural(layer.files, "inode")
-        ));
+        let name = layer.name.as_deref().map_or_else(|| paint.dim("-"), |name| paint.cyan(name));
+        let (inodes, size) = (units::plural(layer.inodes, "inode"), units::size(layer.file_bytes));
+        text.push_str(&format!("{}  {name}  {}, {inodes}, {size}\n", paint.dim(&short(&layer.id)), layer.kind));
     }
     let rate = units::rate(result.bytes_read, result.seconds);
     let (read, stored) = (units::size(result.bytes_read), units::size(result.bytes_stored));

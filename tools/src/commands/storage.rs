@@ -1,15 +1,17 @@
 //! stat, du, gc, fsck, scrub.
 
 use super::Session;
-use crate::api::Empty;
 use crate::api::storage::{
-    DuRequest, DuResult, DuRow, FsckResult, GcRequest, GcResult, ScrubRequest, ScrubResult, StatResult,
+    DuRequest, DuResult, DuRow, FsckRequest, FsckResult, GcRequest, GcResult, ScrubRequest, ScrubResult, StatResult,
 };
+use crate::api::{Empty, Event};
 use crate::autostart;
 use crate::cli::storage as args;
 use crate::code_of;
+use crate::daemon::work::{Reporter, Works};
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Paint, Table, facts, short};
+use crate::progress::Display;
 use crate::units;
 
 /// `layerctl stat`.
@@ -26,7 +28,7 @@ fn stat_text(result: &StatResult, paint: Paint) -> String {
             ("store", result.store.display().to_string()),
             ("names", units::count(result.names)),
             ("layers", units::count(result.layers)),
-            ("file sizes", format!("{} in all named stacks", units::size(result.apparent_bytes))),
+            ("file sizes", format!("{} in all named stacks", units::size(result.referenced_bytes))),
             ("dedup", times(result.dedup_ratio)),
             ("compression", times(result.compression_ratio)),
             ("packs", format!("{} in {}", units::size(result.pack_bytes), units::plural(result.packs, "file"))),
@@ -106,29 +108,62 @@ pub fn fsck(session: &Session, args: args::Fsck) -> Result<u8> {
                 Failure::new(Class::Busy, text).hint("stop it with `layerctl daemon stop` and repeat the command")
             );
         }
-        crate::daemon::ops::check::rebuild(session)?
+        rebuild_here(session)?
     } else {
-        session.work("fsck", &Empty {}, "checking")?
+        session.work("fsck", &FsckRequest { repair: args.repair }, "checking")?
     };
     session.output.answer(&result, |result| fsck_text(result, session.output.paint()))?;
     Ok(code_of(result.clean, Class::Corrupt))
 }
 
+/// Rebuilds the index in this process, with progress.
+fn rebuild_here(session: &Session) -> Result<FsckResult> {
+    let works = std::sync::Arc::new(Works::default());
+    let entry = works.begin("rebuild".to_owned(), true)?;
+    let (sender, mut events) = tokio::sync::mpsc::channel(64);
+    let reporter = Reporter::new(entry.work().clone(), sender);
+    let mut display = Display::new(session.output, "rebuilding the index");
+    std::thread::scope(|scope| {
+        let rebuilding = scope.spawn(|| crate::daemon::ops::check::rebuild(session, &reporter));
+        while !rebuilding.is_finished() {
+            display.update(entry.work().progress());
+            while let Ok(event) = events.try_recv() {
+                if let Event::Warning(text) = event {
+                    display.warn(&text);
+                }
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        display.finish();
+        rebuilding
+            .join()
+            .unwrap_or_else(|_| Err(Failure::new(Class::Failure, "rebuilding died of a mistake in this program")))
+    })
+}
+
 fn fsck_text(result: &FsckResult, paint: Paint) -> String {
-    let (names, chunks) = (units::plural(result.names, "name"), units::plural(result.chunks, "chunk"));
-    let (packs, took) = (units::plural(result.packs, "pack"), units::duration(result.seconds));
+    let (names, layers) = (units::plural(result.names, "name"), units::plural(result.layers, "layer"));
+    let (chunks, packs) = (units::plural(result.chunks, "chunk"), units::plural(result.packs, "pack"));
     let mut text = String::new();
     for problem in &result.problems {
-        text.push_str(&format!("{} {problem}\n", paint.red("problem:")));
+        let sign = if problem.repaired { paint.green("repaired:") } else { paint.red("problem:") };
+        text.push_str(&format!("{sign} {}: {}\n", problem.subject, problem.detail));
+        if !problem.names.is_empty() {
+            text.push_str(&format!("  affects {}\n", problem.names.join(", ")));
+        }
+    }
+    let untold = result.problem_count.saturating_sub(result.problems.len() as u64);
+    if untold > 0 {
+        text.push_str(&format!("and {} more\n", units::plural(untold, "problem")));
     }
     for name in &result.recovered {
         text.push_str(&format!("{} {name}\n", paint.yellow("recovered:")));
     }
-    let verdict = match result.problems.len() as u64 {
+    let verdict = match result.problem_count {
         0 => paint.green("clean"),
         count => paint.red(&units::plural(count, "problem")),
     };
-    text.push_str(&format!("{verdict}: {names}, {chunks}, {packs}, {took}\n"));
+    text.push_str(&format!("{verdict}: {names}, {layers}, {chunks}, {packs}, {}\n", units::duration(result.seconds)));
     text
 }
 
@@ -144,6 +179,9 @@ pub fn scrub(session: &Session, args: args::Scrub) -> Result<u8> {
 
 fn scrub_text(result: &ScrubResult, paint: Paint) -> String {
     let mut text = String::new();
+    for problem in &result.pack_problems {
+        text.push_str(&format!("{} {problem}\n", paint.red("problem:")));
+    }
     for damaged in &result.damaged {
         let state = if damaged.healed { paint.green("healed:") } else { paint.red("damaged:") };
         text.push_str(&format!("{state} {}  {}\n", damaged.id, damaged.detail));

@@ -103,7 +103,7 @@ where
 /// A route to an operation that reads the request's body; the request proper is in a header.
 pub fn upload<Q, A>(
     name: &'static str,
-    run: fn(&Context, Q, &mut dyn io::Read) -> Result<A>,
+    run: fn(&Context, Q, Box<dyn io::Read + Send>) -> Result<A>,
 ) -> MethodRouter<Arc<Daemon>>
 where
     Q: DeserializeOwned + Send + 'static,
@@ -117,8 +117,8 @@ where
                 Failure::invalid(format!("the header {} with the request in JSON is missing", api::HEADER_REQUEST))
             })?;
             let query: Q = parse(header.as_bytes())?;
-            let mut source = body_reader(request.into_body());
-            let started = start(daemon, name, Length::Long, move |context| run(context, query, &mut source))?;
+            let source = body_reader(request.into_body());
+            let started = start(daemon, name, Length::Long, move |context| run(context, query, source))?;
             if wants_events { Ok(events(started)) } else { whole(started).await }
         };
         with_version(answer.await.unwrap_or_else(|failure| failed(&failure)))
@@ -379,7 +379,7 @@ fn parse<Q: DeserializeOwned>(bytes: &[u8]) -> Result<Q> {
 }
 
 /// The bytes of `body` for a thread.
-fn body_reader(body: Body) -> impl io::Read + Send {
+fn body_reader(body: Body) -> Box<dyn io::Read + Send> {
     let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(PIECES);
     tokio::spawn(async move {
         let mut stream = body.into_data_stream();
@@ -390,7 +390,7 @@ fn body_reader(body: Body) -> impl io::Read + Send {
             }
         }
     });
-    PieceReader { receiver, current: Bytes::new() }
+    Box::new(PieceReader { receiver, current: Bytes::new() })
 }
 
 struct PieceReader {

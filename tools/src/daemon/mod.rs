@@ -121,15 +121,20 @@ fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
     served
 }
 
-/// Opens the store; waits for a predecessor to leave. None if another daemon answers for it.
-fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
+/// How the store is opened.
+pub fn store_options(settings: &Settings) -> StoreOptions {
     let defaults = StoreOptions::create();
-    let options = StoreOptions {
+    StoreOptions {
         cache_bytes: settings.cache_bytes.map_or(defaults.cache_bytes, |bytes| bytes as usize),
         compression_level: settings.compression.unwrap_or(defaults.compression_level),
         threads: settings.threads.unwrap_or(defaults.threads),
         ..defaults
-    };
+    }
+}
+
+/// Opens the store; waits for a predecessor to leave. None if another daemon answers for it.
+fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
+    let options = store_options(settings);
     let began = Instant::now();
     loop {
         match Store::open(&settings.store, options) {

@@ -1,10 +1,152 @@
-//! Keeping the store well: fsck, scrub, gc.
+//! Keeping the store well: stat, gc, fsck, scrub, and rebuilding the index without a daemon.
 
-use crate::api::storage::FsckResult;
+use std::time::Instant;
+
+use layerfs::monitor::Monitor;
+use layerfs::store::{FsckOptions, GcOptions, Problem};
+
+use super::inspect::serde_text;
+use crate::api::Empty;
+use crate::api::storage::{
+    ClassStat, DamagedChunk, FsckRequest, FsckResult, GcRequest, GcResult, ProblemInfo, ScrubRequest, ScrubResult,
+    StatResult,
+};
 use crate::commands::Session;
+use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
+use crate::units;
 
-/// Rebuilds the index from the packs, without a daemon.
-pub fn rebuild(_: &Session) -> Result<FsckResult> {
-    Err(Failure::new(Class::Unsupported, "rebuilding is not in this build"))
+/// `/v1/stat`.
+pub fn stat(context: &Context, _: Empty) -> Result<StatResult> {
+    let stat = context.daemon.store.stat(&*context.reporter)?;
+    let class = |class: &layerfs::store::ClassStat| ClassStat {
+        class: serde_text(&class.class),
+        chunks: class.chunks,
+        plain_bytes: class.plain_bytes,
+        stored_bytes: class.stored_bytes,
+    };
+    Ok(StatResult {
+        store: context.daemon.settings.store.clone(),
+        names: stat.names,
+        layers: stat.layers,
+        chunks: stat.chunks,
+        plain_bytes: stat.plain_bytes,
+        stored_bytes: stat.stored_bytes,
+        classes: stat.classes.iter().map(class).collect(),
+        packs: stat.packs,
+        pack_bytes: stat.pack_bytes,
+        dead_bytes: stat.dead_bytes,
+        referenced_bytes: stat.referenced_bytes,
+        dedup_ratio: known(stat.dedup_ratio),
+        compression_ratio: known(stat.compression_ratio),
+    })
+}
+
+/// Of an empty store nothing can be said.
+fn known(ratio: f64) -> Option<f64> {
+    (ratio.is_finite() && ratio > 0.0).then_some((ratio * 1000.0).round() / 1000.0)
+}
+
+/// `/v1/gc`.
+pub fn gc(context: &Context, request: GcRequest) -> Result<GcResult> {
+    let started = Instant::now();
+    let report = context.daemon.store.gc(&*context.reporter, GcOptions { dry_run: request.dry_run })?;
+    Ok(GcResult {
+        dry_run: request.dry_run,
+        live_layers: report.live_layers,
+        live_chunks: report.live_chunks,
+        freed_chunks: report.dead_chunks,
+        dead_bytes: report.dead_bytes,
+        freed_bytes: report.freed_bytes,
+        packs_removed: report.packs_removed,
+        packs_rewritten: report.packs_rewritten,
+        seconds: units::seconds(started.elapsed()),
+    })
+}
+
+/// `/v1/fsck`.
+pub fn fsck(context: &Context, request: FsckRequest) -> Result<FsckResult> {
+    let started = Instant::now();
+    let report = context.daemon.store.fsck(&*context.reporter, FsckOptions { repair: request.repair })?;
+    let problem = |problem: &Problem| ProblemInfo {
+        kind: serde_text(&problem.kind),
+        subject: problem.subject.clone(),
+        detail: problem.detail.clone(),
+        names: problem.names.clone(),
+        repaired: problem.repaired,
+    };
+    Ok(FsckResult {
+        clean: report.is_clean(),
+        names: report.names,
+        layers: report.layers,
+        chunks: report.chunks,
+        packs: report.packs,
+        problems: report.problems.iter().map(problem).collect(),
+        problem_count: report.problem_count,
+        recovered: Vec::new(),
+        seconds: units::seconds(started.elapsed()),
+    })
+}
+
+/// `/v1/scrub`.
+pub fn scrub(context: &Context, request: ScrubRequest) -> Result<ScrubResult> {
+    if let Some(peer) = &request.heal {
+        // A wrong name is told before everything has been read.
+        context.daemon.peering.node().peers().get(peer)?;
+    }
+    let started = Instant::now();
+    let report = context.daemon.store.scrub(&*context.reporter)?;
+    let damaged = |chunk: &layerfs::store::DamagedChunk| DamagedChunk {
+        id: chunk.id.to_string(),
+        detail: chunk.detail.clone(),
+        needed_by: chunk.names.clone(),
+        healed: false,
+    };
+    Ok(ScrubResult {
+        clean: report.is_clean(),
+        chunks: report.chunks,
+        bytes: report.plain_bytes,
+        pack_problems: report.pack_problems.clone(),
+        damaged: report.damaged.iter().map(damaged).collect(),
+        healed: 0,
+        seconds: units::seconds(started.elapsed()),
+    })
+}
+
+/// Rebuilds the index from the packs. No daemon may run; the store's lock sees to that.
+pub fn rebuild(session: &Session, monitor: &dyn Monitor) -> Result<FsckResult> {
+    let started = Instant::now();
+    let settings = &session.settings;
+    if !settings.store.join("format").exists() {
+        let text = format!("there is no store at {}", settings.store.display());
+        return Err(Failure::new(Class::NotFound, text));
+    }
+    let options = crate::daemon::store_options(settings);
+    let report = layerfs::store::rebuild(&settings.store, options, monitor)?;
+    let problem = |detail: &String| ProblemInfo {
+        kind: "pack-damaged".to_owned(),
+        subject: "packs".to_owned(),
+        detail: detail.clone(),
+        names: Vec::new(),
+        repaired: false,
+    };
+    let mut problems: Vec<ProblemInfo> = report.pack_problems.iter().map(problem).collect();
+    if report.damaged_chunks > 0 {
+        problems
+            .push(problem(&format!("{} are damaged and were left out", units::plural(report.damaged_chunks, "chunk"))));
+    }
+    if !report.records_kept {
+        problems.push(problem(&"the old index could not be read: names, uppers, mounts and peers are lost".to_owned()));
+    }
+    Ok(FsckResult {
+        clean: problems.is_empty(),
+        names: report.recovered.len() as u64,
+        layers: 0,
+        chunks: report.chunks,
+        packs: report.packs,
+        problem_count: problems.len() as u64,
+        problems,
+        recovered: report.recovered,
+        seconds: units::seconds(started.elapsed()),
+    })
 }

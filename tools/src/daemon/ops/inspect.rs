@@ -79,7 +79,12 @@ fn entry(path: PathText, inode: &Inode) -> EntryInfo {
 
 /// A kind as the API writes it.
 pub fn kind_text(kind: FileKind) -> String {
-    serde_json::to_value(kind).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+    serde_text(&kind)
+}
+
+/// What serializes as a string, as that string.
+pub fn serde_text<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn send_folder(context: &Context, view: &View, folder: Ino) -> Result<()> {

@@ -1,12 +1,12 @@
 //! The operations of the control API. Each is a function from a request to an answer; this table is all of them.
 
 pub mod check;
+pub mod export;
 pub mod inspect;
 pub mod layers;
 pub mod mounts;
 pub mod peers;
 pub mod storage;
-pub mod transfer;
 
 use std::sync::Arc;
 
@@ -31,8 +31,19 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/remove", operation("remove", Short, layers::remove))
         .route("/v1/inspect", operation("inspect", Long, inspect::inspect))
         .route("/v1/diff", operation("diff", Long, inspect::diff))
-        .route("/v1/export", operation("export", Long, transfer::export))
-        .route("/v1/export-stream", download("export", transfer::export_stream))
+        .route("/v1/push", operation("push", Long, peers::push))
+        .route("/v1/pull", operation("pull", Long, peers::pull))
+        .route("/v1/peers", operation("peers", Short, peers::list))
+        .route("/v1/peer-add", operation("peer-add", Short, peers::add))
+        .route("/v1/peer-probe", operation("peer-probe", Short, peers::probe))
+        .route("/v1/peer-remove", operation("peer-remove", Short, peers::remove))
+        .route("/v1/peer-id", operation("peer-id", Short, peers::id))
+        .route("/v1/export", operation("export", Long, export::export))
+        .route("/v1/export-stream", download("export", export::export_stream))
+        .route("/v1/stat", operation("stat", Long, check::stat))
+        .route("/v1/gc", operation("gc", Long, check::gc))
+        .route("/v1/fsck", operation("fsck", Long, check::fsck))
+        .route("/v1/scrub", operation("scrub", Long, check::scrub))
         .route("/v1/du", operation("du", Long, storage::du))
         .route("/v1/why", operation("why", Long, storage::why))
 }

@@ -1,16 +1,43 @@
 //! Peers, the listener, push and pull.
+//!
+//! The listener is there when it was asked for, or as soon as there is a peer. A port that is taken is fatal only if
+//! the user named it.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
+use layerfs::LayerName;
 use layerfs::store::Store;
+use migrator::TransferReport;
+use migrator::peers::{Visible, normalize_address};
+use migrator::{Fingerprint, Listener, Node, NodeOptions, Peer, PeerName, PublicKey, PullOptions, PushOptions, Rights};
+use tokio::sync::Mutex;
 
-use crate::config::Listen;
-use crate::failure::Result;
+use super::layers::{layer_name, resolve, with_force_hint};
+use crate::api::Empty;
+use crate::api::peers::{
+    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, ProbeRequest, ProbeResult, StrangerInfo,
+    TransferRequest, TransferResult,
+};
+use crate::config::{DEFAULT_PORT, Listen};
+use crate::daemon::http::Context;
+use crate::failure::{Class, Failure, Result, describe};
+
+impl From<migrator::Error> for Failure {
+    fn from(error: migrator::Error) -> Failure {
+        match error {
+            migrator::Error::Store(error) => error.into(),
+            other => Failure::new(other.class().into(), describe(&other)),
+        }
+    }
+}
 
 /// The daemon's side of the network.
-#[derive(Debug)]
 pub struct Peering {
+    node: Node,
     listen: Listen,
+    listener: Mutex<Option<Listener>>,
+    status: parking_lot::Mutex<ListenStatus>,
 }
 
 /// Where the listener is.
@@ -24,18 +51,59 @@ pub struct ListenStatus {
 
 impl Peering {
     /// No listener yet.
-    pub fn new(_: &Arc<Store>, listen: Listen) -> Result<Peering> {
-        Ok(Peering { listen })
+    pub fn new(store: &Arc<Store>, listen: Listen) -> Result<Peering> {
+        let node = Node::open(store.clone(), NodeOptions::default())?;
+        Ok(Peering { node, listen, listener: Mutex::default(), status: parking_lot::Mutex::default() })
     }
 
-    /// Listens, if there is reason to.
+    /// Listens, if there is reason to and it doesn't yet.
+    ///
+    /// # Errors
+    /// If the user named the address, and it can't be had.
     pub async fn start(&self) -> Result<()> {
-        tracing::debug!(listen = ?self.listen, "peering");
-        Ok(())
+        let mut listener = self.listener.lock().await;
+        if listener.is_some() {
+            return Ok(());
+        }
+        let bound = match &self.listen {
+            Listen::Off => return Ok(()),
+            Listen::At(address) => {
+                let address: SocketAddr =
+                    address.parse().map_err(|_| Failure::invalid(format!("{address:?} is no address to listen on")))?;
+                self.node.listen(address).await
+            }
+            Listen::WhenPeersExist if self.node.peers().list()?.is_empty() => return Ok(()),
+            Listen::WhenPeersExist => match self.node.listen(SocketAddr::from(([0u16; 8], DEFAULT_PORT))).await {
+                Ok(listener) => Ok(listener),
+                // There may be no IPv6.
+                Err(_) => self.node.listen(SocketAddr::from(([0u8; 4], DEFAULT_PORT))).await,
+            },
+        };
+        match bound {
+            Ok(bound) => {
+                tracing::info!("listens for peers on {}", bound.address());
+                *self.status.lock() = ListenStatus { listening: Some(bound.address().to_string()), error: None };
+                *listener = Some(bound);
+                Ok(())
+            }
+            Err(error) if self.listen == Listen::WhenPeersExist => {
+                let error = describe(&error);
+                tracing::warn!("does not listen for peers: {error}");
+                *self.status.lock() = ListenStatus { listening: None, error: Some(error) };
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Stops to listen.
-    pub async fn stop(&self) {}
+    pub async fn stop(&self) {
+        let listener = self.listener.lock().await.take();
+        *self.status.lock() = ListenStatus::default();
+        if let Some(listener) = listener {
+            listener.close().await;
+        }
+    }
 
     /// Whether it listens.
     pub fn is_listening(&self) -> bool {
@@ -44,6 +112,150 @@ impl Peering {
 
     /// Where it listens.
     pub fn status(&self) -> ListenStatus {
-        ListenStatus::default()
+        self.status.lock().clone()
+    }
+
+    /// The node, for healing.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+}
+
+/// `/v1/push`.
+pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResult> {
+    context.label(format!("push {} to {}", request.names.join(" "), request.peer));
+    let node = context.daemon.peering.node();
+    for name in &request.names {
+        // For its suggestions.
+        resolve(&context.daemon.store, name)?;
+    }
+    let names = names(&request)?;
+    let options = PushOptions { force: request.force };
+    let pushed = context.block_on(node.push(&names, &request.peer, options, context.reporter.clone()));
+    finish(pushed, &request, "--force replaces it there")
+}
+
+/// `/v1/pull`.
+pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResult> {
+    context.label(format!("pull {} from {}", request.names.join(" "), request.peer));
+    let node = context.daemon.peering.node();
+    let names = names(&request)?;
+    let options = PullOptions { force: request.force };
+    let pulled = context.block_on(node.pull(&names, &request.peer, options, context.reporter.clone()));
+    finish(pulled, &request, "--force replaces it")
+}
+
+fn names(request: &TransferRequest) -> Result<Vec<LayerName>> {
+    request.names.iter().map(|name| layer_name(name)).collect()
+}
+
+fn finish(
+    outcome: migrator::Result<TransferReport>,
+    request: &TransferRequest,
+    force_hint: &str,
+) -> Result<TransferResult> {
+    let report = outcome.map_err(|error| {
+        let failure = with_force_hint(error.into(), force_hint);
+        let is_unknown = failure.class == Class::NotFound && failure.message.starts_with("peer ");
+        if is_unknown { failure.hint("`layerctl peer list` shows the peers that there are") } else { failure }
+    })?;
+    Ok(TransferResult {
+        names: report.names.iter().map(LayerName::to_string).collect(),
+        peer: request.peer.clone(),
+        layers_sent: report.layers_sent,
+        chunks_sent: report.chunks_sent,
+        chunks_reused: report.chunks_reused,
+        bytes_sent: report.bytes_sent,
+        bytes_received: report.bytes_received,
+        seconds: report.seconds,
+        phases: report.phases.iter().map(|phase| (phase.name.to_owned(), phase.seconds)).collect(),
+    })
+}
+
+/// `/v1/peer-add`.
+pub fn add(context: &Context, request: PeerAddRequest) -> Result<PeerInfo> {
+    let peering = &context.daemon.peering;
+    let peers = peering.node.peers();
+    let name = PeerName::new(&request.name)?;
+    let visible = if request.visible.is_empty() { Visible::All } else { Visible::Matching(request.visible) };
+    let key: PublicKey = request.key.parse()?;
+    if key == peering.node.public_key() {
+        return Err(Failure::invalid("that is this host's own key").hint("run `layerctl peer id` on the other host"));
+    }
+    let peer = Peer {
+        name: name.clone(),
+        address: request.address.as_deref().map(normalize_address).transpose()?,
+        key,
+        rights: Rights { push: request.allow_push, pull: request.allow_pull, visible },
+    };
+    if request.force && peers.get(name.as_str()).is_ok() {
+        peers.remove(name.as_str())?;
+    }
+    let added =
+        peers.add(peer).map_err(|error| with_force_hint(error.into(), "--force replaces what is known of it"))?;
+    context.block_on(peering.start())?;
+    Ok(info(&added))
+}
+
+/// `/v1/peer-probe`: the key that a host shows.
+pub fn probe(context: &Context, request: ProbeRequest) -> Result<ProbeResult> {
+    let key = context.block_on(context.daemon.peering.node.probe(&request.address))?;
+    Ok(ProbeResult { key: key.to_string(), fingerprint: key.fingerprint().to_string() })
+}
+
+/// `/v1/peers`.
+pub fn list(context: &Context, _: Empty) -> Result<PeerList> {
+    let node = &context.daemon.peering.node;
+    let stranger = |stranger: migrator::node::Stranger| StrangerInfo {
+        address: stranger.address.to_string(),
+        key: stranger.key.to_string(),
+        fingerprint: stranger.key.fingerprint().to_string(),
+    };
+    Ok(PeerList {
+        peers: node.peers().list()?.iter().map(info).collect(),
+        strangers: node.strangers().into_iter().map(stranger).collect(),
+    })
+}
+
+/// `/v1/peer-remove`: all of the names, or none.
+pub fn remove(context: &Context, request: PeerRemoveRequest) -> Result<PeerList> {
+    let peering = &context.daemon.peering;
+    let peers = peering.node.peers();
+    let found = request.names.iter().map(|name| Ok(peers.get(name)?)).collect::<Result<Vec<Peer>>>()?;
+    for peer in &found {
+        peers.remove(peer.name.as_str())?;
+    }
+    if peering.listen == Listen::WhenPeersExist && peers.list()?.is_empty() {
+        context.block_on(peering.stop());
+    }
+    Ok(PeerList { peers: found.iter().map(info).collect(), strangers: Vec::new() })
+}
+
+/// `/v1/peer-id`.
+pub fn id(context: &Context, _: Empty) -> Result<Identity> {
+    let peering = &context.daemon.peering;
+    let listening = peering.status().listening.and_then(|address| address.parse::<SocketAddr>().ok());
+    let fingerprint: Fingerprint = peering.node.fingerprint();
+    Ok(Identity {
+        key: peering.node.public_key().to_string(),
+        fingerprint: fingerprint.to_string(),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        port: listening.map_or(DEFAULT_PORT, |address| address.port()),
+        listening: listening.map(|address| address.to_string()),
+    })
+}
+
+fn info(peer: &Peer) -> PeerInfo {
+    PeerInfo {
+        name: peer.name.to_string(),
+        address: peer.address.clone(),
+        key: peer.key.to_string(),
+        fingerprint: peer.key.fingerprint().to_string(),
+        allow_push: peer.rights.push,
+        allow_pull: peer.rights.pull,
+        visible: match &peer.rights.visible {
+            Visible::All => Vec::new(),
+            Visible::Matching(patterns) => patterns.clone(),
+        },
     }
 }

@@ -1,4 +1,4 @@
-//! Ways in and out: import, export.
+//! The way out: export.
 
 use std::io::Write;
 use std::time::Instant;
