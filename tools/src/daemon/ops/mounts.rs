@@ -1,36 +1,342 @@
-//! The mounts.
+//! The mounts: mount, umount, mounts, seal, uppers.
+//!
+//! The library keeps what must survive; here is which mounts this daemon serves. A mount that ends by somebody's
+//! `umount` drops out of the table at the next look. Invariant: no lock is held while the kernel or the disk is asked.
 
+use std::collections::BTreeMap;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
+use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
+use layerfs::seal::{self, SealOptions};
 use layerfs::store::Store;
+use layerfs::upper::{self, UpperRecord, UpperSize};
+use layerfs::{LayerId, LayerName, UpperId};
+use parking_lot::Mutex;
 
-use crate::failure::Result;
+use super::layers::{Catalog, expect, layer_name, resolve, with_force_hint};
+use crate::api::mounts::{
+    MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, Unmounted, UpperInfo,
+    UpperList, UppersRemoveRequest,
+};
+use crate::api::{Empty, Timestamp};
+use crate::daemon::http::Context;
+use crate::failure::{Class, Failure, Result};
+use crate::units;
 
 /// The daemon's mounts.
-#[derive(Debug)]
-pub struct Mounts;
+pub struct Mounts {
+    table: Mutex<BTreeMap<PathBuf, Served>>,
+}
+
+/// A mount that this daemon serves.
+#[derive(Clone)]
+struct Served {
+    mount: Arc<Mount>,
+    /// It was brought back, and nobody has asked for it since: fstab may.
+    is_unclaimed: bool,
+}
 
 impl Mounts {
-    /// None yet.
-    pub fn new(_: &Arc<Store>) -> Result<Mounts> {
-        Ok(Mounts)
+    /// None yet. What uppers and recorded mounts lie on is kept from now on.
+    pub fn new(store: &Arc<Store>) -> Result<Mounts> {
+        mount::attach(store)?;
+        Ok(Mounts { table: Mutex::default() })
     }
 
-    /// Mounts again what was mounted when the last daemon died.
-    pub fn bring_back(&self, _: &Arc<Store>) {}
+    /// Mounts again what was mounted when the last daemon ended.
+    pub fn bring_back(&self, store: &Arc<Store>) {
+        let restored = match mount::restore(store) {
+            Ok(restored) => restored,
+            Err(error) => return tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error)),
+        };
+        for (record, outcome) in restored {
+            let dir = record.dir.display();
+            match outcome {
+                Ok(mount) => {
+                    tracing::info!("{} is mounted on {dir} again", record.source);
+                    let served = Served { mount, is_unclaimed: true };
+                    self.table.lock().insert(record.dir.clone(), served);
+                }
+                Err(error) => {
+                    tracing::error!("{} cannot be mounted on {dir} again: {}", record.source, crate::failure::describe(&error));
+                }
+            }
+        }
+    }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        0
+        let mut table = self.table.lock();
+        table.retain(|_, served| !served.mount.has_ended());
+        table.len()
     }
 
-    /// The layer and the path in it of something in a mount.
-    pub fn locate(&self, path: &std::path::Path) -> Result<(layerfs::LayerId, Vec<u8>)> {
-        Err(layerfs::Error::NotFound { what: "mount of", name: path.display().to_string() }.into())
+    fn all(&self) -> Vec<Arc<Mount>> {
+        let mut table = self.table.lock();
+        table.retain(|_, served| !served.mount.has_ended());
+        table.values().map(|served| served.mount.clone()).collect()
     }
 
-    /// Unmounts all; `lazy` detaches what is in use.
-    pub fn unmount_all(&self, _lazy: bool) -> Result<()> {
-        Ok(())
+    fn get(&self, dir: &Path) -> Result<Arc<Mount>> {
+        let found = self.table.lock().get(dir).map(|served| served.mount.clone());
+        found.filter(|mount| !mount.has_ended()).ok_or_else(|| {
+            let text = format!("nothing of this store is mounted at {}", dir.display());
+            Failure::new(Class::NotFound, text).hint("`layerctl mounts` shows what is")
+        })
     }
+
+    /// The layer and the path in it of something in a mount. What the upper has changed isn't seen.
+    pub fn locate(&self, path: &Path) -> Result<(LayerId, Vec<u8>)> {
+        let mount = self.all().into_iter().find(|mount| path.starts_with(&mount.record().dir));
+        let found = mount.as_ref().and_then(|mount| {
+            let below = path.strip_prefix(&mount.record().dir).ok()?;
+            Some((mount.info()?.base?, below.as_os_str().as_bytes().to_vec()))
+        });
+        found.ok_or_else(|| {
+            let text = format!("{} is in no mount of this store", path.display());
+            Failure::new(Class::NotFound, text).hint("write a path of a layer as NAME:/PATH")
+        })
+    }
+
+    /// Unmounts all, to be mounted again by the next daemon; `lazy` detaches what is in use.
+    pub fn unmount_all(&self, lazy: bool) -> Result<()> {
+        let mut failures = Vec::new();
+        for mount in self.all() {
+            let mut ended = mount.unmount(&UnmountOptions { keep_record: true, ..UnmountOptions::default() });
+            if ended.is_err() && lazy {
+                ended = mount.unmount(&UnmountOptions { lazy: true, keep_record: true, discard_upper: false });
+            }
+            if let Err(error) = ended {
+                tracing::warn!("{}", crate::failure::describe(&error));
+                failures.push(Failure::from(error));
+            }
+        }
+        match failures.into_iter().next() {
+            None => Ok(()),
+            Some(failure) => Err(failure.hint("close what uses it, or detach it with `layerctl daemon stop --force`")),
+        }
+    }
+}
+
+/// `/v1/mount`.
+pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
+    let daemon = &context.daemon;
+    context.label(format!("mount {}", request.layer));
+    let layer = resolve(&daemon.store, &request.layer)?;
+    if let Some(info) = claim(context, &request, layer)? {
+        return Ok(info);
+    }
+    let upper = upper_choice(&daemon.store, &request)?;
+    let options = MountOptions { upper, ..MountOptions::default() };
+    let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
+    let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
+    let dir = mount.record().dir.clone();
+    let info = describe(&Catalog::read(&daemon.store)?, &mount)?;
+    daemon.mounts.table.lock().insert(dir, Served { mount, is_unclaimed: false });
+    Ok(info)
+}
+
+/// A mount that was brought back and is now asked for in the same way, as fstab does after a crash.
+fn claim(context: &Context, request: &MountRequest, layer: LayerId) -> Result<Option<MountInfo>> {
+    let mounts = &context.daemon.mounts;
+    let served = mounts.table.lock().get(&request.dir).cloned();
+    let Some(served) = served.filter(|served| served.is_unclaimed && !served.mount.has_ended()) else { return Ok(None) };
+    let Some(known) = served.mount.info() else { return Ok(None) };
+    let upper = known.upper_record.as_ref().and_then(|record| record.name.as_ref()).map(LayerName::as_str);
+    let is_same = known.record.source == request.layer || known.base == Some(layer);
+    if !is_same || upper != request.upper.as_deref() || known.record.upper.is_none() != request.read_only {
+        return Ok(None);
+    }
+    if let Some(served) = mounts.table.lock().get_mut(&request.dir) {
+        served.is_unclaimed = false;
+    }
+    Ok(Some(describe(&Catalog::read(&context.daemon.store)?, &served.mount)?))
+}
+
+fn upper_choice(store: &Arc<Store>, request: &MountRequest) -> Result<UpperChoice> {
+    match (&request.upper, request.read_only) {
+        (Some(_), true) => Err(Failure::invalid("a read-only mount has no upper")),
+        (None, true) => Ok(UpperChoice::ReadOnly),
+        (None, false) => Ok(UpperChoice::Fresh),
+        (Some(text), false) => {
+            let name = layer_name(text).map_err(|_| Failure::invalid(format!("{text:?} is no name for an upper")))?;
+            // A number stands for a nameless upper, unless one is called so.
+            match text.parse().map(UpperId) {
+                Ok(id) if upper::find(store.db(), &name)?.is_none() && upper::record(store.db(), id)?.is_some() => {
+                    Ok(UpperChoice::Existing(id))
+                }
+                _ => Ok(UpperChoice::Named(name)),
+            }
+        }
+    }
+}
+
+fn with_ways_out(failure: Failure, request: &MountRequest) -> Failure {
+    if failure.class == Class::Denied && !Path::new("/dev/fuse").exists() {
+        return failure.hint("/dev/fuse is missing: `modprobe fuse`, or give the container that device");
+    }
+    if failure.class == Class::NotFound && !request.dir.exists() {
+        return failure.hint(format!("make the folder first: mkdir -p {}", request.dir.display()));
+    }
+    failure
+}
+
+fn describe(catalog: &Catalog, mount: &Mount) -> Result<MountInfo> {
+    let record = mount.record();
+    let info = mount.info().ok_or_else(|| Failure::new(Class::NotFound, "the mount has ended meanwhile"))?;
+    let layer_name = info.base.and_then(|base| {
+        let names = catalog.names_of(base);
+        if names.contains(&record.source) { Some(record.source.clone()) } else { names.into_iter().next() }
+    });
+    Ok(MountInfo {
+        dir: record.dir.clone(),
+        layer: info.base.map(|base| base.to_string()).unwrap_or_default(),
+        layer_name,
+        read_only: record.upper.is_none(),
+        upper: record.upper.map(|id| id.0),
+        upper_name: info.upper_record.and_then(|record| record.name).map(|name| name.to_string()),
+        since: Timestamp(units::now() - info.seconds as i64),
+    })
+}
+
+/// `/v1/mounts`.
+pub fn list(context: &Context, _: Empty) -> Result<MountList> {
+    let catalog = Catalog::read(&context.daemon.store)?;
+    let mounts = context.daemon.mounts.all();
+    // One that ends just now is no mount.
+    Ok(MountList { mounts: mounts.iter().filter_map(|mount| describe(&catalog, mount).ok()).collect() })
+}
+
+/// `/v1/umount`.
+pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult> {
+    let mounts = &context.daemon.mounts;
+    let chosen = match request.all {
+        true => mounts.all(),
+        false => request.dirs.iter().map(|dir| mounts.get(dir)).collect::<Result<_>>()?,
+    };
+    let mut unmounted = Vec::new();
+    for mount in chosen {
+        let record = mount.record();
+        let is_clean = mount.fs().is_some_and(|fs| seal::is_clean(&fs));
+        let kept = record.upper.filter(|_| !request.discard && !is_clean);
+        let options =
+            UnmountOptions { lazy: request.lazy, keep_record: false, discard_upper: request.discard || is_clean };
+        mount.unmount(&options).map_err(|error| match error {
+            layerfs::Error::Busy(_) => Failure::from(error).hint(users(&record.dir)),
+            other => other.into(),
+        })?;
+        let catalog = Catalog::read(&context.daemon.store)?;
+        let kept_upper = match kept.map(|id| upper::record(context.daemon.store.db(), id)).transpose()?.flatten() {
+            Some(upper) => Some(upper_info(context, &catalog, &upper)?),
+            None => None,
+        };
+        unmounted.push(Unmounted { dir: record.dir.clone(), kept_upper });
+    }
+    Ok(UmountResult { unmounted })
+}
+
+/// Which processes use a mount, as a way out.
+fn users(dir: &Path) -> String {
+    let mut users = Vec::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let links = ["cwd", "root", "exe"].map(|name| process.path().join(name));
+        let files = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten().map(|fd| fd.path());
+        let is_inside = |link: PathBuf| std::fs::read_link(link).is_ok_and(|target| target.starts_with(dir));
+        if links.into_iter().chain(files).any(is_inside) {
+            let command = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            users.push(format!("{pid} ({})", command.trim()));
+        }
+    }
+    if users.is_empty() {
+        return "--lazy detaches it now, and it ends when nothing uses it any more".to_owned();
+    }
+    format!("used by process {}; --lazy detaches it now", users.join(", "))
+}
+
+/// `/v1/seal`.
+pub fn seal(context: &Context, request: SealRequest) -> Result<SealResult> {
+    context.label(format!("seal {}", request.name));
+    let started = Instant::now();
+    let daemon = &context.daemon;
+    let mount = daemon.mounts.get(&request.dir)?;
+    let options = SealOptions {
+        name: layer_name(&request.name)?,
+        expect: expect(request.force),
+        kind: request.kind.unwrap_or(crate::cli::layers::Kind::Application).into(),
+    };
+    let report = mount
+        .seal(&options, &*context.reporter)
+        .map_err(|error| with_force_hint(error.into(), "--force moves the name to the new layer"))?;
+    let (info, _) = Catalog::read(&daemon.store)?.info(report.layer)?;
+    Ok(SealResult {
+        name: request.name,
+        id: report.layer.to_string(),
+        unchanged: !report.is_new,
+        inodes: report.inodes,
+        dentries: report.dentries,
+        file_bytes: info.file_bytes,
+        bytes_stored: report.stored.new_stored_bytes,
+        seconds: units::seconds(started.elapsed()),
+    })
+}
+
+/// `/v1/uppers`.
+pub fn uppers(context: &Context, _: Empty) -> Result<UpperList> {
+    let catalog = Catalog::read(&context.daemon.store)?;
+    let records = upper::list(context.daemon.store.db())?;
+    let uppers = records.iter().map(|record| upper_info(context, &catalog, record)).collect::<Result<_>>()?;
+    Ok(UpperList { uppers })
+}
+
+fn upper_info(context: &Context, catalog: &Catalog, record: &UpperRecord) -> Result<UpperInfo> {
+    let mounted = context.daemon.mounts.all().into_iter().find(|mount| mount.record().upper == Some(record.id));
+    let UpperSize { inodes, allocated_bytes, .. } = upper::size(&context.daemon.store, record.id)?;
+    Ok(UpperInfo {
+        id: record.id.0,
+        name: record.name.as_ref().map(LayerName::to_string),
+        base: record.base.map(|base| base.to_string()).unwrap_or_default(),
+        base_name: record.base.and_then(|base| catalog.name_of(base)),
+        created: record.created.into(),
+        mounted_at: mounted.map(|mount| mount.record().dir.clone()),
+        inodes,
+        data_bytes: allocated_bytes,
+    })
+}
+
+/// `/v1/uppers-remove`.
+pub fn uppers_remove(context: &Context, request: UppersRemoveRequest) -> Result<UpperList> {
+    let store = &context.daemon.store;
+    let catalog = Catalog::read(store)?;
+    let mut chosen = Vec::new();
+    for text in &request.uppers {
+        chosen.push(upper_info(context, &catalog, &find_upper(store, text)?)?);
+    }
+    if let Some(UpperInfo { mounted_at: Some(dir), .. }) = chosen.iter().find(|upper| upper.mounted_at.is_some()) {
+        let text = format!("the upper is mounted at {}", dir.display());
+        return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {}` first", dir.display())));
+    }
+    for info in &chosen {
+        upper::remove(store, UpperId(info.id))?;
+    }
+    Ok(UpperList { uppers: chosen })
+}
+
+/// The upper of this name, or else of this number.
+fn find_upper(store: &Arc<Store>, text: &str) -> Result<UpperRecord> {
+    let by_name = match LayerName::new(text) {
+        Ok(name) => upper::find(store.db(), &name)?,
+        Err(_) => None,
+    };
+    let by_number = match (&by_name, text.parse().map(UpperId)) {
+        (None, Ok(id)) => upper::record(store.db(), id)?,
+        _ => None,
+    };
+    by_name.or(by_number).ok_or_else(|| {
+        let failure = Failure::from(layerfs::Error::NotFound { what: "upper", name: text.to_owned() });
+        failure.hint("`layerctl uppers` shows the uppers that there are")
+    })
 }
