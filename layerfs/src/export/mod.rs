@@ -6,7 +6,7 @@
 //! exporter writes depends on the layer alone (tar and OCI are deterministic, byte for byte); memory is bounded,
 //! whatever the tree.
 
-mod acl;
+pub(crate) mod acl;
 mod attrs;
 mod compress;
 mod feed;

@@ -1,0 +1,162 @@
+//! Archives as tar programs write them.
+
+use super::*;
+
+/// What an archive can hold of a tree: no sockets.
+fn without_sockets(mut tree: BTreeMap<Vec<u8>, What>) -> BTreeMap<Vec<u8>, What> {
+    tree.retain(|_, what| what.mode & libc::S_IFMT != libc::S_IFSOCK);
+    tree
+}
+
+#[test]
+fn archives_of_every_kind_come_back_as_the_folder_was() {
+    let bench = Bench::new();
+    zoo(&bench.src());
+    let expected = without_sockets(host_tree(&bench.src()));
+    let xattrs = if is_root() { "--xattrs --xattrs-include='*' --acls" } else { "--xattrs" };
+    let mut ids = Vec::new();
+    for options in [
+        "--format=posix".to_owned(),
+        "--format=posix -S --sparse-version=0.0".to_owned(),
+        "--format=posix -S --sparse-version=0.1".to_owned(),
+        "--format=posix -S --sparse-version=1.0".to_owned(),
+    ] {
+        sh(&format!("tar -C src --numeric-owner {xattrs} {options} -cf a.tar . 2>/dev/null"), bench.folder.path());
+        let options = ImportOptions::new(name(&format!("n{}", ids.len())));
+        let report = bench.try_import(&bench.path("a.tar"), &options).unwrap();
+        assert_eq!(report.format, Format::Tar);
+        assert_same(&bench.tree(bench.top(&report)), &expected);
+        ids.push(bench.top(&report));
+    }
+    assert!(ids.iter().all(|id| *id == ids[0]));
+}
+
+#[test]
+fn gnu_archives_keep_all_but_xattrs_and_nanoseconds() {
+    let bench = Bench::new();
+    zoo(&bench.src());
+    let mut expected = without_sockets(host_tree(&bench.src()));
+    for what in expected.values_mut() {
+        what.xattrs.clear();
+        what.mtime.1 = 0;
+    }
+    for (number, options) in ["--format=gnu", "--format=gnu -S", "--format=oldgnu -S"].iter().enumerate() {
+        sh(&format!("tar -C src --numeric-owner {options} -cf a.tar . 2>/dev/null"), bench.folder.path());
+        let report = bench.import(&bench.path("a.tar"), &format!("n{number}"));
+        assert_same(&bench.tree(bench.top(&report)), &expected);
+        assert!(!options.contains("-S") || report.read_bytes < 3_300_000, "{report:?}");
+    }
+}
+
+#[test]
+fn order_and_compression_and_the_way_in_do_not_matter() {
+    let bench = Bench::new();
+    zoo(&bench.src());
+    fs::remove_file(bench.src().join("socket")).unwrap();
+    let xattrs = if is_root() { "--xattrs --xattrs-include='*' --acls" } else { "--xattrs" };
+    let tar = format!("tar --format=posix --numeric-owner {xattrs} --no-recursion");
+    let find = "cd src; find . -print0 | LC_ALL=C sort";
+    sh(&format!("{find} -z | {tar} --null -T- -cf ../a.tar"), bench.folder.path());
+    sh(&format!("{find} -zr | {tar} --null -T- -cf ../b.tar"), bench.folder.path());
+    sh("gzip -k b.tar; zstd -q b.tar; xz -k -0 b.tar", bench.folder.path());
+    let first = bench.import(&bench.path("a.tar"), "a");
+    for (number, file) in ["b.tar", "b.tar.gz", "b.tar.zst", "b.tar.xz"].iter().enumerate() {
+        let report = bench.import(&bench.path(file), &format!("b{number}"));
+        assert_eq!(bench.top(&report), bench.top(&first), "{file}");
+        assert_eq!(report.new_chunks, 0);
+        let bytes = fs::read(bench.path(file)).unwrap();
+        let streamed = bench.import_bytes(bytes, &ImportOptions::new(name(&format!("s{number}")))).unwrap();
+        assert_eq!(bench.top(&streamed), bench.top(&first));
+    }
+    let folder = bench.import(&bench.src(), "folder");
+    assert_same(&bench.tree(bench.top(&folder)), &bench.tree(bench.top(&first)));
+    assert_eq!(bench.top(&folder), bench.top(&first));
+}
+
+/// Makes archives member by member.
+#[derive(Default)]
+pub(super) struct Maker(Vec<u8>);
+
+impl Maker {
+    pub fn member(mut self, kind: u8, path: &str, link: &str, data: &[u8]) -> Maker {
+        let mut header = [0u8; 512];
+        header[..path.len()].copy_from_slice(path.as_bytes());
+        header[100..107].copy_from_slice(b"0000755");
+        header[108..115].copy_from_slice(b"0000000");
+        header[116..123].copy_from_slice(b"0000000");
+        header[124..135].copy_from_slice(format!("{:011o}", data.len()).as_bytes());
+        header[136..147].copy_from_slice(b"00000000000");
+        header[156] = kind;
+        header[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        self.0.extend(header);
+        self.0.extend(data);
+        self.0.resize(self.0.len().next_multiple_of(512), 0);
+        self
+    }
+
+    pub fn file(self, path: &str, data: &str) -> Maker {
+        self.member(b'0', path, "", data.as_bytes())
+    }
+
+    pub fn folder(self, path: &str) -> Maker {
+        self.member(b'5', path, "", b"")
+    }
+
+    pub fn link(self, path: &str, target: &str) -> Maker {
+        self.member(b'1', path, target, b"")
+    }
+
+    pub fn end(mut self) -> Vec<u8> {
+        self.0.extend([0; 1024]);
+        self.0
+    }
+}
+
+#[test]
+fn names_stay_within_the_tree() {
+    let bench = Bench::new();
+    let archive =
+        Maker::default().file("/etc/a", "1").file("//./b//c", "2").member(b'2', "out", "/tmp", b"").file("out/x", "3");
+    let report = bench.import_bytes(archive.end(), &ImportOptions::new(name("t"))).unwrap();
+    let tree = bench.tree(bench.top(&report));
+    let paths: Vec<&[u8]> = tree.keys().map(Vec::as_slice).collect();
+    assert_eq!(paths, [&b""[..], b"b", b"b/c", b"etc", b"etc/a", b"out", b"tmp", b"tmp/x"]);
+    assert!(!Path::new("/tmp/x").exists() || fs::read("/tmp/x").unwrap() != b"3");
+}
+
+#[test]
+fn hard_links_in_odd_orders_and_over_the_parent() {
+    let bench = Bench::new();
+    let archive = Maker::default().link("z", "./y").link("y", "x").file("x", "data").end();
+    let base = bench.import_bytes(archive, &ImportOptions::new(name("base"))).unwrap();
+    let tree = bench.tree(bench.top(&base));
+    assert!(
+        [&b"x"[..], b"y", b"z"]
+            .iter()
+            .all(|p| tree[*p].links == 3 && tree[*p].first == b"x" && tree[*p].data == b"data")
+    );
+    let mut options = ImportOptions::new(name("top"));
+    options.parent = Some(bench.top(&base));
+    options.whiteouts = true;
+    let archive = Maker::default().link("w", "/y").file(".wh.x", "").end();
+    let tree = bench.tree(bench.top(&bench.import_bytes(archive, &options).unwrap()));
+    assert_eq!(tree.keys().map(|p| p.as_slice()).collect::<Vec<_>>(), [&b""[..], b"w", b"y", b"z"]);
+    assert!([&b"w"[..], b"y", b"z"].iter().all(|p| tree[*p].links == 3));
+}
+
+#[test]
+fn whiteout_names_are_names_unless_asked_for() {
+    let bench = Bench::new();
+    let archive =
+        || Maker::default().file(".wh.a", "").folder("d/").file("d/.wh..wh..opq", "").file(".wh..wh.plnk/1", "").end();
+    let plain = bench.tree(bench.top(&bench.import_bytes(archive(), &ImportOptions::new(name("p"))).unwrap()));
+    assert!(plain.contains_key(&b".wh.a"[..]));
+    let mut options = ImportOptions::new(name("w"));
+    options.whiteouts = true;
+    let tree = bench.tree(bench.top(&bench.import_bytes(archive(), &options).unwrap()));
+    assert_eq!(tree.keys().map(|p| p.as_slice()).collect::<Vec<_>>(), [&b""[..], b"d"]);
+}
