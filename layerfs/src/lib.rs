@@ -19,6 +19,8 @@ pub mod durable;
 pub mod error;
 pub mod export;
 pub mod failpoint;
+#[cfg(test)]
+mod golden;
 pub mod id;
 pub mod import;
 pub mod inode;
