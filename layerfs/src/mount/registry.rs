@@ -104,4 +104,13 @@ mod tests {
             assert_eq!(MountRecord::decode(&dir, &record.encode()).unwrap(), record);
         }
     }
+
+    #[test]
+    fn golden_record() {
+        let layer = Some(LayerId(ChunkId([0xee; 32])));
+        let (dir, source) = (PathBuf::from("/mnt"), "x".to_owned());
+        let record = MountRecord { dir, source, layer, upper: Some(UpperId(9)), allow_other: true, threads: 4 };
+        let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        assert_eq!(hex, format!("01010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "00"));
+    }
 }

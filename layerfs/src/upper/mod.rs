@@ -31,7 +31,7 @@ use table::{Change, Tables, UpperInode};
 const RESERVE: u64 = 1024;
 const COUNTER_KEY: &[u8] = b"c";
 
-/// An upper's own record.
+/// An upper's own record. FORMAT.md, "Uppers".
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpperRecord {
     /// Its number.
@@ -395,5 +395,30 @@ impl Upper {
     /// The batch that [`Upper::rebase_rows`] filled has been written.
     pub fn rebased(&self, record: UpperRecord) {
         self.numbers.lock().record = record;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_record() {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let record = UpperRecord {
+            id: UpperId(3),
+            name: Some(LayerName::new("up").unwrap()),
+            base: Some(LayerId(ChunkId([0xee; 32]))),
+            next_ino: Ino(0x0102),
+            created: Time { seconds: 5, nanos: 6 },
+        };
+        let fields = ["01", "0300000000000000", "02007570", "01", &"ee".repeat(32), "0201000000000000"];
+        let expected = fields.concat() + "0500000000000000" + "06000000";
+        assert_eq!(hex(&record.encode()), expected);
+        let bare = UpperRecord { name: None, base: None, ..record.clone() };
+        for record in [record, bare] {
+            assert_eq!(UpperRecord::decode(&record.encode()).unwrap(), record);
+        }
+        assert_eq!(hex(&record_key(UpperId(1))), "720000000000000001");
     }
 }

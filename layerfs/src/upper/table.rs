@@ -395,4 +395,24 @@ mod tests {
         let key = dentry_key(UpperId(3), Ino(0x0102), b"a\xffb");
         assert_eq!(decode_dentry_key(&key).unwrap(), (Ino(0x0102), &b"a\xffb"[..]));
     }
+
+    #[test]
+    fn golden_rows() {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let attrs = Attrs::imported(0o644, 1, 2, Time { seconds: 3, nanos: 4 });
+        let inode = Inode { ino: Ino(7), nlink: 1, attrs, xattrs: vec![], node: Node::File(Content::empty()) };
+        let mut record = Vec::new();
+        inode.encode(&mut record);
+        let sealed = UpperInode::sealed(inode.clone());
+        assert_eq!(hex(&encode_inode(&sealed, Stamp::default())), format!("00{}", hex(&record)));
+        let backed = UpperInode { inode, backed: Some(Backed { bytes: 9, chunker: Chunker::Aligned }) };
+        let stamp = Stamp { bytes: 9, mtime: Time { seconds: 5, nanos: 6 } };
+        let expected = format!("0101{}{}{}{}", "0900000000000000", "0500000000000000", "06000000", hex(&record));
+        assert_eq!(hex(&encode_inode(&backed, stamp)), expected);
+        let slot = Slot { target: Target::Inode { ino: Ino(9), kind: FileKind::Fifo }, order: 12 };
+        assert_eq!(hex(&encode_slot(slot)), "0900000000000000060c00000000000000");
+        assert_eq!(hex(&encode_slot(Slot { target: Target::Whiteout, order: 0 })), "00".repeat(17));
+        assert_eq!(hex(&inode_key(UpperId(1), Ino(0x0203))), "6900000000000000010000000000000203");
+        assert_eq!(hex(&dentry_key(UpperId(1), Ino(2), b"n")), "64000000000000000100000000000000026e");
+    }
 }
