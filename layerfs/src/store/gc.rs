@@ -17,7 +17,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::attr::Time;
 use crate::chunk::{self, Class};
 use crate::codec::{Put, Reader};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
 use crate::id::{ChunkId, LayerId};
 use crate::inode::Inode;
@@ -28,7 +28,7 @@ use crate::store::filter::{IdFilter, Touched};
 use crate::store::index::Location;
 use crate::store::pack::{HEADER_BYTES, PackId, PackWriter};
 use crate::store::scan::{Found, PackScan};
-use crate::store::{Store, Uncached};
+use crate::store::{Store, Uncached, space};
 
 /// How to collect.
 #[derive(Clone, Copy, Debug, Default)]
@@ -368,7 +368,13 @@ impl Collection<'_> {
         if let Some(out) = out {
             finish_pack(self.store, out);
         }
-        result
+        match result {
+            Err(error) if error.class() == ErrorClass::NoSpace => {
+                self.monitor.warn("the disk is too full to rewrite packs that are mostly dead; they stay for now");
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     /// Copies the live records of pack `id` to `out`, and removes it.
@@ -436,7 +442,7 @@ impl Collection<'_> {
                 finish_pack(self.store, full);
             }
             if out.is_none() {
-                *out = Some(self.store.packs.create()?);
+                *out = Some(self.store.packs.create(space::DB_RESERVE_BYTES)?);
             }
             if let Some(writer) = out {
                 moves.push((*id, *old, writer.append(verified.stored())?));

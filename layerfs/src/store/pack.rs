@@ -177,17 +177,20 @@ pub(crate) struct PackWriter {
     buffer: Vec<u8>,
     /// Whether the pack's entry in its folder is durable.
     folder_synced: bool,
+    /// What it leaves free on the disk, in bytes.
+    reserve: u64,
 }
 
 impl PackWriter {
-    /// Creates pack `id` at `path`.
-    pub fn create(id: PackId, path: PathBuf) -> Result<PackWriter> {
+    /// Creates pack `id` at `path`, which leaves `reserve` bytes free on the disk.
+    pub fn create(id: PackId, path: PathBuf, reserve: u64) -> Result<PackWriter> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
-        space::require(path.parent().unwrap_or(&path), space::PACK_RESERVE_BYTES)?;
+        space::require(path.parent().unwrap_or(&path), reserve)?;
         let file = options.open(&path).map_err(|e| Error::file("create", &path, e))?;
         let buffer = encode_header(id);
-        let mut writer = PackWriter { id, path, file, written_end: 0, synced_end: 0, buffer, folder_synced: false };
+        let mut writer =
+            PackWriter { id, path, file, written_end: 0, synced_end: 0, buffer, folder_synced: false, reserve };
         writer.write_out()?;
         failpoint::hit("pack.created");
         Ok(writer)
@@ -235,7 +238,7 @@ impl PackWriter {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        space::require(&self.path, space::PACK_RESERVE_BYTES)?;
+        space::require(&self.path, self.reserve)?;
         let written = self.file.write_all_at(&self.buffer, self.written_end);
         written.map_err(|e| Error::file("write", &self.path, e))?;
         self.written_end += self.buffer.len() as u64;
@@ -272,8 +275,9 @@ impl PackWriter {
         is_whole && self.synced_end >= HEADER_BYTES as u64
     }
 
-    /// Gives up the memory that isn't needed while nobody appends.
+    /// Readies it for its next owner: gives up what memory isn't needed until then.
     pub fn rest(&mut self) {
         self.buffer = Vec::new();
+        self.reserve = space::PACK_RESERVE_BYTES;
     }
 }

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::id::ChunkId;
 use crate::store::index::Location;
 use crate::store::pack::{PackId, PackWriter, read_record};
+use crate::store::space;
 
 /// The most packs that are open for reading at a time.
 const OPEN_PACKS: NonZeroUsize = NonZeroUsize::new(128).unwrap();
@@ -81,11 +82,11 @@ impl Packs {
                 }
             }
         }
-        self.create()
+        self.create(space::PACK_RESERVE_BYTES)
     }
 
-    /// A new pack, owned by the caller.
-    pub fn create(&self) -> Result<PackWriter> {
+    /// A new pack, owned by the caller, that leaves `reserve` bytes free on the disk.
+    pub fn create(&self, reserve: u64) -> Result<PackWriter> {
         let id = {
             let mut state = self.state.lock();
             let id = PackId(state.next);
@@ -93,7 +94,7 @@ impl Packs {
             state.owned.insert(id);
             id
         };
-        PackWriter::create(id, self.path(id)).inspect_err(|_| {
+        PackWriter::create(id, self.path(id), reserve).inspect_err(|_| {
             let _ = std::fs::remove_file(self.path(id));
             self.release(id);
         })

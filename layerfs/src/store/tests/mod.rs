@@ -2,7 +2,9 @@
 
 mod basics;
 mod collect;
+mod crash;
 mod damage;
+mod disk;
 mod ingest;
 
 use std::sync::Arc;
