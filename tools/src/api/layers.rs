@@ -287,7 +287,7 @@ pub struct ChunkItem {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiffRequest {
-    /// The older: a name, an id's beginning, or the absolute path of a mount.
+    /// The older: a name or an id's beginning.
     pub old: String,
     /// The newer.
     pub new: String,

@@ -189,8 +189,7 @@ pub struct Log {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl diff debian app\n  \
-    layerctl diff debian app --summary\n  \
-    layerctl diff debian /mnt             a mount's current state, unsealed changes included\n\n\
+    layerctl diff debian app --summary\n\n\
     The first column: + added, - removed, ~ content changed, m only attributes changed, t type changed.")]
 pub struct Diff {
     /// The older layer

@@ -12,7 +12,7 @@ use crate::cli::{layers as args, storage};
 use crate::failure::{Failure, Result};
 use crate::output::{Color, Paint, Table, facts, short};
 use crate::progress::Display;
-use crate::{absolute, units};
+use crate::units;
 
 /// `layerctl inspect`.
 pub fn inspect(session: &Session, args: args::Inspect) -> Result<()> {
@@ -135,7 +135,7 @@ fn folder_table(items: &[Value], paint: Paint) -> Result<String> {
 
 /// `layerctl diff`.
 pub fn diff(session: &Session, args: args::Diff) -> Result<()> {
-    let request = DiffRequest { old: side(&args.old)?, new: side(&args.new)?, summary: args.summary };
+    let request = DiffRequest { old: args.old, new: args.new, summary: args.summary };
     let output = session.output;
     let mut display = Display::new(output, "comparing");
     let client = session.client()?;
@@ -163,18 +163,6 @@ pub fn diff(session: &Session, args: args::Diff) -> Result<()> {
         }
         Ok(())
     })
-}
-
-/// A mount's folder is an absolute path for the daemon; a layer is a name.
-fn side(text: &str) -> Result<String> {
-    let is_path = text.starts_with('/') || text.starts_with("./") || text.starts_with("../") || text == ".";
-    if !is_path {
-        return Ok(text.to_owned());
-    }
-    let path = absolute(std::path::Path::new(text))?;
-    path.into_os_string()
-        .into_string()
-        .map_err(|_| Failure::invalid(format!("{text:?} is not UTF-8; use a layer's name")))
 }
 
 fn change_line(item: &ChangeItem, paint: Paint) -> String {
@@ -211,8 +199,7 @@ fn summary_line(summary: &DiffSummary) -> String {
 
 /// `layerctl why`.
 pub fn why(session: &Session, args: storage::Why) -> Result<()> {
-    let what = if args.what.starts_with('/') { side(&args.what)? } else { args.what };
-    let request = WhyRequest { what, limit: Some(args.limit) };
+    let request = WhyRequest { what: args.what, limit: Some(args.limit) };
     let result: WhyResult = session.work("why", &request, "searching")?;
     session.output.answer(&result, |result| why_text(result, session.output.paint()))?;
     if result.more && !session.output.json {

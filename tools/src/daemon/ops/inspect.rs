@@ -1,11 +1,11 @@
 //! Looking into layers: inspect, diff.
 
+use layerfs::Ino;
 use layerfs::attr::FileKind;
 use layerfs::content::{Content, Extent, Extents};
 use layerfs::diff::{Change, Differences, What};
 use layerfs::inode::{Inode, Node};
 use layerfs::view::View;
-use layerfs::{Ino, LayerId};
 
 use super::layers::{Catalog, resolve};
 use crate::api::PathText;
@@ -120,7 +120,7 @@ fn send_chunks(context: &Context, part: &str, content: &Content) -> Result<()> {
 pub fn diff(context: &Context, request: DiffRequest) -> Result<DiffSummary> {
     context.label(format!("diff {} {}", request.old, request.new));
     let store = &context.daemon.store;
-    let (old, new) = (side(context, &request.old)?, side(context, &request.new)?);
+    let (old, new) = (resolve(store, &request.old)?, resolve(store, &request.new)?);
     let (old, new) = (View::open(store, old)?, View::open(store, new)?);
     let mut summary = DiffSummary::default();
     for change in layerfs::diff::diff(&old, &new) {
@@ -132,10 +132,6 @@ pub fn diff(context: &Context, request: DiffRequest) -> Result<DiffSummary> {
         }
     }
     Ok(summary)
-}
-
-fn side(context: &Context, text: &str) -> Result<LayerId> {
-    resolve(&context.daemon.store, text)
 }
 
 fn change_item(change: &Change) -> ChangeItem {

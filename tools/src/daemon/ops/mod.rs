@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod export;
+pub mod import;
 pub mod inspect;
 pub mod layers;
 pub mod mounts;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use axum::Router;
 
 use super::Daemon;
-use super::http::{Context, Length, download, operation};
+use super::http::{Context, Length, download, operation, upload};
 use crate::api::{Cancel, Empty, Status};
 use crate::failure::{Class, Failure, Result};
 
@@ -44,6 +45,8 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/peer-probe", operation("peer-probe", Short, peers::probe))
         .route("/v1/peer-remove", operation("peer-remove", Short, peers::remove))
         .route("/v1/peer-id", operation("peer-id", Short, peers::id))
+        .route("/v1/import", operation("import", Long, import::import))
+        .route("/v1/import-stream", upload("import", import::import_stream))
         .route("/v1/export", operation("export", Long, export::export))
         .route("/v1/export-stream", download("export", export::export_stream))
         .route("/v1/stat", operation("stat", Long, check::stat))

@@ -50,7 +50,9 @@ impl Mounts {
     pub fn bring_back(&self, store: &Arc<Store>) {
         let restored = match mount::restore(store) {
             Ok(restored) => restored,
-            Err(error) => return tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error)),
+            Err(error) => {
+                return tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error));
+            }
         };
         for (record, outcome) in restored {
             let dir = record.dir.display();
@@ -61,7 +63,11 @@ impl Mounts {
                     self.table.lock().insert(record.dir.clone(), served);
                 }
                 Err(error) => {
-                    tracing::error!("{} cannot be mounted on {dir} again: {}", record.source, crate::failure::describe(&error));
+                    tracing::error!(
+                        "{} cannot be mounted on {dir} again: {}",
+                        record.source,
+                        crate::failure::describe(&error)
+                    );
                 }
             }
         }
@@ -143,7 +149,9 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
 fn claim(context: &Context, request: &MountRequest, layer: LayerId) -> Result<Option<MountInfo>> {
     let mounts = &context.daemon.mounts;
     let served = mounts.table.lock().get(&request.dir).cloned();
-    let Some(served) = served.filter(|served| served.is_unclaimed && !served.mount.has_ended()) else { return Ok(None) };
+    let Some(served) = served.filter(|served| served.is_unclaimed && !served.mount.has_ended()) else {
+        return Ok(None);
+    };
     let Some(known) = served.mount.info() else { return Ok(None) };
     let upper = known.upper_record.as_ref().and_then(|record| record.name.as_ref()).map(LayerName::as_str);
     let is_same = known.record.source == request.layer || known.base == Some(layer);
