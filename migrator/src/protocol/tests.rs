@@ -1,1 +1,278 @@
+//! Both machines together, with every step, delivery and answer in any order that the drivers could produce.
 
+use std::collections::{HashSet, VecDeque};
+
+use bytes::Bytes;
+use layerfs::chunk::{Class, Codec, StoredChunk};
+use layerfs::{ChunkId, LayerId, LayerName};
+use proptest::prelude::*;
+
+use super::{Receiver, ReceiverStep, Sender, SenderStep, Violation};
+use crate::plan::Candidate;
+use crate::wire::{MAX_ASK, Message, Offer, OfferedLayer};
+
+fn id(number: u32) -> ChunkId {
+    ChunkId::of(&number.to_le_bytes())
+}
+
+fn chunk(id: ChunkId) -> StoredChunk {
+    StoredChunk { id, class: Class::Data, codec: Codec::Raw, plain_bytes: 1, stored: Bytes::from_static(b"x") }
+}
+
+fn offer(layers: usize, hints: usize) -> Offer {
+    let layer = |n: usize| LayerId(id(1_000_000 + n as u32));
+    Offer {
+        force: false,
+        layers: (0..layers).map(|n| OfferedLayer { id: layer(n), file_bytes: 1 }).collect(),
+        names: vec![(LayerName::new("name").unwrap(), layers as u16 - 1)],
+        hints: (0..hints).map(|n| layer(layers + n)).collect(),
+    }
+}
+
+/// Two machines, what is on its way between them, and what their drivers have still to do.
+struct World {
+    sender: Sender,
+    receiver: Receiver,
+    to_receiver: VecDeque<Message>,
+    to_sender: VecDeque<Message>,
+    /// What the layers consist of, in the order in which the planner finds it.
+    planned: Option<VecDeque<u32>>,
+    contents: Vec<u32>,
+    to_read: VecDeque<SenderJob>,
+    to_check: VecDeque<Vec<ChunkId>>,
+    to_check_offer: Option<Offer>,
+    to_store: VecDeque<Vec<StoredChunk>>,
+    lacks: bool,
+    stored: HashSet<ChunkId>,
+    to_commit: bool,
+    named: bool,
+    sender_is_done: bool,
+    receiver_is_done: bool,
+}
+
+enum SenderJob {
+    Chunks(Vec<ChunkId>),
+    End(Message),
+}
+
+impl World {
+    fn new(contents: Vec<u32>, there: &[u32], lacks: bool) -> World {
+        let (sender, SenderStep::Send(first)) = Sender::new(offer(2, 1)) else { panic!("an offer comes first") };
+        World {
+            sender,
+            receiver: Receiver::default(),
+            to_receiver: [first].into(),
+            to_sender: VecDeque::new(),
+            planned: None,
+            contents,
+            to_read: VecDeque::new(),
+            to_check: VecDeque::new(),
+            to_check_offer: None,
+            to_store: VecDeque::new(),
+            lacks,
+            stored: there.iter().map(|n| id(*n)).collect(),
+            to_commit: false,
+            named: false,
+            sender_is_done: false,
+            receiver_is_done: false,
+        }
+    }
+
+    /// Does the `choice`th of the things that could happen next. Returns whether there was one.
+    fn step(&mut self, choice: usize) -> Result<bool, Violation> {
+        type Action = fn(&mut World) -> Result<(), Violation>;
+        let mut actions: Vec<Action> = Vec::new();
+        let mut may = |possible: bool, action: Action| possible.then(|| actions.push(action));
+        may(!self.to_receiver.is_empty(), World::deliver_to_receiver);
+        may(!self.to_sender.is_empty(), World::deliver_to_sender);
+        may(self.planned.is_some() && self.sender.may_ask(), World::plan);
+        may(!self.to_read.is_empty(), World::read);
+        may(!self.to_check.is_empty(), World::check);
+        may(self.to_check_offer.is_some(), World::check_offer);
+        may(!self.to_store.is_empty(), World::store);
+        // The driver commits only once everything is stored.
+        may(self.to_commit && self.to_store.is_empty(), World::commit);
+        match actions.len() {
+            0 => Ok(false),
+            count => actions[choice % count](self).map(|()| true),
+        }
+    }
+
+    fn deliver_to_receiver(&mut self) -> Result<(), Violation> {
+        let Some(message) = self.to_receiver.pop_front() else { return Ok(()) };
+        let steps = self.receiver.on_message(message)?;
+        self.do_receiver(steps);
+        Ok(())
+    }
+
+    fn deliver_to_sender(&mut self) -> Result<(), Violation> {
+        let Some(message) = self.to_sender.pop_front() else { return Ok(()) };
+        let steps = self.sender.on_message(message)?;
+        self.do_sender(steps);
+        Ok(())
+    }
+
+    fn plan(&mut self) -> Result<(), Violation> {
+        let Some(planned) = &mut self.planned else { return Ok(()) };
+        let batch: Vec<Candidate> =
+            planned.drain(..planned.len().min(7)).map(|n| Candidate { id: id(n), bytes: 1 }).collect();
+        let steps = if batch.is_empty() {
+            self.planned = None;
+            self.sender.plan_finished()
+        } else {
+            vec![self.sender.ask(batch)]
+        };
+        self.do_sender(steps);
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<(), Violation> {
+        match self.to_read.pop_front() {
+            Some(SenderJob::Chunks(ids)) => {
+                for few in ids.chunks(3) {
+                    self.to_receiver.push_back(Message::Chunks(few.iter().map(|id| chunk(*id)).collect()));
+                    self.sender.sent(few.len());
+                }
+            }
+            Some(SenderJob::End(message)) => self.to_receiver.push_back(message),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn check(&mut self) -> Result<(), Violation> {
+        let Some(ids) = self.to_check.pop_front() else { return Ok(()) };
+        let present: Vec<bool> = ids.iter().map(|id| self.stored.contains(id)).collect();
+        let steps = self.receiver.have_checked(&present);
+        self.do_receiver(steps);
+        Ok(())
+    }
+
+    fn check_offer(&mut self) -> Result<(), Violation> {
+        let Some(offer) = self.to_check_offer.take() else { return Ok(()) };
+        let steps = self.receiver.offer_checked(vec![self.lacks; offer.layers.len()], vec![true; offer.hints.len()]);
+        self.do_receiver(steps);
+        Ok(())
+    }
+
+    fn store(&mut self) -> Result<(), Violation> {
+        let Some(chunks) = self.to_store.pop_front() else { return Ok(()) };
+        self.stored.extend(chunks.iter().map(|chunk| chunk.id));
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<(), Violation> {
+        self.to_commit = false;
+        // The driver verifies before it names.
+        if self.lacks && !self.contents.iter().all(|n| self.stored.contains(&id(*n))) {
+            return Err(Violation("not whole".to_owned()));
+        }
+        self.named = true;
+        let steps = self.receiver.committed(1);
+        self.do_receiver(steps);
+        Ok(())
+    }
+
+    fn do_sender(&mut self, steps: Vec<SenderStep>) {
+        for step in steps {
+            match step {
+                SenderStep::Send(message @ Message::End { .. }) => self.to_read.push_back(SenderJob::End(message)),
+                SenderStep::Send(message) => self.to_receiver.push_back(message),
+                SenderStep::Plan { .. } => self.planned = Some(self.contents.iter().copied().collect()),
+                SenderStep::SendChunks(ids) => self.to_read.push_back(SenderJob::Chunks(ids)),
+                SenderStep::Reused { .. } => {}
+                SenderStep::Finish { .. } => self.sender_is_done = true,
+            }
+        }
+    }
+
+    fn do_receiver(&mut self, steps: Vec<ReceiverStep>) {
+        for step in steps {
+            match step {
+                ReceiverStep::Send(message) => self.to_sender.push_back(message),
+                ReceiverStep::CheckOffer(offer) => self.to_check_offer = Some(offer),
+                ReceiverStep::CheckHave(ids) => self.to_check.push_back(ids),
+                ReceiverStep::Store(chunks) => self.to_store.push_back(chunks),
+                ReceiverStep::Commit => self.to_commit = true,
+                ReceiverStep::Finish => self.receiver_is_done = true,
+            }
+        }
+    }
+}
+
+fn any_message() -> impl Strategy<Value = Message> {
+    let ids = || prop::collection::vec((0u32..20).prop_map(id), 1..5);
+    prop_oneof![
+        Just(Message::Alive),
+        Just(Message::Offer(offer(2, 1))),
+        (0usize..4, 0usize..3).prop_map(|(a, b)| Message::Need { lacking: vec![true; a], held: vec![true; b] }),
+        (0u32..3, ids()).prop_map(|(seq, ids)| Message::Ask { seq, ids }),
+        (0u32..3, 0usize..5).prop_map(|(seq, count)| Message::Want { seq, wanted: vec![true; count] }),
+        ids().prop_map(|ids| Message::Chunks(ids.into_iter().map(chunk).collect())),
+        (0u64..4).prop_map(|chunks| Message::End { chunks }),
+        Just(Message::Done { changed: 1 }),
+        Just(Message::Fetch { names: vec![LayerName::new("x").unwrap()] }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Whatever the order of things, a transfer ends with everything there, on both sides.
+    #[test]
+    fn every_interleaving_ends_well(
+        contents in prop::collection::vec(0u32..60, 1..80),
+        there in prop::collection::vec(0u32..60, 0..30),
+        lacks in prop::bool::weighted(0.9),
+        choices in prop::collection::vec(any::<usize>(), 1..50),
+    ) {
+        let mut world = World::new(contents, &there, lacks);
+        for choice in choices.iter().cycle().take(5000) {
+            prop_assert!(world.step(*choice).is_ok());
+        }
+        while world.step(0).unwrap() {}
+        prop_assert!(world.sender_is_done && world.receiver_is_done && world.named);
+    }
+
+    /// Whatever the other side says, and whenever, it is understood or refused; nothing is named that isn't whole.
+    #[test]
+    fn a_wild_peer_is_refused(
+        messages in prop::collection::vec((any_message(), any::<bool>(), any::<usize>()), 1..60),
+    ) {
+        let mut world = World::new(vec![1, 2, 3, 40], &[2], true);
+        for (message, to_receiver, choice) in messages {
+            if to_receiver { world.to_receiver.push_back(message) } else { world.to_sender.push_back(message) }
+            if world.step(choice).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chunk_that_was_not_wanted_is_refused() {
+    let mut receiver = Receiver::default();
+    receiver.on_message(Message::Offer(offer(1, 0))).unwrap();
+    receiver.offer_checked(vec![true], vec![]);
+    assert!(receiver.on_message(Message::Chunks(vec![chunk(id(1))])).is_err());
+}
+
+#[test]
+fn too_many_outstanding_asks_are_refused() {
+    let mut receiver = Receiver::default();
+    receiver.on_message(Message::Offer(offer(1, 0))).unwrap();
+    receiver.offer_checked(vec![true], vec![]);
+    let ask = |seq: u32| Message::Ask { seq, ids: (0..MAX_ASK as u32).map(|n| id(seq << 16 | n)).collect() };
+    assert!((0..64).all(|seq| receiver.on_message(ask(seq)).is_ok()));
+    assert!(receiver.on_message(ask(64)).is_err());
+}
+
+#[test]
+fn the_end_comes_only_after_everything_wanted() {
+    let mut receiver = Receiver::default();
+    receiver.on_message(Message::Offer(offer(1, 0))).unwrap();
+    receiver.offer_checked(vec![true], vec![]);
+    receiver.on_message(Message::Ask { seq: 0, ids: vec![id(1)] }).unwrap();
+    receiver.have_checked(&[false]);
+    assert!(receiver.on_message(Message::End { chunks: 0 }).is_err());
+}

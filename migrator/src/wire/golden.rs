@@ -1,1 +1,177 @@
+//! The bytes of every message of version 1, made by hand from PROTOCOL.md; and that nothing else decodes.
 
+use bytes::Bytes;
+use layerfs::chunk::{Class, Codec, StoredChunk};
+use layerfs::error::ErrorClass;
+use layerfs::{ChunkId, LayerId, LayerName};
+use proptest::prelude::*;
+
+use super::codec::round_trip;
+use super::{
+    ChunksWriter, FrameHeader, HEADER_BYTES, Hello, MAX_FRAME_BYTES, MAX_SMALL_FRAME_BYTES, Message, Offer,
+    OfferedLayer, decode, encode,
+};
+
+fn id(byte: u8) -> ChunkId {
+    ChunkId([byte; 32])
+}
+
+fn name(text: &str) -> LayerName {
+    LayerName::new(text).unwrap()
+}
+
+/// Every kind of message, and its frame in hexadecimal.
+fn golden() -> Vec<(Message, &'static str)> {
+    vec![
+        (Message::Hello(Hello::OURS), "13000000014c4657500100010001000000000000000000"),
+        (Message::error(ErrorClass::Exists, "taken"), "090000000203050074616b656e"),
+        (Message::Alive, "0100000003"),
+        (Message::Fetch { names: vec![name("a"), name("b/c")] }, "0b0000001002000100610300622f63"),
+        (
+            Message::Offer(Offer {
+                force: true,
+                layers: vec![
+                    OfferedLayer { id: LayerId(id(1)), file_bytes: 5 },
+                    OfferedLayer { id: LayerId(id(2)), file_bytes: 0x0102_0304_0506_0708 },
+                ],
+                names: vec![(name("app"), 1)],
+                hints: vec![LayerId(id(9))],
+            }),
+            concat!(
+                "7f0000001101020001010101010101010101010101010101010101010101010101010101010101010500000000000000",
+                "020202020202020202020202020202020202020202020202020202020202020208070605040302010100030061707001",
+                "0001000909090909090909090909090909090909090909090909090909090909090909",
+            ),
+        ),
+        (Message::Need { lacking: vec![false, true], held: vec![true] }, "0700000012020002010001"),
+        (
+            Message::Ask { seq: 7, ids: vec![id(3), id(4)] },
+            concat!(
+                "470000001307000000020003030303030303030303030303030303030303030303030303030303030303030404040404",
+                "040404040404040404040404040404040404040404040404040404",
+            ),
+        ),
+        (Message::Want { seq: 7, wanted: [&[true][..], &[false; 8], &[true]].concat() }, "0900000014070000000a000102"),
+        (
+            Message::Chunks(vec![
+                StoredChunk { id: id(5), class: Class::Data, codec: Codec::Raw, plain_bytes: 3, stored: "abc".into() },
+                StoredChunk {
+                    id: id(6),
+                    class: Class::Manifest,
+                    codec: Codec::Zstd,
+                    plain_bytes: 262_144,
+                    stored: "zz".into(),
+                },
+            ]),
+            concat!(
+                "5c0000001502000505050505050505050505050505050505050505050505050505050505050505000003000000030000",
+                "006162630606060606060606060606060606060606060606060606060606060606060606030100000400020000007a7a",
+            ),
+        ),
+        (Message::End { chunks: 2 }, "09000000160200000000000000"),
+        (Message::Done { changed: 1 }, "03000000170100"),
+    ]
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn every_message_has_its_bytes() {
+    for (message, expected) in golden() {
+        let mut frame = Vec::new();
+        encode(&message, &mut frame);
+        assert_eq!(hex(&frame), expected, "{}", message.kind());
+        assert_eq!(round_trip(&message), message);
+    }
+}
+
+#[test]
+fn chunks_are_framed_alike_by_both_writers() {
+    for (message, expected) in golden() {
+        if let Message::Chunks(chunks) = message {
+            let mut writer = ChunksWriter::default();
+            chunks.iter().for_each(|chunk| writer.push(chunk));
+            assert_eq!(hex(&writer.finish()), expected);
+        }
+    }
+}
+
+#[test]
+fn no_truncated_or_longer_body_decodes() {
+    for (message, _) in golden() {
+        let mut frame = Vec::new();
+        encode(&message, &mut frame);
+        let body = Bytes::copy_from_slice(&frame[HEADER_BYTES..]);
+        for cut in 0..body.len() {
+            assert!(decode(frame[4], &body.slice(..cut)).is_err(), "{} cut at {cut}", message.kind());
+        }
+        let longer = Bytes::from([&body[..], &[0]].concat());
+        assert!(decode(frame[4], &longer).is_err(), "{}", message.kind());
+    }
+}
+
+#[test]
+fn lengths_are_checked_before_anything_is_allocated() {
+    let header = |bytes: usize, kind: u8| {
+        let [a, b, c, d] = (bytes as u32).to_le_bytes();
+        FrameHeader::decode(&[a, b, c, d, kind])
+    };
+    assert!(header(0, 3).is_err());
+    assert!(header(MAX_SMALL_FRAME_BYTES, 0x13).is_ok() && header(MAX_SMALL_FRAME_BYTES + 1, 0x13).is_err());
+    assert!(header(MAX_FRAME_BYTES, 0x15).is_ok() && header(MAX_FRAME_BYTES + 1, 0x15).is_err());
+    assert!(header(u32::MAX as usize, 0x15).is_err());
+}
+
+#[test]
+fn a_later_hello_is_understood_as_far_as_it_must_be() {
+    let mut frame = Vec::new();
+    encode(&Message::Hello(Hello { version: 2, lowest: 2, highest: 9, features: 0 }), &mut frame);
+    frame.extend_from_slice(b"more");
+    let body = Bytes::copy_from_slice(&frame[HEADER_BYTES..]);
+    assert!(matches!(decode(1, &body), Ok(Message::Hello(Hello { highest: 9, .. }))));
+}
+
+#[test]
+fn an_error_of_any_length_fits_and_shows_no_control_characters() {
+    let long = round_trip(&Message::error(ErrorClass::Io, "\u{e9}\u{1b}[31m".repeat(2000)));
+    let Message::Error { text, .. } = long else { panic!("an error") };
+    assert!(text.len() <= super::MAX_ERROR_TEXT && !text.contains('\u{1b}'));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn nothing_panics_and_what_decodes_encodes_alike(kind in 0u8..0x20, body in prop::collection::vec(any::<u8>(), 0..200)) {
+        check_decoding(kind, body)?;
+    }
+
+    #[test]
+    fn damaged_messages_are_refused_or_mean_what_they_say(
+        which in 0usize..11, flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+    ) {
+        let (message, _) = golden().swap_remove(which);
+        let mut frame = Vec::new();
+        encode(&message, &mut frame);
+        let mut body = frame.split_off(HEADER_BYTES);
+        if !body.is_empty() {
+            flips.iter().for_each(|(at, bit)| { let at = at.index(body.len()); body[at] ^= 1 << bit; });
+        }
+        check_decoding(frame[4], body)?;
+    }
+}
+
+fn check_decoding(kind: u8, body: Vec<u8>) -> Result<(), TestCaseError> {
+    let body = Bytes::from(body);
+    // An error's text is cleaned, and a later Hello may be longer.
+    if let Ok(message) = decode(kind, &body)
+        && !matches!(message, Message::Error { .. } | Message::Hello(_))
+    {
+        let mut frame = Vec::new();
+        encode(&message, &mut frame);
+        prop_assert_eq!(&frame[HEADER_BYTES..], &body[..]);
+    }
+    Ok(())
+}

@@ -1,7 +1,7 @@
 //! The messages and their bytes. PROTOCOL.md, "Frames" and "Messages".
 //!
 //! Invariants: a frame's length is checked before anything is allocated; decoding never panics and never reads past
-//! its frame; what decodes encodes to the same bytes.
+//! its frame; what decodes encodes to the same bytes (but for an error's text and a later version's Hello).
 
 mod codec;
 #[cfg(test)]
