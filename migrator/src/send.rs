@@ -124,9 +124,8 @@ pub(crate) async fn run(
         Driver { link, store, offer: &prepared.offer, machine, tally, monitor, planner: None, reader: None };
     tally.phase("negotiate");
     monitor.phase("comparing", None);
-    let result = driver.go(first).await;
     // The threads end by themselves once their queues are gone.
-    result
+    driver.go(first).await
 }
 
 struct Driver<'a> {
@@ -208,11 +207,7 @@ impl Driver<'_> {
     async fn perform(&mut self, steps: Vec<SenderStep>) -> Result<Option<u16>> {
         for step in steps {
             match step {
-                SenderStep::Send(message @ Message::End { .. }) => {
-                    self.tally.phase("commit");
-                    self.monitor.phase("verifying", None);
-                    self.read(Job::Last(message)).await?;
-                }
+                SenderStep::Send(message @ Message::End { .. }) => self.read(Job::Last(message)).await?,
                 SenderStep::Send(message) => self.link.send(message).await?,
                 SenderStep::Plan { lacking, held } => self.plan(&lacking, &held)?,
                 SenderStep::SendChunks(ids) => self.read(Job::Chunks(ids)).await?,
@@ -325,7 +320,11 @@ impl Reader {
             while let Some(job) = queue.blocking_recv() {
                 let is_gone = match job {
                     Job::Chunks(ids) => send_chunks(&store, &outbox, &ids, &tally, monitor.as_ref(), &report)?,
-                    Job::Last(message) => outbox.blocking_send(message).is_err(),
+                    Job::Last(message) => {
+                        tally.phase("commit");
+                        monitor.phase("verifying", None);
+                        outbox.blocking_send(message).is_err()
+                    }
                 };
                 if is_gone {
                     break;
