@@ -32,6 +32,16 @@ pub(crate) enum Finding {
     Chunk(ChunkId, Location, String),
 }
 
+impl Finding {
+    /// The chunk that it is about.
+    pub fn chunk(&self) -> Option<ChunkId> {
+        match self {
+            Finding::Chunk(id, ..) => Some(*id),
+            _ => None,
+        }
+    }
+}
+
 /// What there is in packs.
 #[derive(Debug, Default)]
 pub(crate) struct Totals {
@@ -167,7 +177,7 @@ impl<'a> PackCheck<'a> {
         if counts.is_empty() {
             return Ok(());
         }
-        let told: HashSet<ChunkId> = self.chunks_told();
+        let told: HashSet<ChunkId> = self.findings.lock().iter().filter_map(Finding::chunk).collect();
         for entry in self.store.index.iter()? {
             let (id, location) = entry?;
             if counts.contains_key(&location.pack) && !told.contains(&id) {
@@ -175,14 +185,6 @@ impl<'a> PackCheck<'a> {
             }
         }
         Ok(())
-    }
-
-    fn chunks_told(&self) -> HashSet<ChunkId> {
-        let chunk = |finding: &Finding| match finding {
-            Finding::Chunk(id, ..) => Some(*id),
-            _ => None,
-        };
-        self.findings.lock().iter().filter_map(chunk).collect()
     }
 }
 

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId};
 use crate::inode::{Dentry, Inode, Node};
 use crate::manifest::Manifest;
+use crate::table::records::MAX_RECORD_BYTES;
 
 /// What a walk tells.
 pub trait ClosureVisitor {
@@ -25,9 +26,6 @@ pub trait ClosureVisitor {
     /// The layer has this inode record. Returns whether to walk its content.
     fn inode(&mut self, inode: &Inode) -> Result<bool>;
 }
-
-/// The largest record: an inode with many large extended attributes. A table whose record claims more is damaged.
-const MAX_RECORD_BYTES: usize = 64 << 20;
 
 /// Walks one layer, without those below it. Returns its manifest.
 pub fn walk_layer(chunks: &dyn ChunkRead, layer: LayerId, visitor: &mut dyn ClosureVisitor) -> Result<Manifest> {

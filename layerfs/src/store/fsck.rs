@@ -9,13 +9,14 @@ use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::Monitor;
 use crate::store::check::{Finding, PackCheck, Presence};
+use crate::store::rewrite::Rewriter;
 use crate::store::{Store, Uncached};
 
 /// How to check.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FsckOptions {
     /// Whether to remove index entries whose chunk isn't where they say, so that it is stored again when it comes
-    /// again.
+    /// again, and to rewrite packs that have damage where no chunk needs it.
     pub repair: bool,
 }
 
@@ -109,7 +110,7 @@ impl Store {
         report.live_bytes = load(&check.totals.live_record_bytes);
         report.dead_bytes = load(&check.totals.dead_record_bytes);
         report.tail_bytes = load(&check.totals.tail_bytes);
-        self.report_findings(findings, options, &mut report)?;
+        self.report_findings(findings, monitor, options, &mut report)?;
         self.check_roots(monitor, &mut report)?;
         Ok(report)
     }
@@ -129,26 +130,39 @@ impl Store {
         Ok(())
     }
 
-    fn report_findings(&self, findings: Vec<Finding>, options: FsckOptions, report: &mut FsckReport) -> Result<()> {
-        let mut gone: Vec<ChunkId> = Vec::new();
+    fn report_findings(
+        &self,
+        findings: Vec<Finding>,
+        monitor: &dyn Monitor,
+        options: FsckOptions,
+        report: &mut FsckReport,
+    ) -> Result<()> {
+        let gone: Vec<ChunkId> = findings.iter().filter_map(Finding::chunk).collect();
+        if options.repair && !gone.is_empty() {
+            self.index.forget(&gone)?;
+            self.db.sync()?;
+        }
+        let mut rewriter = Rewriter::new(self, monitor);
+        let mut rewritten = HashSet::new();
         for finding in findings {
             match finding {
                 Finding::Unreadable(pack, error) => {
                     report.add(ProblemKind::PackUnreadable, pack.to_string(), error.to_string(), Vec::new(), false);
                 }
                 Finding::Damage(pack, from, to) => {
+                    if options.repair && !rewritten.contains(&pack) && self.packs.claim(pack) {
+                        let done = rewriter.pack(pack);
+                        self.packs.release(pack);
+                        rewritten.extend(done?.map(|_| pack));
+                    }
                     let detail = format!("bytes {from} to {to} are no record");
-                    report.add(ProblemKind::PackDamaged, pack.to_string(), detail, Vec::new(), false);
+                    let is_repaired = rewritten.contains(&pack);
+                    report.add(ProblemKind::PackDamaged, pack.to_string(), detail, Vec::new(), is_repaired);
                 }
                 Finding::Chunk(id, _, detail) => {
-                    gone.push(id);
                     report.add(ProblemKind::ChunkGone, id.to_string(), detail, Vec::new(), options.repair);
                 }
             }
-        }
-        if options.repair && !gone.is_empty() {
-            self.index.forget(&gone)?;
-            self.db.sync()?;
         }
         Ok(())
     }

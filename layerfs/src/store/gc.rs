@@ -15,7 +15,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use crate::attr::Time;
-use crate::chunk::{self, Class};
+use crate::chunk::Class;
 use crate::codec::{Put, Reader};
 use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
@@ -26,9 +26,9 @@ use crate::store::closure::{ClosureVisitor, Known, walk_stack};
 use crate::store::db::{Cf, Sync};
 use crate::store::filter::{IdFilter, Touched};
 use crate::store::index::Location;
-use crate::store::pack::{HEADER_BYTES, PackId, PackWriter};
-use crate::store::scan::{Found, PackScan};
-use crate::store::{Store, Uncached, space};
+use crate::store::pack::{HEADER_BYTES, PackId};
+use crate::store::rewrite::Rewriter;
+use crate::store::{Store, Uncached};
 
 /// How to collect.
 #[derive(Clone, Copy, Debug, Default)]
@@ -60,8 +60,6 @@ pub struct GcReport {
 
 /// Entries looked at in one step of the sweep.
 const SWEEP_BATCH: usize = 4096;
-/// Records looked up in one step of a rewrite.
-const REWRITE_BATCH: usize = 256;
 /// Packs below this size are merged if there are several.
 const SMALL_PACK_BYTES: u64 = 8 << 20;
 const LAST_GC_KEY: &[u8] = b"gc.last";
@@ -346,7 +344,7 @@ impl Collection<'_> {
                     report.packs_removed += 1;
                     report.freed_bytes += bytes;
                     if !self.options.dry_run {
-                        self.unlink(id)?;
+                        self.store.unlink_pack(id)?;
                     }
                 }
                 live if live * 2 < bytes => rewrite.push((id, bytes, live)),
@@ -363,11 +361,15 @@ impl Collection<'_> {
             report.freed_bytes += rewrite.iter().map(|(_, bytes, live)| bytes - live).sum::<u64>();
             return Ok(());
         }
-        let mut out = None;
-        let result = rewrite.iter().try_for_each(|&(id, bytes, _)| self.rewrite(id, bytes, &mut out, report));
-        if let Some(out) = out {
-            finish_pack(self.store, out);
-        }
+        let mut rewriter = Rewriter::new(self.store, self.monitor);
+        let result: Result<()> = rewrite.iter().try_for_each(|&(id, bytes, _)| {
+            if let Some(copied) = rewriter.pack(id)? {
+                report.packs_rewritten += 1;
+                report.copied_bytes += copied;
+                report.freed_bytes += bytes.saturating_sub(copied);
+            }
+            Ok(())
+        });
         match result {
             Err(error) if error.class() == ErrorClass::NoSpace => {
                 self.monitor.warn("the disk is too full to rewrite packs that are mostly dead; they stay for now");
@@ -375,87 +377,6 @@ impl Collection<'_> {
             }
             result => result,
         }
-    }
-
-    /// Copies the live records of pack `id` to `out`, and removes it.
-    fn rewrite(&self, id: PackId, bytes: u64, out: &mut Option<PackWriter>, report: &mut GcReport) -> Result<()> {
-        monitor::check(self.monitor)?;
-        let mut moves = Vec::new();
-        match self.copy_records(id, out, &mut moves) {
-            Ok(()) => {}
-            Err(error @ (Error::Corrupt { .. } | Error::ChunkDamaged { .. })) => {
-                self.monitor.warn(&format!("pack {id} is damaged and stays as it is: {error}"));
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        }
-        if let Some(out) = out {
-            out.sync()?;
-        }
-        failpoint::hit("gc.rewritten");
-        self.store.index.relocate(&moves)?;
-        self.store.db.sync()?;
-        let copied = moves.iter().map(|(_, _, new)| new.record_bytes()).sum::<u64>();
-        report.packs_rewritten += 1;
-        report.copied_bytes += copied;
-        report.freed_bytes += bytes.saturating_sub(copied);
-        self.monitor.advance(copied);
-        self.unlink(id)
-    }
-
-    fn copy_records(
-        &self,
-        id: PackId,
-        out: &mut Option<PackWriter>,
-        moves: &mut Vec<(ChunkId, Location, Location)>,
-    ) -> Result<()> {
-        let mut batch = Vec::with_capacity(REWRITE_BATCH);
-        for found in PackScan::open(id, self.store.packs.path(id))? {
-            match found? {
-                Found::Record(offset, header) => batch.push((header.id, header.location(id, offset))),
-                Found::Tail { .. } => {}
-                Found::Damage { from, to } => {
-                    return Err(Error::corrupt("pack", format!("bytes {from} to {to} are no record")));
-                }
-            }
-            if batch.len() == REWRITE_BATCH {
-                self.copy_batch(&batch, out, moves)?;
-                batch.clear();
-            }
-        }
-        self.copy_batch(&batch, out, moves)
-    }
-
-    fn copy_batch(
-        &self,
-        batch: &[(ChunkId, Location)],
-        out: &mut Option<PackWriter>,
-        moves: &mut Vec<(ChunkId, Location, Location)>,
-    ) -> Result<()> {
-        let ids: Vec<ChunkId> = batch.iter().map(|(id, _)| *id).collect();
-        let now = self.store.index.get_many(&ids)?;
-        for ((id, old), _) in batch.iter().zip(now).filter(|((_, old), now)| now.as_ref() == Some(old)) {
-            let Some(stored) = self.store.packs.read(id, old)? else { continue };
-            let (_, verified) = chunk::verify(stored)?;
-            if let Some(mut full) = out.take_if(|out| out.is_full()) {
-                full.sync()?;
-                finish_pack(self.store, full);
-            }
-            if out.is_none() {
-                *out = Some(self.store.packs.create(space::DB_RESERVE_BYTES)?);
-            }
-            if let Some(writer) = out {
-                moves.push((*id, *old, writer.append(verified.stored())?));
-            }
-        }
-        Ok(())
-    }
-
-    fn unlink(&self, id: PackId) -> Result<()> {
-        failpoint::hit("gc.before-unlink");
-        self.store.packs.remove(id)?;
-        failpoint::hit("gc.after-unlink");
-        Ok(())
     }
 
     /// Removes the tables of layers that are gone: they can be built again should we be wrong.
@@ -482,14 +403,6 @@ impl Collection<'_> {
         let mut batch = crate::store::db::Batch::new();
         batch.put(Cf::Meta, LAST_GC_KEY, record);
         self.store.db.write(batch, Sync::Yes)
-    }
-}
-
-fn finish_pack(store: &Store, mut pack: PackWriter) {
-    if pack.roll_back() {
-        store.packs.give_back(pack);
-    } else {
-        store.packs.release(pack.id());
     }
 }
 

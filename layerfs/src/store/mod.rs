@@ -21,6 +21,7 @@ mod pack;
 mod packs;
 mod pins;
 mod rebuild;
+mod rewrite;
 mod scan;
 mod scrub;
 mod session;

@@ -325,17 +325,8 @@ impl Drop for Inner {
         if let Err(error) = state.join() {
             tracing::warn!(label = self.label, %error, "a pack wasn't finished");
         }
-        if let Some(mut writer) = state.writer.take() {
-            let id = writer.id();
-            if writer.roll_back() {
-                self.store.packs.give_back(writer);
-            } else if writer.synced_end() == 0 {
-                if let Err(error) = self.store.packs.remove(id) {
-                    tracing::warn!(%error, "an unused pack stays");
-                }
-            } else {
-                self.store.packs.release(id);
-            }
+        if let Some(writer) = state.writer.take() {
+            self.store.finish_pack(writer);
         }
         self.store.unregister(self.number);
     }

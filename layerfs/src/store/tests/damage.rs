@@ -112,6 +112,10 @@ fn flipped_bits_are_found_reported_with_names_and_healed() {
     assert!(store.scrub(&Silent).unwrap().is_clean());
     let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
     assert!(report.problems.iter().all(|problem| problem.kind == ProblemKind::PackDamaged), "{report:#?}");
+    drop(session);
+    let report = store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    assert!(report.problem_count == 1 && report.problems[0].repaired, "{report:#?}");
+    assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean());
     store.check_stack(layer).unwrap();
 }
 

@@ -114,6 +114,7 @@ fn a_full_disk_leaves_the_store_as_it_was() {
 
 #[test]
 fn a_read_only_disk_is_told_and_can_be_read() {
-    let prepare = "mount -t tmpfs -o size=80m none \"$dir\"; LAYERFS_TEST_PART=make RUN; mount -o remount,ro none \"$dir\"; RUN";
+    let prepare =
+        "mount -t tmpfs -o size=80m none \"$dir\"; LAYERFS_TEST_PART=make RUN; mount -o remount,ro none \"$dir\"; RUN";
     run("read-only", prepare);
 }
