@@ -82,7 +82,7 @@ impl<R: ChunkRead + ?Sized> Check<'_, '_, R> {
         let mut records: Records<'_, Dentry, R> = Records::new(self.chunks, self.pieces(&manifest.dentries)?);
         let mut count = 0;
         let mut last: Option<(Ino, Vec<u8>)> = None;
-        while let Some(dentry) = records.next()? {
+        while let Some(dentry) = records.next_record()? {
             count += 1;
             let in_range = match dentry.target {
                 Target::Inode { ino, .. } => ino < manifest.next_ino && ino != Ino::ROOT,
@@ -103,7 +103,7 @@ impl<R: ChunkRead + ?Sized> Check<'_, '_, R> {
         let (mut count, mut file_bytes) = (0, 0u64);
         let mut last: Option<Ino> = None;
         let mut has_root = false;
-        while let Some(inode) = records.next()? {
+        while let Some(inode) = records.next_record()? {
             count += 1;
             if inode.ino >= manifest.next_ino || last.is_some_and(|last| last >= inode.ino) {
                 return Err(Error::corrupt("inode table", format!("inode {} is out of order", inode.ino)));

@@ -269,6 +269,7 @@ mod tests {
     fn text_forms_are_pinned() {
         let key = PublicKey(*b"0123456789abcdefghijklmnopqrstuv");
         assert_eq!(key.to_string(), "lfk-60rk4csm6mv3ee1sc5h66s35cskpgtbaddp6tvkfe1rq4wvmenv0");
+        assert_eq!(key.fingerprint().to_string(), "a48n3-a55an-0rjxt-p4j9d-4zafx");
     }
 
     #[test]

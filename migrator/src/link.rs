@@ -316,6 +316,22 @@ impl Link {
     }
 }
 
+/// Tells whoever is at the other end of `stream` of `error`, and closes, without a look at what it says.
+pub(crate) async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, error: &Error, patience: Patience) {
+    let mut words = Vec::new();
+    wire::encode(&Message::Hello(Hello::OURS), &mut words);
+    wire::encode(&Message::error(error.class(), error_text(error)), &mut words);
+    if write(&mut stream, &words, patience).await.is_err() {
+        return;
+    }
+    let _ = timeout(LAST_WORDS, async {
+        let _ = stream.shutdown().await;
+        let mut ignored = [0; 1024];
+        while let Ok(1..) = stream.read(&mut ignored).await {}
+    })
+    .await;
+}
+
 /// An error with its sources: what a peer is told.
 fn error_text(error: &Error) -> String {
     let mut text = error.to_string();

@@ -15,7 +15,8 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::error::{Error, Result};
-use crate::link::{Counted, Counters, Link};
+use crate::identity::PublicKey;
+use crate::link::{self, Counted, Counters, Link};
 use crate::node::Node;
 use crate::peers::Peer;
 use crate::progress::Tally;
@@ -70,7 +71,11 @@ async fn accept_all(node: Node, socket: TcpListener, acceptor: TlsAcceptor, mut 
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = tokio::task::JoinSet::new();
     loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else { break };
+        let slot = tokio::select! {
+            _ = stopped.changed() => break,
+            slot = slots.clone().acquire_owned() => slot,
+        };
+        let Ok(slot) = slot else { break };
         let (stream, from) = tokio::select! {
             _ = stopped.changed() => break,
             accepted = socket.accept() => match accepted {
@@ -116,27 +121,32 @@ async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: Socke
     let key = tls::peer_key(stream.get_ref().1).ok_or_else(|| Error::protocol(&address, "it shows no key"))?;
     let peers = node.peers().clone();
     let peer = crate::send::joined(tokio::task::spawn_blocking(move || Ok(peers.by_key(&key)?)).await)?;
-    let label = peer.as_ref().map_or(address.clone(), |peer| peer.name.to_string());
-    let mut link = Link::start(stream, &label, patience);
-    let result = match peer {
-        Some(peer) => serve_peer(&node, &peer, &mut link).await,
-        None => {
-            node.note_stranger(key, from);
-            Err(Error::refused(
-                ErrorClass::Denied,
-                format!(
-                    "your key {} is not known here; do `layerctl peer add NAME ADDRESS` on that host too",
-                    key.fingerprint()
-                ),
-            ))
-        }
+    let Some(peer) = peer else {
+        node.note_stranger(key, from);
+        let error = stranger_error(&key);
+        link::turn_away(stream, &error, patience).await;
+        return Err(error);
     };
+    let mut link = Link::start(stream, peer.name.as_str(), patience);
+    let result = serve_peer(&node, &peer, &mut link).await;
     match &result {
         Ok(()) => link.close().await,
         Err(error) => link.close_with(error).await,
     }
-    tracing::debug!(peer = label, read = counters.read(), written = counters.written(), "connection closed");
+    tracing::debug!(
+        peer = peer.name.as_str(),
+        read = counters.read(),
+        written = counters.written(),
+        "connection closed"
+    );
     result
+}
+
+fn stranger_error(key: &PublicKey) -> Error {
+    let fingerprint = key.fingerprint();
+    let message =
+        format!("your key {fingerprint} is not known here; do `layerctl peer add NAME ADDRESS` on that host too");
+    Error::refused(ErrorClass::Denied, message)
 }
 
 async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {

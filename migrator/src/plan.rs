@@ -108,7 +108,7 @@ impl<'a, R: ChunkRead + ?Sized> LayerPlan<'a, R> {
         let shared = pieces.iter().filter(|piece| !piece.open).map(|piece| piece.id).collect();
         let mut related = self.related(&manifest, &hits, &shared)?;
         let mut inodes: Records<'_, Inode, R> = Records::new(self.chunks, pieces);
-        while let Some(inode) = inodes.next()? {
+        while let Some(inode) = inodes.next_record()? {
             if let Node::File(content @ Content::Extents { .. }) = &inode.node {
                 self.file(inode.ino, content, &mut related)?;
             }
@@ -188,7 +188,7 @@ impl<'a, R: ChunkRead + ?Sized> Cursor<'a, R> {
     /// The content of inode `ino`, if the layer has that as a file. `ino` grows from call to call.
     fn content_of(&mut self, ino: Ino) -> Result<Option<&Content>> {
         while !self.is_at_end && self.current.as_ref().is_none_or(|inode| inode.ino < ino) {
-            self.current = self.inodes.next()?;
+            self.current = self.inodes.next_record()?;
             self.is_at_end = self.current.is_none() || self.inodes.loaded_bytes() > MAX_RELATED_BYTES;
         }
         Ok(match &self.current {

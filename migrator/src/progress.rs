@@ -47,11 +47,17 @@ pub struct Phase {
     pub seconds: f64,
 }
 
+#[derive(Debug, Default)]
+struct Phases {
+    done: Vec<Phase>,
+    current: Option<(&'static str, Instant)>,
+}
+
 /// The counters of one transfer while it runs.
 #[derive(Debug)]
 pub(crate) struct Tally {
     started: Instant,
-    phases: Mutex<(Vec<Phase>, Option<(&'static str, Instant)>)>,
+    phases: Mutex<Phases>,
     pub chunks: AtomicU64,
     pub plain_bytes: AtomicU64,
     pub stored_bytes: AtomicU64,
@@ -78,18 +84,17 @@ impl Tally {
     /// Phase `name` begins, the last one ends.
     pub fn phase(&self, name: &'static str) {
         let mut phases = self.phases.lock();
-        let (done, current) = &mut *phases;
         let now = Instant::now();
-        if let Some((name, since)) = current.replace((name, now)) {
-            done.push(Phase { name, seconds: seconds(now - since) });
+        if let Some((name, since)) = phases.current.replace((name, now)) {
+            phases.done.push(Phase { name, seconds: seconds(now - since) });
         }
     }
 
     /// Everything counted so far.
     pub fn report(&self) -> TransferReport {
         let phases = self.phases.lock();
-        let mut all = phases.0.clone();
-        all.extend(phases.1.map(|(name, since)| Phase { name, seconds: seconds(since.elapsed()) }));
+        let mut all = phases.done.clone();
+        all.extend(phases.current.map(|(name, since)| Phase { name, seconds: seconds(since.elapsed()) }));
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         TransferReport {
             layers: get(&self.layers),

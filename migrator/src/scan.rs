@@ -154,7 +154,7 @@ impl<'a, T: Record, R: ChunkRead + ?Sized> Records<'a, T, R> {
     ///
     /// # Errors
     /// Those of reading, and [`Error::Corrupt`] if a record is malformed or ends where it may not.
-    pub fn next(&mut self) -> Result<Option<T>> {
+    pub fn next_record(&mut self) -> Result<Option<T>> {
         loop {
             let rest = &self.buffer[self.at..];
             if let Some(length) = T::length(rest) {

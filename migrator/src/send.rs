@@ -362,7 +362,10 @@ fn send_chunks(
             tally.stored_bytes.fetch_add(stored, Relaxed);
             monitor.advance(plain);
             monitor.items(count as u64);
-            let _ = report.send(count);
+            // Nobody listens any more: the transfer has failed, and what is left of the queue is void.
+            if report.send(count).is_err() {
+                return Ok(true);
+            }
             (count, plain, stored) = (0, 0, 0);
         }
     }
