@@ -1,6 +1,6 @@
 //! Exports: what comes out equals what went in, by rsync, GNU tar, bsdtar, umoci and skopeo; failures leave nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, ensure};
 use layerfs::attr::{Attrs, FileKind, Time};
-use layerfs::chunker::Chunker;
 use layerfs::content::Content;
 use layerfs::error::ErrorClass;
 use layerfs::export::{Compression, Destination, ExportReport, export, export_tar};
+use layerfs::import::{ImportOptions, SourceSpec, import};
 use layerfs::inode::{Dentry, Inode, Node, Target};
 use layerfs::manifest::{LayerKind, LayerWriter};
 use layerfs::monitor::{Monitor, Silent};
@@ -24,6 +24,7 @@ use layerfs_tests::case::Need::{self, Root, Tool};
 use layerfs_tests::case::{Case, output_of};
 use layerfs_tests::tree::Random;
 use layerfs_tests::{compare, zoo};
+use rustix::fs::XattrFlags;
 
 /// What a zoo needs.
 const ZOO: &[Need] = &[Root, Tool("rsync"), Tool("setfacl"), Tool("setcap")];
@@ -50,6 +51,12 @@ pub fn cases() -> Vec<Case> {
             &[Root, Tool("rsync"), Tool("setfacl"), Tool("setcap"), Tool("umoci"), Tool("skopeo")],
             umoci_and_skopeo_take_the_layout,
         ),
+        Case::new(
+            "export::stacks_survive_oci",
+            &[Root, Tool("rsync"), Tool("setfacl"), Tool("setcap"), Tool("umoci")],
+            stacks_survive_oci,
+        ),
+        Case::new("export::tars_come_back", ZOO, tars_come_back),
     ]
 }
 
@@ -70,7 +77,7 @@ impl Fixture {
         fs::create_dir(&out)?;
         fill(&source)?;
         let store = Store::open(&folder.path().join("store"), StoreOptions::create())?;
-        let layer = by_hand(&store, &source)?;
+        let layer = imported(&store, &source, "source", None)?;
         Ok(Fixture { folder, source, out, store, layer })
     }
 
@@ -112,6 +119,14 @@ impl Fixture {
         ensure!(found == names, "{found:?} instead of {names:?}");
         Ok(())
     }
+}
+
+/// Imports `source`, which is a whole tree.
+fn imported(store: &Arc<Store>, source: &Path, name: &str, parent: Option<LayerId>) -> anyhow::Result<LayerId> {
+    let mut options = ImportOptions::new(name.parse()?);
+    (options.parent, options.whole) = (parent, parent.is_some());
+    let report = import(store, SourceSpec::Path(source.to_owned()), &options, &Silent)?;
+    Ok(report.layers.last().context("no layer")?.id)
 }
 
 fn folder_equals_its_source() -> anyhow::Result<()> {
@@ -417,76 +432,71 @@ fn umoci_and_skopeo_take_the_layout() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Changes a zoo in all ways that layers know.
+fn change(zoo: &Path) -> anyhow::Result<()> {
+    fs::remove_file(zoo.join("names/~"))?;
+    fs::remove_dir_all(zoo.join("attributes/acl-folder"))?;
+    fs::rename(zoo.join("deep"), zoo.join("deeper"))?;
+    fs::remove_file(zoo.join("links/far/empty-too"))?;
+    fs::hard_link(zoo.join("links/one"), zoo.join("links/five"))?;
+    // A file becomes a folder, a folder a file, a link a device.
+    fs::remove_file(zoo.join("contents/random-1"))?;
+    fs::create_dir(zoo.join("contents/random-1"))?;
+    fs::write(zoo.join("contents/random-1/inside"), "new")?;
+    fs::remove_dir(zoo.join("contents/empty-folder"))?;
+    fs::write(zoo.join("contents/empty-folder"), "no folder")?;
+    fs::set_permissions(zoo.join("contents/random-4096"), fs::Permissions::from_mode(0o600))?;
+    File::options().write(true).open(zoo.join("contents/random-3000001"))?.write_all_at(b"changed", 1_500_000)?;
+    zoo::set_time(&zoo.join("times/zero"), 77, 7)?;
+    rustix::fs::setxattr(zoo.join("deeper/a/b/c"), "user.new", b"attribute", XattrFlags::empty())?;
+    Ok(fs::write(zoo.join("deeper/a/b/c/d/new"), Random::new(99).bytes(100_000))?)
+}
+
+fn stacks_survive_oci() -> anyhow::Result<()> {
+    let mut fixture = Fixture::of_zoo()?;
+    fixture.without_sockets()?;
+    rustix::fs::removexattr(fixture.source.join("zoo/attributes/xattrs"), "user.empty")?;
+    let zoo = fixture.source.join("zoo");
+    let middle = imported(&fixture.store, &fixture.source, "middle", Some(fixture.layer))?;
+    change(&zoo)?;
+    let upper = imported(&fixture.store, &fixture.source, "upper", Some(middle))?;
+    fs::remove_dir_all(zoo.join("deeper/a/b"))?;
+    fs::create_dir(zoo.join("deeper/a/b"))?;
+    fs::write(zoo.join("deeper/a/b/c"), "a file where a folder was")?;
+    fixture.layer = imported(&fixture.store, &fixture.source, "top", Some(upper))?;
+    fixture.export("folder")?;
+    same(&fixture.source, &fixture.out.join("folder"))?;
+
+    let layout = fixture.out.join("layout");
+    let to = Destination::parse(&format!("oci:{}:stack", layout.display()), None)?;
+    export(&fixture.store, fixture.layer, &to, &Silent)?;
+    let bundle = fixture.folder.path().join("bundle");
+    let image = format!("{}:stack", layout.display());
+    output_of(Command::new("umoci").args(["unpack", "--image", &image]).arg(&bundle))?;
+    compare::same_by_rsync(&fixture.source, &bundle.join("rootfs"))?;
+    compare::same_hard_links(&fixture.source, &bundle.join("rootfs"))?;
+
+    fixture.layer = imported(&fixture.store, &layout, "again", None)?;
+    fixture.export("again")?;
+    same(&fixture.source, &fixture.out.join("again"))
+}
+
+fn tars_come_back() -> anyhow::Result<()> {
+    let mut fixture = Fixture::of_zoo()?;
+    fixture.export("tree.tar.zst")?;
+    fixture.without_sockets()?;
+    fixture.layer = imported(&fixture.store, &fixture.out.join("tree.tar.zst"), "again", None)?;
+    fixture.export("again")?;
+    same(&fixture.source, &fixture.out.join("again"))?;
+    // And again the same tar, byte for byte.
+    fixture.export("again.tar.zst")?;
+    let read = |name: &str| fs::read(fixture.out.join(name));
+    ensure!(read("tree.tar.zst")? == read("again.tar.zst")?, "the tar of the same tree differs");
+    Ok(())
+}
+
 fn same(source: &Path, copy: &Path) -> anyhow::Result<()> {
     compare::same_by_rsync(source, copy)?;
     compare::same_hard_links(source, copy)?;
     compare::no_more_allocated(source, copy)
-}
-
-fn by_hand(store: &Arc<Store>, source: &Path) -> anyhow::Result<LayerId> {
-    let session = store.session("by hand");
-    let mut inodes: BTreeMap<u64, Inode> = BTreeMap::new();
-    let mut dentries: BTreeMap<(u64, Vec<u8>), Dentry> = BTreeMap::new();
-    let mut numbers: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut paths = Vec::new();
-    compare::walk(source, &mut |path, metadata| {
-        paths.push((path.to_owned(), metadata.clone()));
-        Ok(())
-    })?;
-    paths.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut ingest = session.ingest(|mut inode: Inode, content| {
-        inode.node = Node::File(content.expect("a file"));
-        inodes.insert(inode.ino.0, inode);
-        Ok(())
-    });
-    let mut others = Vec::new();
-    for (path, metadata) in &paths {
-        let next = numbers.len() as u64 + 1;
-        let is_new = !numbers.contains_key(&metadata.ino());
-        let ino = *numbers.entry(metadata.ino()).or_insert(next);
-        let kind = FileKind::from_mode(metadata.mode()).context("a kind")?;
-        if path != source {
-            let folder = Ino(numbers[&fs::metadata(path.parent().context("a parent")?)?.ino()]);
-            let name = path.file_name().context("a name")?.as_bytes().to_vec();
-            let target = Target::Inode { ino: Ino(ino), kind };
-            dentries.insert((folder.0, name.clone()), Dentry { folder, name, target });
-        }
-        if !is_new {
-            continue;
-        }
-        let mtime = Time { seconds: metadata.mtime(), nanos: metadata.mtime_nsec() as u32 };
-        let node = match kind {
-            FileKind::File | FileKind::Folder => Node::Folder,
-            FileKind::Symlink => Node::Symlink(fs::read_link(path)?.as_os_str().as_bytes().to_vec()),
-            FileKind::BlockDevice => Node::BlockDevice(metadata.rdev()),
-            FileKind::CharDevice => Node::CharDevice(metadata.rdev()),
-            FileKind::Fifo => Node::Fifo,
-            FileKind::Socket => Node::Socket,
-        };
-        let mut xattrs = Vec::new();
-        let mut list = vec![0u8; 65536];
-        let length = rustix::fs::llistxattr(path, &mut list[..])?;
-        for name in list[..length].split(|b| *b == 0).filter(|name| !name.is_empty()) {
-            let mut value = vec![0u8; 65536];
-            let length = rustix::fs::lgetxattr(path, name, &mut value[..])?;
-            xattrs.push((name.to_vec(), value[..length].to_vec()));
-        }
-        xattrs.sort();
-        let attrs = Attrs::imported(metadata.mode(), metadata.uid(), metadata.gid(), mtime);
-        let inode = Inode { ino: Ino(ino), nlink: metadata.nlink() as u32, attrs, xattrs, node };
-        if kind == FileKind::File {
-            let file = File::open(path)?;
-            ingest.file(inode, Chunker::Tree, &mut layerfs::store::FileSource::new(&file, path)?)?;
-        } else {
-            others.push(inode);
-        }
-    }
-    ingest.finish()?;
-    inodes.extend(others.into_iter().map(|inode| (inode.ino.0, inode)));
-    let mut writer = LayerWriter::new(&session);
-    dentries.values().try_for_each(|dentry| writer.dentry(dentry))?;
-    inodes.values().try_for_each(|inode| writer.inode(inode))?;
-    let (layer, _) = writer.finish(LayerKind::Base, None, Ino(numbers.len() as u64 + 1))?;
-    session.commit()?;
-    Ok(layer)
 }

@@ -12,12 +12,10 @@ use super::{ExportReport, place, spread};
 use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::id::Ino;
+use crate::import::DISK_NAME;
 use crate::inode::Node;
 use crate::monitor::Monitor;
 use crate::view::View;
-
-/// The name that a disk image has in its layer.
-pub const DISK_NAME: &[u8] = b"disk.raw";
 
 const GROUP_BYTES: u64 = 1024 * 1024;
 
@@ -27,7 +25,7 @@ const GROUP_BYTES: u64 = 1024 * 1024;
 /// [`Error::Invalid`] if the layer holds no disk.
 pub fn export(view: &View, destination: &Path, monitor: &dyn Monitor) -> Result<ExportReport> {
     let none = || Error::invalid("the layer holds no disk.raw; only an imported disk image can be exported as raw");
-    let (ino, _) = view.lookup(Ino::ROOT, DISK_NAME)?.ok_or_else(none)?;
+    let (ino, _) = view.lookup(Ino::ROOT, DISK_NAME.as_bytes())?.ok_or_else(none)?;
     let Node::File(content) = view.expect_inode(ino)?.node else { return Err(none()) };
     let data_bytes = place::new_file(destination, |file| write(view, &content, file, destination, monitor))?;
     monitor.items(1);
