@@ -56,6 +56,7 @@ pub fn cases() -> Vec<Case> {
             &[Root, Tool("rsync"), Tool("setfacl"), Tool("setcap"), Tool("umoci")],
             stacks_survive_oci,
         ),
+        Case::new("export::deep_trees", &[Tool("find")], deep_trees),
         Case::new("export::tars_come_back", ZOO, tars_come_back),
     ]
 }
@@ -395,6 +396,43 @@ fn hostile_layers_stay_inside() -> anyhow::Result<()> {
         ensure!(fs::read_dir(&outside)?.count() == 0, "something was written outside");
     }
     Ok(())
+}
+
+/// More folders inside of each other than a process may have descriptors, and than a path may name.
+fn deep_trees() -> anyhow::Result<()> {
+    const DEPTH: u64 = 6000;
+    let fixture = Fixture::small()?;
+    let session = fixture.store.session("deep");
+    let attrs = Attrs::imported(0o755, 0, 0, Time { seconds: 5, nanos: 6 });
+    let inode = |ino, nlink, node| Inode { ino: Ino(ino), nlink, attrs: attrs.clone(), xattrs: vec![], node };
+    let mut writer = LayerWriter::new(&session);
+    for level in 1..=DEPTH {
+        let (folder, inner, file) = (Ino(level), Ino(level + 1), Ino(DEPTH + 1 + level));
+        let target = Target::Inode { ino: file, kind: FileKind::File };
+        for name in ["before", "zafter"] {
+            let name = name.as_bytes().to_vec();
+            if name == b"zafter" {
+                let target = Target::Inode { ino: inner, kind: FileKind::Folder };
+                writer.dentry(&Dentry { folder, name: b"folder".to_vec(), target })?;
+            }
+            writer.dentry(&Dentry { folder, name, target })?;
+        }
+    }
+    (1..=DEPTH + 1).try_for_each(|ino| writer.inode(&inode(ino, 2 + u32::from(ino <= DEPTH), Node::Folder)))?;
+    (DEPTH + 2..=2 * DEPTH + 1)
+        .try_for_each(|ino| writer.inode(&inode(ino, 2, Node::File(Content::Inline(b"x".to_vec())))))?;
+    let (layer, _) = writer.finish(LayerKind::Base, None, Ino(2 * DEPTH + 2))?;
+    session.flush()?;
+    let report = export(&fixture.store, layer, &fixture.destination("deep")?, &Silent)?;
+    let listed = output_of(Command::new("find").arg(fixture.out.join("deep")).args(["-printf", "%y %n %T@\\n"]))?;
+    let cancelled = export(&fixture.store, layer, &fixture.destination("cut")?, &CancelAfter(5000, AtomicU64::new(0)));
+    let removed = Command::new("rm").arg("-rf").arg(fixture.out.join("deep")).status()?;
+    ensure!(removed.success() && report.entries == 3 * DEPTH, "{} entries", report.entries);
+    let count = |line: &str| listed.lines().filter(|found| found.starts_with(line)).count() as u64;
+    ensure!(count("f 2 5.0000000060") == 2 * DEPTH && listed.lines().count() as u64 == 3 * DEPTH + 1);
+    ensure!(count("d 3 5.0000000060") == DEPTH, "{} folders", count("d 3 5.0000000060"));
+    ensure!(matches!(cancelled, Err(Error::Cancelled)), "{cancelled:?}");
+    fixture.only(&[])
 }
 
 fn umoci_and_skopeo_take_the_layout() -> anyhow::Result<()> {

@@ -40,6 +40,8 @@ const GROUP_BYTES: u64 = 1024 * 1024;
 const BATCH_FILES: usize = 32;
 const BATCH_BYTES: u64 = 1024 * 1024;
 const QUEUE: usize = 4;
+/// How many folders on the way down stay open: a tree may be deeper than a process may have descriptors.
+const OPEN_FOLDERS: usize = 100;
 
 /// Exports `view` to the folder `destination`, which must be absent or empty.
 pub fn export(view: &View, destination: &Path, monitor: &dyn Monitor) -> Result<ExportReport> {
@@ -66,12 +68,23 @@ pub fn export(view: &View, destination: &Path, monitor: &dyn Monitor) -> Result<
 struct Folder {
     parent: Option<Arc<Folder>>,
     name: Vec<u8>,
-    fd: OwnedFd,
+    /// None while the walk is far below: whoever still works here has it from before.
+    fd: Mutex<Option<Arc<OwnedFd>>>,
     /// None for the root, which is finished in its final place.
     inode: Option<Inode>,
 }
 
 impl Folder {
+    fn new(parent: Option<Arc<Folder>>, name: &[u8], fd: OwnedFd, inode: Option<Inode>) -> Arc<Folder> {
+        Arc::new(Folder { parent, name: name.to_vec(), fd: Mutex::new(Some(Arc::new(fd))), inode })
+    }
+
+    /// The open folder. The walk is here, or was here last.
+    fn fd(&self) -> Result<Arc<OwnedFd>> {
+        let open = self.fd.lock().clone();
+        open.ok_or_else(|| Error::io("using a folder that is closed", Errno::BADF))
+    }
+
     /// The path of `name` in this folder, from the root.
     fn path(&self, name: &[u8]) -> Vec<u8> {
         let mut parts = vec![name];
@@ -88,6 +101,7 @@ impl Folder {
 /// A small file to be written by one thread.
 struct NewFile {
     folder: Arc<Folder>,
+    folder_fd: Arc<OwnedFd>,
     name: Vec<u8>,
     inode: Inode,
     /// Open already if it has several names.
@@ -179,12 +193,12 @@ impl Export<'_> {
     }
 
     fn write_file(&self, new: NewFile) -> Result<()> {
-        let NewFile { folder, name, inode, file } = new;
+        let NewFile { folder, folder_fd, name, inode, file } = new;
         let path = || self.path(&folder, &name);
         let (is_final, mode) = self.setter.creation_mode(&inode);
         let (file, is_final) = match file {
             Some(file) => (file, false),
-            None => (create(&folder.fd, &name, mode).map_err(|e| Error::file("create", path(), e))?, is_final),
+            None => (create(&folder_fd, &name, mode).map_err(|e| Error::file("create", path(), e))?, is_final),
         };
         let Node::File(content) = &inode.node else { return Ok(()) };
         let chunks = &**self.view.chunks();
@@ -231,6 +245,7 @@ impl Export<'_> {
         while let Some(Folder { parent, name, fd, inode }) = next {
             if let (Some(inode), Some(parent)) = (&inode, &parent) {
                 let path = || self.path(parent, &name);
+                let fd = fd.into_inner().ok_or_else(|| Error::file("finish", path(), Errno::BADF))?;
                 self.setter.apply(Subject::Open(fd.as_fd()), inode, false, &path)?;
             }
             next = parent.and_then(Arc::into_inner);
@@ -258,8 +273,7 @@ struct Maker<'a, 'e> {
 impl Maker<'_, '_> {
     fn walk(&mut self) -> Result<()> {
         let root = rustix::io::dup(&self.workspace.root).map_err(|e| Error::io("duplicating a descriptor", e))?;
-        let root = Folder { parent: None, name: Vec::new(), fd: root, inode: None };
-        let mut open: Vec<(Ino, Arc<Folder>)> = vec![(Ino::ROOT, Arc::new(root))];
+        let mut open: Vec<(Ino, Arc<Folder>)> = vec![(Ino::ROOT, Folder::new(None, b"", root, None))];
         let mut walker = Walker::new(self.export.view);
         while let Some(entry) = walker.next_entry()? {
             monitor::check(self.export.monitor)?;
@@ -267,7 +281,7 @@ impl Maker<'_, '_> {
                 return Err(Error::Cancelled);
             }
             while let Some((_, folder)) = open.pop_if(|(ino, _)| *ino != entry.folder) {
-                self.export.leave(folder)?;
+                self.go_up(folder)?;
             }
             let Some((_, folder)) = open.last() else {
                 return Err(Error::corrupt("layer", format!("folder {} is not where its entries are", entry.folder)));
@@ -275,12 +289,30 @@ impl Maker<'_, '_> {
             self.entries += 1;
             if let Some(inner) = self.entry(folder, &entry)? {
                 open.push((entry.ino, inner));
+                if let Some(above) = open.len().checked_sub(OPEN_FOLDERS) {
+                    *open[above].1.fd.lock() = None;
+                }
             }
         }
         while let Some((_, folder)) = open.pop() {
-            self.export.leave(folder)?;
+            self.go_up(folder)?;
         }
         self.submit()
+    }
+
+    /// Leaves a folder for its parent, which may have to be opened again.
+    fn go_up(&self, folder: Arc<Folder>) -> Result<()> {
+        if let Some(parent) = &folder.parent {
+            let mut fd = parent.fd.lock();
+            if fd.is_none() {
+                // Nobody else can enter the workspace: nothing was moved, and `..` is where we came from.
+                let path = || attrs::below(&self.export.destination, &parent.path(b""));
+                let inner = folder.fd()?;
+                let opened = open_folder(&inner, b"..").map_err(|e| Error::file("open", path(), e))?;
+                *fd = Some(Arc::new(opened));
+            }
+        }
+        self.export.leave(folder)
     }
 
     /// Makes one entry; returns it if it is a folder.
@@ -293,22 +325,22 @@ impl Maker<'_, '_> {
         let export = self.export;
         let path = || export.path(folder, name);
         let failed = |action, errno: Errno| Error::file(action, path(), errno);
+        let folder_fd = folder.fd()?;
         if inode.kind() == FileKind::Folder {
-            let fd = make_folder(&folder.fd, name).map_err(|e| failed("create folder", e))?;
-            let (parent, name) = (Some(Arc::clone(folder)), name.to_vec());
-            return Ok(Some(Arc::new(Folder { parent, name, fd, inode: Some(inode) })));
+            let fd = make_folder(&folder_fd, name).map_err(|e| failed("create folder", e))?;
+            return Ok(Some(Folder::new(Some(Arc::clone(folder)), name, fd, Some(inode))));
         }
         let is_shared = inode.nlink > 1;
-        if is_shared && self.link_again(folder, name, entry.ino).map_err(|e| failed("link", e))? {
+        if is_shared && self.link_again(&folder_fd, name, entry.ino).map_err(|e| failed("link", e))? {
             export.monitor.items(1);
             return Ok(None);
         }
         if matches!(inode.node, Node::File(_)) {
-            self.file(folder, name, inode)?;
-        } else if self.special(folder, name, &inode).map_err(|e| failed("create", e))? {
-            export.setter.apply(Subject::Named(folder.fd.as_fd(), name), &inode, false, &path)?;
+            self.file(folder, folder_fd, name, inode)?;
+        } else if self.special(folder, &folder_fd, name, &inode).map_err(|e| failed("create", e))? {
+            export.setter.apply(Subject::Named(folder_fd.as_fd(), name), &inode, false, &path)?;
             if is_shared {
-                self.remember(folder, name, entry.ino).map_err(|e| failed("link", e))?;
+                self.remember(&folder_fd, name, entry.ino).map_err(|e| failed("link", e))?;
             }
             export.monitor.items(1);
         }
@@ -316,7 +348,7 @@ impl Maker<'_, '_> {
     }
 
     /// Hands a regular file over. It is made here already if it will get more names, or is written by several.
-    fn file(&mut self, folder: &Arc<Folder>, name: &[u8], inode: Inode) -> Result<()> {
+    fn file(&mut self, folder: &Arc<Folder>, folder_fd: Arc<OwnedFd>, name: &[u8], inode: Inode) -> Result<()> {
         let Node::File(content) = &inode.node else { return Ok(()) };
         let failed = |action, errno: Errno| Error::file(action, self.export.path(folder, name), errno);
         let data_bytes = content.data_bytes();
@@ -324,27 +356,27 @@ impl Maker<'_, '_> {
         let mut file = None;
         if inode.nlink > 1 || is_large {
             let mode = Mode::RUSR | Mode::WUSR;
-            file = Some(create(&folder.fd, name, mode).map_err(|e| failed("create", e))?);
+            file = Some(create(&folder_fd, name, mode).map_err(|e| failed("create", e))?);
         }
         if inode.nlink > 1 {
-            self.remember(folder, name, inode.ino).map_err(|e| failed("link", e))?;
+            self.remember(&folder_fd, name, inode.ino).map_err(|e| failed("link", e))?;
         }
         let (folder, name) = (Arc::clone(folder), name.to_vec());
         match file {
             Some(file) if is_large => self.large(LargeFile { folder, name, inode, file }),
-            file => self.small(NewFile { folder, name, inode, file }, data_bytes),
+            file => self.small(NewFile { folder, folder_fd, name, inode, file }, data_bytes),
         }
     }
 
     /// Makes a link, device, pipe or socket; false if only root could.
-    fn special(&self, folder: &Folder, name: &[u8], inode: &Inode) -> Result<bool, Errno> {
+    fn special(&self, folder: &Folder, folder_fd: &OwnedFd, name: &[u8], inode: &Inode) -> Result<bool, Errno> {
         let mode = Mode::RUSR | Mode::WUSR;
         let made = match &inode.node {
-            Node::Symlink(target) => rustix::fs::symlinkat(&target[..], &folder.fd, name),
-            Node::BlockDevice(number) => rustix::fs::mknodat(&folder.fd, name, FileType::BlockDevice, mode, *number),
-            Node::CharDevice(number) => rustix::fs::mknodat(&folder.fd, name, FileType::CharacterDevice, mode, *number),
-            Node::Fifo => rustix::fs::mknodat(&folder.fd, name, FileType::Fifo, mode, 0),
-            Node::Socket => rustix::fs::mknodat(&folder.fd, name, FileType::Socket, mode, 0),
+            Node::Symlink(target) => rustix::fs::symlinkat(&target[..], folder_fd, name),
+            Node::BlockDevice(number) => rustix::fs::mknodat(folder_fd, name, FileType::BlockDevice, mode, *number),
+            Node::CharDevice(number) => rustix::fs::mknodat(folder_fd, name, FileType::CharacterDevice, mode, *number),
+            Node::Fifo => rustix::fs::mknodat(folder_fd, name, FileType::Fifo, mode, 0),
+            Node::Socket => rustix::fs::mknodat(folder_fd, name, FileType::Socket, mode, 0),
             Node::File(_) | Node::Folder => Ok(()),
         };
         let is_device = matches!(inode.kind(), FileKind::BlockDevice | FileKind::CharDevice);
@@ -360,18 +392,18 @@ impl Maker<'_, '_> {
     }
 
     /// Keeps a name of a new inode that will get more.
-    fn remember(&self, folder: &Folder, name: &[u8], ino: Ino) -> Result<(), Errno> {
-        rustix::fs::linkat(&folder.fd, name, &self.workspace.links, format!("{:x}", ino.0), AtFlags::empty())
+    fn remember(&self, folder: &OwnedFd, name: &[u8], ino: Ino) -> Result<(), Errno> {
+        rustix::fs::linkat(folder, name, &self.workspace.links, format!("{:x}", ino.0), AtFlags::empty())
     }
 
     /// Gives an inode that was made before another name; false if it wasn't.
-    fn link_again(&self, folder: &Folder, name: &[u8], ino: Ino) -> Result<bool, Errno> {
+    fn link_again(&self, folder: &OwnedFd, name: &[u8], ino: Ino) -> Result<bool, Errno> {
         let kept = format!("{:x}", ino.0);
-        match rustix::fs::linkat(&self.workspace.links, &kept, &folder.fd, name, AtFlags::empty()) {
+        match rustix::fs::linkat(&self.workspace.links, &kept, folder, name, AtFlags::empty()) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
             // The kept name is one too many for the filesystem: it becomes the last.
-            Err(Errno::MLINK) => rustix::fs::renameat(&self.workspace.links, &kept, &folder.fd, name).map(|()| true),
+            Err(Errno::MLINK) => rustix::fs::renameat(&self.workspace.links, &kept, folder, name).map(|()| true),
             Err(errno) => Err(errno),
         }
     }
@@ -409,6 +441,10 @@ impl Maker<'_, '_> {
 
 fn make_folder(parent: &OwnedFd, name: &[u8]) -> Result<OwnedFd, Errno> {
     rustix::fs::mkdirat(parent, name, Mode::RWXU)?;
+    open_folder(parent, name)
+}
+
+fn open_folder(at: &OwnedFd, name: &[u8]) -> Result<OwnedFd, Errno> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
-    rustix::fs::openat(parent, name, flags, Mode::empty())
+    rustix::fs::openat(at, name, flags, Mode::empty())
 }

@@ -138,12 +138,13 @@ pub struct ExportReport {
     pub oci_manifest: Option<String>,
 }
 
-/// Exports the stack with top `layer` to `to`. The caller keeps the layer pinned.
+/// Exports the stack with top `layer` to `to`.
 ///
 /// # Errors
 /// [`Error::Exists`] if something stands there already; whatever the disk says; [`Error::Cancelled`]. Nothing is
 /// left behind then.
 pub fn export(store: &Arc<Store>, layer: LayerId, to: &Destination, monitor: &dyn Monitor) -> Result<ExportReport> {
+    let _pin = store.pin(layer)?;
     let view = View::open(store, layer)?;
     monitor.phase("writing", Some(file_bytes(&view)));
     match to.format {
@@ -165,6 +166,7 @@ pub fn export_tar(
     out: &mut dyn Write,
     monitor: &dyn Monitor,
 ) -> Result<ExportReport> {
+    let _pin = store.pin(layer)?;
     let view = View::open(store, layer)?;
     monitor.phase("writing", Some(file_bytes(&view)));
     tar::export(&view, compression, out, monitor)
