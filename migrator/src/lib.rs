@@ -10,6 +10,7 @@
 pub mod access;
 pub mod check;
 pub mod error;
+pub mod get;
 pub mod identity;
 pub mod link;
 pub mod listener;

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::error::{Error, Result};
+use crate::get;
 use crate::identity::PublicKey;
 use crate::link::{self, Counted, Counters, Link};
 use crate::node::Node;
@@ -167,6 +168,10 @@ async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
                 let prepared = send::joined(tokio::task::spawn_blocking(prepare).await)?;
                 let changed = send::run(link, node.store(), &prepared, &tally, &monitor).await?;
                 log(peer, "sent", &tally, 0, changed);
+            }
+            Message::Get { ids } => {
+                require(peer.rights.pull, "get chunks from")?;
+                get::answer(link, node.store(), &peer.rights.visible, ids).await?;
             }
             other => return Err(Error::protocol(link.peer(), format!("{} as a request", other.kind()))),
         }

@@ -4,10 +4,11 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use layerfs::LayerName;
+use layerfs::chunk::Verified;
 use layerfs::error::ErrorClass;
-use layerfs::monitor::Monitor;
+use layerfs::monitor::{Monitor, Silent};
 use layerfs::store::Store;
+use layerfs::{ChunkId, LayerName};
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
@@ -16,6 +17,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::error::{Error, Result};
+use crate::get;
 use crate::identity::{Fingerprint, Identity, PublicKey};
 use crate::link::{Counted, Counters, Link, Patience};
 use crate::listener::Listener;
@@ -201,6 +203,23 @@ impl Node {
         };
         let (names, changed) = finish(link, result).await?;
         Ok(report(&tally, &counters, &peer, names, changed))
+    }
+
+    /// Gets the chunks `ids` from the peer called `peer`, as far as it has them whole and lets us have them; `sink` gets
+    /// each as it comes. For healing what is damaged here. Returns how many there were.
+    ///
+    /// # Errors
+    /// Of any kind, `sink`'s among them.
+    pub async fn fetch_chunks(
+        &self,
+        ids: &[ChunkId],
+        peer: &str,
+        mut sink: impl FnMut(Verified) -> layerfs::Result<()> + Send,
+    ) -> Result<u64> {
+        let peer = self.peer(peer).await?;
+        let (mut link, _) = self.connect(&peer, &Tally::new(), &Silent).await?;
+        let result = get::run(&mut link, ids, &mut sink).await;
+        finish(link, result).await
     }
 
     async fn peer(&self, name: &str) -> Result<Peer> {

@@ -1,8 +1,9 @@
 //! What a transfer brings over, and what it costs.
 
-use layerfs::LayerName;
+use layerfs::{ChunkId, LayerName};
 
 use super::pair::*;
+use crate::peers::{Rights, Visible};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_brings_everything_and_the_same_again_brings_nothing() {
@@ -78,4 +79,32 @@ async fn several_names_come_at_once() {
     assert!(
         pair.there.has_whole("one", one) && pair.there.has_whole("one-too", one) && pair.there.has_whole("two", two)
     );
+}
+
+/// Every chunk of `tree`'s layer in `host`.
+fn chunks_of(host: &Host, layer: layerfs::LayerId) -> Vec<ChunkId> {
+    let mut ids = Vec::new();
+    let mut add = |candidate: crate::plan::Candidate| {
+        ids.push(candidate.id);
+        Ok(())
+    };
+    crate::plan::candidates(host.store().as_ref(), &[layer], &[], &mut add).unwrap();
+    ids
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn single_chunks_are_fetched_as_far_as_the_key_reaches() {
+    let rights = Rights { visible: Visible::Matching(vec!["pub/*".to_owned()]), ..Rights::default() };
+    let pair = Pair::with_rights(rights).await;
+    let layer = add_layer(pair.there.store(), "pub/x", &tree(600, 1 << 20));
+    let secret = add_layer(pair.there.store(), "secret", &[("s".to_owned(), noise(8, 5000))].into());
+    let (ours, theirs) = (chunks_of(&pair.there, layer), chunks_of(&pair.there, secret));
+    let asked: Vec<ChunkId> = ours.iter().chain(&theirs).copied().chain([ChunkId([1; 32])]).collect();
+    let mut got = Vec::new();
+    let mut sink = |chunk: layerfs::chunk::Verified| {
+        got.push(chunk.stored().id);
+        Ok(())
+    };
+    let count = pair.here.node.fetch_chunks(&asked, "there", &mut sink).await.unwrap();
+    assert_eq!((count, &got), (ours.len() as u64, &ours));
 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use layerfs::chunk::{Class, Codec, MAX_CHUNK_BYTES, MAX_STORED_BYTES, StoredChunk};
 use layerfs::codec::{Put, Reader};
 use layerfs::error::ErrorClass;
-use layerfs::{Error, LayerId, LayerName, Result};
+use layerfs::{ChunkId, Error, LayerId, LayerName, Result};
 
 use super::{
     CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message,
@@ -23,6 +23,7 @@ const WANT: u8 = 0x14;
 pub(super) const CHUNKS: u8 = 0x15;
 const END: u8 = 0x16;
 const DONE: u8 = 0x17;
+const GET: u8 = 0x18;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
@@ -46,6 +47,10 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             out.put_u16(names.len() as u16);
             names.iter().for_each(|name| out.put_bytes16(name.as_str().as_bytes()));
         }
+        Message::Get { ids } => {
+            out.put_u8(GET);
+            put_ids(ids, out);
+        }
         Message::Offer(offer) => encode_offer(offer, out),
         Message::Need { lacking, held } => {
             out.put_u8(NEED);
@@ -55,8 +60,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
         Message::Ask { seq, ids } => {
             out.put_u8(ASK);
             out.put_u32(*seq);
-            out.put_u16(ids.len() as u16);
-            ids.iter().for_each(|id| out.put_id(id));
+            put_ids(ids, out);
         }
         Message::Want { seq, wanted } => {
             out.put_u8(WANT);
@@ -111,6 +115,11 @@ fn encode_offer(offer: &Offer, out: &mut Vec<u8>) {
     offer.hints.iter().for_each(|hint| out.put_id(&hint.0));
 }
 
+fn put_ids(ids: &[ChunkId], out: &mut Vec<u8>) {
+    out.put_u16(ids.len() as u16);
+    ids.iter().for_each(|id| out.put_id(id));
+}
+
 /// A 16-bit count, then a bit each, the first in the lowest bit of the first byte; unused bits are 0.
 fn put_bits(bits: &[bool], out: &mut Vec<u8>) {
     out.put_u16(bits.len() as u16);
@@ -139,6 +148,7 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         ERROR => decode_error(reader)?,
         ALIVE => Message::Alive,
         FETCH => Message::Fetch { names: list(reader, "names", 1, MAX_NAMES, decode_name)? },
+        GET => Message::Get { ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
         OFFER => Message::Offer(decode_offer(reader)?),
         NEED => Message::Need { lacking: bits(reader, MAX_LAYERS)?, held: bits(reader, MAX_HINTS)? },
         ASK => Message::Ask { seq: reader.u32()?, ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },

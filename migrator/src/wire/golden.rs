@@ -69,6 +69,10 @@ fn golden() -> Vec<(Message, &'static str)> {
             ),
         ),
         (Message::End { chunks: 2 }, "09000000160200000000000000"),
+        (
+            Message::Get { ids: vec![id(8)] },
+            concat!("2300000018", "0100", "0808080808080808080808080808080808080808080808080808080808080808"),
+        ),
         (Message::Done { changed: 1 }, "03000000170100"),
     ]
 }
@@ -150,7 +154,7 @@ proptest! {
 
     #[test]
     fn damaged_messages_are_refused_or_mean_what_they_say(
-        which in 0usize..11, flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+        which in 0usize..12, flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
     ) {
         let (message, _) = golden().swap_remove(which);
         let mut frame = Vec::new();

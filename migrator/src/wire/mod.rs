@@ -56,6 +56,11 @@ pub enum Message {
         /// What is wanted.
         names: Vec<LayerName>,
     },
+    /// Please send me these chunks, as far as they are there. Answered by [`Message::Chunks`] and [`Message::End`].
+    Get {
+        /// Up to [`MAX_ASK`] ids.
+        ids: Vec<ChunkId>,
+    },
     /// These names, with these layers, are to be had.
     Offer(Offer),
     /// What of an offer is lacking. Answers [`Message::Offer`] unless nothing is lacking.
@@ -144,6 +149,7 @@ impl Message {
             Message::Error { .. } => "Error",
             Message::Alive => "Alive",
             Message::Fetch { .. } => "Fetch",
+            Message::Get { .. } => "Get",
             Message::Offer(_) => "Offer",
             Message::Need { .. } => "Need",
             Message::Ask { .. } => "Ask",
