@@ -257,7 +257,7 @@ impl Walk<'_, '_> {
         let identity = identity(stat);
         match self.links.get_mut(&identity) {
             None => {
-                self.links.insert(identity, (self.path.clone(), stat.st_nlink as u64 - 1));
+                self.links.insert(identity, (self.path.clone(), stat.st_nlink - 1));
                 Ok(false)
             }
             Some((first, left)) => {
@@ -310,7 +310,7 @@ fn identity(stat: &Stat) -> (u64, u64) {
 }
 
 fn attrs(stat: &Stat) -> Attrs {
-    let mtime = Time { seconds: stat.st_mtime as i64, nanos: stat.st_mtime_nsec as u32 };
+    let mtime = Time { seconds: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 };
     Attrs::imported(stat.st_mode, stat.st_uid, stat.st_gid, mtime)
 }
 

@@ -42,6 +42,9 @@ struct Leaf {
     target: Option<Vec<u8>>,
 }
 
+/// What a name refers to in the parent or the predecessor.
+type Child = Option<(Ino, FileKind)>;
+
 /// What is to be put at a name.
 enum Wanted<'a> {
     /// An inode of its own.
@@ -107,7 +110,7 @@ impl<'a, 'o> Planner<'a, 'o> {
         self.push_root()?;
         while winners.advance()? {
             count += 1;
-            if count % CHECK_EVERY == 0 {
+            if count.is_multiple_of(CHECK_EVERY) {
                 check(monitor)?;
             }
             let mut set = None;
@@ -167,12 +170,10 @@ impl<'a, 'o> Planner<'a, 'o> {
         if !was_whited_out {
             self.flush_whiteout()?;
         }
-        if let Some(leaf) = self.leaf.take() {
-            if is_below(key, &leaf.key) {
-                let result = self.redirect(key, &leaf.key, leaf.target.as_deref());
-                self.leaf = Some(leaf);
-                return result;
-            }
+        if let Some(leaf) = self.leaf.take_if(|leaf| is_below(key, &leaf.key)) {
+            let result = self.redirect(key, &leaf.key, leaf.target.as_deref());
+            self.leaf = Some(leaf);
+            return result;
         }
         if !self.open_folders(key, was_whited_out)? {
             return Ok(());
@@ -338,7 +339,7 @@ impl<'a, 'o> Planner<'a, 'o> {
 
     /// What parent and predecessor have at `name` in the folder on top; what the parent has before it and hides is
     /// removed.
-    fn children(&mut self, name: &[u8]) -> Result<(Option<(Ino, FileKind)>, Option<(Ino, FileKind)>)> {
+    fn children(&mut self, name: &[u8]) -> Result<(Child, Child)> {
         self.remove_hidden(Some(name))?;
         let frame = self.frames.last().ok_or_else(|| Error::corrupt("import plan", "no folder is open"))?;
         let lower = match (self.lower, &frame.lower) {
@@ -353,12 +354,7 @@ impl<'a, 'o> Planner<'a, 'o> {
     }
 
     /// Chooses the number for what stands at a path.
-    fn number(
-        &mut self,
-        wanted: Wanted<'_>,
-        lower_child: Option<(Ino, FileKind)>,
-        like_child: Option<(Ino, FileKind)>,
-    ) -> Result<(Ino, FileKind)> {
+    fn number(&mut self, wanted: Wanted<'_>, lower_child: Child, like_child: Child) -> Result<(Ino, FileKind)> {
         match wanted {
             Wanted::Single(kind) => Ok((self.choose(kind, lower_child, like_child)?, kind)),
             Wanted::Member(set) => {
@@ -374,12 +370,7 @@ impl<'a, 'o> Planner<'a, 'o> {
         }
     }
 
-    fn choose(
-        &mut self,
-        kind: FileKind,
-        lower_child: Option<(Ino, FileKind)>,
-        like_child: Option<(Ino, FileKind)>,
-    ) -> Result<Ino> {
+    fn choose(&mut self, kind: FileKind, lower_child: Child, like_child: Child) -> Result<Ino> {
         if let (Some(lower), Some((ino, found))) = (self.lower, lower_child)
             && found == kind
         {
@@ -403,7 +394,7 @@ impl<'a, 'o> Planner<'a, 'o> {
     }
 
     /// Makes `name` in the folder on top refer to `ino`. Returns whether it didn't before.
-    fn link(&mut self, name: &[u8], ino: Ino, kind: FileKind, lower_child: Option<(Ino, FileKind)>) -> Result<bool> {
+    fn link(&mut self, name: &[u8], ino: Ino, kind: FileKind, lower_child: Child) -> Result<bool> {
         if lower_child == Some((ino, kind)) {
             return Ok(false);
         }

@@ -1,5 +1,7 @@
 //! Imports of real folders, archives and images into real stores.
 
+#![allow(clippy::print_stderr)]
+
 mod damage;
 mod folders;
 mod images;

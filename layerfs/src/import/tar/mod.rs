@@ -410,6 +410,3 @@ fn whiteout(name: &[u8], feed: &mut Feed<'_>) -> Result<bool> {
     }
     Ok(true)
 }
-
-#[cfg(test)]
-mod tests;
