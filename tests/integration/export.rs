@@ -398,6 +398,32 @@ fn hostile_layers_stay_inside() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Looks now and then how many descriptors lead into a folder.
+struct OpenFolders {
+    root: PathBuf,
+    items: AtomicU64,
+    most: AtomicU64,
+}
+
+impl Monitor for OpenFolders {
+    fn phase(&self, _: &str, _: Option<u64>) {}
+    fn advance(&self, _: u64) {}
+    fn items(&self, count: u64) {
+        if self.items.fetch_add(count, Ordering::Relaxed) % 100 != 0 {
+            return;
+        }
+        let Ok(open) = fs::read_dir("/proc/self/fd") else { return };
+        let leads_there = |target: std::io::Result<PathBuf>| match target {
+            Ok(target) => target.starts_with(&self.root),
+            // The path is longer than the kernel tells.
+            Err(error) => error.raw_os_error() == Some(rustix::io::Errno::NAMETOOLONG.raw_os_error()),
+        };
+        let count = open.flatten().filter(|entry| leads_there(fs::read_link(entry.path()))).count() as u64;
+        self.most.fetch_max(count, Ordering::Relaxed);
+    }
+    fn warn(&self, _: &str) {}
+}
+
 /// More folders inside of each other than a process may have descriptors, and than a path may name.
 fn deep_trees() -> anyhow::Result<()> {
     const DEPTH: u64 = 6000;
@@ -423,7 +449,10 @@ fn deep_trees() -> anyhow::Result<()> {
         .try_for_each(|ino| writer.inode(&inode(ino, 2, Node::File(Content::Inline(b"x".to_vec())))))?;
     let (layer, _) = writer.finish(LayerKind::Base, None, Ino(2 * DEPTH + 2))?;
     session.flush()?;
-    let report = export(&fixture.store, layer, &fixture.destination("deep")?, &Silent)?;
+    let monitor = OpenFolders { root: fixture.out.clone(), items: AtomicU64::new(0), most: AtomicU64::new(0) };
+    let report = export(&fixture.store, layer, &fixture.destination("deep")?, &monitor)?;
+    let most = monitor.most.into_inner();
+    ensure!((50..400).contains(&most), "{most} folders were open at a time");
     let listed = output_of(Command::new("find").arg(fixture.out.join("deep")).args(["-printf", "%y %n %T@\\n"]))?;
     let cancelled = export(&fixture.store, layer, &fixture.destination("cut")?, &CancelAfter(5000, AtomicU64::new(0)));
     let removed = Command::new("rm").arg("-rf").arg(fixture.out.join("deep")).status()?;

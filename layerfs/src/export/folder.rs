@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use crossbeam::channel::{Sender, bounded};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -54,6 +54,8 @@ pub fn export(view: &View, destination: &Path, monitor: &dyn Monitor) -> Result<
         setter: Setter { kept_mode: workspace.kept_mode, owner: workspace.owner, losses: Losses::default() },
         failure: Mutex::new(None),
         is_stopped: AtomicBool::new(false),
+        waiting: Mutex::new(()),
+        changed: Condvar::new(),
         data_bytes: AtomicU64::new(0),
     };
     let entries = export.tree(&workspace)?;
@@ -130,7 +132,20 @@ struct Export<'a> {
     setter: Setter,
     failure: Mutex<Option<Error>>,
     is_stopped: AtomicBool,
+    waiting: Mutex<()>,
+    changed: Condvar,
     data_bytes: AtomicU64,
+}
+
+/// Stops the export when the thread that holds it panics.
+struct StopOnPanic<'a, 'e>(&'a Export<'e>);
+
+impl Drop for StopOnPanic<'_, '_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.stop();
+        }
+    }
 }
 
 impl Export<'_> {
@@ -142,6 +157,7 @@ impl Export<'_> {
             for _ in 0..threads {
                 let queue = queue.clone();
                 scope.spawn(move || {
+                    let _guard = StopOnPanic(self);
                     for job in queue {
                         if !self.is_stopped.load(Ordering::Relaxed) {
                             self.run(job).unwrap_or_else(|error| self.fail(error));
@@ -153,7 +169,7 @@ impl Export<'_> {
             let mut maker = Maker { export: self, workspace, jobs, batch: Vec::new(), batch_bytes: 0, entries: 0 };
             let walked = maker.walk();
             if walked.is_err() {
-                self.is_stopped.store(true, Ordering::Relaxed);
+                self.stop();
             }
             walked.map(|()| maker.entries)
         });
@@ -165,8 +181,31 @@ impl Export<'_> {
 
     /// Remembers the first failure and stops the others.
     fn fail(&self, error: Error) {
-        self.is_stopped.store(true, Ordering::Relaxed);
         self.failure.lock().get_or_insert(error);
+        self.stop();
+    }
+
+    fn stop(&self) {
+        self.is_stopped.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Wakes the walk, which may wait for a folder.
+    fn wake(&self) {
+        drop(self.waiting.lock());
+        self.changed.notify_all();
+    }
+
+    /// Waits until `folder` is open again.
+    fn wait_for(&self, folder: &Folder) -> Result<()> {
+        let mut waiting = self.waiting.lock();
+        while folder.fd.lock().is_none() {
+            if self.is_stopped.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            self.changed.wait(&mut waiting);
+        }
+        Ok(())
     }
 
     fn path(&self, folder: &Folder, name: &[u8]) -> PathBuf {
@@ -247,6 +286,14 @@ impl Export<'_> {
                 let path = || self.path(parent, &name);
                 let fd = fd.into_inner().ok_or_else(|| Error::file("finish", path(), Errno::BADF))?;
                 self.setter.apply(Subject::Open(fd.as_fd()), inode, false, &path)?;
+                let mut parent_fd = parent.fd.lock();
+                if parent_fd.is_none() {
+                    // Nobody else can enter the workspace: nothing was moved, and `..` is where we came from.
+                    let opened = open_folder(&fd, b"..").map_err(|e| Error::file("open", path(), e))?;
+                    *parent_fd = Some(Arc::new(opened));
+                    drop(parent_fd);
+                    self.wake();
+                }
             }
             next = parent.and_then(Arc::into_inner);
         }
@@ -300,19 +347,18 @@ impl Maker<'_, '_> {
         self.submit()
     }
 
-    /// Leaves a folder for its parent, which may have to be opened again.
-    fn go_up(&self, folder: Arc<Folder>) -> Result<()> {
-        if let Some(parent) = &folder.parent {
-            let mut fd = parent.fd.lock();
-            if fd.is_none() {
-                // Nobody else can enter the workspace: nothing was moved, and `..` is where we came from.
-                let path = || attrs::below(&self.export.destination, &parent.path(b""));
-                let inner = folder.fd()?;
-                let opened = open_folder(&inner, b"..").map_err(|e| Error::file("open", path(), e))?;
-                *fd = Some(Arc::new(opened));
-            }
+    /// Leaves a folder for its parent. If that is closed, waits until this one is finished, which opens it again: so
+    /// no more folders are open than on the way down.
+    fn go_up(&mut self, folder: Arc<Folder>) -> Result<()> {
+        let closed = folder.parent.clone().filter(|parent| parent.fd.lock().is_none());
+        if closed.is_some() {
+            self.submit()?;
         }
-        self.export.leave(folder)
+        self.export.leave(folder)?;
+        if let Some(parent) = closed {
+            self.export.wait_for(&parent)?;
+        }
+        Ok(())
     }
 
     /// Makes one entry; returns it if it is a folder.
