@@ -409,7 +409,7 @@ impl Monitor for OpenFolders {
     fn phase(&self, _: &str, _: Option<u64>) {}
     fn advance(&self, _: u64) {}
     fn items(&self, count: u64) {
-        if self.items.fetch_add(count, Ordering::Relaxed) % 100 != 0 {
+        if !self.items.fetch_add(count, Ordering::Relaxed).is_multiple_of(100) {
             return;
         }
         let Ok(open) = fs::read_dir("/proc/self/fd") else { return };
