@@ -50,6 +50,11 @@ pub fn persist(file: &File, temporary: &Path, path: &Path) -> Result<()> {
     sync_parent(path)
 }
 
+/// Moves a file that is synced already. Its folder is still to be synced, by [`sync_folder`]: for many files at once.
+pub fn move_synced(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|e| Error::file("rename", from, e))
+}
+
 /// Removes the file at `path`, if there is one, durably.
 pub fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {

@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -212,7 +212,7 @@ fn write_layer(
     inner.sync_all().map_err(|e| Error::file("sync", &temporary, e))?;
     let sha256 = hex(&hash.finalize());
     let path = blobs.join(&sha256);
-    fs::rename(&temporary, &path).map_err(|e| Error::file("rename", &temporary, e))?;
+    durable::move_synced(&temporary, &path)?;
     Ok((Blob { sha256, bytes }, hex(&plain_hash.finalize())))
 }
 
@@ -283,8 +283,7 @@ fn move_blobs(from: &Path, to: &Path) -> Result<()> {
     let failed = |e: io::Error| Error::file("read folder", from, e);
     for entry in fs::read_dir(from).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        let (source, target): (PathBuf, PathBuf) = (entry.path(), to.join(entry.file_name()));
-        fs::rename(&source, &target).map_err(|e| Error::file("rename", &source, e))?;
+        durable::move_synced(&entry.path(), &to.join(entry.file_name()))?;
     }
     durable::sync_folder(to)
 }
