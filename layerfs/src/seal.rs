@@ -142,7 +142,6 @@ fn write_layer(session: &Session, frozen: &Frozen<'_>, options: &SealOptions, mo
     }
     let parent = state.view().top().zip(state.view().manifest());
     let layer = writer.finish(options.kind, parent, frozen.upper().next_ino())?;
-    failpoint::hit("manifest.stored");
     Ok(Sealed { layer: Some(layer), dropped, inodes: inos, read_bytes })
 }
 

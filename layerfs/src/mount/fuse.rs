@@ -104,6 +104,11 @@ impl Kernel {
         self.send(self.0.inval_inode(INodeNo(folder.0), 0, 0));
     }
 
+    /// Makes the kernel send what programs wrote to `ino` through mappings, and waits for it; it drops its pages.
+    pub fn fetch_written(&self, ino: Ino) {
+        self.send(self.0.inval_inode(INodeNo(ino.0), 0, 0));
+    }
+
     fn send(&self, result: std::io::Result<()>) {
         if let Err(error) = result {
             tracing::debug!(%error, "the kernel didn't take a notification");
@@ -432,12 +437,12 @@ impl Filesystem for Front {
         _: &Request,
         number: INodeNo,
         _: FileHandle,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.fs.release(ino(number));
+        self.fs.release(ino(number), flags.0);
         reply.ok();
     }
 
@@ -549,12 +554,15 @@ impl Filesystem for Front {
         name: &OsStr,
         mode: u32,
         umask: u32,
-        _: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
         let mode = mode & 0o7777 | libc::S_IFREG;
         match self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request)) {
-            Ok(stat) => reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS),
+            Ok(stat) => {
+                self.fs.opened(stat.ino, flags);
+                reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS);
+            }
             Err(errno) => reply.error(errno.into()),
         }
     }

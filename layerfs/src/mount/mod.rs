@@ -255,7 +255,9 @@ impl Mount {
     pub fn seal(&self, options: &SealOptions, monitor: &dyn Monitor) -> Result<SealReport> {
         let fs = self.fs().ok_or_else(|| self.gone())?;
         if fs.is_writable() {
+            // All at once, without waiting (the kernel doesn't wait for FUSE here), then each.
             point::sync(&self.record.dir, self.device);
+            fs.mappable().into_iter().for_each(|ino| self.kernel.fetch_written(ino));
         }
         let report = seal::seal(&self.store, &fs, options, monitor)?;
         *self.pin.lock() = Some(self.store.pin(report.layer)?);

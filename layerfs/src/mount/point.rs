@@ -1,5 +1,6 @@
 //! Mount points on the host: making sure that one is fit, unmounting, syncing.
 
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -25,18 +26,59 @@ pub(super) fn prepare(dir: &Path) -> Result<PathBuf> {
     };
     // More than one may lie on top of each other; more than that is something else.
     for _ in 0..16 {
-        match std::fs::metadata(&dir) {
-            Ok(found) if found.is_dir() => return Ok(dir.canonicalize().unwrap_or(dir)),
-            Ok(_) => return Err(Error::invalid(format!("{} is not a folder", dir.display()))),
-            Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+        // Not `stat`: the kernel would answer that from its cache, for a dead mount too.
+        match rustix::fs::statfs(&dir) {
+            Err(Errno::NOTCONN | Errno::CONNABORTED) => {
                 tracing::info!(dir = %dir.display(), "taking away a mount whose daemon is gone");
                 unmount(&dir, true)?;
+                continue;
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
-            Err(e) => return Err(Error::file("look at", &dir, e)),
+            Err(Errno::NOENT) => return Err(missing()),
+            Err(errno) => return Err(Error::file("look at", &dir, errno)),
+            Ok(_) => {}
         }
+        let dir = dir.canonicalize().map_err(|e| Error::file("look at", &dir, e))?;
+        if !dir.is_dir() {
+            return Err(Error::invalid(format!("{} is not a folder", dir.display())));
+        }
+        if is_layerfs(&dir) {
+            let text = format!("a layerfs is mounted on {} already; unmount it first", dir.display());
+            return Err(Error::Busy(text));
+        }
+        return Ok(dir);
     }
     Err(Error::Busy(format!("the mounts on {} can't be taken away", dir.display())))
+}
+
+/// Whether a layerfs is mounted on `dir` itself.
+fn is_layerfs(dir: &Path) -> bool {
+    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    table.split(|byte| *byte == b'\n').any(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let is_there = fields.nth(4).is_some_and(|point| unescape(point) == dir.as_os_str().as_bytes());
+        is_there && fields.skip_while(|field| *field != b"-").nth(1) == Some(b"fuse.layerfs")
+    })
+}
+
+/// A field of `mountinfo`: space, tab, newline and backslash stand there as `\ooo`.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let octal =
+            (*first == b'\\').then(|| tail.get(..3)).flatten().and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    out
 }
 
 /// Unmounts `dir`; with `lazy`, even if it is in use.
@@ -71,7 +113,7 @@ pub(super) fn device(dir: &Path) -> Option<u64> {
     std::fs::metadata(dir).ok().map(|found| found.dev())
 }
 
-/// Makes the kernel send what programs wrote through mappings. A mount that can't be reached by its path any more
+/// Makes the kernel begin to send what programs wrote through mappings. A mount that can't be reached by its path any more
 /// has been left by them.
 pub(super) fn sync(dir: &Path, device: Option<u64>) {
     let Ok(folder) = std::fs::File::open(dir) else { return };
@@ -91,5 +133,15 @@ pub(super) fn set_read_ahead(device: Option<u64>) {
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
         tracing::debug!(path, %error, "cannot set how far the kernel reads ahead");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        assert_eq!(unescape(b"/a\\040b\\134c\\"), b"/a b\\c\\");
     }
 }

@@ -70,12 +70,25 @@ impl Fs {
     pub fn open(&self, ino: Ino, flags: i32, caller: Caller) -> FsResult<()> {
         if flags & libc::O_TRUNC != 0 {
             let set = super::SetAttr { size: Some(0), ..Default::default() };
-            return self.setattr(ino, set, caller).map(drop);
+            self.setattr(ino, set, caller)?;
         }
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.writable_upper()?;
         }
+        self.opened(ino, flags);
         Ok(())
+    }
+
+    /// A descriptor of `ino` was opened with `flags`, by [`Fs::open`] or along with [`Fs::make`].
+    pub fn opened(&self, ino: Ino, flags: i32) {
+        if flags & libc::O_ACCMODE == libc::O_RDWR {
+            *self.mappable.lock().entry(ino).or_insert(0) += 1;
+        }
+    }
+
+    /// The files that programs may have mapped for writing: the kernel may hold bytes of them that nobody has sent.
+    pub fn mappable(&self) -> Vec<Ino> {
+        self.mappable.lock().keys().copied().collect()
     }
 
     /// Up to `buffer.len()` bytes of `ino` at `offset`; fewer at its end only.
@@ -270,8 +283,17 @@ impl Fs {
         Ok(upper.sync()?)
     }
 
-    /// A descriptor of `ino` was closed.
-    pub fn release(&self, ino: Ino) {
+    /// A descriptor of `ino` that was opened with `flags` was closed, and everything mapped through it.
+    pub fn release(&self, ino: Ino, flags: i32) {
+        if flags & libc::O_ACCMODE == libc::O_RDWR {
+            let mut mappable = self.mappable.lock();
+            if let Some(count) = mappable.get_mut(&ino) {
+                *count -= 1;
+                if *count == 0 {
+                    mappable.remove(&ino);
+                }
+            }
+        }
         let Some(upper) = &self.upper else { return };
         if !self.state.read().tables.is_unsaved(ino) {
             return;

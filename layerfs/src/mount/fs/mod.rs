@@ -75,6 +75,8 @@ pub struct Fs {
     /// Decoded contents of sealed files. They are those of the view: emptied when that changes.
     contents: Mutex<LruCache<Ino, Arc<Content>>>,
     folders: folders::Folders,
+    /// How many descriptors for reading and writing each file has.
+    mappable: Mutex<HashMap<Ino, u32>>,
     /// Bytes that programs wrote through this mount.
     written_bytes: AtomicU64,
 }
@@ -111,6 +113,7 @@ impl Fs {
             parents: RwLock::default(),
             contents: Mutex::new(LruCache::new(CONTENTS_MAX)),
             folders: folders::Folders::default(),
+            mappable: Mutex::default(),
             written_bytes: AtomicU64::new(0),
         }
     }

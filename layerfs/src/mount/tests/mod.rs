@@ -1,5 +1,6 @@
 //! Tests of mounts: against a reference with no kernel in the loop, and through real ones.
 
+mod killed;
 mod real;
 mod reference;
 

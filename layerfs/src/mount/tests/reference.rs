@@ -362,7 +362,7 @@ impl Ours {
             Op::ReadOpen(_) => Ok(0),
             Op::Close(i) => {
                 if let Some(ino) = self.open.get_mut(*i).and_then(Option::take) {
-                    fs.release(ino);
+                    fs.release(ino, libc::O_RDONLY);
                     fs.forget(ino, 1);
                 }
                 Ok(0)
@@ -443,11 +443,7 @@ fn see_host(host: &Host) -> BTreeMap<String, Seen> {
                 mtime: set_time(stat.st_mtime, stat.st_mtime_nsec as u32),
                 xattrs,
                 content,
-                same_as: first
-                    .entry(stat.st_ino)
-                    .and_modify(|p| *p = p.clone().min(path.clone()))
-                    .or_insert(path.clone())
-                    .clone(),
+                same_as: first.entry(stat.st_ino).or_insert(path.clone()).clone(),
             },
         );
     }
