@@ -172,6 +172,18 @@ mod tests {
     }
 
     #[test]
+    fn no_example_is_wider_than_a_terminal() {
+        fn check(command: &clap::Command) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines() {
+                assert!(line.chars().count() <= 96, "{}: {line}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
     fn completions_know_the_commands() {
         let mut text = Vec::new();
         completions(clap_complete::Shell::Bash, &mut text).unwrap();

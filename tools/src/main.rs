@@ -31,7 +31,8 @@ const EXIT_BROKEN_PIPE: u8 = 141;
 
 fn main() -> ExitCode {
     let program = std::env::args_os().next().unwrap_or_default();
-    if std::path::Path::new(&program).file_name() == Some(OsStr::new("mount.layerfs")) {
+    let name = std::path::Path::new(&program).file_name().unwrap_or_default();
+    if name == OsStr::new("mount.layerfs") || name == OsStr::new("mount.fuse.layerfs") {
         return ExitCode::from(mount_helper::main(std::env::args_os().skip(1)));
     }
     let cli = Cli::parse();

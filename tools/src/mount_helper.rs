@@ -1,4 +1,5 @@
-//! mount.layerfs: what mount(8) and fstab call. The same binary under another name.
+//! mount.layerfs: what mount(8) and fstab call. The same binary under another name; mount(8) looks for
+//! mount.fuse.layerfs when what is mounted already is to be remounted, since the kernel calls the type so.
 //!
 //! Parsing is pure; the mount itself is the daemon's, and flags that are the kernel's own (nosuid, noatime, …) are set
 //! on it afterwards. Exit codes are those of mount(8).
@@ -9,8 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::MountFlags;
 
-use crate::api::Empty;
-use crate::api::mounts::{MountInfo, MountList, MountRequest};
+use crate::api::mounts::{MountInfo, MountRequest};
 use crate::autostart::{self, StoreUse};
 use crate::cli::{ColorChoice, Global};
 use crate::config::{Environment, Settings};
@@ -186,11 +186,11 @@ fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
 }
 
 fn act(wish: &Wish, output: Output) -> Result<()> {
+    if wish.is_remount {
+        return remount(wish);
+    }
     let settings = Settings::find(wish.store.as_deref(), &Environment::current())?;
     let client = autostart::ensure(&settings, StoreUse::MustExist)?;
-    if wish.is_remount {
-        return remount(wish, &client);
-    }
     let request = MountRequest {
         layer: wish.name.clone(),
         dir: std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?,
@@ -215,18 +215,50 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
     Ok(())
 }
 
-fn remount(wish: &Wish, client: &crate::client::Client) -> Result<()> {
+/// Needs no daemon: what is mounted is read from the kernel, so that the store needn't be known.
+fn remount(wish: &Wish) -> Result<()> {
     let dir = std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?;
-    let list: MountList = client.call("mounts", &Empty {})?;
-    let mount = list.mounts.iter().find(|mount| mount.dir == dir).ok_or_else(|| {
-        Failure::new(Class::NotFound, format!("nothing of this store is mounted at {}", dir.display()))
-    })?;
-    if mount.read_only && !wish.read_only {
+    let table = std::fs::read("/proc/self/mountinfo").map_err(|e| Failure::file("read", "/proc/self/mountinfo", e))?;
+    let is_read_only = superblock_is_read_only(&table, &dir)
+        .ok_or_else(|| Failure::new(Class::NotFound, format!("no layer is mounted at {}", dir.display())))?;
+    if is_read_only && !wish.read_only {
         let text = format!("{} was mounted without an upper, so it cannot become writable", dir.display());
         return Err(Failure::new(Class::Unsupported, text).hint("unmount it, and mount it again without ro"));
     }
     let read_only = if wish.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     set_flags(&dir, wish.flags | read_only)
+}
+
+/// Whether the topmost layerfs mount at `dir` was made read-only; none if there is none.
+fn superblock_is_read_only(mountinfo: &[u8], dir: &Path) -> Option<bool> {
+    mountinfo.split(|byte| *byte == b'\n').rev().find_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let point = unescape(fields.nth(4)?);
+        let mut after = fields.skip_while(|field| *field != b"-").skip(1);
+        let (kind, _source, options) = (after.next()?, after.next()?, after.next()?);
+        let is_ours = kind == b"fuse.layerfs" && point == dir.as_os_str().as_bytes();
+        is_ours.then(|| options.split(|byte| *byte == b',').any(|option| option == b"ro"))
+    })
+}
+
+/// Undoes the kernel's escapes: a backslash and three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let code = (*first == b'\\').then(|| after.get(..3)).flatten();
+        match code.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                out.push(*first);
+                rest = after;
+            }
+        }
+    }
+    out
 }
 
 fn set_flags(dir: &Path, flags: MountFlags) -> Result<()> {
@@ -254,6 +286,16 @@ mod tests {
         let parsed = wish(&["a", "/mnt", "-sfnv", "-t", "layerfs", "-oro,strange"]).unwrap();
         assert!(parsed.read_only && parsed.is_fake && parsed.is_verbose);
         assert!(wish(&["a", "/mnt", "-o", "remount,ro,upper=x"]).unwrap().is_remount);
+    }
+
+    #[test]
+    fn mounts_are_found_in_the_kernels_table() {
+        let table = b"36 35 98:0 / / rw,noatime master:1 - ext4 /dev/root rw\n\
+            40 36 0:50 / /srv/my\\040web rw,nosuid shared:9 - fuse.layerfs app rw,user_id=0\n\
+            41 36 0:51 / /srv/ro ro - fuse.layerfs app ro,user_id=0\n";
+        assert_eq!(superblock_is_read_only(table, Path::new("/srv/my web")), Some(false));
+        assert_eq!(superblock_is_read_only(table, Path::new("/srv/ro")), Some(true));
+        assert_eq!(superblock_is_read_only(table, Path::new("/")), None);
     }
 
     #[test]

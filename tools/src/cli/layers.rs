@@ -35,9 +35,9 @@ impl From<Kind> for layerfs::manifest::LayerKind {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl import ./rootfs debian --kind base\n  \
-    layerctl import rootfs.tar.zst debian:12.1 --like debian     reuses debian's inode numbers, so that it costs little\n  \
-    layerctl import ./upper app --parent debian                  SRC lies over debian\n  \
-    layerctl import ./rootfs2 app --parent debian --whole        SRC is the whole tree; what it lacks is removed\n  \
+    layerctl import rootfs.tar.zst debian:12.1 --like debian     a new version costs little\n  \
+    layerctl import ./added app --parent debian                  SRC lies over debian\n  \
+    layerctl import ./rootfs2 app --parent debian --whole        SRC is the whole tree\n  \
     docker save nginx | layerctl import - nginx\n  \
     layerctl import disk.qcow2 vm/disk --kind instance")]
 pub struct Import {

@@ -133,9 +133,10 @@ fn top_help() -> String {
          layerctl du                                       what it all takes\n\n\
          Environment:\n  \
          LAYERFS_STORE   the store's folder\n  \
-         LAYERFS_CONFIG  the config file, instead of /etc/layerfs/config.toml and ~/.config/layerfs/config.toml\n  \
+         LAYERFS_CONFIG  the config file, instead of the system's and the user's\n  \
          LAYERFS_LOG     the daemon's log filter, such as `debug` or `migrator=debug,info`\n  \
          NO_COLOR        no colours\n\n\
+         Config files: /etc/layerfs/config.toml, ~/.config/layerfs/config.toml (see the manual)\n\n\
          Exit codes:\n{}",
         exit_code_table()
     )

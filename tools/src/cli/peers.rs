@@ -2,27 +2,35 @@
 
 use clap::{Args, Subcommand};
 
-/// Send layers and everything below them to a peer: only what it lacks.
+/// Send layers to a peer, only what it lacks.
 ///
-/// The names appear on the other side all at once, when everything is there and verified. A transfer that was cut goes
+/// What lies below them goes along. /// The names appear on the other side all at once, when everything is there and verified. A transfer that was cut goes
 /// on where it was when the command is repeated.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1")]
+#[command(
+    override_usage = "layerctl push [OPTIONS] <NAME>... <PEER>",
+    after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1"
+)]
 pub struct Push {
     /// The layers' names, then the peer's
-    #[arg(value_name = "NAME… PEER", required = true, num_args = 2..)]
+    #[arg(value_names = ["NAME", "PEER"], required = true, num_args = 2..)]
     pub names_and_peer: Vec<String>,
     /// Replace names that exist there with another layer
     #[arg(long, short)]
     pub force: bool,
 }
 
-/// Fetch layers and everything below them from a peer: only what is lacking here.
+/// Fetch layers from a peer, only what is lacking here.
+///
+/// What lies below them comes along.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force")]
+#[command(
+    override_usage = "layerctl pull [OPTIONS] <NAME>... <PEER>",
+    after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force"
+)]
 pub struct Pull {
     /// The layers' names, then the peer's
-    #[arg(value_name = "NAME… PEER", required = true, num_args = 2..)]
+    #[arg(value_names = ["NAME", "PEER"], required = true, num_args = 2..)]
     pub names_and_peer: Vec<String>,
     /// Replace names that exist here with another layer
     #[arg(long, short)]

@@ -25,7 +25,9 @@ pub struct Du {
     pub layers: bool,
 }
 
-/// Show which names, layers and paths refer to a chunk, or where a path comes from and who shares it.
+/// Show who refers to a chunk, or where a path comes from.
+///
+/// Of a chunk: the names, layers and paths that need it. Of a path: the layers that made it what it is, and who shares it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl why 5f3a09c2d1e4…                    a chunk (its whole id)\n  \
@@ -41,7 +43,9 @@ pub struct Why {
     pub limit: u64,
 }
 
-/// Free what no name, mount, upper or transfer refers to. Everything else goes on meanwhile.
+/// Free what nothing refers to.
+///
+/// Names, mounts, uppers and transfers under way refer to layers. Everything else goes on meanwhile.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  layerctl gc --dry-run\n  layerctl gc")]
 pub struct Gc {

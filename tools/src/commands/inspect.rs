@@ -194,6 +194,9 @@ fn summary_line(summary: &DiffSummary) -> String {
         [(added, "added"), (removed, "removed"), (modified, "modified"), (attributes, "with other attributes")];
     let parts: Vec<String> =
         counts.iter().filter(|(n, _)| **n > 0).map(|(n, what)| format!("{} {what}", units::count(**n))).collect();
+    if old_bytes + new_bytes == 0 {
+        return format!("{}\n", parts.join(", "));
+    }
     format!("{}; {} → {}\n", parts.join(", "), units::size(*old_bytes), units::size(*new_bytes))
 }
 

@@ -157,7 +157,9 @@ fn list(session: &Session) -> Result<()> {
         session.output.note("no peers; `layerctl peer add NAME ADDRESS` adds one");
     }
     for StrangerInfo { address, key, .. } in &list.strangers {
-        session.output.note(&format!("{address} called and is no peer; its key is {key}"));
+        session.output.note(&format!(
+            "{address} called and is no peer; `layerctl peer add NAME ADDRESS --key {key}` makes it one"
+        ));
     }
     Ok(())
 }

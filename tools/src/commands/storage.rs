@@ -88,12 +88,13 @@ fn du_text(result: &DuResult, paint: Paint) -> String {
 pub fn gc(session: &Session, args: args::Gc) -> Result<()> {
     let result: GcResult = session.work("gc", &GcRequest { dry_run: args.dry_run }, "collecting garbage")?;
     session.output.answer(&result, |result| {
-        let verb = if result.dry_run { "would be freed" } else { "freed" };
-        let (size, chunks) = (units::size(result.freed_bytes), units::plural(result.freed_chunks, "chunk"));
-        let mut text = format!("{size} {verb}: {chunks}; {} stay", units::count(result.live_chunks));
+        let would = if result.dry_run { "would be " } else { "" };
+        let (chunks, dead) = (units::plural(result.freed_chunks, "chunk"), units::size(result.dead_bytes));
+        let mut text = format!("{chunks} ({dead}) {would}removed, {} stay", units::count(result.live_chunks));
+        text.push_str(&format!("; {} {would}freed on disk", units::size(result.freed_bytes)));
         if result.packs_removed + result.packs_rewritten > 0 {
             let (removed, rewritten) = (units::count(result.packs_removed), units::count(result.packs_rewritten));
-            text.push_str(&format!("; packs: {removed} removed, {rewritten} rewritten"));
+            text.push_str(&format!(" (packs: {removed} removed, {rewritten} rewritten)"));
         }
         format!("{text}; {}\n", units::duration(result.seconds))
     })

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::Daemon;
-use super::work::{CancelOnDrop, Entry, Reporter};
+use super::work::{CancelOnDrop, Entry, Reporter, Work};
 use crate::api::{self, API_VERSION, Event};
 use crate::failure::{Class, Failure, Result};
 
@@ -93,7 +93,9 @@ where
     Q: DeserializeOwned + Send + 'static,
     A: Serialize + Send + 'static,
 {
-    check_version(request.headers())?;
+    if !api::TIMELESS.contains(&name) {
+        check_version(request.headers())?;
+    }
     let wants_events = wants_events(request.headers(), length);
     let query: Q = read_json(request.into_body()).await?;
     let started = start(daemon, name, length, move |context| run(context, query))?;
@@ -117,8 +119,10 @@ where
                 Failure::invalid(format!("the header {} with the request in JSON is missing", api::HEADER_REQUEST))
             })?;
             let query: Q = parse(header.as_bytes())?;
-            let source = body_reader(request.into_body());
+            let (pieces, receiver) = mpsc::channel(PIECES);
+            let source = Box::new(PieceReader { receiver, current: Bytes::new() });
             let started = start(daemon, name, Length::Long, move |context| run(context, query, source))?;
+            tokio::spawn(feed(request.into_body(), pieces, started.work.clone()));
             if wants_events { Ok(events(started)) } else { whole(started).await }
         };
         with_version(answer.await.unwrap_or_else(|failure| failed(&failure)))
@@ -153,7 +157,7 @@ where
 
 /// An operation under way.
 struct Started {
-    work: Arc<super::work::Work>,
+    work: Arc<Work>,
     events: mpsc::Receiver<Event>,
     outcome: JoinHandle<Result<serde_json::Value>>,
     /// What came of it, while events are still to be told.
@@ -187,9 +191,11 @@ fn perform<A: Serialize>(
     let outcome = run(&context).and_then(|answer| {
         serde_json::to_value(answer).map_err(|e| Failure::new(Class::Failure, format!("encoding the answer: {e}")))
     });
+    let is_cancelled = entry.work().is_cancelled();
     // The client may act on the answer at once, so the work is over before it is told.
     drop(entry);
-    outcome
+    // However it noticed: by asking, or by a source or a sink that was cut off.
+    outcome.map_err(|failure| if is_cancelled { layerfs::Error::Cancelled.into() } else { failure })
 }
 
 /// What an operation does next.
@@ -378,19 +384,21 @@ fn parse<Q: DeserializeOwned>(bytes: &[u8]) -> Result<Q> {
         .map_err(|e| Failure::invalid(format!("the request makes no sense: {e}; see docs/API.md")))
 }
 
-/// The bytes of `body` for a thread.
-fn body_reader(body: Body) -> Box<dyn io::Read + Send> {
-    let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(PIECES);
-    tokio::spawn(async move {
-        let mut stream = body.into_data_stream();
-        while let Some(piece) = futures::StreamExt::next(&mut stream).await {
-            let piece = piece.map_err(io::Error::other);
-            if sender.send(piece).await.is_err() {
-                return;
-            }
+/// Feeds the bytes of `body` to the thread that reads `pieces`. When the work is cancelled the thread gets an error
+/// instead of waiting for a client that says no more.
+async fn feed(body: Body, pieces: mpsc::Sender<io::Result<Bytes>>, work: Arc<Work>) {
+    let mut stream = body.into_data_stream();
+    loop {
+        let piece = tokio::select! {
+            piece = futures::StreamExt::next(&mut stream) => piece,
+            () = work.cancelled() => Some(Err(axum::Error::new(layerfs::Error::Cancelled))),
+        };
+        let Some(piece) = piece else { return };
+        let is_end = piece.is_err();
+        if pieces.send(piece.map_err(io::Error::other)).await.is_err() || is_end {
+            return;
         }
-    });
-    Box::new(PieceReader { receiver, current: Bytes::new() })
+    }
 }
 
 struct PieceReader {

@@ -16,6 +16,9 @@ use crate::failure::{Class, Failure, Result};
 /// How long answers may take to leave after the daemon has decided to exit.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
+/// A daemon that was just started waits at least so long for the command that started it.
+const LEAST_IDLE: Duration = Duration::from_secs(2);
+
 /// The decision to exit.
 #[derive(Debug, Default)]
 pub struct Life {
@@ -68,7 +71,7 @@ async fn until_idle(daemon: &Arc<Daemon>) {
     if !daemon.is_autostarted {
         return std::future::pending().await;
     }
-    let limit = daemon.settings.idle;
+    let limit = daemon.settings.idle.max(LEAST_IDLE);
     let mut ticker = tokio::time::interval((limit / 4).clamp(Duration::from_millis(100), Duration::from_secs(15)));
     loop {
         ticker.tick().await;
@@ -114,6 +117,30 @@ pub fn leave_terminal() {
     unsafe {
         libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0);
     }
+}
+
+/// Tells systemd that the daemon answers, if systemd wants to know (`Type=notify`).
+pub fn notify_ready() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&path),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    if let Err(error) = sent {
+        tracing::warn!("systemd cannot be told: {error}");
+    }
+}
+
+/// Packs, mounts and connections take descriptors: as many as are allowed.
+pub fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    // Then it is what it is.
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
 }
 
 /// Lets go of the pipe that the announcement went to.

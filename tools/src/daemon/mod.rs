@@ -87,6 +87,7 @@ pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
     if start.detached {
         life::leave_terminal();
     }
+    life::raise_descriptor_limit();
     start_log(&settings, !start.detached);
     let outcome = prepare_and_serve(settings, start);
     if let (true, Err(failure)) = (start.detached, &outcome) {
@@ -106,8 +107,12 @@ fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
     };
     let Some(store) = open_store(&settings)? else {
         // Another one was faster; whoever started this one can talk to that.
-        announce(&autostart::Announcement::Ready);
-        return Ok(());
+        if start.detached {
+            announce(&autostart::Announcement::Ready);
+            return Ok(());
+        }
+        let text = format!("a daemon runs already for the store {}", settings.store.display());
+        return Err(Failure::new(Class::Busy, text).hint("`layerctl daemon status` tells about it"));
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -174,6 +179,8 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     tracing::info!(store = %daemon.settings.store.display(), pid = std::process::id(), "ready");
     if start.detached {
         announce(&autostart::Announcement::Ready);
+    } else {
+        life::notify_ready();
     }
     let (listener, socket) = socket.split();
     let router = router().with_state(daemon.clone());

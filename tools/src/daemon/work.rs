@@ -45,12 +45,27 @@ pub struct Work {
     bytes: AtomicU64,
     items: AtomicU64,
     cancelled: AtomicBool,
+    /// Told when it is cancelled.
+    cancelling: Notify,
 }
 
 impl Work {
     /// Asks it to stop as soon as it can.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
+        self.cancelling.notify_one();
+    }
+
+    /// Whether it was asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Resolves when it is asked to stop; for one waiter.
+    pub async fn cancelled(&self) {
+        while !self.is_cancelled() {
+            self.cancelling.notified().await;
+        }
     }
 
     /// Tells users what it is: "import debian".
@@ -86,6 +101,7 @@ impl Works {
             bytes: AtomicU64::new(0),
             items: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
+            cancelling: Notify::new(),
         });
         register.current.insert(work.number, work.clone());
         Ok(Entry { works: self.clone(), work })
@@ -241,7 +257,7 @@ impl layerfs::monitor::Monitor for Reporter {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.work.cancelled.load(Ordering::Relaxed) || self.events.is_closed()
+        self.work.is_cancelled() || self.events.is_closed()
     }
 }
 

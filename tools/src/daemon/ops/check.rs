@@ -93,6 +93,11 @@ pub fn scrub(context: &Context, request: ScrubRequest) -> Result<ScrubResult> {
     if let Some(peer) = &request.heal {
         // A wrong name is told before everything has been read.
         context.daemon.peering.node().peers().get(peer)?;
+        let text = "chunks cannot be fetched one by one from a peer in this version";
+        return Err(Failure::new(Class::Unsupported, text).hint(
+            "`layerctl scrub` names the damaged chunks and who needs them; bring those layers to a new store with \
+             `layerctl --store PATH pull NAME PEER`",
+        ));
     }
     let started = Instant::now();
     let report = context.daemon.store.scrub(&*context.reporter)?;

@@ -1,7 +1,8 @@
 //! The mounts: mount, umount, mounts, seal, uppers.
 //!
 //! The library keeps what must survive; here is which mounts this daemon serves. A mount that ends by somebody's
-//! `umount` drops out of the table at the next look. Invariant: no lock is held while the kernel or the disk is asked.
+//! `umount` drops out of the table at the next look. Invariants: the table isn't locked while the kernel or the disk is
+//! asked; a folder has one mount.
 
 use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
@@ -29,6 +30,8 @@ use crate::units;
 /// The daemon's mounts.
 pub struct Mounts {
     table: Mutex<BTreeMap<PathBuf, Served>>,
+    /// Held while one is made, so that a folder isn't mounted on twice.
+    making: Mutex<()>,
 }
 
 /// A mount that this daemon serves.
@@ -43,7 +46,7 @@ impl Mounts {
     /// None yet. What uppers and recorded mounts lie on is kept from now on.
     pub fn new(store: &Arc<Store>) -> Result<Mounts> {
         mount::attach(store)?;
-        Ok(Mounts { table: Mutex::default() })
+        Ok(Mounts { table: Mutex::default(), making: Mutex::default() })
     }
 
     /// Mounts again what was mounted when the last daemon ended.
@@ -132,8 +135,13 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     let daemon = &context.daemon;
     context.label(format!("mount {}", request.layer));
     let layer = resolve(&daemon.store, &request.layer)?;
+    let _making = daemon.mounts.making.lock();
     if let Some(info) = claim(context, &request, layer)? {
         return Ok(info);
+    }
+    if let Ok(there) = daemon.mounts.get(&request.dir) {
+        let text = format!("{} is mounted on {} already", there.record().source, request.dir.display());
+        return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {}` first", request.dir.display())));
     }
     let upper = upper_choice(&daemon.store, &request)?;
     let options = MountOptions { upper, ..MountOptions::default() };
