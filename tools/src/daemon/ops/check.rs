@@ -1,7 +1,10 @@
 //! Keeping the store well: stat, gc, fsck, scrub, and rebuilding the index without a daemon.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
+use layerfs::ChunkId;
+use layerfs::chunk::Verified;
 use layerfs::monitor::Monitor;
 use layerfs::store::{FsckOptions, GcOptions, Problem};
 
@@ -93,29 +96,44 @@ pub fn scrub(context: &Context, request: ScrubRequest) -> Result<ScrubResult> {
     if let Some(peer) = &request.heal {
         // A wrong name is told before everything has been read.
         context.daemon.peering.node().peers().get(peer)?;
-        let text = "chunks cannot be fetched one by one from a peer in this version";
-        return Err(Failure::new(Class::Unsupported, text).hint(
-            "`layerctl scrub` names the damaged chunks and who needs them; bring those layers to a new store with \
-             `layerctl --store PATH pull NAME PEER`",
-        ));
     }
     let started = Instant::now();
     let report = context.daemon.store.scrub(&*context.reporter)?;
+    let healed = match &request.heal {
+        Some(peer) if !report.damaged.is_empty() => heal(context, &report.damaged, peer)?,
+        _ => HashSet::new(),
+    };
     let damaged = |chunk: &layerfs::store::DamagedChunk| DamagedChunk {
         id: chunk.id.to_string(),
         detail: chunk.detail.clone(),
         needed_by: chunk.names.clone(),
-        healed: false,
+        healed: healed.contains(&chunk.id),
     };
     Ok(ScrubResult {
-        clean: report.is_clean(),
+        clean: report.pack_problems.is_empty() && report.damaged.iter().all(|chunk| healed.contains(&chunk.id)),
         chunks: report.chunks,
         bytes: report.plain_bytes,
         pack_problems: report.pack_problems.clone(),
         damaged: report.damaged.iter().map(damaged).collect(),
-        healed: 0,
+        healed: healed.len() as u64,
         seconds: units::seconds(started.elapsed()),
     })
+}
+
+/// Fetches good copies of damaged chunks from a peer and stores them; returns which there were.
+fn heal(context: &Context, damaged: &[layerfs::store::DamagedChunk], peer: &str) -> Result<HashSet<ChunkId>> {
+    context.reporter.phase("healing", None);
+    let ids: Vec<ChunkId> = damaged.iter().map(|chunk| chunk.id).collect();
+    let session = context.daemon.store.session("heal");
+    let mut healed = HashSet::new();
+    let sink = |chunk: Verified| {
+        healed.insert(chunk.stored().id);
+        context.reporter.items(1);
+        session.replace(chunk)
+    };
+    context.block_on(context.daemon.peering.node().fetch_chunks(&ids, peer, sink))?;
+    session.commit()?;
+    Ok(healed)
 }
 
 /// Rebuilds the index from the packs. No daemon may run; the store's lock sees to that.
