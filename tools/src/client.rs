@@ -97,15 +97,14 @@ impl Client {
         source: impl Read + Send + 'static,
         display: &mut Display,
     ) -> Result<R> {
-        let result = self.runtime.block_on(async {
+        self.runtime.block_on(async {
             let builder = builder(operation).header("accept", api::NDJSON);
             let builder = builder.header("content-type", "application/octet-stream");
             let builder = builder.header(api::HEADER_REQUEST, api::ascii_json(request));
             let request =
                 builder.body(BodyExt::boxed(StreamBody::new(frames(source)))).map_err(|e| wrong_request(&e))?;
             self.follow(request, display, &mut |_| Ok(())).await
-        });
-        result
+        })
     }
 
     /// Does an operation that answers with bytes, and writes them to `out`.

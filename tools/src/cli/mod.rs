@@ -129,7 +129,7 @@ fn top_help() -> String {
          layerctl import ./rootfs debian --kind base       a folder becomes a layer\n  \
          layerctl mount debian /mnt                        a writable mount over it\n  \
          layerctl seal /mnt debian-nginx                   what was changed there becomes a layer\n  \
-         layerctl push debian-nginx edge1                  it goes to another host, only what is lacking\n  \
+         layerctl push debian-nginx edge1                  to another host, only what it lacks\n  \
          layerctl du                                       what it all takes\n\n\
          Environment:\n  \
          LAYERFS_STORE   the store's folder\n  \

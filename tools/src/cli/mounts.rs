@@ -14,7 +14,7 @@ use super::layers::Kind;
 #[command(after_help = "Examples:\n  \
     layerctl mount debian /mnt\n  \
     layerctl mount debian /mnt --read-only\n  \
-    layerctl mount app /srv/web --upper web         changes are kept under that name and found again\n  \
+    layerctl mount app /srv/web --upper web         changes are kept under that name\n  \
     mount -t layerfs app /srv/web -o upper=web      the same through mount(8)")]
 pub struct Mount {
     /// A name, or at least eight digits of a layer's id

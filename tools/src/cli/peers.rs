@@ -4,8 +4,8 @@ use clap::{Args, Subcommand};
 
 /// Send layers to a peer, only what it lacks.
 ///
-/// What lies below them goes along. /// The names appear on the other side all at once, when everything is there and verified. A transfer that was cut goes
-/// on where it was when the command is repeated.
+/// What lies below them goes along. The names appear on the other side all at once, when everything is there and
+/// verified. A transfer that was cut goes on where it was when the command is repeated.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "layerctl push [OPTIONS] <NAME>... <PEER>",
@@ -43,7 +43,7 @@ pub struct Pull {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     edge1# layerctl peer id                               its fingerprint and key\n  \
-    central# layerctl peer add edge1 edge1.example.org    shows the fingerprint that it finds, and asks\n  \
+    central# layerctl peer add edge1 edge1.example.org    shows its fingerprint and asks\n  \
     central# layerctl peer list")]
 pub struct Peer {
     /// What to do
@@ -56,8 +56,8 @@ pub struct Peer {
 pub enum PeerAction {
     /// Add a peer, or replace what is known of it
     ///
-    /// Without --key the host is asked for its key, and you are asked whether the fingerprint is right: compare it with the
-    /// one of `layerctl peer id` on the other host.
+    /// Without --key the host is asked for its key, and you are asked whether the fingerprint is right: compare it with
+    /// the one of `layerctl peer id` on the other host.
     #[command(after_help = "Examples:\n  \
         layerctl peer add edge1 edge1.example.org\n  \
         layerctl peer add edge1 edge1.example.org --fingerprint 7x2kd-…      for scripts\n  \

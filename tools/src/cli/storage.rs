@@ -9,12 +9,12 @@ pub struct Stat {}
 
 /// Show what layers take, and what removing them would free.
 ///
-/// Apparent: the sizes of the files. Plain: the chunks, each once, of which some are unique to this name and some shared with
-/// others. Compressed: what they take in the store.
+/// Apparent: the sizes of the files. Plain: the chunks, each once, of which some are unique to this name and some
+/// shared with others. Compressed: what they take in the store.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl du\n  \
-    layerctl du app debian        only these; the last line tells what removing them together would free\n  \
+    layerctl du app debian        only these, and what removing both would free\n  \
     layerctl du --layers app      each layer of the stack")]
 pub struct Du {
     /// Only these names
@@ -27,7 +27,8 @@ pub struct Du {
 
 /// Show who refers to a chunk, or where a path comes from.
 ///
-/// Of a chunk: the names, layers and paths that need it. Of a path: the layers that made it what it is, and who shares it.
+/// Of a chunk: the names, layers and paths that need it. Of a path: the layers that made it what it is, and who
+/// shares it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl why 5f3a09c2d1e4…                    a chunk (its whole id)\n  \
@@ -61,8 +62,8 @@ pub struct Gc {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl fsck\n  \
-    layerctl fsck --repair       forget chunks that are gone, so that an import or a pull brings them back\n  \
-    layerctl fsck --rebuild      make the index anew from the packs alone; the daemon must not run")]
+    layerctl fsck --repair       forget lost chunks; an import or a pull brings them back\n  \
+    layerctl fsck --rebuild      make the index anew from the packs alone; without a daemon")]
 pub struct Fsck {
     /// Forget chunks that the packs don't hold, so that they are stored again when they come again
     #[arg(long, conflicts_with = "rebuild")]

@@ -14,7 +14,7 @@ use crate::output::{Color, Table, short};
 use crate::{absolute, units};
 
 /// `f_type` of a FUSE mount.
-const FUSE_MAGIC: i64 = 0x6573_5546;
+const FUSE_MAGIC: rustix::fs::FsWord = 0x6573_5546;
 
 /// `layerctl mount`.
 pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
@@ -41,7 +41,7 @@ fn top(info: &MountInfo) -> String {
 
 /// Says so if the daemon mounted it where this process doesn't see it.
 fn warn_if_invisible(session: &Session, dir: &Path) {
-    let is_fuse = rustix::fs::statfs(dir).is_ok_and(|stat| stat.f_type as i64 == FUSE_MAGIC);
+    let is_fuse = rustix::fs::statfs(dir).is_ok_and(|stat| stat.f_type == FUSE_MAGIC);
     if !is_fuse {
         session.output.warn(&format!(
             "{} is mounted, but not visible here: the daemon runs in another mount namespace \

@@ -1,0 +1,12 @@
+//! Snapshots of the command line: stdout, stderr and exit code of every command, on a real store with a real daemon.
+//!
+//! What differs from run to run (ids, times, sizes of compressed data) is replaced by what it is. A test that cannot run
+//! here, for want of root or FUSE, says so.
+
+mod host;
+
+mod commands;
+mod failures;
+mod life;
+mod mounts;
+mod peers;

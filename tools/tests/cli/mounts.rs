@@ -1,0 +1,133 @@
+//! Mounts, where they can be made.
+
+use std::path::Path;
+
+use crate::hold;
+use crate::host::Host;
+
+/// Whether mounts can be made here; says so if not.
+fn can_mount() -> bool {
+    let is_root =
+        std::fs::metadata("/proc/self").is_ok_and(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata) == 0);
+    let can = is_root && Path::new("/dev/fuse").exists();
+    if !can {
+        println!("NOT TESTED: mounts need root and /dev/fuse");
+    }
+    can
+}
+
+fn mounted_base() -> Host {
+    let host = Host::new();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    std::fs::create_dir(host.path("mnt")).unwrap();
+    host
+}
+
+#[test]
+fn mounted_changed_and_sealed() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    hold!(
+        "mount",
+        host.session(&[
+            &["mount", "base", "mnt", "--upper", "work"],
+            &["mounts"],
+            &["mount", "base", "mnt"],
+            &["mount", "base", "nowhere"]
+        ])
+    );
+    assert_eq!(std::fs::read(host.path("mnt/etc/hostname")).unwrap(), b"edge\n");
+    std::fs::write(host.path("mnt/etc/hostname"), "changed\n").unwrap();
+    hold!(
+        "seal",
+        host.session(&[
+            &["seal", "mnt", "base"],
+            &["seal", "mnt", "app"],
+            &["diff", "base", "app", "--summary"],
+            &["seal", "mnt", "app:same"]
+        ])
+    );
+    hold!("stop_busy", {
+        let _held = std::fs::File::open(host.path("mnt/etc/hostname")).unwrap();
+        host.session(&[&["daemon", "stop"]]).replace(&std::process::id().to_string(), "[pid]")
+    });
+    hold!(
+        "umount",
+        host.session(&[
+            &["umount", "mnt"],
+            &["umount", "mnt"],
+            &["uppers"],
+            &["uppers", "remove", "work"],
+            &["uppers", "remove", "work"]
+        ])
+    );
+}
+
+#[test]
+fn nameless_changes_are_kept() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    std::fs::write(host.path("mnt/kept"), "kept\n").unwrap();
+    let kept = &host.json(&["umount", "mnt"])["unmounted"][0]["kept_upper"];
+    let upper = kept["id"].as_u64().unwrap().to_string();
+    host.json(&["mount", "base", "mnt", "--upper", &upper]);
+    assert_eq!(std::fs::read(host.path("mnt/kept")).unwrap(), b"kept\n");
+    host.json(&["umount", "mnt", "--discard"]);
+    assert!(host.json(&["uppers"])["uppers"].as_array().unwrap().is_empty());
+    host.json(&["mount", "base", "mnt"]);
+    assert!(host.json(&["umount", "mnt"])["unmounted"][0]["kept_upper"].is_null(), "an empty upper isn't kept");
+}
+
+#[test]
+fn a_killed_daemon_mounts_again() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    std::fs::write(host.path("mnt/written"), "before\n").unwrap();
+    let pid = host.daemon_pid().to_string();
+    assert!(std::process::Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    while Path::new(&format!("/proc/{pid}")).exists() {
+        std::thread::yield_now();
+    }
+    host.json(&["list"]);
+    assert_eq!(std::fs::read(host.path("mnt/written")).unwrap(), b"before\n");
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+#[test]
+fn the_helper_of_mount() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    let helper = host.path("mount.layerfs");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_layerctl"), &helper).unwrap();
+    let run = |args: &[&str]| {
+        host.told(args, &host.command_as(&helper, args).output().unwrap()).replace("$ layerctl", "$ mount.layerfs")
+    };
+    let store = format!("store={}", host.store().display());
+    let session = [
+        run(&["base", "mnt", "-o", "strange"]),
+        run(&["base", "mnt", "-f", "-o", "ro"]),
+        run(&["base", "mnt", "-v", "-o", &format!("rw,nosuid,nodev,x-systemd.automount,upper=web,{store}")]),
+        run(&["base", "mnt", "-o", &format!("remount,ro,{store}")]),
+        run(&["nothing", "mnt", "-o", "ro"]),
+    ];
+    hold!("helper", session.join("\n"));
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let mnt = host.path("mnt");
+    let line = mounts.lines().find(|line| line.contains(&*mnt.to_string_lossy())).unwrap();
+    assert!(line.contains("ro,nosuid,nodev") || line.contains("ro,"), "{line}");
+    assert!(std::fs::write(mnt.join("x"), "").is_err(), "it is read-only now");
+    run(&["base", "mnt", "-o", &format!("remount,rw,{store}")]);
+    std::fs::write(mnt.join("x"), "").unwrap();
+    host.json(&["umount", "mnt"]);
+}
