@@ -181,7 +181,7 @@ impl<'fs> Edit<'fs> {
     pub(super) fn commit(mut self) -> FsResult<RwLockWriteGuard<'fs, State>> {
         self.upper.commit(&mut self.state.tables, self.change)?;
         for ino in self.reaped {
-            self.upper.data().remove(ino);
+            self.fs.removed(self.upper, ino);
         }
         Ok(self.state)
     }

@@ -70,7 +70,8 @@ pub struct Fs {
     gate: RwLock<()>,
     stripes: [Mutex<()>; STRIPES],
     lookups: Lookups,
-    /// The folder that each folder is in, as far as anybody has looked it up.
+    /// The folder that each folder is in, as far as anybody has looked it up. A writable filesystem keeps it for as
+    /// long as the folder exists: a folder must not be moved into itself, whoever asks.
     parents: RwLock<HashMap<Ino, Ino>>,
     /// Decoded contents of sealed files. They are those of the view: emptied when that changes.
     contents: Mutex<LruCache<Ino, Arc<Content>>>,
@@ -181,22 +182,21 @@ impl Fs {
 
     /// The kernel forgets `count` of the look-ups of `ino`. An inode without a name ends with the last.
     pub fn forget(&self, ino: Ino, count: u64) {
-        if let Some(upper) = &self.upper {
-            if !self.lookups.take(ino, count) {
-                return;
-            }
-            let is_orphan = |state: &State| state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink == 0);
-            if is_orphan(&self.state.read()) {
-                let _gate = self.gate.read();
-                let _stripe = self.stripe(ino).lock();
-                let mut state = self.state.write();
-                if is_orphan(&state) {
-                    self.reap(upper, &mut state, ino);
-                }
-            }
-        }
-        if ino != Ino::ROOT {
+        let Some(upper) = &self.upper else {
             self.parents.write().remove(&ino);
+            return;
+        };
+        if !self.lookups.take(ino, count) {
+            return;
+        }
+        let is_orphan = |state: &State| state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink == 0);
+        if is_orphan(&self.state.read()) {
+            let _gate = self.gate.read();
+            let _stripe = self.stripe(ino).lock();
+            let mut state = self.state.write();
+            if is_orphan(&state) {
+                self.reap(upper, &mut state, ino);
+            }
         }
     }
 
@@ -205,9 +205,15 @@ impl Fs {
         let mut change = crate::upper::table::Change::new();
         change.forget(ino);
         match upper.commit(&mut state.tables, change) {
-            Ok(()) => upper.data().remove(ino),
+            Ok(()) => self.removed(upper, ino),
             Err(error) => tracing::warn!(%ino, %error, "cannot drop an unlinked inode now"),
         }
+    }
+
+    /// An inode is gone for good.
+    fn removed(&self, upper: &Upper, ino: Ino) {
+        upper.data().remove(ino);
+        self.parents.write().remove(&ino);
     }
 
     /// What `stat` tells of `ino`.
