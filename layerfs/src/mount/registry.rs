@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::codec::{Put, Reader};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId, UpperId};
-use crate::store::db::{Batch, Cf, Db, Sync};
+use crate::store::db::{Batch, Cf, Db, Entry, Sync};
 
 /// What is mounted where, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -61,7 +61,7 @@ impl MountRecord {
 
 /// All records, by mount point.
 pub fn list(db: &Db) -> Result<Vec<MountRecord>> {
-    let row = |row: Result<(Box<[u8]>, Box<[u8]>)>| row.and_then(|(dir, row)| MountRecord::decode(&dir, &row));
+    let row = |row: Result<Entry>| row.and_then(|(dir, row)| MountRecord::decode(&dir, &row));
     db.iter(Cf::Mounts, b"/")?.map(row).collect()
 }
 

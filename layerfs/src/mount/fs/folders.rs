@@ -44,12 +44,16 @@ const FIRST_BELOW: u64 = 3;
 const ADDED: u64 = 1 << 62;
 const CURSORS: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 
+type Name = Box<[u8]>;
+/// Names by cookie.
+type Listing = Vec<(u64, Name)>;
+
 /// The open folders.
 pub(super) struct Folders {
     next: AtomicU64,
     open: Mutex<HashMap<FolderHandle, Open>>,
     /// The name that has a cookie, for the cookies at which listings were broken off lately.
-    cursors: Mutex<LruCache<(Ino, u64), Box<[u8]>>>,
+    cursors: Mutex<LruCache<(Ino, u64), Name>>,
 }
 
 impl Default for Folders {
@@ -61,7 +65,7 @@ impl Default for Folders {
 struct Open {
     folder: Ino,
     /// Names and cookies as they were before a seal.
-    frozen: Option<Arc<Vec<(u64, Box<[u8]>)>>>,
+    frozen: Option<Arc<Listing>>,
 }
 
 impl Fs {
@@ -113,7 +117,7 @@ impl Fs {
 
     /// The sealed layers are about to change: gives every open folder its listing as it is.
     pub(super) fn freeze_listings(&self, state: &State) {
-        let mut made: HashMap<Ino, Arc<Vec<(u64, Box<[u8]>)>>> = HashMap::new();
+        let mut made: HashMap<Ino, Arc<Listing>> = HashMap::new();
         for open in self.folders.open.lock().values_mut().filter(|open| open.frozen.is_none()) {
             let frozen = match made.get(&open.folder) {
                 Some(frozen) => frozen.clone(),
@@ -224,7 +228,7 @@ impl Lister<'_> {
         }
     }
 
-    fn frozen(&mut self, entries: &[(u64, Box<[u8]>)], after: u64) -> FsResult<()> {
+    fn frozen(&mut self, entries: &Listing, after: u64) -> FsResult<()> {
         let start = entries.partition_point(|(cookie, _)| *cookie <= after);
         for (cookie, name) in &entries[start..] {
             if let Some((ino, kind)) = self.state.lookup(self.folder, name)?

@@ -13,6 +13,11 @@ const NOREPLACE: u32 = libc::RENAME_NOREPLACE;
 const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
 const WHITEOUT: u32 = libc::RENAME_WHITEOUT;
 
+/// A name in a folder.
+type Place<'a> = (Ino, &'a [u8]);
+/// What a name refers to.
+type Found = (Ino, FileKind);
+
 /// The most names an inode can have (ext4's limit).
 const LINK_MAX: u32 = 65_000;
 
@@ -137,7 +142,7 @@ impl Fs {
     }
 
     /// Renames, with the flags of `renameat2`.
-    pub fn rename(&self, from: (Ino, &[u8]), to: (Ino, &[u8]), flags: u32, caller: Caller) -> FsResult<()> {
+    pub fn rename(&self, from: Place<'_>, to: Place<'_>, flags: u32, caller: Caller) -> FsResult<()> {
         let (upper, _gate) = self.enter()?;
         check_name_length(from.1)?;
         check_name_length(to.1)?;
@@ -181,8 +186,8 @@ impl Fs {
     fn move_name(
         &self,
         mut edit: Edit<'_>,
-        (from, source): ((Ino, &[u8]), (Ino, FileKind)),
-        (to, target): ((Ino, &[u8]), Option<(Ino, FileKind)>),
+        (from, source): (Place<'_>, Found),
+        (to, target): (Place<'_>, Option<Found>),
         leaves_whiteout: bool,
         caller: Caller,
     ) -> FsResult<()> {
@@ -212,8 +217,8 @@ impl Fs {
     fn exchange(
         &self,
         mut edit: Edit<'_>,
-        (from, source): ((Ino, &[u8]), (Ino, FileKind)),
-        (to, target): ((Ino, &[u8]), (Ino, FileKind)),
+        (from, source): (Place<'_>, Found),
+        (to, target): (Place<'_>, Found),
     ) -> FsResult<()> {
         edit.set_name(to.0, to.1, Some(source))?;
         edit.set_name(from.0, from.1, Some(target))?;

@@ -37,7 +37,6 @@ enum Op {
     RemoveXattr(Path, u8),
     Open(Path),
     WriteOpen(usize, u64, usize, u8),
-    ReadOpen(usize),
     LinkOpen(usize, Path),
     Close(usize),
     Seal,
@@ -85,7 +84,6 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (path(), 0u8..3).prop_map(|(p, n)| Op::RemoveXattr(p, n)),
         2 => path().prop_map(Op::Open),
         2 => (0usize..4, offset(), lengths, any::<u8>()).prop_map(|(i, o, n, b)| Op::WriteOpen(i, o, n, b)),
-        1 => (0usize..4).prop_map(Op::ReadOpen),
         1 => (0usize..4, path()).prop_map(|(i, p)| Op::LinkOpen(i, p)),
         1 => (0usize..4).prop_map(Op::Close),
         1 => Just(Op::Seal),
@@ -201,7 +199,7 @@ impl Host {
                 Some(file) => self.write(file, *offset, &data(*count, *seed)),
                 None => Ok(0),
             },
-            Op::ReadOpen(_) | Op::Seal => Ok(0),
+            Op::Seal => Ok(0),
             Op::LinkOpen(i, p) => match self.open.get(*i).and_then(Option::as_ref) {
                 Some(file) => host(rustix::fs::linkat(file, "", at, joined(p), AtFlags::EMPTY_PATH)),
                 None => Ok(0),
@@ -359,7 +357,6 @@ impl Ours {
                 }
                 None => Ok(0),
             },
-            Op::ReadOpen(_) => Ok(0),
             Op::Close(i) => {
                 if let Some(ino) = self.open.get_mut(*i).and_then(Option::take) {
                     fs.release(ino, libc::O_RDONLY);
