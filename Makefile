@@ -54,6 +54,7 @@ install:
 	install -D -m 755 $(LAYERCTL) $(DESTDIR)$(BINDIR)/layerctl
 	install -d $(DESTDIR)$(HELPERDIR)
 	ln -sf $(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs
+	ln -sf $(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.fuse.layerfs
 	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
 	$(LAYERCTL) generate man $(DESTDIR)$(MANDIR)/man1
 	mv $(DESTDIR)$(MANDIR)/man1/mount.layerfs.8 $(DESTDIR)$(MANDIR)/man8/
@@ -65,6 +66,6 @@ install:
 	sed 's|@BINDIR@|$(BINDIR)|' scripts/layerfs.service > $(DESTDIR)$(UNITDIR)/layerfs.service
 
 uninstall:
-	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(MANDIR)/man1/layerctl*.1 $(DESTDIR)$(MANDIR)/man8/mount.layerfs.8
+	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(HELPERDIR)/mount.fuse.layerfs $(DESTDIR)$(MANDIR)/man1/layerctl*.1 $(DESTDIR)$(MANDIR)/man8/mount.layerfs.8
 	rm -f $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
 	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service

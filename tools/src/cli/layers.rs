@@ -190,7 +190,7 @@ pub struct Log {
 #[command(after_help = "Examples:\n  \
     layerctl diff debian app\n  \
     layerctl diff debian app --summary\n\n\
-    The first column: + added, - removed, ~ content changed, m only attributes changed, t type changed.")]
+    First column: + added, - removed, ~ content, m attributes only, t another type.")]
 pub struct Diff {
     /// The older layer
     #[arg(value_name = "A")]

@@ -1,6 +1,7 @@
 //! One host: a store and a folder of its own, and a way to run layerctl and to hold what it says.
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -87,6 +88,11 @@ impl Host {
         std::fs::write(tree.join("etc/motd"), "Welcome to the edge.\n".repeat(60)).unwrap();
         std::fs::write(tree.join("data.bin"), noise(200_000)).unwrap();
         std::os::unix::fs::symlink("etc/hostname", tree.join("name")).unwrap();
+        for (name, mode) in
+            [("", 0o755), ("etc", 0o755), ("etc/hostname", 0o644), ("etc/motd", 0o644), ("data.bin", 0o644)]
+        {
+            std::fs::set_permissions(tree.join(name), PermissionsExt::from_mode(mode)).unwrap();
+        }
         tree
     }
 
@@ -156,6 +162,7 @@ pub fn filters() -> Vec<(&'static str, &'static str)> {
         (r"\b\d+\.\d s\b", "[seconds]"),
         (r#""(seconds|uptime_seconds)": [0-9.]+"#, r#""$1": [seconds]"#),
         (r"pid +\d+", "pid [pid]"),
+        (r"owner( +)\d+:\d+", "owner$1[owner]"),
         (r"(memory +)\S+ MiB", "$1[size]"),
         (r"\d+(\.\d+)? (KiB|B|MiB) added", "[size] added"),
         (
