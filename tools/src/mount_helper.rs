@@ -58,6 +58,8 @@ const FOR_OTHERS: &[&str] = &[
     "silent",
     "allow_other",
     "default_permissions",
+    "user_id",
+    "group_id",
     "iversion",
     "noiversion",
     "nosymfollow",
@@ -285,7 +287,9 @@ mod tests {
         assert!(!parsed.read_only);
         let parsed = wish(&["a", "/mnt", "-sfnv", "-t", "layerfs", "-oro,strange"]).unwrap();
         assert!(parsed.read_only && parsed.is_fake && parsed.is_verbose);
-        assert!(wish(&["a", "/mnt", "-o", "remount,ro,upper=x"]).unwrap().is_remount);
+        // What mount(8) takes over from the kernel's table.
+        let taken_over = "rw,remount,ro,nosuid,user_id=0,group_id=0,default_permissions,allow_other";
+        assert!(wish(&["a", "/mnt", "-o", taken_over]).unwrap().is_remount);
     }
 
     #[test]

@@ -61,7 +61,7 @@ async fn until_signal(daemon: &Arc<Daemon>) {
         _ = interrupt.recv() => tracing::info!("SIGINT"),
     }
     daemon.works.close();
-    daemon.works.cancel_all();
+    daemon.works.cancel_all(None);
     daemon.works.wait_until_done(None).await;
     let daemon = daemon.clone();
     let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(true)).await;
@@ -95,7 +95,7 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     }
     daemon.works.close();
     let own = context.reporter.work().number;
-    daemon.works.cancel_all();
+    daemon.works.cancel_all(Some(own));
     context.block_on(daemon.works.wait_until_done(Some(own)));
     if let Err(failure) = daemon.mounts.unmount_all(request.force) {
         daemon.works.reopen();

@@ -146,9 +146,9 @@ impl Works {
         self.inner.lock().is_closed = false;
     }
 
-    /// Asks all work to stop as soon as it can.
-    pub fn cancel_all(&self) {
-        self.inner.lock().current.values().for_each(|work| work.cancel());
+    /// Asks all work but `except` to stop as soon as it can.
+    pub fn cancel_all(&self, except: Option<u64>) {
+        self.inner.lock().current.values().filter(|work| Some(work.number) != except).for_each(|work| work.cancel());
     }
 
     /// Waits until nothing is under way but the work `except`.
