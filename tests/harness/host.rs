@@ -258,7 +258,7 @@ impl Drop for Host {
         // The daemon first: a mount whose server is gone answers at once.
         self.daemon = None;
         unmount_under(self.folder.path());
-        stop_auto_started(self.ctl.store());
+        stop_auto_started(&self.ctl);
     }
 }
 
@@ -275,19 +275,11 @@ pub fn unmount_under(folder: &Path) {
     }
 }
 
-/// Ends a daemon that a command started by itself for `store`, found by the lock that it holds.
-fn stop_auto_started(store: &Path) {
-    let Ok(processes) = std::fs::read_dir("/proc") else { return };
-    for pid in
-        processes.flatten().filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()))
-    {
-        let Ok(line) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        let mut args = line.split(|byte| *byte == 0);
-        let ours = args.next().is_some_and(|program| program.ends_with(b"layerctl"))
-            && args.any(|arg| arg == store.as_os_str().as_encoded_bytes());
-        if let (true, Some(pid)) = (ours, rustix::process::Pid::from_raw(pid)) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+/// Ends a daemon that a command started by itself. (Not found through /proc: reading the command line of a process
+/// that waits for a page of a broken mount would wait with it.)
+fn stop_auto_started(ctl: &Ctl) {
+    if UnixStream::connect(ctl.store().join("control.sock")).is_ok() {
+        let _ = ctl.run(["daemon", "stop", "--force"]);
     }
 }
 

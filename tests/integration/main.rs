@@ -2,14 +2,31 @@
 //!
 //! Runs like any cargo test: a part of a name filters, `--list` lists, `--test-threads N` sets how many at a time.
 
+mod archives;
+mod crash;
+mod damage;
+mod dedup;
 mod export;
+mod guests;
 mod judges;
+mod push;
+mod roundtrip;
 
 use layerfs_tests::case::Case;
 
 fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
-    let cases = [judges::cases(), export::cases()];
+    let cases = [
+        judges::cases(),
+        export::cases(),
+        roundtrip::cases(),
+        dedup::cases(),
+        push::cases(),
+        archives::cases(),
+        damage::cases(),
+        crash::cases(),
+        guests::cases(),
+    ];
     let trials = cases.into_iter().flatten().map(Case::into_trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

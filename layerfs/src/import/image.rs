@@ -66,6 +66,7 @@ struct Index {
 
 #[derive(Deserialize)]
 struct Manifest {
+    config: Option<Descriptor>,
     layers: Vec<Descriptor>,
 }
 
@@ -101,6 +102,8 @@ pub(super) fn oci_layers(bundle: &Bundle, choice: &Choice) -> Result<Vec<ImageLa
         let document = verified_document(bundle, &chosen.digest)?;
         if !chosen.media_type.contains("index") && !chosen.media_type.contains("manifest.list") {
             let manifest: Manifest = json("image manifest", &document)?;
+            // Nothing of it is used, but an image whose parts aren't whole is not taken.
+            manifest.config.map_or(Ok(Vec::new()), |config| verified_document(bundle, &config.digest))?;
             return manifest.layers.into_iter().map(oci_layer).collect::<Result<Vec<_>>>().and_then(bounded);
         }
         index = json("image index", &document)?;
