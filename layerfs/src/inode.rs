@@ -8,6 +8,11 @@ use crate::content::Content;
 use crate::error::Result;
 use crate::id::Ino;
 
+/// The longest record of a table, in bytes.
+pub const MAX_RECORD_BYTES: usize = 16 * 1024 * 1024;
+/// Of that, what is for extended attributes; the rest is more than everything else together takes.
+const MAX_XATTRS_BYTES: usize = MAX_RECORD_BYTES - 16 * 1024;
+
 /// What an inode is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Node {
@@ -89,6 +94,12 @@ impl Inode {
     pub fn xattr(&self, name: &[u8]) -> Option<&[u8]> {
         let found = self.xattrs.binary_search_by(|(other, _)| other.as_slice().cmp(name)).ok()?;
         Some(&self.xattrs[found].1)
+    }
+
+    /// Whether its extended attributes fit in a record.
+    pub fn fits_record(&self) -> bool {
+        let bytes: usize = self.xattrs.iter().map(|(name, value)| 2 + name.len() + 4 + value.len()).sum();
+        bytes <= MAX_XATTRS_BYTES && self.xattrs.len() <= usize::from(u16::MAX)
     }
 
     /// Appends the record, with its length in front.

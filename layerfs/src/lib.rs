@@ -12,6 +12,7 @@
 pub mod attr;
 pub mod chunk;
 pub mod chunker;
+pub mod closure;
 pub mod codec;
 pub mod content;
 pub mod diff;

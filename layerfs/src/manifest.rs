@@ -15,7 +15,7 @@ use crate::codec::{Put, Reader};
 use crate::content::{Content, ContentBuilder, Extent};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, Ino, LayerId};
-use crate::inode::{Dentry, Inode};
+use crate::inode::{Dentry, Inode, Node};
 
 /// What a layer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -156,7 +156,7 @@ impl Manifest {
 
 /// Fewest and most bytes in a table's chunk, and the mask of the key's hash that ends one (about 8 KiB on average).
 const TABLE_MIN: usize = 2 * 1024;
-const TABLE_MAX: usize = 32 * 1024;
+pub(crate) const TABLE_MAX: usize = 32 * 1024;
 const TABLE_MASK: u8 = 63;
 
 /// Cuts a table's records into chunks as they come. Holds one chunk.
@@ -245,10 +245,20 @@ impl<'a> LayerWriter<'a> {
     }
 
     /// Appends an inode; its number must be greater than the last one's.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if its extended attributes are more than a record holds; those of writing.
     pub fn inode(&mut self, inode: &Inode) -> Result<()> {
         assert!(self.last_inode.is_none_or(|last| last < inode.ino), "inodes out of order at {}", inode.ino);
+        if !inode.fits_record() {
+            return Err(Error::invalid(format!(
+                "inode {} has {} extended attributes, more than the 16 MiB that a layer keeps; remove some",
+                inode.ino,
+                inode.xattrs.len(),
+            )));
+        }
         self.last_inode = Some(inode.ino);
-        if let crate::inode::Node::File(content) = &inode.node {
+        if let Node::File(content) = &inode.node {
             self.file_bytes += content.len();
         }
         self.inodes.record(&inode.ino.0.to_le_bytes(), self.out, |buffer| inode.encode(buffer))

@@ -1,8 +1,7 @@
-//! Who refers to what: all chunks of a layer, the layers and paths behind a chunk, where a path comes from.
+//! Who refers to what: the layers of a stack and who holds them, the layers and paths behind a chunk, where a path
+//! comes from.
 //!
-//! Hides how manifest, tables, records and chunk lists hang together. Memory: one list node per level, one table
-//! chunk, and the inodes that were found to hold a chunk. Invariant: [`visit_layer`] shows every chunk that the
-//! layer needs besides its parents at least once.
+//! Memory: a manifest per layer, what a [walk](crate::closure) takes, and the inodes that were found to hold a chunk.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -10,122 +9,19 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::attr::FileKind;
-use crate::chunk::{ChunkRead, Class};
-use crate::content::{Content, Entry, Extent, List, decode_node};
+use crate::chunk::ChunkRead;
+use crate::closure::{Role, walk_layer};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, Ino, LayerId, LayerName};
-use crate::inode::{Node, Stat};
+use crate::inode::Stat;
 use crate::manifest::{LayerKind, Manifest};
 use crate::monitor::{self, Monitor};
 use crate::store::Store;
-use crate::table::records::Records;
 use crate::view::{MAX_LAYERS, View};
 use crate::walk::Next;
 
-/// So many list nodes of one file are remembered, so that a list which repeats a node isn't followed twice.
-const NODES_REMEMBERED: usize = 64 * 1024;
 /// So many files that hold a chunk are told per layer.
 const MOST_FILES: usize = 10_000;
-
-/// What a chunk is for within a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Role {
-    /// The manifest itself.
-    Manifest,
-    /// The table of inodes, or the list of its chunks.
-    Inodes,
-    /// The table of dentries, or the list of its chunks.
-    Dentries,
-    /// The content of this inode, or the list of its chunks.
-    File(Ino),
-}
-
-/// A chunk that a layer needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ChunkUse {
-    /// The chunk.
-    pub id: ChunkId,
-    /// What it holds.
-    pub class: Class,
-    /// What for.
-    pub role: Role,
-}
-
-/// Shows all chunks of `content` to `visit`; `leaf` is the class of those in the extents. A list node whose id
-/// `visit` answers with false isn't opened.
-pub fn visit_content(
-    chunks: &dyn ChunkRead,
-    content: &Content,
-    leaf: Class,
-    visit: &mut dyn FnMut(ChunkId, Class) -> Result<bool>,
-) -> Result<()> {
-    let Content::Extents { list, .. } = content else { return Ok(()) };
-    match list {
-        List::Direct(extents) => {
-            for extent in extents {
-                if let Extent::Chunk { id, .. } = extent {
-                    visit(*id, leaf)?;
-                }
-            }
-            Ok(())
-        }
-        List::Tree { root, depth } => visit_node(chunks, root, *depth, leaf, &mut HashSet::new(), visit),
-    }
-}
-
-fn visit_node(
-    chunks: &dyn ChunkRead,
-    node: &ChunkId,
-    depth: u8,
-    leaf: Class,
-    seen: &mut HashSet<ChunkId>,
-    visit: &mut dyn FnMut(ChunkId, Class) -> Result<bool>,
-) -> Result<()> {
-    if seen.contains(node) || !visit(*node, Class::List)? {
-        return Ok(());
-    }
-    if seen.len() < NODES_REMEMBERED {
-        seen.insert(*node);
-    }
-    for entry in decode_node(&chunks.get(node)?, depth)? {
-        match entry {
-            Entry::Extent(Extent::Chunk { id, .. }) => {
-                visit(id, leaf)?;
-            }
-            Entry::Extent(Extent::Hole { .. }) => {}
-            Entry::Node { id, .. } => visit_node(chunks, &id, depth - 1, leaf, seen, visit)?,
-        }
-    }
-    Ok(())
-}
-
-/// Shows every chunk that `layer` needs besides its parents to `visit`: its manifest, its tables, its files.
-pub fn visit_layer(
-    chunks: &dyn ChunkRead,
-    layer: LayerId,
-    manifest: &Manifest,
-    visit: &mut dyn FnMut(ChunkUse) -> Result<()>,
-) -> Result<()> {
-    visit(ChunkUse { id: layer.0, class: Class::Manifest, role: Role::Manifest })?;
-    for (content, role) in [(&manifest.dentries, Role::Dentries), (&manifest.inodes, Role::Inodes)] {
-        visit_content(chunks, content, Class::Table, &mut |id, class| {
-            visit(ChunkUse { id, class, role })?;
-            Ok(true)
-        })?;
-    }
-    let mut records = Records::inodes(chunks, &manifest.inodes)?;
-    while let Some(inode) = records.next_inode()? {
-        if let Node::File(content) = &inode.node {
-            let role = Role::File(inode.ino);
-            visit_content(chunks, content, Class::Data, &mut |id, class| {
-                visit(ChunkUse { id, class, role })?;
-                Ok(true)
-            })?;
-        }
-    }
-    Ok(())
-}
 
 /// The layers of the stack whose top is `top`, the top first.
 pub fn stack(chunks: &dyn ChunkRead, top: LayerId) -> Result<Vec<(LayerId, Manifest)>> {
@@ -245,15 +141,15 @@ pub fn why_chunk(
     found: &mut dyn FnMut(ChunkReference) -> Result<()>,
 ) -> Result<()> {
     let held = Held::of(store)?;
-    for (layer, manifest) in &held.layers {
+    for layer in held.layers.keys() {
         monitor::check(monitor)?;
         monitor.items(1);
         let mut roles = BTreeSet::new();
-        visit_layer(&**store, *layer, manifest, &mut |chunk| {
+        walk_layer(&**store, *layer, &mut |chunk| {
             if chunk.id == *id && roles.len() < MOST_FILES {
                 roles.insert(chunk.role);
             }
-            Ok(())
+            Ok(chunk.role != Role::Dentries)
         })?;
         let files: HashSet<Ino> =
             roles.iter().filter_map(|role| if let Role::File(ino) = role { Some(*ino) } else { None }).collect();

@@ -16,7 +16,6 @@
 //! decoded once and their order and counts checked when it was built.
 
 mod build;
-pub mod records;
 
 use std::fs::File;
 use std::ops::Range;
@@ -26,6 +25,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use crate::chunk::ChunkRead;
+use crate::closure::{MIN_DENTRY_BYTES, MIN_INODE_BYTES};
 use crate::codec::{Put, Reader};
 use crate::durable;
 use crate::error::{Error, ErrorClass, Result};
@@ -66,8 +66,8 @@ impl Layout {
             folder_count: 0,
         };
         let fits = |count: u64, least: u64, bytes: u64| count.checked_mul(least).is_some_and(|needed| needed <= bytes);
-        let plausible = fits(layout.dentry_count, records::MIN_DENTRY_BYTES, layout.dentry_bytes)
-            && fits(layout.inode_count, records::MIN_INODE_BYTES, layout.inode_bytes);
+        let plausible = fits(layout.dentry_count, MIN_DENTRY_BYTES, layout.dentry_bytes)
+            && fits(layout.inode_count, MIN_INODE_BYTES, layout.inode_bytes);
         if plausible { Ok(layout) } else { Err(Error::corrupt("manifest", "more records than its tables can hold")) }
     }
 

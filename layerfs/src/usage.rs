@@ -12,13 +12,13 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::attr::FileKind;
-use crate::chunk::ChunkRead;
+use crate::closure::{Role, walk_layer};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, Ino, LayerId, LayerName};
 use crate::manifest::LayerKind;
 use crate::monitor::{self, Monitor};
-use crate::refs::{Held, visit_layer};
-use crate::store::Store;
+use crate::refs::Held;
+use crate::store::{Store, Uncached};
 use crate::view::View;
 use crate::walk::Next;
 use sorter::Sorter;
@@ -131,26 +131,19 @@ struct Owners {
 /// [`Error::NotFound`] if one of `remove` isn't a name; those of the store.
 pub fn usage(store: &Arc<Store>, remove: &[LayerName], monitor: &dyn Monitor) -> Result<Usage> {
     let owners = Owners::of(store, remove)?;
-    let chunks = Uncached(store.clone());
     let mut sorter = Sorter::new(&store.tmp_folder(), SORT_BYTES);
     monitor.phase("reading layers", None);
     for (number, layer) in owners.layers.iter().enumerate() {
         monitor::check(monitor)?;
-        visit_layer(&chunks, *layer, &owners.held.layers[layer], &mut |chunk| sorter.push(chunk.id, number as u32))?;
+        walk_layer(&Uncached(store), *layer, &mut |chunk| {
+            sorter.push(chunk.id, number as u32)?;
+            Ok(chunk.role != Role::Dentries)
+        })?;
         monitor.items(1);
     }
     monitor.phase("adding up", None);
     let sums = add_up(store, &owners, sorter, monitor)?;
     report(store, owners, &sums)
-}
-
-/// Reads past the store's cache: everything is read once.
-struct Uncached(Arc<Store>);
-
-impl ChunkRead for Uncached {
-    fn get(&self, id: &ChunkId) -> Result<bytes::Bytes> {
-        self.0.get_uncached(id)
-    }
 }
 
 impl Owners {

@@ -4,12 +4,11 @@
 //! numbers fit its parent's, so that nothing that reads it later meets a surprise.
 
 use layerfs::chunk::ChunkRead;
+use layerfs::closure::{Part, Records, walk_content};
 use layerfs::content::Content;
-use layerfs::inode::{Dentry, Inode, Node, Target};
+use layerfs::inode::Node;
 use layerfs::manifest::Manifest;
 use layerfs::{ChunkId, Error, Ino, LayerId, Result};
-
-use crate::scan::{Part, Piece, Records, table_pieces, walk_content};
 
 /// Presence is asked for in batches of this many ids.
 const BATCH: usize = 1024;
@@ -21,33 +20,38 @@ pub type Present<'a> = dyn FnMut(&[ChunkId]) -> Result<Vec<bool>> + 'a;
 ///
 /// # Errors
 /// [`Error::ChunkMissing`] or [`Error::LayerMissing`] if something isn't there, [`Error::Corrupt`] if it is malformed.
-pub fn check_layer<R: ChunkRead + ?Sized>(chunks: &R, id: LayerId, present: &mut Present<'_>) -> Result<()> {
+pub fn check_layer(chunks: &dyn ChunkRead, id: LayerId, present: &mut Present<'_>) -> Result<()> {
     let mut check = Check { chunks, present, batch: Vec::with_capacity(BATCH) };
     check.need(id.0)?;
     check.flush()?;
-    let manifest = Manifest::decode(&chunks.get(&id.0)?)?;
+    let manifest = Manifest::load(chunks, id)?;
     check_parent(chunks, &manifest)?;
-    check.dentries(&manifest)?;
+    for table in [&manifest.dentries, &manifest.inodes] {
+        check.content(table)?;
+    }
+    check.flush()?;
+    let mut dentries = Records::dentries(chunks, &manifest)?;
+    while dentries.next_dentry()?.is_some() {}
     check.inodes(&manifest)?;
     check.flush()
 }
 
-fn check_parent<R: ChunkRead + ?Sized>(chunks: &R, manifest: &Manifest) -> Result<()> {
+fn check_parent(chunks: &dyn ChunkRead, manifest: &Manifest) -> Result<()> {
     let Some(parent) = manifest.parent else { return Ok(()) };
-    let below = Manifest::decode(&chunks.get(&parent.0)?)?;
-    if manifest.depth != below.depth + 1 || manifest.next_ino < below.next_ino {
+    let below = Manifest::load(chunks, parent)?;
+    if Some(manifest.depth) != below.depth.checked_add(1) || manifest.next_ino < below.next_ino {
         return Err(Error::corrupt("manifest", "its depth or its inode numbers don't fit its parent's"));
     }
     Ok(())
 }
 
-struct Check<'a, 'b, R: ChunkRead + ?Sized> {
-    chunks: &'a R,
+struct Check<'a, 'b> {
+    chunks: &'a dyn ChunkRead,
     present: &'a mut Present<'b>,
     batch: Vec<ChunkId>,
 }
 
-impl<R: ChunkRead + ?Sized> Check<'_, '_, R> {
+impl Check<'_, '_> {
     /// `id` has to be there.
     fn need(&mut self, id: ChunkId) -> Result<()> {
         self.batch.push(id);
@@ -64,76 +68,36 @@ impl<R: ChunkRead + ?Sized> Check<'_, '_, R> {
         Ok(())
     }
 
-    /// The table's pieces, all of them there.
-    fn pieces(&mut self, table: &Content) -> Result<Vec<Piece>> {
-        let mut nodes = Vec::new();
-        let mut node = |id| {
-            nodes.push(id);
-            Ok(())
-        };
-        let pieces = table_pieces(self.chunks, table, &mut node, &mut |_, _| Ok(true))?;
-        nodes.into_iter().try_for_each(|id| self.need(id))?;
-        pieces.iter().try_for_each(|piece| self.need(piece.id))?;
-        self.flush()?;
-        Ok(pieces)
-    }
-
-    fn dentries(&mut self, manifest: &Manifest) -> Result<()> {
-        let mut records: Records<'_, Dentry, R> = Records::new(self.chunks, self.pieces(&manifest.dentries)?);
-        let mut count = 0;
-        let mut last: Option<(Ino, Vec<u8>)> = None;
-        while let Some(dentry) = records.next_record()? {
-            count += 1;
-            let in_range = match dentry.target {
-                Target::Inode { ino, .. } => ino < manifest.next_ino && ino != Ino::ROOT,
-                Target::Whiteout => manifest.parent.is_some(),
-            };
-            let key = (dentry.folder, dentry.name);
-            if !in_range || key.0 >= manifest.next_ino || last.as_ref().is_some_and(|last| *last >= key) {
-                return Err(Error::corrupt("dentry table", format!("the entry in folder {} is out of order", key.0)));
+    /// All chunks of `content` have to be there.
+    fn content(&mut self, content: &Content) -> Result<()> {
+        walk_content(self.chunks, content, &mut |part| {
+            self.need(part.id())?;
+            // What a node refers to can be read only if it is there.
+            if matches!(part, Part::Node(_)) {
+                self.flush()?;
             }
-            last = Some(key);
-        }
-        expect("dentries", count, manifest.dentry_count)
+            Ok(true)
+        })
     }
 
     fn inodes(&mut self, manifest: &Manifest) -> Result<()> {
-        let chunks = self.chunks;
-        let mut records: Records<'_, Inode, R> = Records::new(chunks, self.pieces(&manifest.inodes)?);
-        let (mut count, mut file_bytes) = (0, 0u64);
-        let mut last: Option<Ino> = None;
+        let mut records = Records::inodes(self.chunks, manifest)?;
+        let mut file_bytes = 0u64;
         let mut has_root = false;
-        while let Some(inode) = records.next_record()? {
-            count += 1;
-            if inode.ino >= manifest.next_ino || last.is_some_and(|last| last >= inode.ino) {
-                return Err(Error::corrupt("inode table", format!("inode {} is out of order", inode.ino)));
-            }
-            last = Some(inode.ino);
+        while let Some(inode) = records.next_inode()? {
             has_root |= inode.ino == Ino::ROOT && matches!(inode.node, Node::Folder);
             if let Node::File(content) = &inode.node {
                 file_bytes = file_bytes.saturating_add(content.len());
-                walk_content(chunks, content, &mut |part| {
-                    let (Part::Node(id) | Part::Chunk(id, _)) = part;
-                    self.need(id)?;
-                    // What a node refers to can be read only if it is there.
-                    if matches!(part, Part::Node(_)) {
-                        self.flush()?
-                    }
-                    Ok(true)
-                })?;
+                self.content(content)?;
             }
         }
         if manifest.parent.is_none() && !has_root {
             return Err(Error::corrupt("inode table", "a layer without parent has no root folder"));
         }
-        expect("inodes", count, manifest.inode_count)?;
-        expect("bytes of files", file_bytes, manifest.file_bytes)
+        if file_bytes != manifest.file_bytes {
+            let detail = format!("it states {} bytes of files, there are {file_bytes}", manifest.file_bytes);
+            return Err(Error::corrupt("manifest", detail));
+        }
+        Ok(())
     }
-}
-
-fn expect(what: &str, found: u64, stated: u64) -> Result<()> {
-    if found == stated {
-        return Ok(());
-    }
-    Err(Error::corrupt("manifest", format!("it states {stated} {what}, there are {found}")))
 }

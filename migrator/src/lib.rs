@@ -20,7 +20,6 @@ pub mod plan;
 pub mod progress;
 pub mod protocol;
 pub mod receive;
-pub mod scan;
 pub mod send;
 #[cfg(test)]
 mod tests;

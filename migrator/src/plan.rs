@@ -9,12 +9,11 @@
 use std::collections::{HashMap, HashSet};
 
 use layerfs::chunk::ChunkRead;
+use layerfs::closure::{Part, Records, walk_content};
 use layerfs::content::Content;
 use layerfs::inode::{Inode, Node};
 use layerfs::manifest::Manifest;
 use layerfs::{ChunkId, Ino, LayerId, Result};
-
-use crate::scan::{Part, Piece, Records, table_pieces, walk_content};
 
 /// A chunk that the receiver may lack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +35,8 @@ const MAX_RELATED_BYTES: u64 = 64 << 20;
 ///
 /// # Errors
 /// Those of `sink` and of reading.
-pub fn candidates<R: ChunkRead + ?Sized>(
-    chunks: &R,
+pub fn candidates(
+    chunks: &dyn ChunkRead,
     lacking: &[LayerId],
     held: &[LayerId],
     sink: &mut dyn FnMut(Candidate) -> Result<()>,
@@ -59,16 +58,15 @@ struct Held {
 }
 
 impl Held {
-    fn load<R: ChunkRead + ?Sized>(chunks: &R, held: &[LayerId]) -> Result<Held> {
+    fn load(chunks: &dyn ChunkRead, held: &[LayerId]) -> Result<Held> {
         let mut all = Held { layers: Vec::with_capacity(held.len()), known: HashMap::new() };
         for id in held {
-            let manifest = Manifest::load_from(chunks, *id)?;
+            let manifest = Manifest::load(chunks, *id)?;
             let number = all.layers.len() as u16;
             for table in [&manifest.dentries, &manifest.inodes] {
                 if all.known.len() < MAX_KNOWN {
                     walk_content(chunks, table, &mut |part| {
-                        let (Part::Node(id) | Part::Chunk(id, _)) = part;
-                        all.known.entry(id).or_insert(number);
+                        all.known.entry(part.id()).or_insert(number);
                         Ok(true)
                     })?;
                 }
@@ -79,36 +77,29 @@ impl Held {
     }
 }
 
-/// Loading a manifest from any kind of chunk reader.
-trait LoadFrom: Sized {
-    fn load_from<R: ChunkRead + ?Sized>(chunks: &R, id: LayerId) -> Result<Self>;
-}
-
-impl LoadFrom for Manifest {
-    fn load_from<R: ChunkRead + ?Sized>(chunks: &R, id: LayerId) -> Result<Manifest> {
-        Manifest::decode(&chunks.get(&id.0)?)
-    }
-}
-
 /// The walk over one lacking layer.
-struct LayerPlan<'a, R: ChunkRead + ?Sized> {
-    chunks: &'a R,
+struct LayerPlan<'a> {
+    chunks: &'a dyn ChunkRead,
     held: &'a Held,
     sink: &'a mut dyn FnMut(ChunkId, u32) -> Result<()>,
 }
 
-impl<'a, R: ChunkRead + ?Sized> LayerPlan<'a, R> {
+impl<'a> LayerPlan<'a> {
     fn run(&mut self, layer: LayerId) -> Result<()> {
         let bytes = self.chunks.get(&layer.0)?;
         let manifest = Manifest::decode(&bytes)?;
         (self.sink)(layer.0, bytes.len() as u32)?;
         let mut hits = vec![0u32; self.held.layers.len()];
-        self.table(&manifest.dentries, &mut hits)?;
-        let pieces = self.table(&manifest.inodes, &mut hits)?;
-        let shared = pieces.iter().filter(|piece| !piece.open).map(|piece| piece.id).collect();
+        let mut shared = HashSet::new();
+        self.table(&manifest.dentries, &mut |layer, _| hits[layer] += 1)?;
+        self.table(&manifest.inodes, &mut |layer, piece| {
+            hits[layer] += 1;
+            shared.insert(piece);
+        })?;
         let mut related = self.related(&manifest, &hits, &shared)?;
-        let mut inodes: Records<'_, Inode, R> = Records::new(self.chunks, pieces);
-        while let Some(inode) = inodes.next_record()? {
+        let held = self.held;
+        let mut inodes = Records::inodes(self.chunks, &manifest)?.only(|piece| !held.known.contains_key(piece));
+        while let Some(inode) = inodes.next_inode()? {
             if let Node::File(content @ Content::Extents { .. }) = &inode.node {
                 self.file(inode.ino, content, &mut related)?;
             }
@@ -116,24 +107,26 @@ impl<'a, R: ChunkRead + ?Sized> LayerPlan<'a, R> {
         Ok(())
     }
 
-    /// The table's pieces, open where no held layer has them; those, and the list nodes, go to the sink.
-    fn table(&mut self, table: &Content, hits: &mut [u32]) -> Result<Vec<Piece>> {
-        let LayerPlan { chunks, held, sink } = self;
-        let sink = std::cell::RefCell::new(sink);
-        let mut node = |id: ChunkId| if held.known.contains_key(&id) { Ok(()) } else { (sink.borrow_mut())(id, 0) };
-        let mut is_open = |id: ChunkId, bytes: u32| {
-            if let Some(layer) = held.known.get(&id) {
-                hits[usize::from(*layer)] += 1;
-                return Ok(false);
+    /// Gives the list nodes and pieces of a table that no held layer has to the sink; of the other pieces `found` is
+    /// told the held layer.
+    fn table(&mut self, table: &Content, found: &mut dyn FnMut(usize, ChunkId)) -> Result<()> {
+        walk_content(self.chunks, table, &mut |part| {
+            match (part, self.held.known.get(&part.id())) {
+                (Part::Chunk(id, _), Some(layer)) => found(usize::from(*layer), id),
+                (Part::Node(_), Some(_)) => {}
+                (Part::Chunk(id, bytes), None) => (self.sink)(id, bytes)?,
+                (Part::Node(id), None) => (self.sink)(id, 0)?,
             }
-            (sink.borrow_mut())(id, bytes).map(|()| true)
-        };
-        table_pieces(*chunks, table, &mut node, &mut is_open)
+            Ok(true)
+        })
     }
 
     /// The held layers whose records are worth comparing: those below in the stack, top first, then those that share
     /// the most.
-    fn related(&self, manifest: &Manifest, hits: &[u32], shared: &HashSet<ChunkId>) -> Result<Vec<Cursor<'a, R>>> {
+    fn related<'s>(&self, manifest: &Manifest, hits: &[u32], shared: &'s HashSet<ChunkId>) -> Result<Vec<Cursor<'s>>>
+    where
+        'a: 's,
+    {
         let position = |id: LayerId| self.held.layers.iter().position(|(other, _)| *other == id);
         let mut chosen = Vec::new();
         let mut below = manifest.parent;
@@ -147,14 +140,11 @@ impl<'a, R: ChunkRead + ?Sized> LayerPlan<'a, R> {
         chosen.into_iter().map(|at| Cursor::new(self.chunks, &self.held.layers[at].1, shared)).collect()
     }
 
-    fn file(&mut self, ino: Ino, content: &Content, related: &mut [Cursor<'_, R>]) -> Result<()> {
+    fn file(&mut self, ino: Ino, content: &Content, related: &mut [Cursor<'_>]) -> Result<()> {
         let mut there = HashSet::new();
         for cursor in related {
             if let Some(other) = cursor.content_of(ino)? {
-                walk_content(self.chunks, other, &mut |part| {
-                    let (Part::Node(id) | Part::Chunk(id, _)) = part;
-                    Ok(there.insert(id))
-                })?;
+                walk_content(self.chunks, other, &mut |part| Ok(there.insert(part.id())))?;
             }
         }
         walk_content(self.chunks, content, &mut |part| {
@@ -171,24 +161,23 @@ impl<'a, R: ChunkRead + ?Sized> LayerPlan<'a, R> {
 }
 
 /// A held layer's inodes, visited in step with the lacking layer's.
-struct Cursor<'a, R: ChunkRead + ?Sized> {
-    inodes: Records<'a, Inode, R>,
+struct Cursor<'a> {
+    inodes: Records<'a>,
     current: Option<Inode>,
     is_at_end: bool,
 }
 
-impl<'a, R: ChunkRead + ?Sized> Cursor<'a, R> {
-    fn new(chunks: &'a R, manifest: &Manifest, shared: &HashSet<ChunkId>) -> Result<Cursor<'a, R>> {
-        // A piece that both layers have is not open there, so nothing in it will be looked for.
-        let mut is_open = |id: ChunkId, _: u32| Ok(!shared.contains(&id));
-        let pieces = table_pieces(chunks, &manifest.inodes, &mut |_| Ok(()), &mut is_open)?;
-        Ok(Cursor { inodes: Records::new(chunks, pieces), current: None, is_at_end: false })
+impl<'a> Cursor<'a> {
+    fn new(chunks: &'a dyn ChunkRead, manifest: &Manifest, shared: &'a HashSet<ChunkId>) -> Result<Cursor<'a>> {
+        // What both layers have isn't opened there, so nothing in it will be looked for.
+        let inodes = Records::inodes(chunks, manifest)?.only(|piece| !shared.contains(piece));
+        Ok(Cursor { inodes, current: None, is_at_end: false })
     }
 
     /// The content of inode `ino`, if the layer has that as a file. `ino` grows from call to call.
     fn content_of(&mut self, ino: Ino) -> Result<Option<&Content>> {
         while !self.is_at_end && self.current.as_ref().is_none_or(|inode| inode.ino < ino) {
-            self.current = self.inodes.next_record()?;
+            self.current = self.inodes.next_inode()?;
             self.is_at_end = self.current.is_none() || self.inodes.loaded_bytes() > MAX_RELATED_BYTES;
         }
         Ok(match &self.current {

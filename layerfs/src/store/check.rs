@@ -8,18 +8,19 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use crate::chunk::{self, Class};
+use crate::closure::{ChunkUse, Known, walk_layer};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId};
-use crate::inode::Inode;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
-use crate::store::closure::{ClosureVisitor, Known, walk_layer};
 use crate::store::index::Location;
 use crate::store::pack::PackId;
 use crate::store::scan::{Found, PackScan};
 use crate::store::{Store, Uncached};
 
 const BATCH: usize = 256;
+/// Chunks of a layer looked up at once.
+const LOOK_BATCH: usize = 1024;
 
 /// Something wrong with packs or index.
 #[derive(Debug)]
@@ -192,7 +193,7 @@ impl<'a> PackCheck<'a> {
 pub(crate) struct Presence<'a> {
     store: &'a Store,
     monitor: &'a dyn Monitor,
-    pub known: Known,
+    known: Known,
     batch: Vec<ChunkId>,
     /// The first that is missing.
     missing: Option<ChunkId>,
@@ -202,6 +203,21 @@ pub(crate) struct Presence<'a> {
 impl<'a> Presence<'a> {
     pub fn new(store: &'a Store, monitor: &'a dyn Monitor) -> Presence<'a> {
         Presence { store, monitor, known: Known::default(), batch: Vec::new(), missing: None, missing_count: 0 }
+    }
+
+    fn chunk(&mut self, chunk: &ChunkUse) -> Result<bool> {
+        if chunk.class != Class::Data {
+            monitor::check(self.monitor)?;
+        }
+        let is_new = self.known.is_new(chunk);
+        if is_new {
+            // What is opened too is looked up all the same: it may come from the cache.
+            self.batch.push(chunk.id);
+            if self.batch.len() >= LOOK_BATCH {
+                self.look()?;
+            }
+        }
+        Ok(is_new)
     }
 
     fn look(&mut self) -> Result<()> {
@@ -217,11 +233,11 @@ impl<'a> Presence<'a> {
 
     /// Checks one layer, without those below it.
     pub fn layer(&mut self, layer: LayerId) -> Result<Manifest> {
-        let walked = walk_layer(&Uncached(self.store), layer, self);
+        let walked = walk_layer(&Uncached(self.store), layer, &mut |chunk| self.chunk(&chunk));
         self.look()?;
         let (missing, count) = (self.missing.take(), std::mem::take(&mut self.missing_count));
-        if missing.is_some() {
-            // Some of what was called seen may not have been looked up with success.
+        if walked.is_err() || missing.is_some() {
+            // Not all of what is below what it knows was looked up with success.
             self.known = Known::default();
         }
         match (walked, missing) {
@@ -230,27 +246,6 @@ impl<'a> Presence<'a> {
             (Ok(_), Some(id)) => Err(Error::corrupt("layer", format!("{count} chunks are missing, {id} among them"))),
             (Ok(manifest), None) => Ok(manifest),
         }
-    }
-}
-
-impl ClosureVisitor for Presence<'_> {
-    fn meta(&mut self, id: &ChunkId, _: Class) -> Result<()> {
-        monitor::check(self.monitor)?;
-        // It is opened too, but perhaps from the cache.
-        if self.known.contains(id) { Ok(()) } else { self.data(id, 0) }
-    }
-    fn data(&mut self, id: &ChunkId, _: u32) -> Result<()> {
-        self.batch.push(*id);
-        if self.batch.len() >= 1024 { self.look() } else { Ok(()) }
-    }
-    fn is_known(&self, id: &ChunkId) -> bool {
-        self.known.contains(id)
-    }
-    fn seen(&mut self, id: &ChunkId) {
-        self.known.insert(id);
-    }
-    fn inode(&mut self, _: &Inode) -> Result<bool> {
-        Ok(true)
     }
 }
 

@@ -16,13 +16,12 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::attr::Time;
 use crate::chunk::Class;
+use crate::closure::{ChunkUse, Known, walk_stack};
 use crate::codec::{Put, Reader};
 use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
 use crate::id::{ChunkId, LayerId};
-use crate::inode::Inode;
 use crate::monitor::{self, Monitor};
-use crate::store::closure::{ClosureVisitor, Known, walk_stack};
 use crate::store::db::{Cf, Sync};
 use crate::store::filter::{IdFilter, Touched};
 use crate::store::index::Location;
@@ -95,43 +94,27 @@ struct Run {
     retired: Mutex<Vec<Arc<Touched>>>,
 }
 
-struct Marker<'a> {
-    live: &'a IdFilter,
-    known: &'a mut Known,
-    monitor: &'a dyn Monitor,
-}
-
-impl ClosureVisitor for Marker<'_> {
-    fn meta(&mut self, id: &ChunkId, _: Class) -> Result<()> {
-        self.live.insert(id);
-        monitor::check(self.monitor)
-    }
-    fn data(&mut self, id: &ChunkId, _: u32) -> Result<()> {
-        self.live.insert(id);
-        Ok(())
-    }
-    fn is_known(&self, id: &ChunkId) -> bool {
-        self.known.contains(id)
-    }
-    fn seen(&mut self, id: &ChunkId) {
-        self.known.insert(id);
-    }
-    fn inode(&mut self, _: &Inode) -> Result<bool> {
-        Ok(true)
-    }
-}
-
 impl Run {
     /// Marks `layer` and all below it. With `check`, fails if anything is missing.
     fn mark(&self, store: &Store, layer: LayerId, check: bool, monitor: &dyn Monitor) -> Result<()> {
         let mut known = self.marking.lock();
         let mut new = Vec::new();
-        let mut marker = Marker { live: &self.live, known: &mut known, monitor };
-        walk_stack(&Uncached(store), layer, &mut marker, |layer| {
+        let mut mark = |chunk: ChunkUse| {
+            self.live.insert(&chunk.id);
+            if chunk.class != Class::Data {
+                monitor::check(monitor)?;
+            }
+            Ok(known.is_new(&chunk))
+        };
+        let walked = walk_stack(&Uncached(store), layer, &mut mark, |layer| {
             let is_new = !self.layers.read().contains(&layer);
             new.extend(is_new.then_some(layer));
             !is_new
-        })?;
+        });
+        if let Err(error) = walked {
+            *known = Known::default();
+            return Err(error);
+        }
         // Marked first, looked for then: as everywhere.
         self.layers.write().extend(&new);
         if check && let Err(error) = new.iter().try_for_each(|layer| store.check_layer(*layer)) {

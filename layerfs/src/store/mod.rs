@@ -8,7 +8,6 @@
 
 mod cache;
 mod check;
-pub mod closure;
 pub mod db;
 mod filter;
 mod fsck;

@@ -6,12 +6,11 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::atomic::Ordering;
 
 use crate::chunk::Class;
+use crate::closure::{ChunkUse, Known, walk_stack};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
-use crate::inode::Inode;
 use crate::monitor::Monitor;
 use crate::store::check::{Finding, PackCheck};
-use crate::store::closure::{ClosureVisitor, Known, walk_stack};
 use crate::store::{Store, Uncached};
 
 /// A chunk whose bytes are wrong or gone.
@@ -98,45 +97,21 @@ impl Store {
         let ids: HashSet<ChunkId> = damaged.iter().map(|chunk| chunk.id).collect();
         let mut needed: BTreeMap<ChunkId, BTreeSet<String>> = BTreeMap::new();
         for (name, record) in self.names()? {
-            let mut search = Search { ids: &ids, found: HashSet::new(), known: Known::default() };
-            // Damage ends the walk, but is mentioned before.
-            match walk_stack(&Uncached(self), record.layer, &mut search, |_| false) {
-                Err(Error::Cancelled) => return Err(Error::Cancelled),
-                _ => search.found.into_iter().for_each(|id| {
-                    needed.entry(id).or_default().insert(name.to_string());
-                }),
+            let mut known = Known::default();
+            let mut look = |chunk: ChunkUse| {
+                if ids.contains(&chunk.id) {
+                    needed.entry(chunk.id).or_default().insert(name.to_string());
+                }
+                Ok(known.is_new(&chunk))
+            };
+            // Damage ends the walk, but is shown before.
+            if let Err(Error::Cancelled) = walk_stack(&Uncached(self), record.layer, &mut look, |_| false) {
+                return Err(Error::Cancelled);
             }
         }
         for chunk in damaged {
             chunk.names = needed.remove(&chunk.id).into_iter().flatten().collect();
         }
         Ok(())
-    }
-}
-
-struct Search<'a> {
-    ids: &'a HashSet<ChunkId>,
-    found: HashSet<ChunkId>,
-    known: Known,
-}
-
-impl ClosureVisitor for Search<'_> {
-    fn meta(&mut self, id: &ChunkId, _: Class) -> Result<()> {
-        self.data(id, 0)
-    }
-    fn data(&mut self, id: &ChunkId, _: u32) -> Result<()> {
-        if self.ids.contains(id) {
-            self.found.insert(*id);
-        }
-        Ok(())
-    }
-    fn is_known(&self, id: &ChunkId) -> bool {
-        self.known.contains(id)
-    }
-    fn seen(&mut self, id: &ChunkId) {
-        self.known.insert(id);
-    }
-    fn inode(&mut self, _: &Inode) -> Result<bool> {
-        Ok(true)
     }
 }

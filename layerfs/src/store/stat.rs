@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 
 use crate::chunk::Class;
+use crate::closure::Records;
 use crate::error::Result;
-use crate::id::{ChunkId, LayerId};
-use crate::inode::{Inode, Node};
+use crate::id::LayerId;
+use crate::inode::Node;
+use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
-use crate::store::closure::{ClosureVisitor, walk_stack};
 use crate::store::pack::HEADER_BYTES;
 use crate::store::{Store, Uncached};
 
@@ -54,30 +55,6 @@ pub struct StoreStat {
     pub compression_ratio: f64,
 }
 
-struct References<'a> {
-    bytes: u64,
-    monitor: &'a dyn Monitor,
-}
-
-impl ClosureVisitor for References<'_> {
-    fn meta(&mut self, _: &ChunkId, _: Class) -> Result<()> {
-        monitor::check(self.monitor)
-    }
-    fn data(&mut self, _: &ChunkId, _: u32) -> Result<()> {
-        Ok(())
-    }
-    fn is_known(&self, _: &ChunkId) -> bool {
-        false
-    }
-    fn seen(&mut self, _: &ChunkId) {}
-    fn inode(&mut self, inode: &Inode) -> Result<bool> {
-        if let Node::File(content) = &inode.node {
-            self.bytes += content.data_bytes();
-        }
-        Ok(false)
-    }
-}
-
 impl Store {
     /// Counts everything. Reads the index and the tables of all named layers.
     pub fn stat(&self, monitor: &dyn Monitor) -> Result<StoreStat> {
@@ -95,9 +72,14 @@ impl Store {
         let (plain_bytes, stored_bytes) = (sum(|stat| stat.plain_bytes), sum(|stat| stat.stored_bytes));
         let names = self.names()?;
         let mut layers: HashSet<LayerId> = HashSet::new();
-        let mut references = References { bytes: 0, monitor };
+        let mut referenced_bytes = 0;
         for (_, record) in &names {
-            walk_stack(&Uncached(self), record.layer, &mut references, |layer| !layers.insert(layer))?;
+            let mut next = Some(record.layer);
+            while let Some(layer) = next.filter(|layer| layers.insert(*layer)) {
+                let manifest = Manifest::load(&Uncached(self), layer)?;
+                referenced_bytes += self.referenced_bytes(&manifest, monitor)?;
+                next = manifest.parent;
+            }
         }
         let ratio = |a: u64, b: u64| if b == 0 { 1.0 } else { a as f64 / b as f64 };
         let content_bytes = classes[Class::Data as usize].plain_bytes + classes[Class::Table as usize].plain_bytes;
@@ -110,10 +92,24 @@ impl Store {
             dead_bytes: pack_bytes.saturating_sub(stored_bytes + (packs.len() * HEADER_BYTES) as u64),
             names: names.len() as u64,
             layers: layers.len() as u64,
-            referenced_bytes: references.bytes,
-            dedup_ratio: ratio(references.bytes, content_bytes),
+            referenced_bytes,
+            dedup_ratio: ratio(referenced_bytes, content_bytes),
             compression_ratio: ratio(plain_bytes, stored_bytes),
             classes: classes.to_vec(),
         })
+    }
+
+    /// Bytes of file data in one layer.
+    fn referenced_bytes(&self, manifest: &Manifest, monitor: &dyn Monitor) -> Result<u64> {
+        let chunks = Uncached(self);
+        let mut inodes = Records::inodes(&chunks, manifest)?;
+        let mut bytes = 0;
+        while let Some(inode) = inodes.next_inode()? {
+            monitor::check(monitor)?;
+            if let Node::File(content) = &inode.node {
+                bytes += content.data_bytes();
+            }
+        }
+        Ok(bytes)
     }
 }

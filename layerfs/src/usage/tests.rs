@@ -10,7 +10,7 @@ use crate::content::{Content, ContentBuilder, Extent};
 use crate::inode::{Dentry, Inode, Node, Target};
 use crate::manifest::{LayerWriter, Manifest};
 use crate::monitor::Silent;
-use crate::refs::{self, ChunkReference, Role};
+use crate::refs::{self, ChunkReference};
 use crate::store::{Expect, Session, StoreOptions};
 
 const PIECE: usize = 50_000;
@@ -152,12 +152,11 @@ fn visiting_shows_what_a_layer_needs_and_log_its_stack() {
     assert_eq!(log.iter().map(|entry| entry.layer).collect::<Vec<_>>(), [app, base]);
     assert_eq!(log[0].names, [name("again"), name("app")]);
     assert_eq!((log[0].inode_count, log[1].dentry_count), (2, 3));
-    let (id, manifest) = &refs::stack(&*store, app).unwrap()[0];
     let mut seen = HashSet::new();
-    refs::visit_layer(&*store, *id, manifest, &mut |chunk| {
+    walk_layer(&*store, app, &mut |chunk| {
         assert_eq!(store.info(&chunk.id).unwrap().unwrap().class, chunk.class);
         seen.insert((chunk.class, chunk.id));
-        Ok(())
+        Ok(true)
     })
     .unwrap();
     let count = |class: Class| seen.iter().filter(|(other, _)| *other == class).count();

@@ -121,9 +121,8 @@ async fn offer_without_data(visible: Visible) -> (crate::Result<u16>, Host) {
     let manifest = Manifest::load(&thief, layer).unwrap();
     let mut meta = vec![layer.0, layerfs::ChunkId::of(&noise(3, 600))];
     for table in [&manifest.dentries, &manifest.inodes] {
-        crate::scan::walk_content(&thief, table, &mut |part| {
-            let (crate::scan::Part::Node(id) | crate::scan::Part::Chunk(id, _)) = part;
-            meta.push(id);
+        layerfs::closure::walk_content(&thief, table, &mut |part| {
+            meta.push(part.id());
             Ok(true)
         })
         .unwrap();

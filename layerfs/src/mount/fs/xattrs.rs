@@ -105,6 +105,9 @@ impl Fs {
         } else {
             take(&mut inode.inode.xattrs, name);
         }
+        if !inode.inode.fits_record() {
+            return fail(libc::ENOSPC);
+        }
         edit.set(inode);
         edit.commit().map(drop)
     }

@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use layerfs::refs::{self, ChunkReference, Role};
+use layerfs::closure::Role;
+use layerfs::refs::{self, ChunkReference};
 use layerfs::usage::{self, LayerUsage, NameUsage};
 use layerfs::{ChunkId, LayerId, LayerName};
 

@@ -1,0 +1,320 @@
+//! Everything that a layer consists of: its manifest, its tables, their list nodes, its files' list nodes and data.
+//!
+//! It hides how manifest, tables, records and lists refer to chunks from those who only want to know *which* chunks.
+//! Invariants: a visitor is shown every chunk at least once, before it is opened, except below what it doesn't want
+//! opened; a malformed structure is an error, never a panic. Memory: one list node per level, one table piece or
+//! record, a byte for each piece of a table, and the nodes of the file at hand up to a bound.
+
+mod records;
+
+use std::collections::HashSet;
+
+use serde::Serialize;
+
+use crate::chunk::{ChunkRead, Class};
+use crate::content::{Content, Entry, Extent, List, decode_node};
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, Ino, LayerId};
+use crate::inode::Node;
+use crate::manifest::Manifest;
+
+pub use records::Records;
+pub(crate) use records::{MIN_DENTRY_BYTES, MIN_INODE_BYTES};
+
+/// So many list nodes of one file are remembered, so that a list which repeats a node isn't followed twice.
+const NODES_REMEMBERED: usize = 64 * 1024;
+
+/// A chunk that a content refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// A node of the list tree.
+    Node(ChunkId),
+    /// A chunk of the content, with its plain length in bytes.
+    Chunk(ChunkId, u32),
+}
+
+impl Part {
+    /// The chunk.
+    pub fn id(self) -> ChunkId {
+        match self {
+            Part::Node(id) | Part::Chunk(id, _) => id,
+        }
+    }
+}
+
+/// Shows every node and chunk of `content` to `visit`, in order, parents first. A node for which `visit` answers
+/// false isn't opened.
+///
+/// # Errors
+/// Those of `visit` and of reading; [`Error::Corrupt`] for a malformed tree.
+pub fn walk_content(
+    chunks: &dyn ChunkRead,
+    content: &Content,
+    visit: &mut dyn FnMut(Part) -> Result<bool>,
+) -> Result<()> {
+    let Content::Extents { bytes, list, .. } = content else { return Ok(()) };
+    match list {
+        List::Direct(extents) => extents.iter().try_for_each(|extent| visit_extent(extent, visit)),
+        List::Tree { root, depth } => {
+            NodeWalk { chunks, seen: HashSet::new(), visit }.node(Span { id: *root, bytes: *bytes, depth: *depth })
+        }
+    }
+}
+
+fn visit_extent(extent: &Extent, visit: &mut dyn FnMut(Part) -> Result<bool>) -> Result<()> {
+    match extent {
+        Extent::Chunk { id, bytes } => visit(Part::Chunk(*id, *bytes)).map(|_| ()),
+        Extent::Hole { .. } => Ok(()),
+    }
+}
+
+/// A node, and what is said of it above.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Span {
+    id: ChunkId,
+    bytes: u64,
+    depth: u8,
+}
+
+struct NodeWalk<'a> {
+    chunks: &'a dyn ChunkRead,
+    seen: HashSet<Span>,
+    visit: &'a mut dyn FnMut(Part) -> Result<bool>,
+}
+
+impl NodeWalk<'_> {
+    /// Recurses as deep as the content says, which its decoding bounds.
+    fn node(&mut self, span: Span) -> Result<()> {
+        if self.seen.contains(&span) || !(self.visit)(Part::Node(span.id))? {
+            return Ok(());
+        }
+        if self.seen.len() < NODES_REMEMBERED {
+            self.seen.insert(span);
+        }
+        let entries = decode_node(&self.chunks.get(&span.id)?, span.depth)?;
+        let sum = entries.iter().fold(0u64, |sum, entry| sum.saturating_add(entry.len()));
+        if sum != span.bytes {
+            let detail = format!("{sum} bytes in a node that should span {}", span.bytes);
+            return Err(Error::corrupt("list node", detail));
+        }
+        entries.iter().try_for_each(|entry| match entry {
+            Entry::Extent(extent) => visit_extent(extent, self.visit),
+            Entry::Node { id, bytes } => self.node(Span { id: *id, bytes: *bytes, depth: span.depth - 1 }),
+        })
+    }
+}
+
+/// What a chunk is for within a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// The manifest itself.
+    Manifest,
+    /// The table of inodes, or the list of its chunks.
+    Inodes,
+    /// The table of dentries, or the list of its chunks.
+    Dentries,
+    /// The content of this inode, or the list of its chunks.
+    File(Ino),
+}
+
+/// A chunk that a layer needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkUse {
+    /// The chunk.
+    pub id: ChunkId,
+    /// What it holds.
+    pub class: Class,
+    /// What for.
+    pub role: Role,
+}
+
+/// Who is shown a layer's chunks. The answer says whether to open a piece of a table, or a list node of a file, and
+/// go on with what it refers to; all else is opened anyway.
+pub type Visit<'a> = dyn FnMut(ChunkUse) -> Result<bool> + 'a;
+
+/// Shows every chunk of `layer` to `visit`, without the layers below it. Returns its manifest.
+///
+/// # Errors
+/// Those of `visit` and of reading; [`Error::Corrupt`] for what is malformed in the opened part.
+pub fn walk_layer(chunks: &dyn ChunkRead, layer: LayerId, visit: &mut Visit<'_>) -> Result<Manifest> {
+    visit(ChunkUse { id: layer.0, class: Class::Manifest, role: Role::Manifest })?;
+    let manifest = Manifest::load(chunks, layer)?;
+    let wanted = show_table(chunks, &manifest.dentries, Role::Dentries, visit)?;
+    let mut dentries = Records::dentries(chunks, &manifest)?.only(wanted);
+    while dentries.next_dentry()?.is_some() {}
+    let wanted = show_table(chunks, &manifest.inodes, Role::Inodes, visit)?;
+    let mut inodes = Records::inodes(chunks, &manifest)?.only(wanted);
+    while let Some(inode) = inodes.next_inode()? {
+        if let Node::File(content) = &inode.node {
+            let role = Role::File(inode.ino);
+            walk_content(chunks, content, &mut |part| match part {
+                Part::Node(id) => visit(ChunkUse { id, class: Class::List, role }),
+                Part::Chunk(id, _) => visit(ChunkUse { id, class: Class::Data, role }),
+            })?;
+        }
+    }
+    Ok(manifest)
+}
+
+/// Shows the nodes and pieces of a table. Returns which of the pieces, asked for in order, to open.
+fn show_table(
+    chunks: &dyn ChunkRead,
+    table: &Content,
+    role: Role,
+    visit: &mut Visit<'_>,
+) -> Result<impl FnMut(&ChunkId) -> bool + use<>> {
+    let mut answers = Vec::new();
+    walk_content(chunks, table, &mut |part| {
+        match part {
+            Part::Node(id) => drop(visit(ChunkUse { id, class: Class::List, role })?),
+            Part::Chunk(id, _) => answers.push(visit(ChunkUse { id, class: Class::Table, role })?),
+        }
+        Ok(true)
+    })?;
+    let mut answers = answers.into_iter();
+    Ok(move |_: &ChunkId| answers.next().unwrap_or(true))
+}
+
+/// [`walk_layer`] of a layer and all below it, top first; `skip` says of which layers (with all below) not to bother.
+///
+/// # Errors
+/// As [`walk_layer`]; [`Error::Corrupt`] too for layers that don't fit on one another.
+pub fn walk_stack(
+    chunks: &dyn ChunkRead,
+    top: LayerId,
+    visit: &mut Visit<'_>,
+    mut skip: impl FnMut(LayerId) -> bool,
+) -> Result<()> {
+    let mut next = Some((top, None));
+    while let Some((layer, depth)) = next.filter(|(layer, _)| !skip(*layer)) {
+        let manifest = walk_layer(chunks, layer, visit)?;
+        if depth.is_some_and(|depth| depth != manifest.depth) {
+            return Err(Error::corrupt("manifest", "its parent has another depth than it says"));
+        }
+        next = manifest.parent.map(|parent| (parent, manifest.depth.checked_sub(1)));
+    }
+    Ok(())
+}
+
+/// Chunks of metadata that walks have opened, up to a bound: beyond it some are opened again.
+///
+/// Whoever answers by it must forget it when a walk fails, as not all below what it knows was shown then.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// With the class, and whether it was for dentries: what the same bytes mean elsewhere is another question.
+    chunks: HashSet<(ChunkId, Class, bool)>,
+}
+
+impl Known {
+    /// A hash set of 2^18 slots is full then: about 9 MiB.
+    const MAX: usize = 7 << 15;
+
+    /// Whether `chunk` wasn't known yet: what [`Visit`] is to answer. Of data nothing is kept.
+    pub fn is_new(&mut self, chunk: &ChunkUse) -> bool {
+        let key = (chunk.id, chunk.class, chunk.role == Role::Dentries);
+        match chunk.class {
+            Class::Data => true,
+            _ if self.chunks.len() < Self::MAX => self.chunks.insert(key),
+            _ => !self.chunks.contains(&key),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attr::Attrs;
+    use crate::chunk::{ChunkWrite, MemoryChunks};
+    use crate::chunker::Chunker;
+    use crate::codec::Put;
+    use crate::inode::Inode;
+    use crate::manifest::{LayerKind, LayerWriter};
+
+    fn inode(ino: u64, node: Node) -> Inode {
+        Inode { ino: Ino(ino), nlink: 1, attrs: Attrs::default(), xattrs: Vec::new(), node }
+    }
+
+    /// A file of one chunk.
+    fn file(chunks: &MemoryChunks, ino: u64, plain: &[u8]) -> Inode {
+        let extent = Extent::Chunk { id: chunks.put(Class::Data, plain).unwrap(), bytes: plain.len() as u32 };
+        let bytes = plain.len() as u64;
+        let list = List::Direct(vec![extent]);
+        inode(ino, Node::File(Content::Extents { bytes, data_bytes: bytes, chunker: Chunker::Tree, list }))
+    }
+
+    fn layer(chunks: &MemoryChunks, inodes: &[Inode]) -> LayerId {
+        let mut writer = LayerWriter::new(chunks);
+        inodes.iter().for_each(|inode| writer.inode(inode).unwrap());
+        writer.finish(LayerKind::Base, None, Ino(10_000)).unwrap().0
+    }
+
+    fn data(chunks: &MemoryChunks, layer: LayerId, known: &mut Known) -> HashSet<ChunkId> {
+        let mut data = HashSet::new();
+        let mut visit = |chunk: ChunkUse| {
+            data.extend((chunk.class == Class::Data).then_some(chunk.id));
+            Ok(known.is_new(&chunk))
+        };
+        walk_layer(chunks, layer, &mut visit).unwrap();
+        data
+    }
+
+    #[test]
+    fn what_is_known_is_passed_over_but_not_a_record_that_is_split() {
+        let chunks = MemoryChunks::default();
+        // The same start of a long record, twice with another end.
+        let long = |plain: &[u8]| {
+            let mut inode = file(&chunks, 5000, plain);
+            inode.xattrs = vec![(b"user.long".to_vec(), vec![7; 40_000])];
+            inode
+        };
+        let mut inodes: Vec<Inode> = (1..5000).map(|ino| file(&chunks, ino, &ino.to_le_bytes())).collect();
+        inodes.push(long(b"one"));
+        let first = layer(&chunks, &inodes);
+        *inodes.last_mut().unwrap() = long(b"other");
+        let second = layer(&chunks, &inodes);
+        let mut known = Known::default();
+        assert_eq!(data(&chunks, first, &mut known).len(), 5000);
+        let of_second = data(&chunks, second, &mut known);
+        assert!(of_second.contains(&ChunkId::of(b"other")) && of_second.len() < 1000, "{}", of_second.len());
+    }
+
+    #[test]
+    fn a_list_that_repeats_its_nodes_is_walked_once() {
+        let chunks = MemoryChunks::default();
+        let mut node = vec![1, 1, 0, 1];
+        node.put_u32(3);
+        node.put_id(&chunks.put(Class::Data, b"abc").unwrap());
+        let (mut root, mut bytes) = (chunks.put(Class::List, &node).unwrap(), 3u64);
+        for depth in 2..=8 {
+            let mut node = vec![depth];
+            node.put_u16(128);
+            for _ in 0..128 {
+                node.put_u64(bytes);
+                node.put_id(&root);
+            }
+            (root, bytes) = (chunks.put(Class::List, &node).unwrap(), bytes * 128);
+        }
+        let list = List::Tree { root, depth: 8 };
+        let content = Content::Extents { bytes, data_bytes: bytes, chunker: Chunker::Tree, list };
+        let mut parts = 0;
+        walk_content(&chunks, &content, &mut |_| {
+            parts += 1;
+            Ok(true)
+        })
+        .unwrap();
+        assert_eq!(parts, 9);
+    }
+
+    #[test]
+    fn a_record_of_more_than_16_mib_is_not_written() {
+        let chunks = MemoryChunks::default();
+        let mut inode = inode(3, Node::Folder);
+        let fill = |count: u32| (0..count).map(|n| (format!("user.{n:05}").into_bytes(), vec![1; 65_536])).collect();
+        inode.xattrs = fill(255);
+        LayerWriter::new(&chunks).inode(&inode).unwrap();
+        inode.xattrs = fill(256);
+        let error = LayerWriter::new(&chunks).inode(&inode).unwrap_err();
+        assert!(matches!(&error, Error::Invalid(message) if message.contains("inode 3 ")), "{error}");
+    }
+}
