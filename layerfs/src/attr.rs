@@ -104,6 +104,10 @@ impl Attrs {
 /// Extended attributes: full name (with its namespace) and value, sorted by name, no name twice.
 pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
+/// The extended attribute that holds the access control list that is checked.
+pub const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+/// The extended attribute of a folder that holds the list that its new entries get.
+pub const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 /// The longest name of an extended attribute, in bytes (Linux's limit).
 pub const MAX_XATTR_NAME: usize = 255;
 /// The longest value of an extended attribute, in bytes (Linux's limit).

@@ -118,15 +118,7 @@ impl Client {
         self.runtime.block_on(async {
             let mut request = json_request(operation, "application/octet-stream", request)?;
             request.headers_mut().insert("te", hyper::header::HeaderValue::from_static("trailers"));
-            let response = tokio::select! {
-                response = self.send(request) => response?,
-                _ = tokio::signal::ctrl_c() => return Err(interrupted()),
-            };
-            check_version(&response)?;
-            if !response.status().is_success() {
-                let body = response.into_body().collect().await.map_err(|e| lost(&e))?.to_bytes();
-                return Err(decode_failure(&body));
-            }
+            let response = self.begin(request).await?;
             let trailers = tokio::select! {
                 trailers = pour(response.into_body(), out, display) => trailers?,
                 _ = tokio::signal::ctrl_c() => return Err(interrupted()),
@@ -152,12 +144,8 @@ impl Client {
         sender.send_request(request).await.map_err(|e| lost(&e))
     }
 
-    async fn follow<R: DeserializeOwned>(
-        &self,
-        request: Request<Body>,
-        display: &mut Display,
-        item: &mut dyn FnMut(serde_json::Value) -> Result<()>,
-    ) -> Result<R> {
+    /// Sends a request that may take long; returns the answer once it turns out to be none of failure.
+    async fn begin(&self, request: Request<Body>) -> Result<Response<Incoming>> {
         let response = tokio::select! {
             response = self.send(request) => response?,
             _ = tokio::signal::ctrl_c() => return Err(interrupted()),
@@ -167,6 +155,16 @@ impl Client {
             let body = response.into_body().collect().await.map_err(|e| lost(&e))?.to_bytes();
             return Err(decode_failure(&body));
         }
+        Ok(response)
+    }
+
+    async fn follow<R: DeserializeOwned>(
+        &self,
+        request: Request<Body>,
+        display: &mut Display,
+        item: &mut dyn FnMut(serde_json::Value) -> Result<()>,
+    ) -> Result<R> {
+        let response = self.begin(request).await?;
         let mut events = Events::new(response.into_body());
         let mut work = None;
         let mut is_cancelled = false;

@@ -235,32 +235,12 @@ fn remount(wish: &Wish) -> Result<()> {
 fn superblock_is_read_only(mountinfo: &[u8], dir: &Path) -> Option<bool> {
     mountinfo.split(|byte| *byte == b'\n').rev().find_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
-        let point = unescape(fields.nth(4)?);
+        let point = layerfs::mount::unescape(fields.nth(4)?);
         let mut after = fields.skip_while(|field| *field != b"-").skip(1);
         let (kind, _source, options) = (after.next()?, after.next()?, after.next()?);
         let is_ours = kind == b"fuse.layerfs" && point == dir.as_os_str().as_bytes();
         is_ours.then(|| options.split(|byte| *byte == b',').any(|option| option == b"ro"))
     })
-}
-
-/// Undoes the kernel's escapes: a backslash and three octal digits.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, after)) = rest.split_first() {
-        let code = (*first == b'\\').then(|| after.get(..3)).flatten();
-        match code.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()) {
-            Some(byte) => {
-                out.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                out.push(*first);
-                rest = after;
-            }
-        }
-    }
-    out
 }
 
 fn set_flags(dir: &Path, flags: MountFlags) -> Result<()> {

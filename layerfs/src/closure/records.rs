@@ -48,12 +48,15 @@ impl Kind {
     }
 }
 
+/// Says of a piece whether its records are wanted.
+type Wants<'a> = dyn FnMut(&ChunkId) -> bool + 'a;
+
 /// The records of one table, in order.
 pub struct Records<'a> {
     kind: Kind,
     chunks: &'a dyn ChunkRead,
     extents: Extents<'a, dyn ChunkRead + 'a>,
-    wants: Option<Box<dyn FnMut(&ChunkId) -> bool + 'a>>,
+    wants: Option<Box<Wants<'a>>>,
     current: Bytes,
     /// Where the next record begins in `current`.
     position: usize,

@@ -2,13 +2,9 @@
 //!
 //! Owners stand as numbers, so that the text means the same on every host.
 
+pub use crate::attr::{ACL_ACCESS as ACCESS, ACL_DEFAULT as DEFAULT};
 use crate::codec::Reader;
 use crate::error::Result;
-
-/// The extended attribute of a file's access ACL.
-pub const ACCESS: &[u8] = b"system.posix_acl_access";
-/// The extended attribute of a folder's default ACL.
-pub const DEFAULT: &[u8] = b"system.posix_acl_default";
 
 /// The text of the ACL in `value` ("user::rw-,user:1000:r--,…"). Linux's `posix_acl_xattr.h` defines the value: a
 /// version (2) and entries of tag, permissions and id.

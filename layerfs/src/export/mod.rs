@@ -12,7 +12,7 @@ mod compress;
 mod feed;
 mod folder;
 mod header;
-mod oci;
+pub(crate) mod oci;
 mod place;
 mod raw;
 mod spread;

@@ -298,8 +298,8 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// This host's architecture, as Go calls it: layers don't know theirs.
-fn architecture() -> &'static str {
+/// This host's architecture, as Go and so images call it: layers don't know theirs.
+pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",

@@ -11,7 +11,6 @@ use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Stat};
@@ -24,7 +23,7 @@ use crate::import::feed::Feed;
 use crate::import::path::{TreePath, names};
 use crate::import::xattrs;
 use crate::inode::Node;
-use crate::store::{FileSource, Source, SourcePiece};
+use crate::store::{FileSource, Source, SourcePiece, read_some};
 
 /// How many folders are open at once.
 const MAX_OPEN: usize = 128;
@@ -353,19 +352,8 @@ impl Source for DenseSource<'_> {
         if want == 0 {
             return Ok(SourcePiece::End);
         }
-        loop {
-            match self.file.read_at(&mut buffer[..want], self.at) {
-                Ok(0) => {
-                    self.at = self.end;
-                    return Ok(SourcePiece::End);
-                }
-                Ok(count) => {
-                    self.at += count as u64;
-                    return Ok(SourcePiece::Data(count));
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::file("read", (self.path)(), e)),
-            }
-        }
+        let count = read_some(self.file, &mut buffer[..want], self.at, self.path)?;
+        self.at += count as u64;
+        Ok(if count == 0 { SourcePiece::End } else { SourcePiece::Data(count) })
     }
 }

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use sha2::Digest as _;
 
 use crate::error::{Error, Result};
+use crate::export::oci::architecture;
 use crate::import::bundle::Bundle;
 use crate::import::decode::{Compression, Input, peek};
 use crate::import::feed::Feed;
@@ -164,17 +165,6 @@ fn choose<'a>(manifests: &'a [Descriptor], choice: &Choice) -> Result<&'a Descri
                 described.join("; ")
             )))
         }
-    }
-}
-
-/// This machine's architecture by the name that images use.
-fn architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
     }
 }
 

@@ -3,12 +3,8 @@
 //! Hides the layout of the attribute's value (Linux's `posix_acl_xattr`, version 2). The kernel checks permissions
 //! by them; what is here keeps a list and the mode bits in step, as `fs/posix_acl.c` does.
 
+pub use crate::attr::{ACL_ACCESS as ACCESS, ACL_DEFAULT as DEFAULT};
 use crate::codec::{Put, Reader};
-
-/// The attribute that holds the list that is checked.
-pub const ACCESS: &[u8] = b"system.posix_acl_access";
-/// The attribute of a folder that holds the list that its new entries get.
-pub const DEFAULT: &[u8] = b"system.posix_acl_default";
 
 const VERSION: u32 = 2;
 const USER_OBJ: u16 = 0x01;

@@ -19,6 +19,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex};
 use serde::Serialize;
 
+pub use point::unescape;
 pub use registry::MountRecord;
 
 use crate::error::{Error, Result};

@@ -61,7 +61,7 @@ fn is_layerfs(dir: &Path) -> bool {
 }
 
 /// A field of `mountinfo`: space, tab, newline and backslash stand there as `\ooo`.
-fn unescape(field: &[u8]) -> Vec<u8> {
+pub fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {

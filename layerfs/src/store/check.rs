@@ -3,7 +3,7 @@
 //! Memory: one window and one batch per thread, and a number per pack, however large the store is.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -77,23 +77,8 @@ impl<'a> PackCheck<'a> {
 
     /// Checks everything; returns what is wrong.
     pub fn run(&self) -> Result<Vec<Finding>> {
-        let packs = self.store.packs.list()?;
-        self.monitor.phase("checking packs", Some(packs.iter().map(|(_, bytes)| bytes).sum()));
-        let next = AtomicUsize::new(0);
-        let work = || -> Result<()> {
-            while let Some((id, bytes)) = packs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                self.pack(*id)?;
-                self.monitor.advance(*bytes);
-            }
-            Ok(())
-        };
         let threads = if self.verify { self.store.options.thread_count() } else { 1 };
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().try_for_each(|thread| {
-                thread.join().unwrap_or_else(|_| Err(Error::Index("a thread of the store panicked".to_owned())))
-            })
-        })?;
+        self.store.packs.for_each("checking packs", threads, self.monitor, |id| self.pack(id))?;
         self.entries()?;
         Ok(std::mem::take(&mut *self.findings.lock()))
     }

@@ -51,6 +51,7 @@ pub use pins::{Pin, RootSource};
 pub use rebuild::{RebuildReport, rebuild};
 pub use scrub::{DamagedChunk, ScrubReport};
 pub use session::{Session, SessionReport};
+pub(crate) use source::read_some;
 pub use source::{FileSource, ReadSource, Source, SourcePiece};
 
 pub use stat::{ClassStat, StoreStat};

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -15,6 +16,7 @@ use parking_lot::Mutex;
 use crate::chunk::StoredChunk;
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
+use crate::monitor::Monitor;
 use crate::store::index::Location;
 use crate::store::pack::{PackId, PackWriter, read_record};
 use crate::store::space;
@@ -67,6 +69,32 @@ impl Packs {
         }
         packs.sort_unstable();
         Ok(packs)
+    }
+
+    /// Does `work` for all packs, in `threads` threads; the monitor's bytes are those of the packs.
+    pub fn for_each(
+        &self,
+        phase: &str,
+        threads: usize,
+        monitor: &dyn Monitor,
+        work: impl Fn(PackId) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let packs = self.list()?;
+        monitor.phase(phase, Some(packs.iter().map(|(_, bytes)| bytes).sum()));
+        let next = AtomicUsize::new(0);
+        let run = || -> Result<()> {
+            while let Some((id, bytes)) = packs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                work(*id)?;
+                monitor.advance(*bytes);
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|_| Err(Error::Index("a thread of the store panicked".to_owned())))
+            })
+        })
     }
 
     /// A pack to append to: one that isn't full, or a new one. The caller owns it until [`Packs::give_back`] or

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::{CWD, RenameFlags};
@@ -110,22 +110,7 @@ impl<'a> Scan<'a> {
     }
 
     fn run(&self, threads: usize) -> Result<()> {
-        let list = self.packs.list()?;
-        self.monitor.phase("reading packs", Some(list.iter().map(|(_, bytes)| bytes).sum()));
-        let next = AtomicUsize::new(0);
-        let work = || -> Result<()> {
-            while let Some((id, bytes)) = list.get(next.fetch_add(1, Ordering::Relaxed)) {
-                self.pack(*id)?;
-                self.monitor.advance(*bytes);
-            }
-            Ok(())
-        };
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().try_for_each(|thread| {
-                thread.join().unwrap_or_else(|_| Err(Error::Index("a thread of the store panicked".to_owned())))
-            })
-        })
+        self.packs.for_each("reading packs", threads, self.monitor, |id| self.pack(id))
     }
 
     fn problem(&self, id: PackId, detail: impl std::fmt::Display) {

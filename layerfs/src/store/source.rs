@@ -100,19 +100,18 @@ impl Source for FileSource<'_> {
             }
         }
         let want = (self.data_end - self.at).min(buffer.len() as u64) as usize;
-        loop {
-            match self.file.read_at(&mut buffer[..want], self.at) {
-                Ok(0) => {
-                    self.at = self.end;
-                    return Ok(SourcePiece::End);
-                }
-                Ok(count) => {
-                    self.at += count as u64;
-                    return Ok(SourcePiece::Data(count));
-                }
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::file("read", &self.path, e)),
-            }
+        let count = read_some(self.file, &mut buffer[..want], self.at, || self.path.clone())?;
+        self.at = if count == 0 { self.end } else { self.at + count as u64 };
+        Ok(if count == 0 { SourcePiece::End } else { SourcePiece::Data(count) })
+    }
+}
+
+/// Reads what there is of `file`, which lies at `path`, at byte `at`; returns how much that was, 0 at the end.
+pub(crate) fn read_some(file: &File, buffer: &mut [u8], at: u64, path: impl Fn() -> PathBuf) -> Result<usize> {
+    loop {
+        match file.read_at(buffer, at) {
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            result => return result.map_err(|e| Error::file("read", path(), e)),
         }
     }
 }
