@@ -99,7 +99,7 @@ pub struct Store {
     sessions: Mutex<Sessions>,
     collector: Collector,
     /// Locked for as long as the store is open. Last, so that it is released last.
-    _lock: Option<File>,
+    _lock: Option<open::StoreLock>,
 }
 
 #[derive(Debug, Default)]

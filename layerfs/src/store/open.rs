@@ -182,7 +182,18 @@ fn make_folder(folder: &Path) -> Result<()> {
     made.map_err(|e| Error::file("create", folder, e))
 }
 
-pub(crate) fn take_lock(folder: &Path, read_only: bool) -> Result<Option<File>> {
+/// The lock on a store, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct StoreLock(File);
+
+impl Drop for StoreLock {
+    /// A child that is just being started shares the descriptor, and with it the lock, until it runs its program.
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+pub(crate) fn take_lock(folder: &Path, read_only: bool) -> Result<Option<StoreLock>> {
     let path = folder.join("lock");
     let mut options = OpenOptions::new();
     if read_only {
@@ -197,7 +208,7 @@ pub(crate) fn take_lock(folder: &Path, read_only: bool) -> Result<Option<File>> 
     };
     let how = if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
     match rustix::fs::flock(&file, how) {
-        Ok(()) => Ok(Some(file)),
+        Ok(()) => Ok(Some(StoreLock(file))),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Busy(format!(
             "the store {} is in use by another process; talk to its daemon or stop it with `layerctl daemon stop`",
             folder.display()

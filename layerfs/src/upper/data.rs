@@ -51,6 +51,13 @@ fn file_name(ino: Ino) -> String {
     format!("{:x}", ino.0)
 }
 
+impl Drop for DataFolder {
+    /// A child that is just being started shares the descriptor, and with it the lock, until it runs its program.
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.folder, FlockOperation::Unlock);
+    }
+}
+
 impl DataFolder {
     /// Opens the folder at `path`, which is made if it isn't there.
     ///
