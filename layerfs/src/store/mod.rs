@@ -27,6 +27,7 @@ mod session;
 mod source;
 mod space;
 mod stat;
+mod suspects;
 #[cfg(test)]
 mod tests;
 
@@ -62,6 +63,7 @@ use gc::Collector;
 use index::{Index, Location};
 use packs::Packs;
 use pins::Roots;
+use suspects::Suspects;
 
 /// What the index knows of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -92,6 +94,7 @@ pub struct Store {
     index: Index,
     packs: Packs,
     cache: ChunkCache,
+    suspects: Suspects,
     roots: Roots,
     /// Held while names are compared and set.
     names_change: Mutex<()>,
@@ -190,8 +193,19 @@ impl Store {
     pub fn get_uncached(&self, id: &ChunkId) -> Result<Bytes> {
         match self.cache.peek(id) {
             Some(plain) => Ok(plain),
-            None => Ok(chunk::verify(self.read_stored(id)?)?.0),
+            None => self.read_verified(id),
         }
+    }
+
+    fn read_verified(&self, id: &ChunkId) -> Result<Bytes> {
+        self.suspects.note(self.read_stored(id).and_then(chunk::verify)).map(|(plain, _)| plain)
+    }
+
+    /// Lets the index refer to these records, which are synced.
+    fn index_records(&self, records: &HashMap<ChunkId, Location>) -> Result<()> {
+        self.index.add(records.iter())?;
+        self.suspects.clear(records.keys());
+        Ok(())
     }
 
     pub(crate) fn check_writable(&self) -> Result<()> {
@@ -219,7 +233,7 @@ impl Store {
 
 impl ChunkRead for Store {
     fn get(&self, id: &ChunkId) -> Result<Bytes> {
-        self.cache.get(id, || Ok(chunk::verify(self.read_stored(id)?)?.0))
+        self.cache.get(id, || self.read_verified(id))
     }
 }
 

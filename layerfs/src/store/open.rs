@@ -21,6 +21,7 @@ use crate::store::gc::Collector;
 use crate::store::index::Index;
 use crate::store::packs::Packs;
 use crate::store::pins::Roots;
+use crate::store::suspects::Suspects;
 
 const FORMAT_PREFIX: &str = "layerfs store ";
 const FORMAT_VERSION: u32 = 1;
@@ -114,6 +115,7 @@ impl Store {
             db,
             packs: Packs::open(folder.join("packs"))?,
             cache: ChunkCache::new(options.cache_bytes),
+            suspects: Suspects::default(),
             roots: Roots::default(),
             names_change: Mutex::new(()),
             sessions: Mutex::default(),

@@ -1,6 +1,7 @@
 //! Reads and verifies every chunk that the index knows.
 //!
-//! Damaged chunks stay where they are until a good copy comes: [`crate::store::Session::replace`].
+//! Damaged chunks stay where they are until a good copy comes: by [`crate::store::Session::replace`], or by whatever
+//! adds the same content again, since what is known to be damaged counts as lacking.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::atomic::Ordering;
@@ -75,13 +76,16 @@ impl Store {
                 Finding::Damage(pack, from, to) => {
                     report.pack_problems.push(format!("pack {pack}: bytes {from} to {to} are no record"));
                 }
-                Finding::Chunk(id, location, detail) => report.damaged.push(DamagedChunk {
-                    id,
-                    class: location.class,
-                    plain_bytes: location.plain_bytes,
-                    detail,
-                    names: Vec::new(),
-                }),
+                Finding::Chunk(id, location, detail) => {
+                    self.suspects.add(id);
+                    report.damaged.push(DamagedChunk {
+                        id,
+                        class: location.class,
+                        plain_bytes: location.plain_bytes,
+                        detail,
+                        names: Vec::new(),
+                    });
+                }
             }
         }
         report.damaged.sort_by_key(|chunk| chunk.id);

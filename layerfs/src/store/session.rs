@@ -131,8 +131,8 @@ impl Session {
         };
         let others: Vec<ChunkId> = ids.iter().zip(&has).filter(|(_, has)| !**has).map(|(id, _)| *id).collect();
         let mut found = self.inner.store.index.get_many(&others)?.into_iter();
-        for has in has.iter_mut().filter(|has| !**has) {
-            *has = found.next().flatten().is_some();
+        for (has, id) in has.iter_mut().zip(ids).filter(|(has, _)| !**has) {
+            *has = found.next().flatten().is_some() && !self.inner.store.suspects.contains(id);
         }
         Ok(has)
     }
@@ -195,11 +195,11 @@ impl Inner {
         &self.store
     }
 
-    /// Whether `id` is stored or about to be. Protects it from collection first.
+    /// Whether a good copy of `id` is stored or about to be, as far as known. Protects it from collection first.
     fn is_known(&self, id: &ChunkId) -> Result<bool> {
         self.touched.insert(id);
         // In this order: a chunk leaves `state` only once the index has it.
-        Ok(self.state.lock().holds(id) || self.store.index.contains(id)?)
+        Ok(self.state.lock().holds(id) || (self.store.index.contains(id)? && !self.store.suspects.contains(id)))
     }
 
     fn count_known(&self, plain_bytes: u64) {
@@ -258,7 +258,7 @@ impl Inner {
         let chunks = Arc::new(std::mem::take(&mut state.pending));
         let (store, entries) = (self.store.clone(), chunks.clone());
         let work = move || {
-            let result = writer.sync().and_then(|()| store.index.add(entries.iter()));
+            let result = writer.sync().and_then(|()| store.index_records(&entries));
             store.packs.give_back(writer);
             result
         };
@@ -282,7 +282,7 @@ impl Inner {
             && !state.pending.is_empty()
         {
             writer.sync()?;
-            self.store.index.add(state.pending.iter())?;
+            self.store.index_records(&state.pending)?;
             state.pending.clear();
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::chunk::{ChunkRead, Codec, StoredChunk, encode};
+use crate::chunk::{ChunkRead, ChunkWrite, Codec, StoredChunk, encode};
 use crate::error::{Error, ErrorClass};
 use crate::monitor::Silent;
 use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, check_header, encode_header};
@@ -117,6 +117,36 @@ fn flipped_bits_are_found_reported_with_names_and_healed() {
     assert!(report.problem_count == 1 && report.problems[0].repaired, "{report:#?}");
     assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean());
     store.check_stack(layer).unwrap();
+}
+
+#[test]
+fn what_is_known_to_be_damaged_is_stored_again_when_it_comes_again() {
+    for by_scrub in [false, true] {
+        let (_folder, store) = store();
+        let plain = noise(7, 60_000);
+        let put = || {
+            let session = store.session("again");
+            let id = session.put(Class::Data, &plain).unwrap();
+            let known = session.has_many(&[id]).unwrap()[0];
+            session.commit().unwrap();
+            assert!(known, "what was just put is there");
+            (id, session.report().new_chunks)
+        };
+        let (id, new) = put();
+        assert_eq!((new, put().1), (1, 0), "a good copy is kept once");
+        let (_, path) = the_pack(&store);
+        let location = store.index.get(&id).unwrap().unwrap();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.write_all_at(b"rot", u64::from(location.offset) + RECORD_BYTES as u64 + 100).unwrap();
+        match by_scrub {
+            true => assert_eq!(store.scrub(&Silent).unwrap().damaged.len(), 1),
+            false => assert!(matches!(store.get(&id), Err(Error::ChunkDamaged { .. }))),
+        }
+        assert!(!store.session("ask").has_many(&[id]).unwrap()[0], "a damaged copy is as good as none");
+        assert_eq!((put().1, put().1), (1, 0), "it heals once");
+        assert_eq!(store.get(&id).unwrap(), plain);
+        assert!(store.scrub(&Silent).unwrap().is_clean());
+    }
 }
 
 #[test]
