@@ -276,6 +276,10 @@ fn general_options(options: &DbOptions) -> Options {
     });
     general.set_db_write_buffer_size(3 * options.write_buffer_bytes);
     general.set_max_total_wal_size(8 * options.write_buffer_bytes as u64);
+    // Logs and manifest are preallocated: by a buffer of the default family, which holds nothing here, and by this.
+    // With RocksDB's sizes an index of nothing would take 28 MiB, too much of a disk that is nearly full.
+    general.set_write_buffer_size(1 << 20);
+    general.set_manifest_preallocation_size(64 << 10);
     general.set_max_open_files(128);
     general.set_max_background_jobs(2);
     general.set_keep_log_file_num(2);
