@@ -74,7 +74,12 @@ impl Session {
         config.n_threads = Some(options.threads);
         config.clone_fd = true;
         let notifier = Arc::new(OnceLock::new());
-        let front = Front { fs, notifier: notifier.clone(), store_folder: options.store_folder.clone() };
+        let front = Front {
+            fs,
+            notifier: notifier.clone(),
+            store_folder: options.store_folder.clone(),
+            for_all: options.allow_other,
+        };
         let session = fuser::Session::new(front, &options.dir, &config);
         let session = session.map_err(|e| Error::file("mount on", &options.dir, e))?;
         let kernel = Kernel(session.notifier());
@@ -120,6 +125,7 @@ struct Front {
     fs: Arc<Fs>,
     notifier: Arc<OnceLock<Kernel>>,
     store_folder: PathBuf,
+    for_all: bool,
 }
 
 impl From<Errno> for fuser::Errno {
@@ -266,9 +272,11 @@ impl Filesystem for Front {
             InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_NO_OPEN_SUPPORT,
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
-            InitFlags::FUSE_ALLOW_IDMAP,
         ];
-        for flag in wanted {
+        // With it the kernel leaves out who asks, and `fuser` would turn the owner of a private mount away. Only root
+        // can map the ids of a mount.
+        let mapped = self.for_all.then_some(InitFlags::FUSE_ALLOW_IDMAP);
+        for flag in wanted.into_iter().chain(mapped) {
             if let Err(missing) = config.add_capabilities(flag) {
                 tracing::debug!(?missing, "this kernel lacks a feature of FUSE");
             }

@@ -194,6 +194,10 @@ fn with_ways_out(failure: Failure, request: &MountRequest) -> Failure {
     if failure.class == Class::Denied && !Path::new("/dev/fuse").exists() {
         return failure.hint("/dev/fuse is missing: `modprobe fuse`, or give the container that device");
     }
+    let is_open = || std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok();
+    if failure.class == Class::Denied && !is_open() {
+        return failure.hint("this user may not open /dev/fuse: `chmod 666 /dev/fuse`, as most systems have it");
+    }
     if failure.class == Class::NotFound && !request.dir.exists() {
         return failure.hint(format!("make the folder first: mkdir -p {}", request.dir.display()));
     }
