@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::import::bundle::Bundle;
 use crate::import::decode::{Compression, Input, peek};
 use crate::import::disk::QCOW2_MAGIC;
-use crate::import::tar::{looks_like_header, read_error};
+use crate::import::tar::{damaged, looks_like_header, read_error};
 
 /// What a source is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +127,9 @@ pub(super) fn open_path(path: &Path, format: Option<Format>, tmp: &Path) -> Resu
         }
         return Ok(Opened::Tar(Box::new(io::BufReader::with_capacity(256 * 1024, file))));
     }
+    if has_tar_magic(&start) {
+        return Err(broken_header());
+    }
     for (magic, name) in
         [(&b"KDMV"[..], "VMDK disk image"), (b"vhdxfile", "VHDX disk image"), (b"conectix", "VHD disk image")]
     {
@@ -139,6 +142,15 @@ pub(super) fn open_path(path: &Path, format: Option<Format>, tmp: &Path) -> Resu
         return Ok(Opened::RawFile(path.to_owned()));
     }
     Err(unknown())
+}
+
+/// Whether it claims to be a tar archive. One whose first header is damaged must not pass for a raw disk.
+fn has_tar_magic(start: &[u8]) -> bool {
+    start.get(257..262) == Some(b"ustar") && !is_whole_disk(start)
+}
+
+fn broken_header() -> Error {
+    damaged("its first header's checksum is wrong")
 }
 
 fn unknown() -> Error {
@@ -184,6 +196,9 @@ pub(super) fn open_stream(input: Input, format: Option<Format>, tmp: &Path) -> R
         }
         return Ok(Opened::Tar(Box::new(io::BufReader::with_capacity(256 * 1024, input))));
     }
+    if has_tar_magic(&start) {
+        return Err(broken_header());
+    }
     if is_zero || is_whole_disk(&start) { Ok(Opened::RawStream(input)) } else { Err(unknown()) }
 }
 
@@ -197,6 +212,8 @@ fn may_be_image(start: &[u8]) -> bool {
     let name = name.strip_prefix(b"./").unwrap_or(name);
     let first = name.split(|byte| *byte == b'/').next().unwrap_or_default();
     let stem = first.split(|byte| *byte == b'.').next().unwrap_or_default();
+    // So several builders of images name the config, which they put first.
+    let stem = stem.strip_prefix(b"sha256:").unwrap_or(stem);
     let is_id = stem.len() == 64 && stem.iter().all(u8::is_ascii_hexdigit);
     name.is_empty()
         || is_id

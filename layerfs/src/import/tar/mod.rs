@@ -73,7 +73,7 @@ pub(super) struct Archive<R> {
     may_end_early: bool,
 }
 
-fn damaged(detail: impl Into<String>) -> Error {
+pub(super) fn damaged(detail: impl Into<String>) -> Error {
     Error::corrupt("archive", detail)
 }
 

@@ -62,6 +62,19 @@ fn malformed_archives_are_corrupt() {
 }
 
 #[test]
+fn an_archive_with_a_damaged_start_does_not_pass_for_a_disk() {
+    let bench = Bench::new();
+    let mut archive = Maker::default().file("a", "1234").end();
+    archive[2] ^= 1;
+    assert_eq!(&archive[257..262], b"ustar");
+    std::fs::write(bench.path("a.tar"), &archive).unwrap();
+    let options = ImportOptions::new(name("bad"));
+    assert_eq!(bench.try_import(&bench.path("a.tar"), &options).unwrap_err().class(), ErrorClass::Corrupt);
+    assert_eq!(bench.import_bytes(archive, &options).unwrap_err().class(), ErrorClass::Corrupt);
+    assert!(bench.names().is_empty());
+}
+
+#[test]
 fn huge_headers_are_refused_before_they_are_read() {
     let bench = Bench::new();
     let mut archive = Maker::default().member(b'x', "p", "", b"").end();

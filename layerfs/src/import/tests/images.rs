@@ -55,11 +55,16 @@ fn layout(folder: &Path) {
     fs::write(folder.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
 }
 
-fn docker_archive() -> Vec<u8> {
+/// `plainly`: as `docker save` names the config, else as builders without a docker do.
+fn docker_archive(plainly: bool) -> Vec<u8> {
     let [base, middle, top] = layers();
     let ids = [&base, &middle, &top].map(|tar| format!("\"sha256:{}\"", digest(tar))).join(",");
     let config = format!("{{\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[{ids}]}}}}");
-    let config_name = format!("{}.json", digest(config.as_bytes()));
+    let config_name = if plainly {
+        format!("{}.json", digest(config.as_bytes()))
+    } else {
+        format!("sha256:{}", digest(config.as_bytes()))
+    };
     let manifest = format!(
         "[{{\"Config\":\"{config_name}\",\"RepoTags\":[\"a:1\"],\"Layers\":[\"1/layer.tar\",\"2/layer.tar\",\"3/layer.tar\"]}}]"
     );
@@ -91,9 +96,16 @@ fn an_image_is_the_same_stack_however_it_comes() {
     assert_eq!(folder.format, Format::Oci);
     check(&bench, &folder);
     sh("tar -cf oci.tar -C src . && gzip -k oci.tar", bench.folder.path());
-    fs::write(bench.path("docker.tar"), docker_archive()).unwrap();
-    for (number, (file, format)) in
-        [("oci.tar", Format::Oci), ("oci.tar.gz", Format::Oci), ("docker.tar", Format::Docker)].into_iter().enumerate()
+    fs::write(bench.path("docker.tar"), docker_archive(true)).unwrap();
+    fs::write(bench.path("builder.tar"), docker_archive(false)).unwrap();
+    for (number, (file, format)) in [
+        ("oci.tar", Format::Oci),
+        ("oci.tar.gz", Format::Oci),
+        ("docker.tar", Format::Docker),
+        ("builder.tar", Format::Docker),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let report = bench.import(&bench.path(file), &format!("file-{number}"));
         assert_eq!((report.format, bench.top(&report)), (format, bench.top(&folder)), "{file}");
