@@ -21,11 +21,19 @@ pub enum Error {
     /// The link failed.
     #[error("{action} {peer} failed; check that the address is right, the daemon there runs and the network works")]
     Link {
-        /// "connecting to", "reading from", "writing to", "listening on".
+        /// "connecting to", "reading from", "writing to".
         action: &'static str,
         /// The peer's name or address.
         peer: String,
         /// What the operating system or TLS said.
+        source: io::Error,
+    },
+    /// This host can't listen.
+    #[error("cannot listen on {address} for peers; choose another address with `listen` in the config or --listen")]
+    Listen {
+        /// Where.
+        address: std::net::SocketAddr,
+        /// What the operating system said.
         source: io::Error,
     },
     /// The other side closed the connection in the middle of something.
@@ -106,7 +114,9 @@ impl Error {
     pub fn class(&self) -> ErrorClass {
         match self {
             Error::Store(error) => error.class(),
-            Error::Link { .. } | Error::Closed { .. } | Error::Timeout { .. } => ErrorClass::Network,
+            Error::Link { .. } | Error::Listen { .. } | Error::Closed { .. } | Error::Timeout { .. } => {
+                ErrorClass::Network
+            }
             Error::Protocol { .. } => ErrorClass::Corrupt,
             Error::Refused { class, .. } => *class,
             Error::WrongKey { .. } => ErrorClass::Denied,

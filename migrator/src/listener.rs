@@ -39,7 +39,7 @@ pub struct Listener {
 
 impl Listener {
     pub(crate) async fn start(node: Node, address: SocketAddr) -> Result<Listener> {
-        let failed = |error| Error::link("listening on", &address.to_string(), error);
+        let failed = |source| Error::Listen { address, source };
         let socket = TcpListener::bind(address).await.map_err(failed)?;
         let config = tls::server_config(node.identity()).map_err(|e| failed(std::io::Error::other(e)))?;
         let address = socket.local_addr().map_err(failed)?;

@@ -131,7 +131,7 @@ impl Node {
     /// Listens for peers on `address` until the listener is closed or dropped.
     ///
     /// # Errors
-    /// [`Error::Link`] if the address can't be had.
+    /// [`Error::Listen`] if the address can't be had.
     pub async fn listen(&self, address: SocketAddr) -> Result<Listener> {
         Listener::start(self.clone(), address).await
     }

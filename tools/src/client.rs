@@ -53,7 +53,7 @@ impl Client {
     pub fn is_answered(&self) -> Result<bool> {
         let asked = self.runtime.block_on(async {
             let answer = self.send(json_request("status", "application/json", &Empty {})?).await?;
-            answer.into_body().collect().await.map_err(|e| lost(&e))
+            answer.into_body().collect().await.map_err(|_| cut_off())
         });
         match asked {
             Ok(_) => Ok(true),
@@ -70,7 +70,7 @@ impl Client {
                 check_version(&response)?;
             }
             let status = response.status();
-            let body = response.into_body().collect().await.map_err(|e| lost(&e))?.to_bytes();
+            let body = response.into_body().collect().await.map_err(|_| cut_off())?.to_bytes();
             if status.is_success() { decode(&body) } else { Err(decode_failure(&body)) }
         })
     }
@@ -136,12 +136,12 @@ impl Client {
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>> {
         let stream = connect(&self.socket).await?;
         let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| lost(&e))?;
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|_| cut_off())?;
         tokio::spawn(async move {
             // Its failure shows in the response too.
             let _ = connection.await;
         });
-        sender.send_request(request).await.map_err(|e| lost(&e))
+        sender.send_request(request).await.map_err(|_| cut_off())
     }
 
     /// Sends a request that may take long; returns the answer once it turns out to be none of failure.
@@ -152,7 +152,7 @@ impl Client {
         };
         check_version(&response)?;
         if !response.status().is_success() {
-            let body = response.into_body().collect().await.map_err(|e| lost(&e))?.to_bytes();
+            let body = response.into_body().collect().await.map_err(|_| cut_off())?.to_bytes();
             return Err(decode_failure(&body));
         }
         Ok(response)
@@ -270,7 +270,7 @@ async fn pour(mut body: Incoming, out: &mut dyn Write, display: &mut Display) ->
     let mut progress = Progress { phase: "writing".to_owned(), ..Progress::default() };
     let mut trailers = HeaderMap::new();
     while let Some(frame) = body.frame().await {
-        match frame.map_err(|e| lost(&e))?.into_data() {
+        match frame.map_err(|_| cut_off())?.into_data() {
             Ok(data) => {
                 out.write_all(&data)?;
                 progress.bytes += data.len() as u64;
@@ -312,7 +312,7 @@ impl Events {
                 return Err(Failure::new(Class::Failure, "the daemon sent a line without end"));
             }
             match self.body.next().await {
-                Some(data) => self.buffer.extend_from_slice(&data.map_err(|e| lost(&e))?),
+                Some(data) => self.buffer.extend_from_slice(&data.map_err(|_| cut_off())?),
                 None => return Ok(None),
             }
         }
@@ -354,14 +354,10 @@ fn interrupted() -> Failure {
     Failure::new(Class::Interrupted, "interrupted")
 }
 
+/// What broke the connection off, in HTTP's words, helps nobody: the daemon died, was killed or stopped.
 fn cut_off() -> Failure {
     Failure::new(Class::Failure, "the daemon went away before it had finished")
         .hint("its log tells why: daemon.log in the store's folder. What was done is kept; repeat the command")
-}
-
-fn lost(error: &dyn std::error::Error) -> Failure {
-    let text = format!("the connection to the daemon was lost: {}", crate::failure::describe(error));
-    Failure::new(Class::Failure, text).hint("its log tells why: daemon.log in the store's folder")
 }
 
 fn strange(error: &serde_json::Error) -> Failure {
