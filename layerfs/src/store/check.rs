@@ -146,7 +146,12 @@ impl<'a> PackCheck<'a> {
             Ok(()) => Ok(()),
             Err(_) if self.store.index.get(id)? != Some(*location) => Ok(()),
             Err(error) => {
-                self.found(Finding::Chunk(*id, *location, error.to_string()));
+                // The id stands beside it already.
+                let detail = match error {
+                    Error::ChunkDamaged { detail, .. } => detail,
+                    error => error.to_string(),
+                };
+                self.found(Finding::Chunk(*id, *location, detail));
                 Ok(())
             }
         }

@@ -162,7 +162,7 @@ pub struct Tree {
 /// Show a layer's manifest, or what a path in it is.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  layerctl inspect debian\n  layerctl inspect debian /usr/bin/perl --chunks\n  layerctl inspect debian /etc          a folder's entries"
+    after_help = "Examples:\n  layerctl inspect debian\n  layerctl inspect debian /usr/bin/perl --chunks\n  layerctl inspect debian:/etc          a folder's entries"
 )]
 pub struct Inspect {
     /// A name, or at least eight digits of a layer's id

@@ -94,7 +94,7 @@ pub struct PeerAdd {
     /// Its fingerprint: the key is taken from the host itself if it has this fingerprint
     #[arg(long, value_name = "FINGERPRINT", conflicts_with = "key")]
     pub fingerprint: Option<String>,
-    /// What it may do here [default: both]
+    /// What it may do here [default: push,pull]
     #[arg(long, value_delimiter = ',', value_name = "WHAT", value_parser = ["push", "pull", "none"])]
     pub allow: Vec<String>,
     /// The names that it may see; * stands for anything [default: all]

@@ -15,7 +15,13 @@ use crate::progress::Display;
 use crate::units;
 
 /// `layerctl inspect`.
-pub fn inspect(session: &Session, args: args::Inspect) -> Result<()> {
+pub fn inspect(session: &Session, mut args: args::Inspect) -> Result<()> {
+    // As `why` has it.
+    if args.path.is_none()
+        && let Some((name, path)) = args.layer.split_once(":/")
+    {
+        (args.path, args.layer) = (Some(format!("/{path}").into()), name.to_owned());
+    }
     let request =
         InspectRequest { layer: args.layer, path: args.path.as_deref().map(PathText::from), chunks: args.chunks };
     let mut items: Vec<Value> = Vec::new();
@@ -142,20 +148,22 @@ pub fn diff(session: &Session, args: args::Diff) -> Result<()> {
     output.with_stdout(|out| {
         use std::io::Write;
         let mut count = 0u64;
-        if output.json {
-            out.write_all(b"{\"changes\":[")?;
-        }
+        // Nothing is written before the daemon has answered: a failure must not leave half an object behind.
         let summary: DiffSummary = client.work("diff", &request, &mut display, &mut |item| {
             count += 1;
             if output.json {
-                out.write_all(if count == 1 { b"\n" } else { b",\n" })?;
+                out.write_all(if count == 1 { b"{\"changes\":[\n".as_slice() } else { b",\n" })?;
                 return serde_json::to_writer(&mut *out, &item).map_err(|e| std::io::Error::from(e).into());
             }
             let item: ChangeItem = decode(&item)?;
             Ok(out.write_all(change_line(&item, output.paint()).as_bytes())?)
         })?;
         if output.json {
-            out.write_all(if count == 0 { b"],\n\"summary\":" } else { b"\n],\n\"summary\":" })?;
+            out.write_all(if count == 0 {
+                b"{\"changes\":[],\n\"summary\":".as_slice()
+            } else {
+                b"\n],\n\"summary\":"
+            })?;
             serde_json::to_writer(&mut *out, &summary).map_err(std::io::Error::from)?;
             out.write_all(b"}\n")?;
         } else {

@@ -173,7 +173,10 @@ pub fn scrub(session: &Session, args: args::Scrub) -> Result<u8> {
     let result: ScrubResult = session.work("scrub", &ScrubRequest { heal: args.heal }, "scrubbing")?;
     session.output.answer(&result, |result| scrub_text(result, session.output.paint()))?;
     if !result.clean && !session.output.json {
-        session.output.note("`layerctl scrub --heal PEER` fetches good copies from a peer that has them");
+        session.output.note(
+            "`layerctl scrub --heal PEER` fetches good copies from a peer that has them; so does importing the same \
+             content again, while this daemon runs",
+        );
     }
     Ok(code_of(result.clean, Class::Corrupt))
 }
@@ -186,8 +189,8 @@ fn scrub_text(result: &ScrubResult, paint: Paint) -> String {
     for damaged in &result.damaged {
         let state = if damaged.healed { paint.green("healed:") } else { paint.red("damaged:") };
         text.push_str(&format!("{state} {}  {}\n", damaged.id, damaged.detail));
-        for user in &damaged.needed_by {
-            text.push_str(&format!("  needed by {user}\n"));
+        if !damaged.needed_by.is_empty() {
+            text.push_str(&format!("  needed by {}\n", damaged.needed_by.join(", ")));
         }
     }
     let verdict = if result.clean { paint.green("clean") } else { paint.red("damaged") };
