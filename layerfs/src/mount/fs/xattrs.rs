@@ -28,14 +28,19 @@ pub(super) fn take(xattrs: &mut Xattrs, name: &[u8]) -> bool {
 
 /// The namespaces that ext4 has.
 fn check_namespace(name: &[u8]) -> FsResult<()> {
-    let known = [&b"user."[..], b"trusted.", b"security."];
-    let is_known = known.iter().any(|prefix| name.len() > prefix.len() && name.starts_with(prefix));
-    match name {
+    let namespace = [&b"user."[..], b"trusted.", b"security."].into_iter().find(|prefix| name.starts_with(prefix));
+    match namespace {
         _ if name.len() > MAX_XATTR_NAME => fail(libc::ERANGE),
-        acl::ACCESS | acl::DEFAULT => Ok(()),
-        _ if is_known => Ok(()),
-        _ => fail(libc::EOPNOTSUPP),
+        _ if is_list(name) => Ok(()),
+        Some(namespace) if name.len() == namespace.len() => fail(libc::EINVAL),
+        Some(_) => Ok(()),
+        None => fail(libc::EOPNOTSUPP),
     }
+}
+
+/// Whether the attribute is an access control list.
+fn is_list(name: &[u8]) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
 }
 
 impl Fs {
@@ -83,9 +88,9 @@ impl Fs {
             None if list_bytes + name.len() >= LIST_MAX => return fail(libc::ENOSPC),
             _ => {}
         }
-        inode.inode.attrs.ctime = edit.now;
+        let before = inode.clone();
         let mut is_kept = true;
-        if name == acl::ACCESS || name == acl::DEFAULT {
+        if is_list(name) {
             let list = Acl::decode(value).ok_or(Errno(libc::EINVAL))?;
             let kind = inode.inode.kind();
             if kind == FileKind::Symlink || (name == acl::DEFAULT && kind != FileKind::Folder) {
@@ -108,6 +113,11 @@ impl Fs {
         if !inode.inode.fits_record() {
             return fail(libc::ENOSPC);
         }
+        // As on ext4, setting what is set changes nothing, not even the ctime.
+        if inode == before {
+            return Ok(());
+        }
+        inode.inode.attrs.ctime = edit.now;
         edit.set(inode);
         edit.commit().map(drop)
     }
@@ -120,7 +130,8 @@ impl Fs {
         let mut inode = edit.inode(ino)?;
         inode.inode.attrs.ctime = edit.now;
         if !take(&mut inode.inode.xattrs, name) {
-            return fail(libc::ENODATA);
+            // Removing a list means that the mode says all, which it does already.
+            return if is_list(name) { Ok(()) } else { fail(libc::ENODATA) };
         }
         edit.set(inode);
         edit.commit().map(drop)

@@ -603,3 +603,24 @@ fn mounts_refuse_what_they_must() {
     // An upper without a name and without content goes with its mount.
     assert_eq!(crate::upper::list(m.store.db()).unwrap().len(), 1);
 }
+
+#[test]
+fn setting_or_removing_what_changes_nothing_succeeds_as_on_ext4() {
+    let Some(m) = mounted() else { return };
+    fs::create_dir(m.path("folder")).unwrap();
+    fs::write(m.path("file"), b"x").unwrap();
+    let ctime = |name: &str| fs::metadata(m.path(name)).map(|stat| (stat.ctime(), stat.ctime_nsec())).unwrap();
+    // Programs that reset a list (`setfacl -b`, `cp -p`) remove it without asking whether there is one.
+    rustix::fs::removexattr(m.path("file"), "system.posix_acl_access").unwrap();
+    rustix::fs::removexattr(m.path("folder"), "system.posix_acl_default").unwrap();
+    let missing = rustix::fs::removexattr(m.path("file"), "user.a").unwrap_err();
+    assert_eq!(missing, rustix::io::Errno::NODATA);
+    let unnamed = rustix::fs::setxattr(m.path("file"), "user.", b"1", XattrFlags::empty()).unwrap_err();
+    assert_eq!(unnamed, rustix::io::Errno::INVAL);
+    rustix::fs::setxattr(m.path("file"), "user.a", b"1", XattrFlags::empty()).unwrap();
+    let before = ctime("file");
+    rustix::fs::setxattr(m.path("file"), "user.a", b"1", XattrFlags::empty()).unwrap();
+    assert_eq!(ctime("file"), before);
+    rustix::fs::setxattr(m.path("file"), "user.a", b"2", XattrFlags::empty()).unwrap();
+    assert_ne!(ctime("file"), before);
+}
