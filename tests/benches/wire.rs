@@ -97,11 +97,11 @@ fn shaped_push(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
     for _ in 0..plan.runs.min(3) {
         let hosts = hosts_with_tree(plan)?;
         hosts.link.shape(MEGABITS)?;
-        let before = hosts.link.a.sent_bytes()?;
+        let before = hosts.link.a.shaped_bytes()?;
         let started = Instant::now();
         hosts.push(&["tree"])?;
         let seconds = started.elapsed().as_secs_f64();
-        let bits = (hosts.link.a.sent_bytes()? - before) as f64 * 8.0;
+        let bits = (hosts.link.a.shaped_bytes()? - before) as f64 * 8.0;
         uses.push(bits / seconds / (f64::from(MEGABITS) * 1e6) * 100.0);
     }
     let ours = middle(uses).context("no runs")?;

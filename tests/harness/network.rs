@@ -36,6 +36,15 @@ impl End {
         self.counter("rx")
     }
 
+    /// Bytes that this end's shaper has let through: those of the frames as a wire would carry them. The interface
+    /// counts the headers of a large segment once, though it would leave a real card in many frames.
+    pub fn shaped_bytes(&self) -> anyhow::Result<u64> {
+        let args = ["-n", &self.namespace, "-json", "-statistics", "qdisc", "show", "dev", &self.interface, "root"];
+        let text = output_of(Command::new("tc").args(args))?;
+        let value: Value = serde_json::from_str(&text)?;
+        value[0]["bytes"].as_u64().with_context(|| format!("no bytes in {text}"))
+    }
+
     fn counter(&self, direction: &str) -> anyhow::Result<u64> {
         let text = ip(&["-n", &self.namespace, "-json", "-statistics", "link", "show", "dev", &self.interface])?;
         let value: Value = serde_json::from_str(&text)?;
