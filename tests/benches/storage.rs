@@ -86,11 +86,11 @@ pub fn memory(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
     let host = Host::new()?;
     let source = host.path("many");
     tree::fill(&source, 9, 50_000, 700)?;
-    tree::big_file(&source.join("big"), 10, 1_500_000_000)?;
+    tree::big_file(&source.join("big"), 10, 700_000_000)?;
     let mut client = 0;
     for (what, args) in [
         ("the tree", vec!["import".into(), plan.tree.display().to_string(), "tree".into()]),
-        ("50,000 files and one of 1.5 GB", vec!["import".into(), source.display().to_string(), "many".into()]),
+        ("50,000 files and one of 700 MB", vec!["import".into(), source.display().to_string(), "many".into()]),
         ("export", vec!["export".into(), "many".into(), host.path("out").display().to_string()]),
         ("gc", vec!["gc".into()]),
         ("scrub", vec!["scrub".into()]),
