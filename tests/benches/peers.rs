@@ -1,6 +1,6 @@
 //! Import and export against restic, borg, casync, and tar with zstd.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::Context;
@@ -9,7 +9,7 @@ use layerfs_tests::host::Host;
 use tempfile::TempDir;
 
 use crate::Plan;
-use crate::measure::median;
+use crate::measure::{Contestant, medians};
 use crate::table::{Row, Table};
 
 /// A program that keeps trees: how to make its store, put a tree in, get it out.
@@ -65,50 +65,65 @@ impl Peer {
 
 /// The rows of this part.
 pub fn speed(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
-    let folder = || tempfile::tempdir_in(plan.work.path()).context("cannot make a folder");
-    let import = median(plan.runs, Host::new, |host| host.import(&plan.tree, "tree", &["--quiet"]).map(drop))?;
+    let peers: Vec<&Peer> = PEERS.iter().filter(|peer| has_tool(peer.tool)).collect();
+    for peer in PEERS.iter().filter(|peer| !has_tool(peer.tool)) {
+        table.skipped(peer.name, "not installed: run scripts/setup bench");
+    }
+    import(plan, table, &peers)?;
+    export(plan, table, &peers)
+}
+
+fn import(plan: &Plan, table: &mut Table, peers: &[&Peer]) -> anyhow::Result<()> {
+    let nowhere = Path::new("/nonexistent");
+    let ours = Contestant::new("layerfs", Host::new, |host| host.import(&plan.tree, "tree", &["--quiet"]).map(drop));
+    let theirs = peers.iter().map(|peer| {
+        let fresh = move || {
+            let store = folder(plan)?;
+            peer.run(peer.init, plan, store.path(), nowhere).map(|()| store)
+        };
+        Contestant::new(peer.name, fresh, move |store: &mut TempDir| peer.run(peer.put, plan, store.path(), nowhere))
+    });
+    let mut contestants: Vec<_> = std::iter::once(ours).chain(theirs).collect();
+    let (ours, peers) = split(medians(plan.runs, &mut contestants)?)?;
+    let tar = peers.iter().find(|(name, _)| *name == "tar|zstd");
+    let met = Some(beats(ours, &peers) && tar.is_none_or(|(_, theirs)| ours <= theirs * 1.5));
+    let goal = "faster than each; at most 1.5 tar|zstd".into();
+    table.add(Row { what: "import".into(), unit: "s", ours, met, peers, goal });
+    Ok(())
+}
+
+fn export(plan: &Plan, table: &mut Table, peers: &[&Peer]) -> anyhow::Result<()> {
     let host = Host::new()?;
     host.import(&plan.tree, "tree", &[])?;
-    let export = median(plan.runs, folder, |out| host.export("tree", &out.path().join("out"), &["--quiet"]).map(drop))?;
-    drop(host);
-
-    let (mut puts, mut gets) = (Vec::new(), Vec::new());
-    for peer in &PEERS {
-        if !has_tool(peer.tool) {
-            table.skipped(peer.name, "not installed: run scripts/setup bench");
-            continue;
-        }
-        let nowhere = PathBuf::from("/nonexistent");
-        let fresh = || -> anyhow::Result<TempDir> {
-            let store = folder()?;
-            peer.run(peer.init, plan, store.path(), &nowhere)?;
-            Ok(store)
-        };
-        puts.push((peer.name, median(plan.runs, fresh, |store| peer.run(peer.put, plan, store.path(), &nowhere))?));
-        let store = fresh()?;
-        peer.run(peer.put, plan, store.path(), &nowhere)?;
-        gets.push((peer.name, median(plan.runs, folder, |out| peer.run(peer.get, plan, store.path(), out.path()))?));
+    let task = |out: &mut TempDir| host.export("tree", &out.path().join("out"), &["--quiet"]).map(drop);
+    let mut contestants = vec![Contestant::new("layerfs", || folder(plan), task)];
+    for peer in peers {
+        let store = folder(plan)?;
+        peer.run(peer.init, plan, store.path(), Path::new("/nonexistent"))?;
+        peer.run(peer.put, plan, store.path(), Path::new("/nonexistent"))?;
+        let task = move |out: &mut TempDir| peer.run(peer.get, plan, store.path(), out.path());
+        contestants.push(Contestant::new(peer.name, || folder(plan), task));
     }
-    let beats = |ours: f64, peers: &[(&str, f64)]| {
-        peers.iter().filter(|(name, _)| *name != "tar|zstd").all(|(_, theirs)| ours < *theirs)
-    };
-    let near_tar = puts.iter().find(|(name, _)| *name == "tar|zstd").is_none_or(|(_, theirs)| import <= theirs * 1.5);
-    table.add(Row {
-        what: "import".into(),
-        unit: "s",
-        ours: import,
-        met: Some(beats(import, &puts) && near_tar),
-        peers: puts,
-        goal: "faster than each; at most 1.5 tar|zstd".into(),
-    });
-    let met = beats(export, &gets);
-    table.add(Row {
-        what: "export".into(),
-        unit: "s",
-        ours: export,
-        met: Some(met),
-        peers: gets,
-        goal: "faster than each".into(),
-    });
+    let (ours, peers) = split(medians(plan.runs, &mut contestants)?)?;
+    let met = Some(beats(ours, &peers));
+    table.add(Row { what: "export".into(), unit: "s", ours, met, peers, goal: "faster than each".into() });
     Ok(())
+}
+
+fn folder(plan: &Plan) -> anyhow::Result<TempDir> {
+    tempfile::tempdir_in(plan.work.path()).context("cannot make a folder")
+}
+
+/// A peer's name and its figure.
+type Figure = (&'static str, f64);
+
+fn split(mut figures: Vec<Figure>) -> anyhow::Result<(f64, Vec<Figure>)> {
+    anyhow::ensure!(!figures.is_empty(), "nothing was measured");
+    let (_, ours) = figures.remove(0);
+    Ok((ours, figures))
+}
+
+/// Whether we are faster than each of those that keep trees as we do; tar is the floor, not one of them.
+fn beats(ours: f64, peers: &[Figure]) -> bool {
+    peers.iter().filter(|(name, _)| *name != "tar|zstd").all(|(_, theirs)| ours < *theirs)
 }

@@ -1,7 +1,7 @@
 //! Pushes between two hosts: speed against rsync's daemon, use of a shaped link, bytes for what changed.
 
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use layerfs_tests::host::{Host, TwoHosts, run_in};
 use layerfs_tests::{network, tree};
 
 use crate::Plan;
-use crate::measure::{median, middle};
+use crate::measure::{Contestant, medians, middle};
 use crate::table::{Row, Table};
 
 const MEGABITS: u32 = 100;
@@ -34,22 +34,20 @@ fn hosts_with_tree(plan: &Plan) -> anyhow::Result<TwoHosts> {
 }
 
 fn cold_push(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
-    let ours = median(plan.runs, || hosts_with_tree(plan), |hosts| hosts.push(&["tree"]).map(drop))?;
-    let mut peers = Vec::new();
-    if has_tool("rsync") {
-        peers.push(("rsync daemon", rsync_daemon(plan)?));
-    } else {
-        table.skipped("rsync", "not installed: run scripts/setup bench");
+    let push = |hosts: &mut TwoHosts| hosts.push(&["tree"]).map(drop);
+    let rsync = if has_tool("rsync") { Some(RsyncPair::new()?) } else { None };
+    let mut contestants = vec![Contestant::new("layerfs", || hosts_with_tree(plan), push)];
+    match &rsync {
+        Some(rsync) => {
+            contestants.push(Contestant::new("rsync daemon", || rsync.empty(), |()| rsync.run(&plan.tree)));
+        }
+        None => table.skipped("rsync", "not installed: run scripts/setup bench"),
     }
+    let mut peers = medians(plan.runs, &mut contestants)?;
+    let (_, ours) = peers.remove(0);
     let met = peers.first().map(|(_, theirs)| theirs / ours >= 3.0);
-    table.add(Row {
-        what: "cold push, unshaped".into(),
-        unit: "s",
-        ours,
-        peers,
-        goal: "3 times as fast as rsync".into(),
-        met,
-    });
+    let goal = "3 times as fast as rsync".into();
+    table.add(Row { what: "cold push, unshaped".into(), unit: "s", ours, peers, goal, met });
     Ok(())
 }
 
@@ -63,33 +61,43 @@ impl Drop for Rsyncd {
     }
 }
 
-fn rsync_daemon(plan: &Plan) -> anyhow::Result<f64> {
-    let hosts = TwoHosts::strangers()?;
-    let config = hosts.b.path("rsyncd.conf");
-    let target = hosts.b.new_folder("target")?;
-    std::fs::write(
-        &config,
-        format!("use chroot = no\nuid = 0\ngid = 0\n[tree]\npath = {}\nread only = no\n", target.display()),
-    )?;
-    let namespace = format!("--net=/run/netns/{}", hosts.link.b.namespace);
-    let mut daemon = Command::new("nsenter");
-    daemon
-        .arg(namespace)
-        .args(["--", "rsync", "--daemon", "--no-detach", "--address", &hosts.link.b.address, "--config"])
-        .arg(&config);
-    let _daemon = Rsyncd(daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
-    let to = format!("rsync://{}/tree/", hosts.link.b.address);
-    let from = format!("{}/", plan.tree.display());
-    let listening = Instant::now();
-    while run_in(&hosts.a, "rsync", &[to.as_str()]).is_err() {
-        ensure!(listening.elapsed().as_secs() < 10, "the rsync daemon does not answer");
-        std::thread::sleep(std::time::Duration::from_millis(20));
+/// Two hosts on a link of their own, with an rsync daemon on the second.
+struct RsyncPair {
+    _daemon: Rsyncd,
+    target: PathBuf,
+    address: String,
+    hosts: TwoHosts,
+}
+
+impl RsyncPair {
+    fn new() -> anyhow::Result<RsyncPair> {
+        let hosts = TwoHosts::strangers()?;
+        let (config, target) = (hosts.b.path("rsyncd.conf"), hosts.b.new_folder("target")?);
+        let text = "use chroot = no\nuid = 0\ngid = 0\n[tree]\nread only = no\npath = ";
+        std::fs::write(&config, format!("{text}{}\n", target.display()))?;
+        let namespace = format!("--net=/run/netns/{}", hosts.link.b.namespace);
+        let mut daemon = Command::new("nsenter");
+        daemon.arg(namespace).args(["--", "rsync", "--daemon", "--no-detach", "--address", &hosts.link.b.address]);
+        daemon.arg("--config").arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
+        let address = format!("rsync://{}/tree/", hosts.link.b.address);
+        let pair = RsyncPair { _daemon: Rsyncd(daemon.spawn()?), target, address, hosts };
+        let started = Instant::now();
+        while run_in(&pair.hosts.a, "rsync", &[&pair.address]).is_err() {
+            ensure!(started.elapsed().as_secs() < 10, "the rsync daemon does not answer");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        Ok(pair)
     }
-    let empty = || {
-        std::fs::remove_dir_all(&target)?;
-        std::fs::create_dir(&target).context("cannot empty the target")
-    };
-    median(plan.runs, empty, |()| run_in(&hosts.a, "rsync", &["-aHAXS", "--numeric-ids", &from, &to]).map(drop))
+
+    fn empty(&self) -> anyhow::Result<()> {
+        std::fs::remove_dir_all(&self.target)?;
+        std::fs::create_dir(&self.target).context("cannot empty the target")
+    }
+
+    fn run(&self, tree: &Path) -> anyhow::Result<()> {
+        let from = format!("{}/", tree.display());
+        run_in(&self.hosts.a, "rsync", &["-aHAXS", "--numeric-ids", &from, &self.address]).map(drop)
+    }
 }
 
 fn shaped_push(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
