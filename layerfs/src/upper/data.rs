@@ -93,14 +93,18 @@ impl DataFolder {
     }
 
     /// The data file of `ino`.
+    ///
+    /// The lock is held while it is opened: else a seal and a new copy-up could come in between, and the descriptor of
+    /// the removed file would take the place of the new one's, and its writes.
     pub fn file(&self, ino: Ino) -> Result<Arc<File>> {
-        if let Some(file) = self.open.lock().get(&ino) {
+        let mut open = self.open.lock();
+        if let Some(file) = open.get(&ino) {
             return Ok(file.clone());
         }
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOATIME;
         let opened = rustix::fs::openat(&self.folder, file_name(ino), flags, Mode::empty());
         let file = Arc::new(File::from(opened.map_err(|e| self.failed("open", ino, e))?));
-        self.open.lock().put(ino, file.clone());
+        open.put(ino, file.clone());
         Ok(file)
     }
 
@@ -160,7 +164,8 @@ impl DataFolder {
 
     /// Removes the data file of `ino`, if there is one. A failure leaves a file that the next opening removes.
     pub fn remove(&self, ino: Ino) {
-        self.open.lock().pop(&ino);
+        let mut open = self.open.lock();
+        open.pop(&ino);
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a data file"),
