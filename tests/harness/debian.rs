@@ -11,7 +11,6 @@ use anyhow::{Context, bail, ensure};
 use crate::case::{has_tool, output_of};
 
 const SUITE: &str = "bookworm";
-const MIRROR: &str = "http://deb.debian.org/debian";
 
 /// Where caches of tests lie: `LAYERFS_TEST_CACHE`, or a folder of the system's.
 pub fn cache_folder() -> PathBuf {
@@ -47,7 +46,7 @@ fn make(cache: &Path) -> anyhow::Result<PathBuf> {
         std::fs::remove_dir_all(&growing)?;
     }
     let mut debootstrap = Command::new("debootstrap");
-    debootstrap.args(["--variant=minbase", SUITE]).arg(&growing).arg(MIRROR);
+    debootstrap.args(["--variant=minbase", SUITE]).arg(&growing);
     if let Err(error) = output_of(&mut debootstrap) {
         let _ = std::fs::remove_dir_all(&growing);
         let last = format!("{error:#}").lines().last().unwrap_or_default().to_owned();
