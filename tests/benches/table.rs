@@ -58,7 +58,7 @@ impl Table {
     /// For people.
     pub fn text(&self) -> String {
         let mut out =
-            format!("\n{:<44} {:>10}  {:<72} {}\n", "", "layerfs", "peers (×: how many times our figure)", "goal");
+            format!("\n{:<52} {:>10}  {:<72} {}\n", "", "layerfs", "peers (×: how many times our figure)", "goal");
         for row in &self.rows {
             let peers = row
                 .peers
@@ -72,7 +72,7 @@ impl Table {
                 None => "",
             };
             out += &format!(
-                "{:<44} {:>10}  {:<72} {verdict}{}\n",
+                "{:<52} {:>10}  {:<72} {verdict}{}\n",
                 format!("{} [{}]", row.what, row.unit),
                 shown(row.ours, row.unit),
                 peers,
