@@ -14,7 +14,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::chunk::ChunkRead;
 use crate::content::{self, Content, Extent, Extents, get_sized};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::id::ChunkId;
 
 /// How far ahead of a sequential reader chunks are fetched, at first and at most, in bytes.
@@ -132,8 +132,9 @@ impl Slot {
 }
 
 impl FetchPool {
-    /// A pool of `threads` threads over `chunks` that holds at most `budget_bytes` ahead.
-    pub fn new(chunks: Arc<dyn ChunkRead>, threads: usize, budget_bytes: usize) -> Result<Arc<FetchPool>> {
+    /// A pool of `threads` threads over `chunks` that holds at most `budget_bytes` ahead. Where threads can't be had,
+    /// readers fetch for themselves.
+    pub fn new(chunks: Arc<dyn ChunkRead>, threads: usize, budget_bytes: usize) -> Arc<FetchPool> {
         let (jobs, queue) = unbounded::<Arc<Slot>>();
         let mut workers = Vec::with_capacity(threads);
         for _ in 0..threads {
@@ -146,10 +147,18 @@ impl FetchPool {
                     }
                 }
             });
-            workers.push(worker.map_err(|e| Error::io("starting a thread", e))?);
+            match worker {
+                Ok(worker) => workers.push(worker),
+                Err(error) => tracing::warn!(%error, "cannot start a thread that reads ahead"),
+            }
         }
         let budget = Arc::new(Budget { left: AtomicUsize::new(budget_bytes) });
-        Ok(Arc::new(FetchPool { chunks: SharedChunks(chunks), jobs: Some(jobs), workers, budget }))
+        Arc::new(FetchPool { chunks: SharedChunks(chunks), jobs: Some(jobs), workers, budget })
+    }
+
+    /// Whether a reader that begins now couldn't read ahead, because others hold the budget.
+    pub fn is_exhausted(&self) -> bool {
+        self.budget.left.load(Ordering::Relaxed) < FIRST_WINDOW_BYTES as usize
     }
 
     /// Where the chunks come from.
@@ -267,6 +276,11 @@ impl FileReader {
         &self.content
     }
 
+    /// Whether it holds a share of the pool's budget.
+    pub fn holds_budget(&self) -> bool {
+        !self.state.lock().window.runs.is_empty()
+    }
+
     /// Gives up what was fetched ahead, and its share of the pool's budget: for readers that pause.
     pub fn release(&self) {
         *self.state.lock() = ReaderState { window_bytes: FIRST_WINDOW_BYTES / 2, ..ReaderState::default() };
@@ -327,76 +341,6 @@ impl FileReader {
     }
 }
 
-/// A run of a file's bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FilePiece {
-    /// These.
-    Data(Bytes),
-    /// So many zero bytes.
-    Hole(u64),
-}
-
-impl FilePiece {
-    /// Its length in bytes.
-    pub fn len(&self) -> u64 {
-        match self {
-            FilePiece::Data(plain) => plain.len() as u64,
-            FilePiece::Hole(bytes) => *bytes,
-        }
-    }
-
-    /// Whether it is empty; no piece of a file is.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// A whole file from its start to its end: its pieces, each with its offset, fetched ahead. Nothing is copied.
-#[derive(Debug)]
-pub struct FilePieces {
-    pool: Arc<FetchPool>,
-    content: Content,
-    window: Window,
-    ended: bool,
-}
-
-impl FilePieces {
-    /// The pieces of `content`.
-    pub fn new(pool: Arc<FetchPool>, content: Content) -> FilePieces {
-        FilePieces { pool, content, window: Window::default(), ended: false }
-    }
-
-    fn next_piece(&mut self) -> Result<Option<(u64, FilePiece)>> {
-        if let Content::Inline(bytes) = &mut self.content {
-            let bytes = std::mem::take(bytes);
-            return Ok((!bytes.is_empty()).then(|| (0, FilePiece::Data(bytes.into()))));
-        }
-        let at = self.window.runs.front().map_or(self.window.frontier, |run| run.offset);
-        if self.window.frontier < at.saturating_add(LAST_WINDOW_BYTES / 2) {
-            self.window.fill(&self.pool, &self.content, at.saturating_add(LAST_WINDOW_BYTES))?;
-        }
-        let Some(run) = self.window.runs.pop_front() else { return Ok(None) };
-        let piece = match &run.slot {
-            None => FilePiece::Hole(run.extent.len()),
-            Some(slot) => FilePiece::Data(slot.wait(&*self.pool.chunks.0)?),
-        };
-        Ok(Some((run.offset, piece)))
-    }
-}
-
-impl Iterator for FilePieces {
-    type Item = Result<(u64, FilePiece)>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let next = self.next_piece().transpose();
-        self.ended = !matches!(next, Some(Ok(_)));
-        next
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -405,6 +349,7 @@ mod tests {
     use crate::chunk::{ChunkWrite, Class, MemoryChunks};
     use crate::chunker::Chunker;
     use crate::content::ContentBuilder;
+    use crate::error::Error;
 
     fn file(chunks: &MemoryChunks, runs: &[(bool, u32)]) -> (Content, Vec<u8>) {
         let mut builder = ContentBuilder::new(Chunker::Tree);
@@ -434,8 +379,8 @@ mod tests {
         ) {
             let chunks = MemoryChunks::default();
             let (content, expected) = file(&chunks, &runs);
-            let pool = FetchPool::new(Arc::new(chunks), threads, budget).unwrap();
-            let reader = FileReader::new(pool.clone(), content.clone());
+            let pool = FetchPool::new(Arc::new(chunks), threads, budget);
+            let reader = FileReader::new(pool.clone(), content);
             let mut at = 0;
             for (jump, bytes) in reads {
                 if let Some(jump) = jump {
@@ -447,16 +392,6 @@ mod tests {
                 prop_assert!(buffer[..count] == expected[start..(start + bytes).min(expected.len())]);
                 at += count;
             }
-            let mut whole = Vec::new();
-            for piece in FilePieces::new(pool.clone(), content) {
-                let (offset, piece) = piece.unwrap();
-                prop_assert_eq!(offset, whole.len() as u64);
-                match piece {
-                    FilePiece::Data(plain) => whole.extend_from_slice(&plain),
-                    FilePiece::Hole(bytes) => whole.resize(whole.len() + bytes as usize, 0),
-                }
-            }
-            prop_assert!(whole == expected);
             drop(reader);
             let budget_state = pool.budget.clone();
             drop(pool);
@@ -473,13 +408,11 @@ mod tests {
                 chunks.forget(&id);
             }
         }
-        let pool = FetchPool::new(Arc::new(chunks), 2, 1 << 20).unwrap();
-        let reader = FileReader::new(pool.clone(), content.clone());
+        let pool = FetchPool::new(Arc::new(chunks), 2, 1 << 20);
+        let reader = FileReader::new(pool, content);
         for _ in 0..2 {
             assert_eq!(reader.read_at(0, &mut [0; 1000]).unwrap(), 1000);
             assert!(matches!(reader.read_at(500, &mut [0; 1000]), Err(Error::ChunkMissing(_))));
         }
-        let pieces: Vec<_> = FilePieces::new(pool, content).collect();
-        assert!(matches!(&pieces[..], [Ok(_), Err(Error::ChunkMissing(_))]));
     }
 }

@@ -14,9 +14,10 @@ use super::edit::Edit;
 use super::{Fs, State};
 use crate::attr::Time;
 use crate::chunker::Chunker;
-use crate::content::{self, Content, Extent, Extents};
+use crate::content::{Content, Extent, Extents};
 use crate::id::Ino;
 use crate::inode::Node;
+use crate::readahead::FileReader;
 use crate::upper::Upper;
 use crate::upper::table::Backed;
 
@@ -32,7 +33,7 @@ pub struct Written {
 /// Where a file's bytes are.
 enum Source {
     Backed,
-    Sealed(Arc<Content>),
+    Sealed(Arc<FileReader>),
 }
 
 const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
@@ -40,25 +41,22 @@ const COPY_BYTES: usize = 1 << 20;
 
 impl Fs {
     fn source(&self, state: &State, ino: Ino) -> FsResult<Source> {
-        let node = match state.tables.inode(ino) {
-            Some(inode) => match inode.backed {
-                Some(_) => return Ok(Source::Backed),
-                None => inode.inode.node.clone(),
-            },
-            None => {
-                if let Some(content) = self.contents.lock().get(&ino) {
-                    return Ok(Source::Sealed(content.clone()));
-                }
-                state.inode_below(ino)?.node
-            }
+        let above = state.tables.inode(ino);
+        if above.is_some_and(|inode| inode.backed.is_some()) {
+            return Ok(Source::Backed);
+        }
+        if let Some(reader) = self.readers.lock().get(&ino) {
+            return Ok(Source::Sealed(reader.clone()));
+        }
+        let node = match above {
+            Some(inode) => inode.inode.node.clone(),
+            None => state.inode_below(ino)?.node,
         };
         match node {
             Node::File(content) => {
-                let content = Arc::new(content);
-                if state.tables.inode(ino).is_none() {
-                    self.contents.lock().put(ino, content.clone());
-                }
-                Ok(Source::Sealed(content))
+                let reader = Arc::new(FileReader::new(self.pool.clone(), content));
+                self.readers.lock().put(ino, reader.clone());
+                Ok(Source::Sealed(reader))
             }
             Node::Folder => fail(libc::EISDIR),
             _ => fail(libc::EINVAL),
@@ -96,10 +94,9 @@ impl Fs {
         loop {
             let state = self.state.read();
             let source = self.source(&state, ino)?;
-            let view = state.view.clone();
             drop(state);
             match source {
-                Source::Sealed(content) => return Ok(content::read_at(&**view.chunks(), &content, offset, buffer)?),
+                Source::Sealed(reader) => return self.read_sealed(ino, &reader, offset, buffer),
                 Source::Backed => match self.writable_upper()?.data().file(ino) {
                     Ok(file) => return read_file(&file, offset, buffer),
                     // A seal has just taken it away.
@@ -108,6 +105,22 @@ impl Fs {
                 },
             }
         }
+    }
+
+    fn read_sealed(&self, ino: Ino, reader: &FileReader, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+        if self.pool.is_exhausted() {
+            // Somebody may have stopped in the middle of a file, and nobody tells us when they close it.
+            let readers = self.readers.lock();
+            let idle = readers.iter().rev().find(|(other, reader)| **other != ino && reader.holds_budget());
+            if let Some((_, idle)) = idle {
+                idle.release();
+            }
+        }
+        let count = reader.read_at(offset, buffer)?;
+        if offset + count as u64 >= reader.content().len() {
+            reader.release();
+        }
+        Ok(count)
     }
 
     fn is_backed(&self, ino: Ino) -> bool {
@@ -166,11 +179,12 @@ impl Fs {
     /// Makes sure that the upper has the first `limit` bytes of `ino` in a data file. Its stripe is held.
     fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<()> {
         let state = self.state.read();
-        let Source::Sealed(content) = self.source(&state, ino)? else { return Ok(()) };
+        let Source::Sealed(reader) = self.source(&state, ino)? else { return Ok(()) };
         let view = state.view.clone();
         drop(state);
-        upper.data().create(ino, &**view.chunks(), &content, limit)?;
-        let chunker = match &*content {
+        let content = reader.content();
+        upper.data().create(ino, &**view.chunks(), content, limit)?;
+        let chunker = match content {
             Content::Extents { chunker, .. } => *chunker,
             Content::Inline(_) => Chunker::Tree,
         };
@@ -181,7 +195,7 @@ impl Fs {
         edit.set(inode);
         match edit.commit() {
             Ok(_) => {
-                self.contents.lock().pop(&ino);
+                self.readers.lock().pop(&ino);
                 Ok(())
             }
             Err(errno) => {
@@ -199,8 +213,8 @@ impl Fs {
         let state = self.state.read();
         let source = self.source(&state, ino)?;
         drop(state);
-        if let Source::Sealed(content) = source {
-            if content.len() == size {
+        if let Source::Sealed(reader) = source {
+            if reader.content().len() == size {
                 return Ok(());
             }
             self.copy_up(upper, ino, size)?;
@@ -229,17 +243,18 @@ impl Fs {
         let source = self.source(&state, ino)?;
         let view = state.view.clone();
         drop(state);
-        let content = match source {
+        let reader = match source {
             Source::Backed => return Ok(self.writable_upper()?.data().seek(ino, offset, data)?),
-            Source::Sealed(content) => content,
+            Source::Sealed(reader) => reader,
         };
+        let content = reader.content();
         if offset >= content.len() {
             return fail(libc::ENXIO);
         }
-        if let Content::Inline(bytes) = &*content {
+        if let Content::Inline(bytes) = content {
             return Ok(if data { offset } else { bytes.len() as u64 });
         }
-        for next in Extents::new(&**view.chunks(), &content, offset)? {
+        for next in Extents::new(&**view.chunks(), content, offset)? {
             let (at, extent) = next?;
             if matches!(extent, Extent::Chunk { .. }) == data {
                 return Ok(at.max(offset));

@@ -31,9 +31,9 @@ pub use sealing::{Frozen, FrozenState};
 
 use super::errno::{Errno, FsResult, fail};
 use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
-use crate::content::Content;
 use crate::id::Ino;
 use crate::inode::{Inode, Node, Target};
+use crate::readahead::{FetchPool, FileReader};
 use crate::upper::Upper;
 use crate::upper::table::{Tables, UpperInode};
 use crate::view::View;
@@ -61,7 +61,10 @@ pub struct Stat {
 const FOLDER_BYTES: u64 = 4096;
 const STRIPES: usize = 64;
 const SHARDS: usize = 16;
-const CONTENTS_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+const READERS_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+/// What a mount holds of files ahead of those who read them, in bytes, and how many threads fetch it.
+const AHEAD_BYTES: usize = 16 << 20;
+const AHEAD_THREADS: usize = 2;
 
 /// The filesystem of one mount.
 pub struct Fs {
@@ -73,8 +76,10 @@ pub struct Fs {
     /// The folder that each folder is in, as far as anybody has looked it up. A writable filesystem keeps it for as
     /// long as the folder exists: a folder must not be moved into itself, whoever asks.
     parents: RwLock<HashMap<Ino, Ino>>,
-    /// Decoded contents of sealed files. They are those of the view: emptied when that changes.
-    contents: Mutex<LruCache<Ino, Arc<Content>>>,
+    /// Readers of sealed files. Their contents are those of the view: emptied when that changes.
+    readers: Mutex<LruCache<Ino, Arc<FileReader>>>,
+    /// Fetches chunks for them.
+    pool: Arc<FetchPool>,
     folders: folders::Folders,
     /// How many descriptors for reading and writing each file has.
     mappable: Mutex<HashMap<Ino, u32>>,
@@ -105,6 +110,7 @@ impl Fs {
     }
 
     fn new(view: Arc<View>, upper: Option<Upper>, tables: Tables) -> Fs {
+        let pool = FetchPool::new(view.chunks().clone(), AHEAD_THREADS, AHEAD_BYTES);
         Fs {
             state: RwLock::new(State { view, tables }),
             upper,
@@ -112,7 +118,8 @@ impl Fs {
             stripes: [const { Mutex::new(()) }; STRIPES],
             lookups: Lookups::default(),
             parents: RwLock::default(),
-            contents: Mutex::new(LruCache::new(CONTENTS_MAX)),
+            readers: Mutex::new(LruCache::new(READERS_MAX)),
+            pool,
             folders: folders::Folders::default(),
             mappable: Mutex::default(),
             written_bytes: AtomicU64::new(0),

@@ -86,7 +86,7 @@ impl Frozen<'_> {
         let backed: Vec<Ino> = backed.map(|inode| inode.inode.ino).collect();
         state.tables.apply(dropped);
         state.view = view;
-        self.fs.contents.lock().clear();
+        self.fs.readers.lock().clear();
         drop(state);
         backed.into_iter().for_each(|ino| self.upper.data().remove(ino));
         folders.sort_unstable();
