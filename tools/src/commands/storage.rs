@@ -126,12 +126,17 @@ fn rebuild_here(session: &Session) -> Result<FsckResult> {
     let mut display = Display::new(session.output, "rebuilding the index");
     std::thread::scope(|scope| {
         let rebuilding = scope.spawn(|| crate::daemon::ops::check::rebuild(session, &reporter));
-        while !rebuilding.is_finished() {
+        loop {
+            // Asked before the events are read, so that the last of them are told too.
+            let is_finished = rebuilding.is_finished();
             display.update(entry.work().progress());
             while let Ok(event) = events.try_recv() {
                 if let Event::Warning(text) = event {
                     display.warn(&text);
                 }
+            }
+            if is_finished {
+                break;
             }
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
