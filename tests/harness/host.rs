@@ -302,9 +302,19 @@ impl TwoHosts {
         Ok(hosts)
     }
 
+    /// Two hosts that know each other on a link that was made for them, by its first path.
+    pub fn on(link: Link) -> anyhow::Result<TwoHosts> {
+        let hosts = TwoHosts::strangers_on(link)?;
+        hosts.introduce()?;
+        Ok(hosts)
+    }
+
     /// Two hosts on a link, neither of which knows the other.
     pub fn strangers() -> anyhow::Result<TwoHosts> {
-        let link = Link::new()?;
+        TwoHosts::strangers_on(Link::new()?)
+    }
+
+    fn strangers_on(link: Link) -> anyhow::Result<TwoHosts> {
         let a = Host::within(Some(link.a.clone()), &[])?;
         let b = Host::within(Some(link.b.clone()), &[])?;
         Ok(TwoHosts { a, b, link })

@@ -3,6 +3,7 @@
 //! - [`case`]: a test that knows what it needs, and says SKIPPED with the reason where it cannot run.
 //! - [`ctl`]: runs `layerctl` as a person would, and holds its answer.
 //! - [`host`]: one host (a store, a daemon, perhaps a network namespace); two hosts and the link between them.
+//! - [`network`]: namespaces and the paths between them; [`emulator`] and [`segments`]: delay and loss on those.
 //! - [`debian`]: a Debian root from debootstrap, made once per machine.
 //! - [`tree`] and [`zoo`]: made-up trees, plain ones and those that hold one of everything that is hard to keep.
 //! - [`compare`]: whether two trees are equal, by rsync and by the kernel's word, not by our own code.
@@ -14,7 +15,9 @@ pub mod case;
 pub mod compare;
 pub mod ctl;
 pub mod debian;
+pub mod emulator;
 pub mod host;
 pub mod network;
+pub mod segments;
 pub mod tree;
 pub mod zoo;

@@ -9,6 +9,7 @@ mod dedup;
 mod export;
 mod guests;
 mod judges;
+mod paths;
 mod push;
 mod roundtrip;
 
@@ -22,6 +23,7 @@ fn main() -> std::process::ExitCode {
         roundtrip::cases(),
         dedup::cases(),
         push::cases(),
+        paths::cases(),
         archives::cases(),
         damage::cases(),
         crash::cases(),
