@@ -12,12 +12,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::error::{Error, Result};
+use crate::governor::{Gate, Way};
 use crate::wire::{self, FrameHeader, HEADER_BYTES, Hello, Message};
 
 /// Messages that wait to be handled, and to be written. A [`Message::Chunks`] has about half a MiB.
@@ -179,9 +181,20 @@ impl Outbox {
     }
 }
 
+/// The gate that a link's writer and reader pass. It changes with each transfer on the link.
+#[derive(Clone, Debug, Default)]
+struct GateSlot(Arc<Mutex<Gate>>);
+
+impl GateSlot {
+    fn get(&self) -> Gate {
+        self.0.lock().clone()
+    }
+}
+
 /// A connection to a peer.
 pub struct Link {
     peer: String,
+    gate: GateSlot,
     outbox: Option<mpsc::Sender<Outgoing>>,
     incoming: mpsc::Receiver<Result<Message>>,
     reader: JoinHandle<()>,
@@ -207,12 +220,14 @@ impl Link {
         let (in_sender, in_receiver) = mpsc::channel(INCOMING);
         let hello = out_sender.try_send(Outgoing::Message(Message::Hello(Hello::OURS)));
         debug_assert!(hello.is_ok(), "a new queue has room");
+        let gate = GateSlot::default();
         Link {
             peer: peer.to_owned(),
             outbox: Some(out_sender),
             incoming: in_receiver,
-            reader: tokio::spawn(read_frames(read_half, in_sender, peer.to_owned(), patience)),
-            writer: tokio::spawn(write_frames(write_half, out_receiver, patience)),
+            reader: tokio::spawn(read_frames(read_half, in_sender, peer.to_owned(), gate.clone(), patience)),
+            writer: tokio::spawn(write_frames(write_half, out_receiver, gate.clone(), patience)),
+            gate,
             is_greeted: false,
         }
     }
@@ -220,6 +235,18 @@ impl Link {
     /// The peer's name or address.
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// From now on what goes over the link passes `gate`: that of the transfer that uses it.
+    pub fn govern(&mut self, gate: Gate) {
+        let mut slot = self.gate.0.lock();
+        gate.follow(&slot);
+        *slot = gate;
+    }
+
+    /// The gate of the transfer that uses the link.
+    pub fn gate(&self) -> Gate {
+        self.gate.get()
     }
 
     /// The way out. Fails once the link is closed.
@@ -252,6 +279,7 @@ impl Link {
             let Some(message) = self.incoming.recv().await.transpose()? else { return Ok(None) };
             match message {
                 Message::Alive => {}
+                Message::Pace(pace) if self.is_greeted => self.gate.get().asked(pace),
                 Message::Error { class, text } => {
                     return Err(Error::Remote { peer: self.peer.clone(), class, message: text });
                 }
@@ -349,10 +377,11 @@ async fn read_frames<S: AsyncRead + Unpin>(
     mut stream: S,
     queue: mpsc::Sender<Result<Message>>,
     peer: String,
+    gate: GateSlot,
     patience: Patience,
 ) {
     loop {
-        let next = read_frame(&mut stream, &peer, patience.idle).await;
+        let next = read_frame(&mut stream, &peer, &gate, patience.idle).await;
         let item = match next {
             Ok(Some(message)) => Ok(message),
             Ok(None) => return,
@@ -366,7 +395,12 @@ async fn read_frames<S: AsyncRead + Unpin>(
 }
 
 /// The next message; `None` if the stream ends before its first byte.
-async fn read_frame<S: AsyncRead + Unpin>(stream: &mut S, peer: &str, idle: Duration) -> Result<Option<Message>> {
+async fn read_frame<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    peer: &str,
+    gate: &GateSlot,
+    idle: Duration,
+) -> Result<Option<Message>> {
     let broken = |error| Error::link("reading from", peer, error);
     let late = |_| Error::Timeout { action: "reading", peer: peer.to_owned(), seconds: idle.as_secs() };
     let closed = || Error::Closed { peer: peer.to_owned() };
@@ -384,12 +418,16 @@ async fn read_frame<S: AsyncRead + Unpin>(stream: &mut S, peer: &str, idle: Dura
     }
     let malformed = |error: layerfs::Error| Error::protocol(peer, error.to_string());
     let header = FrameHeader::decode(&header).map_err(malformed)?;
+    let gate = gate.get();
+    gate.count(Way::In, HEADER_BYTES);
     let mut body = BytesMut::with_capacity(header.body_bytes);
     while body.len() < header.body_bytes {
         let mut rest = (&mut *stream).take((header.body_bytes - body.len()) as u64);
         match timeout(idle, rest.read_buf(&mut body)).await.map_err(late)? {
             Ok(0) => return Err(closed()),
-            Ok(_) => {}
+            // Answers are small and urgent: only what carries chunks waits.
+            Ok(count) if header.is_bulk() => drop(gate.ready(Way::In, count).await),
+            Ok(count) => gate.count(Way::In, count),
             Err(error) => return Err(broken(error)),
         }
     }
@@ -400,6 +438,7 @@ async fn read_frame<S: AsyncRead + Unpin>(stream: &mut S, peer: &str, idle: Dura
 async fn write_frames<S: AsyncWrite + Unpin>(
     mut stream: S,
     mut queue: mpsc::Receiver<Outgoing>,
+    gate: GateSlot,
     patience: Patience,
 ) -> io::Result<()> {
     let mut small = Vec::new();
@@ -414,16 +453,64 @@ async fn write_frames<S: AsyncWrite + Unpin>(
             match outgoing {
                 Outgoing::Message(message) => wire::encode(&message, &mut small),
                 Outgoing::Frame(frame) => {
-                    write(&mut stream, &std::mem::take(&mut small), patience).await?;
-                    write(&mut stream, &frame, patience).await?;
+                    let gate = gate.get();
+                    write_small(&mut stream, &mut small, &gate, patience).await?;
+                    hold(&mut stream, &gate, patience).await?;
+                    write_bulk(&mut stream, &frame, &gate, patience).await?;
                 }
             }
             next = if small.len() < COALESCE_BYTES { queue.try_recv().ok() } else { None };
         }
-        write(&mut stream, &std::mem::take(&mut small), patience).await?;
+        write_small(&mut stream, &mut small, &gate.get(), patience).await?;
         timeout(patience.idle, stream.flush()).await??;
     }
     timeout(patience.idle, stream.shutdown()).await?
+}
+
+/// Writes messages that don't wait for anything, and empties `small`.
+async fn write_small<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    small: &mut Vec<u8>,
+    gate: &Gate,
+    patience: Patience,
+) -> io::Result<()> {
+    gate.count(Way::Out, small.len());
+    write(stream, small, patience).await?;
+    small.clear();
+    Ok(())
+}
+
+/// Says that it is alive while the transfer is paused.
+async fn hold<S: AsyncWrite + Unpin>(stream: &mut S, gate: &Gate, patience: Patience) -> io::Result<()> {
+    let mut alive = Vec::new();
+    while timeout(patience.keep_alive, gate.open()).await.is_err() {
+        wire::encode(&Message::Alive, &mut alive);
+        write_small(stream, &mut alive, gate, patience).await?;
+        timeout(patience.idle, stream.flush()).await??;
+    }
+    Ok(())
+}
+
+/// Writes a frame that carries chunks, as fast as `gate` lets it.
+async fn write_bulk<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    frame: &[u8],
+    gate: &Gate,
+    patience: Patience,
+) -> io::Result<()> {
+    let mut rest = frame;
+    while !rest.is_empty() {
+        let (piece, after) = rest.split_at(rest.len().min(gate.piece_bytes()));
+        let permit = gate.ready(Way::Out, piece.len()).await;
+        write(stream, piece, patience).await?;
+        // What TLS keeps back of a slowed frame would come late and in bursts.
+        if !after.is_empty() && piece.len() < 16 * 1024 {
+            timeout(patience.idle, stream.flush()).await??;
+        }
+        drop(permit);
+        rest = after;
+    }
+    Ok(())
 }
 
 async fn write<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8], patience: Patience) -> io::Result<()> {

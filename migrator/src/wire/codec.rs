@@ -6,6 +6,8 @@ use layerfs::codec::{Put, Reader};
 use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, Error, LayerId, LayerName, Result};
 
+use crate::governor::{Pace, Priority, Rate};
+
 use super::{
     CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message,
     Offer, OfferedLayer,
@@ -24,6 +26,7 @@ pub(super) const CHUNKS: u8 = 0x15;
 const END: u8 = 0x16;
 const DONE: u8 = 0x17;
 const GET: u8 = 0x18;
+const PACE: u8 = 0x20;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
@@ -51,6 +54,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             out.put_u8(GET);
             put_ids(ids, out);
         }
+        Message::Pace(pace) => encode_pace(pace, out),
         Message::Offer(offer) => encode_offer(offer, out),
         Message::Need { lacking, held } => {
             out.put_u8(NEED);
@@ -149,6 +153,7 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         ALIVE => Message::Alive,
         FETCH => Message::Fetch { names: list(reader, "names", 1, MAX_NAMES, decode_name)? },
         GET => Message::Get { ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
+        PACE => Message::Pace(decode_pace(reader)?),
         OFFER => Message::Offer(decode_offer(reader)?),
         NEED => Message::Need { lacking: bits(reader, MAX_LAYERS)?, held: bits(reader, MAX_HINTS)? },
         ASK => Message::Ask { seq: reader.u32()?, ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
@@ -185,6 +190,28 @@ fn decode_error(reader: &mut Reader<'_>) -> Result<Message> {
     // A peer's words end up on a terminal: no control characters.
     let text = String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     Ok(Message::Error { class, text })
+}
+
+fn encode_pace(pace: &Pace, out: &mut Vec<u8>) {
+    out.put_u8(PACE);
+    out.put_u64(pace.limit.map_or(0, Rate::bytes_per_second));
+    out.put_u8(pace.priority as u8);
+    out.put_u8(u8::from(pace.paused));
+}
+
+fn decode_pace(reader: &mut Reader<'_>) -> Result<Pace> {
+    let limit = match reader.u64()? {
+        0 => None,
+        slow @ 1..Rate::MIN => return Err(reader.error(format!("a limit of {slow} bytes per second"))),
+        limit => Some(Rate::new(limit)),
+    };
+    let priority = reader.u8()?;
+    let found = Priority::ALL.into_iter().find(|known| *known as u8 == priority);
+    let priority = found.ok_or_else(|| reader.error(format!("priority {priority}")))?;
+    match reader.u8()? {
+        paused @ (0 | 1) => Ok(Pace { limit, priority, paused: paused == 1 }),
+        other => Err(reader.error(format!("pause {other}"))),
+    }
 }
 
 fn decode_offer(reader: &mut Reader<'_>) -> Result<Offer> {

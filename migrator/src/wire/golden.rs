@@ -6,6 +6,8 @@ use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, LayerId, LayerName};
 use proptest::prelude::*;
 
+use crate::governor::{Pace, Priority, Rate};
+
 use super::codec::round_trip;
 use super::{
     ChunksWriter, FrameHeader, HEADER_BYTES, Hello, MAX_FRAME_BYTES, MAX_SMALL_FRAME_BYTES, Message, Offer,
@@ -72,6 +74,10 @@ fn golden() -> Vec<(Message, &'static str)> {
         (
             Message::Get { ids: vec![id(8)] },
             concat!("2300000018", "0100", "0808080808080808080808080808080808080808080808080808080808080808"),
+        ),
+        (
+            Message::Pace(Pace { limit: Some(Rate::new(1_250_000)), priority: Priority::High, paused: true }),
+            "0b00000020d0121300000000000201",
         ),
         (Message::Done { changed: 1 }, "03000000170100"),
     ]
@@ -148,13 +154,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn nothing_panics_and_what_decodes_encodes_alike(kind in 0u8..0x20, body in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn nothing_panics_and_what_decodes_encodes_alike(kind in 0u8..0x28, body in prop::collection::vec(any::<u8>(), 0..200)) {
         check_decoding(kind, body)?;
     }
 
     #[test]
     fn damaged_messages_are_refused_or_mean_what_they_say(
-        which in 0usize..12, flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+        which in 0usize..golden().len(), flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
     ) {
         let (message, _) = golden().swap_remove(which);
         let mut frame = Vec::new();

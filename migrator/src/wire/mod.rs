@@ -12,6 +12,8 @@ use layerfs::chunk::StoredChunk;
 use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, LayerId, LayerName};
 
+use crate::governor::Pace;
+
 pub use codec::{ChunksWriter, decode, encode};
 
 /// The protocol's version.
@@ -61,6 +63,8 @@ pub enum Message {
         /// Up to [`MAX_ASK`] ids.
         ids: Vec<ChunkId>,
     },
+    /// From the receiver: how fast, how urgently and whether at all the sender is to send. May come at any time.
+    Pace(Pace),
     /// These names, with these layers, are to be had.
     Offer(Offer),
     /// What of an offer is lacking. Answers [`Message::Offer`] unless nothing is lacking.
@@ -150,6 +154,7 @@ impl Message {
             Message::Alive => "Alive",
             Message::Fetch { .. } => "Fetch",
             Message::Get { .. } => "Get",
+            Message::Pace(_) => "Pace",
             Message::Offer(_) => "Offer",
             Message::Need { .. } => "Need",
             Message::Ask { .. } => "Ask",
@@ -190,6 +195,11 @@ impl FrameHeader {
             return Err(layerfs::Error::corrupt("frame", format!("{bytes} bytes of type {kind:#04x}")));
         }
         Ok(FrameHeader { kind, body_bytes: bytes - 1 })
+    }
+
+    /// Whether what follows carries chunks.
+    pub fn is_bulk(&self) -> bool {
+        self.kind == codec::CHUNKS
     }
 
     /// Decodes the body that follows. Chunks' bytes aren't copied.
