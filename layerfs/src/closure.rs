@@ -114,6 +114,8 @@ pub enum Role {
     Inodes,
     /// The table of dentries, or the list of its chunks.
     Dentries,
+    /// What an image says of itself, or the list of its chunks.
+    Image,
     /// The content of this inode, or the list of its chunks.
     File(Ino),
 }
@@ -140,6 +142,9 @@ pub type Visit<'a> = dyn FnMut(ChunkUse) -> Result<bool> + 'a;
 pub fn walk_layer(chunks: &dyn ChunkRead, layer: LayerId, visit: &mut Visit<'_>) -> Result<Manifest> {
     visit(ChunkUse { id: layer.0, class: Class::Manifest, role: Role::Manifest })?;
     let manifest = Manifest::load(chunks, layer)?;
+    if let Some(image) = &manifest.image {
+        show_content(chunks, image, Role::Image, visit)?;
+    }
     let wanted = show_table(chunks, &manifest.dentries, Role::Dentries, visit)?;
     let mut dentries = Records::dentries(chunks, &manifest)?.only(wanted);
     while dentries.next_dentry()?.is_some() {}
@@ -147,14 +152,17 @@ pub fn walk_layer(chunks: &dyn ChunkRead, layer: LayerId, visit: &mut Visit<'_>)
     let mut inodes = Records::inodes(chunks, &manifest)?.only(wanted);
     while let Some(inode) = inodes.next_inode()? {
         if let Node::File(content) = &inode.node {
-            let role = Role::File(inode.ino);
-            walk_content(chunks, content, &mut |part| match part {
-                Part::Node(id) => visit(ChunkUse { id, class: Class::List, role }),
-                Part::Chunk(id, _) => visit(ChunkUse { id, class: Class::Data, role }),
-            })?;
+            show_content(chunks, content, Role::File(inode.ino), visit)?;
         }
     }
     Ok(manifest)
+}
+
+fn show_content(chunks: &dyn ChunkRead, content: &Content, role: Role, visit: &mut Visit<'_>) -> Result<()> {
+    walk_content(chunks, content, &mut |part| match part {
+        Part::Node(id) => visit(ChunkUse { id, class: Class::List, role }),
+        Part::Chunk(id, _) => visit(ChunkUse { id, class: Class::Data, role }),
+    })
 }
 
 /// Shows the nodes and pieces of a table. Returns which of the pieces, asked for in order, to open.

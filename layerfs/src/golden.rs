@@ -155,13 +155,22 @@ fn manifests() {
         file_bytes: 7,
         inodes: Content::Inline(b"i".to_vec()),
         dentries: Content::Inline(b"d".to_vec()),
+        image: None,
     };
     let bytes = manifest.encode();
     let rest =
         "01000000040300000000000005000000000000000600000000000000070000000000000000010069".to_owned() + "00010064";
     assert_eq!(hex(&bytes), format!("4c464d4601000101{}{rest}", ids(0xdd)));
     assert_eq!(Manifest::decode(&bytes).unwrap(), manifest);
-    for (position, class) in [(0, ErrorClass::Corrupt), (4, ErrorClass::Unsupported), (6, ErrorClass::Corrupt)] {
+    let of_image = Manifest { image: Some(Content::Inline(b"{}".to_vec())), ..manifest };
+    assert_eq!(hex(&of_image.encode()), format!("4c464d4601000103{}{rest}0002007b7d", ids(0xdd)));
+    assert_eq!(Manifest::decode(&of_image.encode()).unwrap(), of_image);
+    let alone = Manifest { parent: None, depth: 0, ..of_image };
+    assert_eq!(hex(&alone.encode()[..8]), "4c464d4601000102");
+    assert_eq!(Manifest::decode(&alone.encode()).unwrap(), alone);
+    for (position, class) in
+        [(0, ErrorClass::Corrupt), (4, ErrorClass::Unsupported), (6, ErrorClass::Corrupt), (7, ErrorClass::Corrupt)]
+    {
         let mut other = bytes.clone();
         other[position] ^= 6;
         assert_eq!(Manifest::decode(&other).unwrap_err().class(), class, "byte {position}");

@@ -23,11 +23,13 @@ pub mod failpoint;
 #[cfg(test)]
 mod golden;
 pub mod id;
+pub mod image_config;
 pub mod import;
 pub mod inode;
 pub mod manifest;
 pub mod monitor;
 pub mod mount;
+pub mod platform;
 pub mod readahead;
 pub mod refs;
 pub mod seal;

@@ -83,16 +83,29 @@ pub struct Manifest {
     pub inodes: Content,
     /// The table of dentry records.
     pub dentries: Content,
+    /// What the image whose top layer this was says of itself: an [`crate::image_config::ImageConfig`].
+    pub image: Option<Content>,
 }
 
+/// Bits of the manifest's flags.
+const HAS_PARENT: u8 = 1;
+const HAS_IMAGE: u8 = 2;
+
 impl Manifest {
+    /// All contents that the manifest itself refers to: its tables, and what it says of an image.
+    pub fn contents(&self) -> impl Iterator<Item = &Content> {
+        [&self.dentries, &self.inodes].into_iter().chain(&self.image)
+    }
+
     /// The encoding: what is hashed, stored and sent.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(300);
         out.extend_from_slice(MAGIC);
         out.put_u16(VERSION);
         out.put_u8(self.kind as u8);
-        out.put_u8(u8::from(self.parent.is_some()));
+        let has_parent = if self.parent.is_some() { HAS_PARENT } else { 0 };
+        let has_image = if self.image.is_some() { HAS_IMAGE } else { 0 };
+        out.put_u8(has_parent | has_image);
         if let Some(parent) = &self.parent {
             out.put_id(&parent.0);
         }
@@ -103,6 +116,9 @@ impl Manifest {
         out.put_u64(self.file_bytes);
         self.inodes.encode(&mut out);
         self.dentries.encode(&mut out);
+        if let Some(image) = &self.image {
+            image.encode(&mut out);
+        }
         out
     }
 
@@ -121,11 +137,11 @@ impl Manifest {
         }
         let kind = reader.u8()?;
         let kind = *LayerKind::ALL.get(usize::from(kind)).ok_or_else(|| reader.error(format!("kind {kind}")))?;
-        let parent = match reader.u8()? {
-            0 => None,
-            1 => Some(LayerId(reader.id()?)),
-            other => return Err(reader.error(format!("parent flag {other}"))),
-        };
+        let flags = reader.u8()?;
+        if flags & !(HAS_PARENT | HAS_IMAGE) != 0 {
+            return Err(reader.error(format!("flags {flags}")));
+        }
+        let parent = if flags & HAS_PARENT != 0 { Some(LayerId(reader.id()?)) } else { None };
         let manifest = Manifest {
             kind,
             parent,
@@ -136,6 +152,7 @@ impl Manifest {
             file_bytes: reader.u64()?,
             inodes: Content::decode(&mut reader)?,
             dentries: Content::decode(&mut reader)?,
+            image: if flags & HAS_IMAGE != 0 { Some(Content::decode(&mut reader)?) } else { None },
         };
         if manifest.next_ino < Ino::FIRST || (manifest.depth == 0) != manifest.parent.is_none() {
             return Err(reader.error("impossible next inode number or depth"));
@@ -219,6 +236,7 @@ pub struct LayerWriter<'a> {
     last_dentry: Option<(Ino, Vec<u8>)>,
     last_inode: Option<Ino>,
     file_bytes: u64,
+    image: Option<Content>,
 }
 
 impl<'a> LayerWriter<'a> {
@@ -231,7 +249,13 @@ impl<'a> LayerWriter<'a> {
             last_dentry: None,
             last_inode: None,
             file_bytes: 0,
+            image: None,
         }
+    }
+
+    /// Keeps `image`, what an image says of itself, with the layer.
+    pub fn image(&mut self, image: Content) {
+        self.image = Some(image);
     }
 
     /// Appends a dentry; its (folder, name) must be greater than the last one's.
@@ -283,6 +307,7 @@ impl<'a> LayerWriter<'a> {
             file_bytes: self.file_bytes,
             inodes,
             dentries,
+            image: self.image,
         };
         let id: ChunkId = self.out.put(Class::Manifest, &manifest.encode())?;
         Ok((LayerId(id), manifest))

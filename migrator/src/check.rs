@@ -26,8 +26,8 @@ pub fn check_layer(chunks: &dyn ChunkRead, id: LayerId, present: &mut Present<'_
     check.flush()?;
     let manifest = Manifest::load(chunks, id)?;
     check_parent(chunks, &manifest)?;
-    for table in [&manifest.dentries, &manifest.inodes] {
-        check.content(table)?;
+    for content in manifest.contents() {
+        check.content(content)?;
     }
     check.flush()?;
     let mut dentries = Records::dentries(chunks, &manifest)?;

@@ -63,7 +63,7 @@ impl Held {
         for id in held {
             let manifest = Manifest::load(chunks, *id)?;
             let number = all.layers.len() as u16;
-            for table in [&manifest.dentries, &manifest.inodes] {
+            for table in manifest.contents() {
                 if all.known.len() < MAX_KNOWN {
                     walk_content(chunks, table, &mut |part| {
                         all.known.entry(part.id()).or_insert(number);
@@ -89,6 +89,9 @@ impl<'a> LayerPlan<'a> {
         let bytes = self.chunks.get(&layer.0)?;
         let manifest = Manifest::decode(&bytes)?;
         (self.sink)(layer.0, bytes.len() as u32)?;
+        if let Some(image) = &manifest.image {
+            self.table(image, &mut |_, _| {})?;
+        }
         let mut hits = vec![0u32; self.held.layers.len()];
         let mut shared = HashSet::new();
         self.table(&manifest.dentries, &mut |layer, _| hits[layer] += 1)?;

@@ -22,6 +22,8 @@ use crate::diff::{What, layer_changes};
 use crate::durable;
 use crate::error::{Error, Result};
 use crate::id::Ino;
+use crate::image_config::ImageConfig;
+use crate::manifest::Manifest;
 use crate::monitor::Monitor;
 use crate::view::View;
 
@@ -156,13 +158,7 @@ impl Image {
                 history.push(json!({ "created_by": format!("layerfs: {} layer {}", manifest.kind, id.0.short()) }));
             }
         }
-        let config = json!({
-            "architecture": architecture(),
-            "os": "linux",
-            "config": {},
-            "rootfs": { "type": "layers", "diff_ids": diff_ids },
-            "history": history,
-        });
+        let config = image_config(view, diff_ids, history)?;
         let config = write_blob(blobs, &encode(&config))?;
         let manifest = json!({
             "schemaVersion": 2,
@@ -175,6 +171,40 @@ impl Image {
         report.warnings = losses.report(monitor);
         Ok(Image { manifest, report })
     }
+}
+
+/// The configuration of the image: that which an imported image left with its layer, with these archives; `history`
+/// tells of each layer, the lowest first.
+fn image_config(view: &View, diff_ids: Vec<String>, history: Vec<Value>) -> Result<Value> {
+    let kept = match view.top() {
+        Some(top) => ImageConfig::of_stack(&**view.chunks(), top)?,
+        None => None,
+    };
+    let (layer, kept) = kept.unzip();
+    let mut config = kept.map_or_else(Default::default, |kept: ImageConfig| kept.properties().clone());
+    for (key, value) in [("architecture", architecture()), ("os", "linux")] {
+        config.entry(key).or_insert_with(|| value.into());
+    }
+    config.entry("config").or_insert_with(|| json!({}));
+    // How many of the stack's layers there were when the image was imported.
+    let imported =
+        layer.map_or(Ok(0), |layer| Manifest::load(&**view.chunks(), layer).map(|m| m.depth as usize + 1))?;
+    let history = merged_history(config.get("history"), imported, history);
+    config.insert("history".to_owned(), history.into());
+    config.insert("rootfs".to_owned(), json!({ "type": "layers", "diff_ids": diff_ids }));
+    Ok(config.into())
+}
+
+/// The history of an image that was the lowest `imported` layers, or the higher ones of them, with what is told of the
+/// layers below and above it. What doesn't fit the layers is left out.
+fn merged_history(kept: Option<&Value>, imported: usize, told: Vec<Value>) -> Vec<Value> {
+    let kept = kept.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let filled = kept.iter().filter(|entry| entry["empty_layer"] != true).count();
+    if filled == 0 || filled > imported || imported > told.len() {
+        return told;
+    }
+    let (below, above) = (&told[..imported - filled], &told[imported..]);
+    [below, kept, above].concat()
 }
 
 /// Writes the tar of the top layer of `view`. Returns its blob and the hash of the tar itself.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::chunk::ChunkWrite;
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::id::{Ino, LayerId};
 use crate::import::entry::{Entry, rewrite};
@@ -35,6 +36,8 @@ pub struct Base<'a> {
     pub whole: bool,
     /// What the layer is for.
     pub kind: LayerKind,
+    /// What the image whose top layer it is says of itself.
+    pub image: Option<&'a Content>,
 }
 
 /// The layer below.

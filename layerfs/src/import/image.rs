@@ -7,11 +7,12 @@ use serde::Deserialize;
 use sha2::Digest as _;
 
 use crate::error::{Error, Result};
-use crate::export::oci::architecture;
+use crate::image_config::ImageConfig;
 use crate::import::bundle::Bundle;
 use crate::import::decode::{Compression, Input, peek};
 use crate::import::feed::Feed;
 use crate::import::tar::{self, TarOptions};
+use crate::platform::Platform;
 
 /// The most layers of an image.
 const MAX_LAYERS: usize = 512;
@@ -21,8 +22,16 @@ const MAX_LAYERS: usize = 512;
 pub(super) struct Choice {
     /// Its tag or reference.
     pub reference: Option<String>,
-    /// "linux/amd64", "linux/arm64/v8".
-    pub platform: Option<String>,
+    /// What it shall run on; this machine if not said.
+    pub platform: Option<Platform>,
+}
+
+/// An image that was chosen.
+pub(super) struct Image {
+    /// The lowest first.
+    pub layers: Vec<ImageLayer>,
+    /// What it says of itself.
+    pub config: Option<ImageConfig>,
 }
 
 /// A layer of an image.
@@ -44,20 +53,6 @@ struct Descriptor {
     platform: Option<Platform>,
     #[serde(default)]
     annotations: std::collections::BTreeMap<String, String>,
-}
-
-#[derive(Deserialize)]
-struct Platform {
-    architecture: String,
-    os: String,
-    variant: Option<String>,
-}
-
-impl std::fmt::Display for Platform {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
-    }
 }
 
 #[derive(Deserialize)]
@@ -94,8 +89,8 @@ fn json<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result<T
     serde_json::from_slice(bytes).map_err(|e| Error::corrupt(what, e.to_string()))
 }
 
-/// The layers of an OCI image layout, the lowest first.
-pub(super) fn oci_layers(bundle: &Bundle, choice: &Choice) -> Result<Vec<ImageLayer>> {
+/// The image of an OCI image layout.
+pub(super) fn oci_image(bundle: &Bundle, choice: &Choice) -> Result<Image> {
     let mut index: Index = json("image index", &bundle.document("index.json")?)?;
     // An index may refer to an index, once per platform's worth of reason.
     for _ in 0..4 {
@@ -103,13 +98,22 @@ pub(super) fn oci_layers(bundle: &Bundle, choice: &Choice) -> Result<Vec<ImageLa
         let document = verified_document(bundle, &chosen.digest)?;
         if !chosen.media_type.contains("index") && !chosen.media_type.contains("manifest.list") {
             let manifest: Manifest = json("image manifest", &document)?;
-            // Nothing of it is used, but an image whose parts aren't whole is not taken.
-            manifest.config.map_or(Ok(Vec::new()), |config| verified_document(bundle, &config.digest))?;
-            return manifest.layers.into_iter().map(oci_layer).collect::<Result<Vec<_>>>().and_then(bounded);
+            let config = manifest.config.map(|config| verified_document(bundle, &config.digest)).transpose()?;
+            let layers = manifest.layers.into_iter().map(oci_layer).collect::<Result<Vec<_>>>()?;
+            return image(layers, config.as_deref(), choice);
         }
         index = json("image index", &document)?;
     }
     Err(Error::corrupt("image index", "indexes refer to each other"))
+}
+
+/// Puts an image together, if it is one that was asked for.
+fn image(layers: Vec<ImageLayer>, config: Option<&[u8]>, choice: &Choice) -> Result<Image> {
+    let config = config.map(ImageConfig::from_document).transpose()?.flatten();
+    if let Some(config) = &config {
+        config.platform().check(choice.platform.as_ref())?;
+    }
+    Ok(Image { layers: bounded(layers)?, config })
 }
 
 fn bounded(layers: Vec<ImageLayer>) -> Result<Vec<ImageLayer>> {
@@ -134,14 +138,9 @@ fn choose<'a>(manifests: &'a [Descriptor], choice: &Choice) -> Result<&'a Descri
         let keys = ["org.opencontainers.image.ref.name", "io.containerd.image.name"];
         keys.iter().filter_map(|key| manifest.annotations.get(*key)).cloned().collect::<Vec<_>>()
     };
-    let this = || format!("linux/{}", architecture());
-    let wanted_platform = choice.platform.clone().unwrap_or_else(this);
-    let fits_platform = |manifest: &&Descriptor| {
-        manifest.platform.as_ref().is_none_or(|platform| {
-            let platform = platform.to_string();
-            platform == wanted_platform || platform.starts_with(&format!("{wanted_platform}/"))
-        })
-    };
+    let wanted_platform = choice.platform.clone().unwrap_or_else(Platform::host);
+    let fits_platform =
+        |manifest: &&Descriptor| manifest.platform.as_ref().is_none_or(|platform| platform.fits(&wanted_platform));
     let is_named = |manifest: &&Descriptor| {
         let names = reference(manifest);
         choice.reference.as_ref().is_none_or(|wanted| names.is_empty() || names.contains(wanted))
@@ -149,7 +148,6 @@ fn choose<'a>(manifests: &'a [Descriptor], choice: &Choice) -> Result<&'a Descri
     let found: Vec<&Descriptor> = manifests.iter().filter(is_named).filter(fits_platform).collect();
     match found[..] {
         [one] => Ok(one),
-        _ if manifests.len() == 1 && choice.reference.is_none() && choice.platform.is_none() => Ok(&manifests[0]),
         _ => {
             let described: Vec<String> = manifests
                 .iter()
@@ -168,13 +166,13 @@ fn choose<'a>(manifests: &'a [Descriptor], choice: &Choice) -> Result<&'a Descri
     }
 }
 
-/// The layers of a `docker save` archive, the lowest first.
-pub(super) fn docker_layers(bundle: &Bundle, choice: &Choice) -> Result<Vec<ImageLayer>> {
+/// The image of a `docker save` archive.
+pub(super) fn docker_image(bundle: &Bundle, choice: &Choice) -> Result<Image> {
     let mut images: Vec<DockerImage> = json("manifest.json", &bundle.document("manifest.json")?)?;
     if let Some(wanted) = &choice.reference {
         images.retain(|image| image.repo_tags.iter().flatten().any(|tag| tag == wanted));
     }
-    let image = match images.len() {
+    let chosen = match images.len() {
         1 => images.remove(0),
         0 => return Err(Error::NotFound { what: "image", name: choice.reference.clone().unwrap_or_default() }),
         _ => {
@@ -182,13 +180,15 @@ pub(super) fn docker_layers(bundle: &Bundle, choice: &Choice) -> Result<Vec<Imag
             return Err(Error::invalid(format!("the archive has several images; choose one of: {}", tags.join(", "))));
         }
     };
-    let config: DockerConfig = json("image configuration", &bundle.document(&image.config)?)?;
+    let document = bundle.document(&chosen.config)?;
+    let config: DockerConfig = json("image configuration", &document)?;
     let diff_ids = config.rootfs.diff_ids;
-    if diff_ids.len() != image.layers.len() {
+    if diff_ids.len() != chosen.layers.len() {
         return Err(Error::corrupt("image configuration", "it has another number of layers than the image"));
     }
-    let layers = image.layers.into_iter().zip(diff_ids);
-    bounded(layers.map(|(file, diff_id)| ImageLayer { file, digest: None, diff_id: Some(diff_id) }).collect())
+    let layers = chosen.layers.into_iter().zip(diff_ids);
+    let layers = layers.map(|(file, diff_id)| ImageLayer { file, digest: None, diff_id: Some(diff_id) }).collect();
+    image(layers, Some(&document), choice)
 }
 
 /// The file of the blob with `digest`.

@@ -37,12 +37,13 @@ pub use disk::DISK_NAME;
 
 use crate::chunk::ChunkRead;
 use crate::chunker::Chunker;
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::id::{LayerId, LayerName};
 use crate::import::builder::{Base, Parent};
 use crate::import::detect::Opened;
 use crate::import::feed::{Feed, Taken};
-use crate::import::image::{Choice, ImageLayer};
+use crate::import::image::{Choice, Image};
 use crate::manifest::{LayerKind, Manifest};
 use crate::monitor::{Monitor, check};
 use crate::store::{Expect, Session, Store};
@@ -81,7 +82,7 @@ pub struct ImportOptions {
     pub chunker: Option<Chunker>,
     /// Which image of an archive with several: its tag.
     pub reference: Option<String>,
-    /// Which image of an index for several platforms ("linux/arm64"); this machine's if not said.
+    /// For which platform the image shall be ("linux/arm64"); this machine's if not said. One for another is refused.
     pub platform: Option<String>,
 }
 
@@ -205,6 +206,14 @@ fn check_name(store: &Store, options: &ImportOptions) -> Result<()> {
     }
 }
 
+/// What a new layer lies on, and what it is.
+struct Lying {
+    parent: Option<LayerId>,
+    kind: LayerKind,
+    whole: bool,
+    image: Option<Content>,
+}
+
 /// An import that is under way.
 struct Import<'a> {
     session: Arc<Session>,
@@ -229,24 +238,29 @@ impl Import<'_> {
             Opened::RawStream(input) => self.single(Chunker::Aligned, |feed| disk::read_stream(input, feed)),
             Opened::Qcow2(path) => self.single(Chunker::Aligned, |feed| disk::read_qcow2(&path, feed)),
             Opened::Oci(bundle) => {
-                let layers = image::oci_layers(&bundle, &self.choice())?;
-                self.image(&bundle, &layers)
+                let image = image::oci_image(&bundle, &self.choice()?)?;
+                self.image(&bundle, &image)
             }
             Opened::Docker(bundle) => {
-                let layers = image::docker_layers(&bundle, &self.choice())?;
-                self.image(&bundle, &layers)
+                let image = image::docker_image(&bundle, &self.choice()?)?;
+                self.image(&bundle, &image)
             }
         }
     }
 
-    fn choice(&self) -> Choice {
-        Choice { reference: self.options.reference.clone(), platform: self.options.platform.clone() }
+    fn choice(&self) -> Result<Choice> {
+        let platform = self.options.platform.as_deref().map(str::parse).transpose()?;
+        Ok(Choice { reference: self.options.reference.clone(), platform })
     }
 
     /// A source that is one layer.
     fn single(&mut self, chunker: Chunker, source: impl FnOnce(&mut Feed<'_>) -> Result<()>) -> Result<()> {
         let kind = self.options.kind.unwrap_or(self.usual_kind(self.options.parent));
-        self.layer(self.options.parent, kind, self.options.whole, chunker, source)?;
+        self.layer(
+            Lying { parent: self.options.parent, kind, whole: self.options.whole, image: None },
+            chunker,
+            source,
+        )?;
         Ok(())
     }
 
@@ -255,18 +269,21 @@ impl Import<'_> {
         if parent.is_none() { LayerKind::Base } else { LayerKind::Application }
     }
 
-    /// An image's layers, each on the one before.
-    fn image(&mut self, bundle: &bundle::Bundle, layers: &[ImageLayer]) -> Result<()> {
+    /// An image's layers, each on the one before; what the image says of itself stays with the top one.
+    fn image(&mut self, bundle: &bundle::Bundle, image: &Image) -> Result<()> {
         if self.options.whole && self.options.parent.is_some() {
             return Err(Error::invalid(
                 "an image's layers say themselves what they remove; import it without \"whole\"",
             ));
         }
         let mut parent = self.options.parent;
-        for (position, layer) in layers.iter().enumerate() {
-            let is_top = position + 1 == layers.len();
+        for (position, layer) in image.layers.iter().enumerate() {
+            let is_top = position + 1 == image.layers.len();
             let kind = self.options.kind.filter(|_| is_top).unwrap_or(self.usual_kind(parent));
-            let id = self.layer(parent, kind, false, Chunker::Tree, |feed| image::read_layer(bundle, layer, feed))?;
+            let config = image.config.as_ref().filter(|_| is_top);
+            let image = config.map(|config| config.store(&self.session)).transpose()?;
+            let lying = Lying { parent, kind, whole: false, image };
+            let id = self.layer(lying, Chunker::Tree, |feed| image::read_layer(bundle, layer, feed))?;
             parent = Some(id);
         }
         Ok(())
@@ -274,9 +291,7 @@ impl Import<'_> {
 
     fn layer(
         &mut self,
-        parent: Option<LayerId>,
-        kind: LayerKind,
-        whole: bool,
+        Lying { parent, kind, whole, image }: Lying,
         chunker: Chunker,
         source: impl FnOnce(&mut Feed<'_>) -> Result<()>,
     ) -> Result<LayerId> {
@@ -289,7 +304,7 @@ impl Import<'_> {
             None => None,
             Some(tree) => tree.top().zip(tree.manifest()).map(|(id, manifest)| Parent { id, manifest, tree }),
         };
-        let base = Base { parent: below, like: like.as_ref(), whole, kind };
+        let base = Base { parent: below, like: like.as_ref(), whole, kind, image: image.as_ref() };
         let chunker = self.options.chunker.unwrap_or(chunker);
         let (id, manifest, taken) = feed::layer(&self.session, base, chunker, self.monitor, source)?;
         self.taken.entries += taken.entries;

@@ -69,6 +69,9 @@ impl Output {
     /// Writes the layer.
     pub fn write(self, out: &dyn ChunkWrite, base: Base<'_>, next_ino: Ino) -> Result<(LayerId, Manifest)> {
         let mut writer = LayerWriter::new(out);
+        if let Some(image) = base.image {
+            writer.image(image.clone());
+        }
         write_dentries(&self.dentries.finish()?, &mut writer)?;
         let changed = changed_counts(&self.counts.finish()?, base.parent.map(|parent| parent.tree))?;
         write_inodes(&self.inodes.finish()?, changed, &mut writer)?;

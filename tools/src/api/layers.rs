@@ -220,6 +220,18 @@ pub struct InspectResult {
     pub table_bytes: u64,
     /// What lies at the path, if one was asked for.
     pub entry: Option<EntryInfo>,
+    /// How the image that the stack came from, or its lower part, is run; none if it came from no image.
+    #[serde(default)]
+    pub image: Option<ImageInfo>,
+}
+
+/// An image's configuration, as import found it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// The layer that was the image's top.
+    pub layer: String,
+    /// The properties of the image-spec's configuration, without `rootfs`: `config`, `architecture`, `history`, ….
+    pub configuration: serde_json::Value,
 }
 
 /// What lies at a path.

@@ -71,7 +71,7 @@ pub struct Import {
     /// Which image of an archive that has several
     #[arg(long, value_name = "TAG")]
     pub reference: Option<String>,
-    /// Which image of several platforms, such as linux/arm64 [default: this machine's]
+    /// For which platform the image shall be, such as linux/arm64 [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
     pub platform: Option<String>,
     /// Replace NAME if it exists

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::Session;
 use crate::api::PathText;
 use crate::api::layers::{
-    ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, InspectRequest, InspectResult,
+    ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, ImageInfo, InspectRequest, InspectResult,
 };
 use crate::api::storage::{LayerRef, Origin, WhyRequest, WhyResult};
 use crate::cli::{layers as args, storage};
@@ -55,21 +55,68 @@ fn layer_text(result: &InspectResult, paint: Paint) -> String {
         (Some(id), None) => id.clone(),
         _ => "-".to_owned(),
     };
-    facts(
-        paint,
-        [
-            ("names", names),
-            ("layer", layer.id.clone()),
-            ("kind", layer.kind.clone()),
-            ("on", parent),
-            ("depth", layer.depth.to_string()),
-            ("inodes", units::count(layer.inodes)),
-            ("dentries", units::count(layer.dentries)),
-            ("file sizes", units::size(layer.file_bytes)),
-            ("tables", units::size(result.table_bytes)),
-            ("next inode", units::count(result.next_ino)),
-        ],
-    )
+    let mut list = vec![
+        ("names", names),
+        ("layer", layer.id.clone()),
+        ("kind", layer.kind.clone()),
+        ("on", parent),
+        ("depth", layer.depth.to_string()),
+        ("inodes", units::count(layer.inodes)),
+        ("dentries", units::count(layer.dentries)),
+        ("file sizes", units::size(layer.file_bytes)),
+        ("tables", units::size(result.table_bytes)),
+        ("next inode", units::count(result.next_ino)),
+    ];
+    if let Some(image) = &result.image {
+        list.extend(image_facts(image, &layer.id, paint));
+    }
+    facts(paint, list)
+}
+
+/// How the image is run, without what it doesn't say.
+fn image_facts(image: &ImageInfo, shown: &str, paint: Paint) -> Vec<(&'static str, String)> {
+    let all = &image.configuration;
+    let config = &all["config"];
+    let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(printable);
+    let words =
+        |value: &Value| value.as_array().filter(|words| !words.is_empty()).map(|_| printable(&value.to_string()));
+    let keys = |value: &Value| {
+        let keys: Vec<String> = value.as_object().into_iter().flatten().map(|(key, _)| printable(key)).collect();
+        (!keys.is_empty()).then(|| keys.join(", "))
+    };
+    let of = (image.layer != shown).then(|| format!("of layer {}", paint.dim(&image.layer)));
+    let platform = text(&all["os"]).zip(text(&all["architecture"]));
+    let platform = platform.map(|(os, architecture)| match text(&all["variant"]) {
+        Some(variant) => format!("{os}/{architecture}/{variant}"),
+        None => format!("{os}/{architecture}"),
+    });
+    let lines = [
+        ("image", of),
+        ("platform", platform),
+        ("created", text(&all["created"])),
+        ("entry point", words(&config["Entrypoint"])),
+        ("command", words(&config["Cmd"])),
+        ("user", text(&config["User"])),
+        ("working dir", text(&config["WorkingDir"])),
+        ("ports", keys(&config["ExposedPorts"])),
+        ("volumes", keys(&config["Volumes"])),
+    ];
+    let mut list: Vec<_> = lines.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+    let variables = config["Env"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    list.extend(variables.map(|variable| ("env", printable(variable))));
+    let labels = config["Labels"].as_object().into_iter().flatten();
+    list.extend(labels.map(|(key, value)| {
+        ("label", format!("{}={}", printable(key), printable(value.as_str().unwrap_or_default())))
+    }));
+    if let Some(history) = all["history"].as_array().filter(|history| !history.is_empty()) {
+        list.push(("history", units::plural(history.len() as u64, "step")));
+    }
+    list
+}
+
+/// What came from an image, without what a terminal would act on.
+fn printable(text: &str) -> String {
+    crate::api::escape(text.as_bytes())
 }
 
 fn entry_text(entry: &EntryInfo, paint: Paint) -> String {

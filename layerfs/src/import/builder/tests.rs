@@ -45,6 +45,7 @@ impl Bench {
             like: like.as_ref(),
             whole,
             kind: LayerKind::Base,
+            image: None,
         };
         Ok(builder.finish(&self.chunks, base, &Silent)?.0)
     }

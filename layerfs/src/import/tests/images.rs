@@ -31,8 +31,15 @@ fn layers() -> [Vec<u8>; 3] {
 
 const EXPECTED: [&str; 10] = ["", "bin", "bin/bash", "bin/sh", "etc", "etc/b", "etc/c", "opt", "opt/y", "usr-sh"];
 
+/// How the images are run.
+const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin","A=ä"],"Entrypoint":["/bin/sh"],"Cmd":["-c","x"],"User":"7:7","WorkingDir":"/opt","Labels":{"b":"2","a":"1"},"ExposedPorts":{"80/tcp":{}}},"history":[{"created_by":"one"},{"created_by":"ENV","empty_layer":true},{"created_by":"two"},{"created_by":"three"}]"#;
+
 /// Writes an OCI layout of the three layers.
 fn layout(folder: &Path) {
+    layout_with(folder, &format!("{CONFIG}}}"));
+}
+
+fn layout_with(folder: &Path, config: &str) {
     fs::create_dir_all(folder.join("blobs/sha256")).unwrap();
     let blob = |bytes: &[u8]| {
         fs::write(folder.join("blobs/sha256").join(digest(bytes)), bytes).unwrap();
@@ -46,8 +53,10 @@ fn layout(folder: &Path) {
         blob(&zstd::encode_all(&middle[..], 3).unwrap()),
         blob(&top)
     );
-    let manifest =
-        format!("{{\"schemaVersion\":2,\"config\":{{\"mediaType\":\"x\",{}}},\"layers\":[{layers}]}}", blob(b"{}"));
+    let manifest = format!(
+        "{{\"schemaVersion\":2,\"config\":{{\"mediaType\":\"x\",{}}},\"layers\":[{layers}]}}",
+        blob(config.as_bytes())
+    );
     let kind = "application/vnd.oci.image.manifest.v1+json";
     let index =
         format!("{{\"schemaVersion\":2,\"manifests\":[{{\"mediaType\":\"{kind}\",{}}}]}}", blob(manifest.as_bytes()));
@@ -59,7 +68,7 @@ fn layout(folder: &Path) {
 fn docker_archive(plainly: bool) -> Vec<u8> {
     let [base, middle, top] = layers();
     let ids = [&base, &middle, &top].map(|tar| format!("\"sha256:{}\"", digest(tar))).join(",");
-    let config = format!("{{\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[{ids}]}}}}");
+    let config = format!("{CONFIG},\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[{ids}]}}}}");
     let config_name = if plainly {
         format!("{}.json", digest(config.as_bytes()))
     } else {
@@ -113,6 +122,77 @@ fn an_image_is_the_same_stack_however_it_comes() {
         let report = bench.import_bytes(bytes, &ImportOptions::new(name(&format!("stream-{number}")))).unwrap();
         assert_eq!((report.format, bench.top(&report)), (format, bench.top(&folder)), "{file}");
     }
+}
+
+fn json_of(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// The configuration of the only image of the layout.
+fn exported_config(layout: &Path) -> serde_json::Value {
+    let blob = |digest: &serde_json::Value| layout.join("blobs").join(digest.as_str().unwrap().replace(':', "/"));
+    let index = json_of(&layout.join("index.json"));
+    let manifest = json_of(&blob(&index["manifests"][0]["digest"]));
+    json_of(&blob(&manifest["config"]["digest"]))
+}
+
+#[test]
+fn what_an_image_says_of_itself_comes_out_again() {
+    let bench = Bench::new();
+    layout(&bench.src());
+    let report = bench.import(&bench.src(), "app");
+    let top = bench.top(&report);
+    let (layer, config) = crate::image_config::ImageConfig::of_stack(&*bench.store, top).unwrap().unwrap();
+    assert_eq!(layer, top);
+    let wanted: serde_json::Value = serde_json::from_str(&format!("{CONFIG}}}")).unwrap();
+    assert_eq!(serde_json::Value::from(config.properties().clone()), wanted);
+    // Only the top has it; the tree doesn't.
+    assert!(crate::image_config::ImageConfig::of_stack(&*bench.store, report.layers[1].id).unwrap().is_none());
+    // A layer above inherits it.
+    fs::create_dir(bench.path("more")).unwrap();
+    fs::write(bench.path("more/file"), "more").unwrap();
+    let mut options = ImportOptions::new(name("more"));
+    options.parent = Some(top);
+    let above = bench.top(&bench.try_import(&bench.path("more"), &options).unwrap());
+    for (layer, steps) in [(top, 4), (above, 5)] {
+        let out = bench.path(&format!("out-{steps}"));
+        let to = crate::export::Destination::parse(&format!("oci:{}", out.display()), None).unwrap();
+        crate::export::export(&bench.store, layer, &to, &crate::monitor::Silent).unwrap();
+        let mut found = exported_config(&out);
+        assert_eq!(found["rootfs"]["diff_ids"].as_array().unwrap().len(), steps - 1);
+        let history = found["history"].as_array().unwrap().clone();
+        assert_eq!(history.len(), steps);
+        assert_eq!(history[..4], wanted["history"].as_array().unwrap()[..]);
+        found.as_object_mut().unwrap().remove("rootfs");
+        found["history"] = wanted["history"].clone();
+        assert_eq!(found, wanted);
+    }
+    // What is exported and imported again says the same.
+    let again = bench.import(&bench.path("out-4"), "again");
+    assert_eq!(
+        crate::image_config::ImageConfig::of_stack(&*bench.store, bench.top(&again)).unwrap().unwrap().1,
+        config
+    );
+    // Nothing of it is lost to a collection, or missed by a check.
+    bench.store.gc(&crate::monitor::Silent, Default::default()).unwrap();
+    bench.store.check_stack(above).unwrap();
+    assert!(crate::image_config::ImageConfig::of_stack(&*bench.store, above).unwrap().is_some());
+}
+
+#[test]
+fn an_image_for_another_platform_is_taken_only_if_asked_for() {
+    let bench = Bench::new();
+    layout_with(&bench.src(), r#"{"architecture":"s390x","os":"linux","config":{}}"#);
+    let mut options = ImportOptions::new(name("x"));
+    let error = bench.try_import(&bench.src(), &options).unwrap_err();
+    assert!(error.class() == ErrorClass::Invalid && error.to_string().contains("linux/s390x"), "{error}");
+    options.platform = Some("linux/arm64".to_owned());
+    assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::Invalid);
+    options.platform = Some("nonsense".to_owned());
+    assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::Invalid);
+    assert!(bench.names().is_empty());
+    options.platform = Some("linux/s390x".to_owned());
+    bench.try_import(&bench.src(), &options).unwrap();
 }
 
 #[test]

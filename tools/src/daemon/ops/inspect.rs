@@ -4,13 +4,14 @@ use layerfs::Ino;
 use layerfs::attr::FileKind;
 use layerfs::content::{Content, Extent, Extents};
 use layerfs::diff::{Change, Differences, What};
+use layerfs::image_config::ImageConfig;
 use layerfs::inode::{Inode, Node};
 use layerfs::view::View;
 
 use super::layers::{Catalog, resolve};
 use crate::api::PathText;
 use crate::api::layers::{
-    ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, InspectRequest, InspectResult,
+    ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, ImageInfo, InspectRequest, InspectResult,
 };
 use crate::daemon::http::Context;
 use crate::failure::Result;
@@ -26,11 +27,18 @@ pub fn inspect(context: &Context, request: InspectRequest) -> Result<InspectResu
         next_ino: manifest.next_ino.0,
         table_bytes: manifest.inodes.len() + manifest.dentries.len(),
         entry: None,
+        image: None,
     };
+    let image = ImageConfig::of_stack(&**store, layer)?;
+    result.image = image.filter(|_| request.path.is_none()).map(|(layer, config)| ImageInfo {
+        layer: layer.to_string(),
+        configuration: config.properties().clone().into(),
+    });
     let Some(path) = &request.path else {
         if request.chunks {
             send_chunks(context, "inodes", &manifest.inodes)?;
             send_chunks(context, "dentries", &manifest.dentries)?;
+            manifest.image.iter().try_for_each(|image| send_chunks(context, "image", image))?;
         }
         return Ok(result);
     };

@@ -130,6 +130,7 @@ fn reference(found: &ChunkReference) -> Reference {
         Role::Manifest => ("manifest", None),
         Role::Inodes => ("inodes", None),
         Role::Dentries => ("dentries", None),
+        Role::Image => ("image", None),
         Role::File(ino) => ("file", Some(ino.0)),
     };
     Reference {
