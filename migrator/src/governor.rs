@@ -10,7 +10,7 @@
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -215,6 +215,7 @@ impl Governor {
             controls: Mutex::new(controls),
             asked: Mutex::default(),
             told: Mutex::new(Pace::default()),
+            is_void: AtomicBool::new(false),
             buckets: Default::default(),
             meters: Default::default(),
         }))
@@ -243,6 +244,7 @@ struct Inner {
     asked: Mutex<Option<Pace>>,
     /// What the peer, as the sending side, was told last.
     told: Mutex<Pace>,
+    is_void: AtomicBool,
     buckets: [Mutex<Bucket>; 2],
     meters: [Meter; 2],
 }
@@ -307,6 +309,17 @@ impl Gate {
         controls
     }
 
+    /// The transfer was given up: nothing waits any more, and what is queued need not go out.
+    pub fn give_up(&self) {
+        self.0.is_void.store(true, Ordering::Relaxed);
+        self.0.shared.changed.notify_waiters();
+    }
+
+    /// Whether the transfer was given up.
+    pub fn is_void(&self) -> bool {
+        self.0.is_void.load(Ordering::Relaxed)
+    }
+
     /// Whether it is paused, by either side.
     pub fn is_paused(&self) -> bool {
         self.effective().paused
@@ -325,7 +338,7 @@ impl Gate {
             let changed = self.0.shared.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if !self.effective().paused {
+            if !self.effective().paused || self.is_void() {
                 return;
             }
             changed.await;
@@ -335,7 +348,7 @@ impl Gate {
     /// Waits until `bytes` may go out, or, having come in, until more may be read. Hold the permit while they go.
     pub async fn ready(&self, way: Way, bytes: usize) -> Permit {
         self.0.meters[way as usize].add(bytes as u64);
-        let cost = on_the_wire(bytes);
+        let cost = if self.is_void() { 0.0 } else { on_the_wire(bytes) };
         let was_limited = self.wait_for_own(way, cost).await;
         let priority = self.effective().priority;
         let permit = Permit::new(self.0.shared.clone(), way, priority, !was_limited);
@@ -366,6 +379,9 @@ impl Gate {
         let bucket = &self.0.buckets[way as usize];
         let mut has_waited = false;
         while let Some(rate) = self.effective().limit {
+            if self.is_void() {
+                break;
+            }
             let Some(wait) = bucket.lock().take(rate.bytes_per_second() as f64, cost, Instant::now()) else { break };
             has_waited = true;
             self.sleep(wait).await;
@@ -375,7 +391,7 @@ impl Gate {
 
     async fn wait_for_higher(&self, way: Way, cost: f64) {
         let shared = &self.0.shared;
-        while shared.yields(way, self.effective().priority) {
+        while !self.is_void() && shared.yields(way, self.effective().priority) {
             let wait = shared.lane(way).trickle.lock().take(TRICKLE, cost, Instant::now());
             let Some(wait) = wait else { break };
             self.sleep(wait.min(YIELD_CHECK)).await;
@@ -384,13 +400,14 @@ impl Gate {
 
     async fn wait_for_all(&self, way: Way, cost: f64, priority: Priority) {
         let shared = &self.0.shared;
-        if shared.limit().is_none() {
+        if shared.limit().is_none() || self.is_void() {
             return;
         }
         let lane = shared.lane(way);
         let _turn = lane.turns[priority.index()].lock().await;
         while let Some(rate) = shared.limit() {
-            let Some(wait) = lane.bucket.lock().take(rate, cost, Instant::now()) else { break };
+            let wait = lane.bucket.lock().take(rate, cost, Instant::now()).filter(|_| !self.is_void());
+            let Some(wait) = wait else { break };
             self.sleep(wait).await;
         }
     }
@@ -507,6 +524,12 @@ mod tests {
         assert!(futures::poll!(&mut opening).is_pending() && gate.is_paused());
         gate.asked(Pace::default());
         opening.await;
+
+        let gate = governor.gate(Controls { limit: Some(Rate::new(1024)), paused: true, ..Controls::default() });
+        gate.count(Way::Out, 1 << 20);
+        gate.give_up();
+        gate.open().await;
+        drop(gate.ready(Way::Out, 1).await);
     }
 
     #[test]

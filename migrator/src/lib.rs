@@ -26,6 +26,7 @@ pub mod send;
 #[cfg(test)]
 mod tests;
 pub mod tls;
+pub mod transfers;
 pub mod wire;
 
 pub use error::{Error, Result};
@@ -35,3 +36,4 @@ pub use listener::Listener;
 pub use node::{Node, NodeOptions, PullOptions, PushOptions};
 pub use peers::{Peer, PeerName, Peers, Rights};
 pub use progress::TransferReport;
+pub use transfers::{TransferInfo, Transfers};

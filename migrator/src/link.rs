@@ -156,6 +156,12 @@ enum Outgoing {
     Frame(Bytes),
 }
 
+impl Outgoing {
+    fn is_last_word(&self) -> bool {
+        matches!(self, Outgoing::Message(Message::Error { .. } | Message::Alive))
+    }
+}
+
 /// The way out of a link. Clones write to the same link.
 #[derive(Clone, Debug)]
 pub struct Outbox(mpsc::Sender<Outgoing>);
@@ -451,6 +457,8 @@ async fn write_frames<S: AsyncWrite + Unpin>(
         let mut next = Some(next);
         while let Some(outgoing) = next {
             match outgoing {
+                // Of a transfer that was given up only the reason matters, and that at once.
+                outgoing if gate.get().is_void() && !outgoing.is_last_word() => {}
                 Outgoing::Message(message) => wire::encode(&message, &mut small),
                 Outgoing::Frame(frame) => {
                     let gate = gate.get();

@@ -6,8 +6,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use layerfs::LayerName;
 use layerfs::error::ErrorClass;
-use layerfs::monitor::{Monitor, Silent};
+use layerfs::monitor::Silent;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -16,15 +17,17 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::error::{Error, Result};
 use crate::get;
+use crate::governor::Controls;
 use crate::identity::PublicKey;
 use crate::link::{self, Counted, Counters, Link};
 use crate::node::Node;
-use crate::peers::Peer;
+use crate::peers::{Peer, Visible};
 use crate::progress::Tally;
 use crate::receive::{self, Terms};
 use crate::send;
 use crate::tls;
-use crate::wire::Message;
+use crate::transfers::{Entry, Origin, Plan, Role};
+use crate::wire::{Message, Offer};
 
 /// Connections at a time; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
@@ -151,23 +154,20 @@ fn stranger_error(key: &PublicKey) -> Error {
 }
 
 async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
-    let monitor: Arc<dyn Monitor> = Arc::new(Silent);
     while let Some(request) = link.recv_or_end().await? {
-        let tally = Arc::new(Tally::new());
         match request {
-            offer @ Message::Offer(_) => {
+            Message::Offer(offer) => {
                 require(peer.rights.push, "push to")?;
-                let terms = Terms { visible: peer.rights.visible.clone(), wanted: None };
-                let (names, changed) = receive::run(link, node.store(), terms, Some(offer), &tally, &monitor).await?;
-                log(peer, "received", &tally, names.len(), changed);
+                let names = offer.names.iter().map(|(name, _)| name.clone()).collect();
+                let entry = begin(node, peer, Role::Receiving, names, link)?;
+                let result = take(node, peer, link, offer, &entry).await;
+                entry.end(result)?;
             }
             Message::Fetch { names } => {
                 require(peer.rights.pull, "pull from")?;
-                let (store, visible) = (node.store().clone(), peer.rights.visible.clone());
-                let prepare = move || send::prepare(&store, &names, &visible, false);
-                let prepared = send::joined(tokio::task::spawn_blocking(prepare).await)?;
-                let changed = send::run(link, node.store(), &prepared, &tally, &monitor).await?;
-                log(peer, "sent", &tally, 0, changed);
+                let entry = begin(node, peer, Role::Sending, names.clone(), link)?;
+                let result = give(node, peer, link, names, &entry).await;
+                entry.end(result)?;
             }
             Message::Get { ids } => {
                 require(peer.rights.pull, "get chunks from")?;
@@ -176,6 +176,39 @@ async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
             other => return Err(Error::protocol(link.peer(), format!("{} as a request", other.kind()))),
         }
     }
+    Ok(())
+}
+
+/// A transfer that `peer` begins.
+fn begin(node: &Node, peer: &Peer, role: Role, names: Vec<LayerName>, link: &mut Link) -> Result<Entry> {
+    // Tenants among each other are equal: only who may see all names may say that it is urgent.
+    let controls = Controls { obliging: peer.rights.visible == Visible::All, ..Controls::default() };
+    let names = names.iter().map(LayerName::to_string).collect();
+    let plan = Plan { role, origin: Origin::Peer, peer: peer.name.to_string(), names, controls, id: None };
+    let entry = node.transfers().begin(plan, Arc::new(Silent))?;
+    entry.transfer().set_connections(1);
+    link.govern(entry.transfer().gate().clone());
+    Ok(entry)
+}
+
+/// Receives what `peer` pushes.
+async fn take(node: &Node, peer: &Peer, link: &mut Link, offer: Offer, entry: &Entry) -> Result<()> {
+    let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
+    let terms = Terms { visible: peer.rights.visible.clone(), wanted: None };
+    let first = Some(Message::Offer(offer));
+    let (names, changed) = receive::run(link, node.store(), terms, first, &tally, &monitor).await?;
+    log(peer, "received", &tally, names.len(), changed);
+    Ok(())
+}
+
+/// Sends what `peer` pulls.
+async fn give(node: &Node, peer: &Peer, link: &mut Link, names: Vec<LayerName>, entry: &Entry) -> Result<()> {
+    let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
+    let (store, visible) = (node.store().clone(), peer.rights.visible.clone());
+    let prepare = move || send::prepare(&store, &names, &visible, false);
+    let prepared = send::joined(tokio::task::spawn_blocking(prepare).await)?;
+    let changed = send::run(link, node.store(), &prepared, &tally, &monitor).await?;
+    log(peer, "sent", &tally, prepared.names(), changed);
     Ok(())
 }
 

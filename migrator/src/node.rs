@@ -18,6 +18,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::error::{Error, Result};
 use crate::get;
+use crate::governor::{Controls, Priority, Rate};
 use crate::identity::{Fingerprint, Identity, PublicKey};
 use crate::link::{Counted, Counters, Link, Patience};
 use crate::listener::Listener;
@@ -26,6 +27,7 @@ use crate::progress::{Tally, TransferReport};
 use crate::receive::{self, Terms};
 use crate::send::{self, joined};
 use crate::tls::{self, FoundKey};
+use crate::transfers::{Entry, Origin, Plan, Role, Transfers};
 use crate::wire::{MAX_NAMES, Message};
 
 /// So many strangers are remembered.
@@ -43,6 +45,19 @@ pub struct NodeOptions {
 pub struct PushOptions {
     /// Names that are taken there by other layers are replaced.
     pub force: bool,
+    /// How the transfer is to go.
+    pub manner: Manner,
+}
+
+/// How a transfer that is begun here goes. All of it can be changed while it runs, by [`Node::transfers`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Manner {
+    /// The most that it may take of the network.
+    pub limit: Option<Rate>,
+    /// Who goes first.
+    pub priority: Priority,
+    /// The number under which it is listed: one of [`Transfers::new_id`]; any by default.
+    pub id: Option<u64>,
 }
 
 /// How layers are pulled.
@@ -50,6 +65,8 @@ pub struct PushOptions {
 pub struct PullOptions {
     /// Names that are taken here by other layers are replaced.
     pub force: bool,
+    /// How the transfer is to go.
+    pub manner: Manner,
 }
 
 /// A host that called and isn't a peer.
@@ -70,6 +87,7 @@ struct Inner {
     identity: Identity,
     peers: Peers,
     options: NodeOptions,
+    transfers: Transfers,
     strangers: Mutex<VecDeque<Stranger>>,
 }
 
@@ -81,7 +99,8 @@ impl Node {
     pub fn open(store: Arc<Store>, options: NodeOptions) -> Result<Node> {
         let identity = Identity::load_or_create(store.folder())?;
         let peers = Peers::new(store.clone());
-        Ok(Node(Arc::new(Inner { store, identity, peers, options, strangers: Mutex::default() })))
+        let transfers = Transfers::default();
+        Ok(Node(Arc::new(Inner { store, identity, peers, options, transfers, strangers: Mutex::default() })))
     }
 
     /// The store.
@@ -107,6 +126,11 @@ impl Node {
     /// The peers on record.
     pub fn peers(&self) -> &Peers {
         &self.0.peers
+    }
+
+    /// The transfers that run, either way, and what limits them.
+    pub fn transfers(&self) -> &Transfers {
+        &self.0.transfers
     }
 
     /// How it behaves.
@@ -163,15 +187,29 @@ impl Node {
         options: PushOptions,
         monitor: Arc<dyn Monitor>,
     ) -> Result<TransferReport> {
-        let tally = Arc::new(Tally::new());
         let peer = self.peer(peer).await?;
+        let entry = self.begin(Role::Sending, names, &peer, options.manner, monitor)?;
+        let result = self.push_listed(names, &peer, options, &entry).await;
+        entry.end(result)
+    }
+
+    async fn push_listed(
+        &self,
+        names: &[LayerName],
+        peer: &Peer,
+        options: PushOptions,
+        entry: &Entry,
+    ) -> Result<TransferReport> {
+        let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
         let (store, wanted) = (self.store().clone(), names.to_vec());
         let prepare = move || send::prepare(&store, &wanted, &Visible::All, options.force);
         let prepared = joined(spawn_blocking(prepare).await)?;
-        let (mut link, counters) = self.connect(&peer, &tally, monitor.as_ref()).await?;
+        let (mut link, counters) = self.connect(peer, &tally, monitor.as_ref()).await?;
+        entry.transfer().set_connections(1);
+        link.govern(entry.transfer().gate().clone());
         let result = send::run(&mut link, self.store(), &prepared, &tally, &monitor).await;
         let changed = finish(link, result).await?;
-        Ok(report(&tally, &counters, &peer, names.to_vec(), changed))
+        Ok(report(&tally, &counters, peer, names.to_vec(), changed))
     }
 
     /// Brings `names`, with all layers of their stacks, from the peer called `peer`. What is here already isn't sent.
@@ -185,12 +223,26 @@ impl Node {
         options: PullOptions,
         monitor: Arc<dyn Monitor>,
     ) -> Result<TransferReport> {
-        let tally = Arc::new(Tally::new());
         if names.is_empty() || names.len() > MAX_NAMES {
             return Err(layerfs::Error::invalid(format!("1 to {MAX_NAMES} names can be moved at once")).into());
         }
         let peer = self.peer(peer).await?;
-        let (mut link, counters) = self.connect(&peer, &tally, monitor.as_ref()).await?;
+        let entry = self.begin(Role::Receiving, names, &peer, options.manner, monitor)?;
+        let result = self.pull_listed(names, &peer, options, &entry).await;
+        entry.end(result)
+    }
+
+    async fn pull_listed(
+        &self,
+        names: &[LayerName],
+        peer: &Peer,
+        options: PullOptions,
+        entry: &Entry,
+    ) -> Result<TransferReport> {
+        let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
+        let (mut link, counters) = self.connect(peer, &tally, monitor.as_ref()).await?;
+        entry.transfer().set_connections(1);
+        link.govern(entry.transfer().gate().clone());
         let fetch = link.send(Message::Fetch { names: names.to_vec() }).await;
         let result = match fetch {
             Ok(()) => {
@@ -202,7 +254,7 @@ impl Node {
             Err(error) => Err(error),
         };
         let (names, changed) = finish(link, result).await?;
-        Ok(report(&tally, &counters, &peer, names, changed))
+        Ok(report(&tally, &counters, peer, names, changed))
     }
 
     /// Gets the chunks `ids` from the peer called `peer`, as far as it has them whole and lets us have them; `sink` gets
@@ -220,6 +272,21 @@ impl Node {
         let (mut link, _) = self.connect(&peer, &Tally::new(), &Silent).await?;
         let result = get::run(&mut link, ids, &mut sink).await;
         finish(link, result).await
+    }
+
+    fn begin(
+        &self,
+        role: Role,
+        names: &[LayerName],
+        peer: &Peer,
+        manner: Manner,
+        monitor: Arc<dyn Monitor>,
+    ) -> Result<Entry> {
+        let names = names.iter().map(LayerName::to_string).collect();
+        let Manner { limit, priority, id } = manner;
+        let controls = Controls { limit, priority, ..Controls::default() };
+        let plan = Plan { role, origin: Origin::Here, peer: peer.name.to_string(), names, controls, id };
+        self.transfers().begin(plan, monitor)
     }
 
     async fn peer(&self, name: &str) -> Result<Peer> {

@@ -144,6 +144,9 @@ impl Driver<'_> {
                 Some(message) => Event::Message(message),
                 None => self.next(&mut ticks).await?,
             };
+            if let Some(pace) = self.link.gate().pace_to_tell() {
+                self.link.send(Message::Pace(pace)).await?;
+            }
             let steps = self.on_event(event)?;
             if self.perform(steps).await? {
                 return Ok(self.changed);

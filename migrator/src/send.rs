@@ -39,6 +39,13 @@ pub(crate) struct Prepared {
     _pins: Vec<Pin>,
 }
 
+impl Prepared {
+    /// How many names it has.
+    pub fn names(&self) -> usize {
+        self.offer.names.len()
+    }
+}
+
 /// Looks up `names`, as far as `visible`, and makes an offer of them. Blocks.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! Two real stores, real TCP and TLS on loopback.
 
+mod control;
 mod damage;
 mod pair;
 mod refusals;

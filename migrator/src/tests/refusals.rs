@@ -69,7 +69,11 @@ async fn a_taken_name_is_kept_unless_forced() {
     }
     assert_eq!(pair.there.store().name(&name("x")).unwrap().unwrap().layer, theirs);
     assert_eq!(pair.here.store().name(&name("x")).unwrap().unwrap().layer, ours);
-    pair.here.node.push(&[name("x")], "there", PushOptions { force: true }, silent()).await.unwrap();
+    pair.here
+        .node
+        .push(&[name("x")], "there", PushOptions { force: true, ..Default::default() }, silent())
+        .await
+        .unwrap();
     assert!(pair.there.has_whole("x", ours));
 }
 
