@@ -130,7 +130,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
         resolve(&context.daemon.store, name)?;
     }
     let names = names(&request)?;
-    let options = PushOptions { force: request.force };
+    let options = PushOptions { force: request.force, ..PushOptions::default() };
     let pushed = context.block_on(node.push(&names, &request.peer, options, context.reporter.clone()));
     finish(pushed, &request, "--force replaces it there")
 }
@@ -140,7 +140,7 @@ pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResul
     context.label(format!("pull {} from {}", request.names.join(" "), request.peer));
     let node = context.daemon.peering.node();
     let names = names(&request)?;
-    let options = PullOptions { force: request.force };
+    let options = PullOptions { force: request.force, ..PullOptions::default() };
     let pulled = context.block_on(node.pull(&names, &request.peer, options, context.reporter.clone()));
     finish(pulled, &request, "--force replaces it")
 }
