@@ -216,6 +216,7 @@ impl Governor {
             asked: Mutex::default(),
             told: Mutex::new(Pace::default()),
             is_void: AtomicBool::new(false),
+            was_slowed: AtomicBool::new(false),
             buckets: Default::default(),
             meters: Default::default(),
         }))
@@ -245,6 +246,7 @@ struct Inner {
     /// What the peer, as the sending side, was told last.
     told: Mutex<Pace>,
     is_void: AtomicBool,
+    was_slowed: AtomicBool,
     buckets: [Mutex<Bucket>; 2],
     meters: [Meter; 2],
 }
@@ -341,6 +343,7 @@ impl Gate {
             if !self.effective().paused || self.is_void() {
                 return;
             }
+            self.0.was_slowed.store(true, Ordering::Relaxed);
             changed.await;
         }
     }
@@ -412,8 +415,14 @@ impl Gate {
         }
     }
 
+    /// Whether anything but the network ever held the transfer up.
+    pub fn was_slowed(&self) -> bool {
+        self.0.was_slowed.load(Ordering::Relaxed)
+    }
+
     /// Waits for `time` or a changed setting.
     async fn sleep(&self, time: Duration) {
+        self.0.was_slowed.store(true, Ordering::Relaxed);
         // Woken by the next change; one that came a moment ago is seen when the time is over.
         let _ = tokio::time::timeout(time, self.0.shared.changed.notified()).await;
     }

@@ -15,6 +15,7 @@ pub mod governor;
 pub mod identity;
 pub mod link;
 pub mod listener;
+pub mod measured;
 pub mod meter;
 pub mod node;
 pub mod peers;

@@ -58,12 +58,23 @@ impl Default for Patience {
 pub struct Counters {
     read: AtomicU64,
     written: AtomicU64,
+    round_trip_micros: AtomicU64,
 }
 
 impl Counters {
     /// Bytes read.
     pub fn read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
+    }
+
+    /// How long a round trip took when the connection was made.
+    pub fn round_trip(&self) -> Duration {
+        Duration::from_micros(self.round_trip_micros.load(Ordering::Relaxed))
+    }
+
+    /// Notes how long a round trip took.
+    pub fn set_round_trip(&self, time: Duration) {
+        self.round_trip_micros.store(time.as_micros() as u64, Ordering::Relaxed);
     }
 
     /// Bytes written.

@@ -155,6 +155,8 @@ fn stranger_error(key: &PublicKey) -> Error {
 
 async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
     while let Some(request) = link.recv_or_end().await? {
+        // As they are now: a connection may be older than what its peer may do.
+        let peer = &current(node, peer).await?;
         match request {
             Message::Offer(offer) => {
                 require(peer.rights.push, "push to")?;
@@ -177,6 +179,13 @@ async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The peer with the key of `peer`, as it is on record now.
+async fn current(node: &Node, peer: &Peer) -> Result<Peer> {
+    let (peers, key) = (node.peers().clone(), peer.key);
+    let found = send::joined(tokio::task::spawn_blocking(move || Ok(peers.by_key(&key)?)).await)?;
+    found.ok_or_else(|| stranger_error(&peer.key))
 }
 
 /// A transfer that `peer` begins.

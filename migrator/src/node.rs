@@ -22,12 +22,13 @@ use crate::governor::{Controls, Priority, Rate};
 use crate::identity::{Fingerprint, Identity, PublicKey};
 use crate::link::{Counted, Counters, Link, Patience};
 use crate::listener::Listener;
+use crate::measured::{self, Measured};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
 use crate::progress::{Tally, TransferReport};
 use crate::receive::{self, Terms};
 use crate::send::{self, joined};
 use crate::tls::{self, FoundKey};
-use crate::transfers::{Entry, Origin, Plan, Role, Transfers};
+use crate::transfers::{Entry, Origin, Plan, Role, Transfer, Transfers};
 use crate::wire::{MAX_NAMES, Message};
 
 /// So many strangers are remembered.
@@ -190,6 +191,7 @@ impl Node {
         let peer = self.peer(peer).await?;
         let entry = self.begin(Role::Sending, names, &peer, options.manner, monitor)?;
         let result = self.push_listed(names, &peer, options, &entry).await;
+        self.remember(&peer, entry.transfer()).await;
         entry.end(result)
     }
 
@@ -229,6 +231,7 @@ impl Node {
         let peer = self.peer(peer).await?;
         let entry = self.begin(Role::Receiving, names, &peer, options.manner, monitor)?;
         let result = self.pull_listed(names, &peer, options, &entry).await;
+        self.remember(&peer, entry.transfer()).await;
         entry.end(result)
     }
 
@@ -289,6 +292,33 @@ impl Node {
         self.transfers().begin(plan, monitor)
     }
 
+    /// Keeps how fast the link was, for estimates.
+    async fn remember(&self, peer: &Peer, transfer: &Transfer) {
+        let Some(rate) = transfer.measured_rate() else { return };
+        let new = match transfer.role() {
+            Role::Sending => Measured { out_rate: Some(rate), ..Measured::default() },
+            Role::Receiving => Measured { in_rate: Some(rate), ..Measured::default() },
+        };
+        self.remember_link(peer, new).await;
+    }
+
+    async fn remember_link(&self, peer: &Peer, new: Measured) {
+        let (store, key) = (self.store().clone(), peer.key);
+        let kept = joined(spawn_blocking(move || Ok(measured::remember(&store, &key, new)?)).await);
+        if let Err(error) = kept {
+            tracing::debug!(%error, "the speed of a link was not kept");
+        }
+    }
+
+    /// How fast the link to the peer called `name` was when last measured.
+    ///
+    /// # Errors
+    /// [`layerfs::Error::NotFound`].
+    pub async fn measured(&self, name: &str) -> Result<Measured> {
+        let (store, key) = (self.store().clone(), self.peer(name).await?.key);
+        joined(spawn_blocking(move || Ok(measured::load(&store, &key))).await)
+    }
+
     async fn peer(&self, name: &str) -> Result<Peer> {
         let (peers, name) = (self.peers().clone(), name.to_owned());
         joined(spawn_blocking(move || Ok(peers.get(&name)?)).await)
@@ -304,6 +334,8 @@ impl Node {
         })?;
         let name = peer.name.as_str();
         let (stream, _, counters) = self.dial(name, address, Some(peer.key)).await?;
+        let round_trip_micros = Some(counters.round_trip().as_micros() as u64);
+        self.remember_link(peer, Measured { round_trip_micros, ..Measured::default() }).await;
         Ok((Link::start(stream, name, self.options().patience), counters))
     }
 
@@ -317,11 +349,14 @@ impl Node {
         let label = if name == address { address.to_owned() } else { format!("{name} at {address}") };
         let failed = |error| Error::link("connecting to", &label, error);
         let late = |action| Error::Timeout { action, peer: label.clone(), seconds: patience.as_secs() };
+        let began = std::time::Instant::now();
         let stream = timeout(patience, TcpStream::connect(address)).await.map_err(|_| late("connecting"))?;
         let stream = stream.map_err(failed)?;
         stream.set_nodelay(true).map_err(failed)?;
         let (config, found) = tls::client_config(self.identity(), key).map_err(|e| failed(std::io::Error::other(e)))?;
         let counters = Arc::new(Counters::default());
+        // A TCP handshake is one round trip, and no work at the other side.
+        counters.set_round_trip(began.elapsed());
         let connecting = TlsConnector::from(config).connect(tls::server_name(), Counted::new(stream, counters.clone()));
         let result = timeout(patience, connecting).await.map_err(|_| late("TLS handshake"))?;
         match (result, key, found.get()) {

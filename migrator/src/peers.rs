@@ -139,7 +139,8 @@ pub struct Peer {
 }
 
 impl Peer {
-    fn encode(&self) -> Vec<u8> {
+    /// The record of FORMAT.md, "Peers".
+    pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![RECORD_VERSION];
         out.extend_from_slice(&self.key.0);
         out.put_bytes16(self.address.as_deref().unwrap_or("").as_bytes());
@@ -155,7 +156,11 @@ impl Peer {
         out
     }
 
-    fn decode(name: &[u8], record: &[u8]) -> Result<Peer> {
+    /// The peer called `name` with this record.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for anything malformed, [`Error::Unsupported`] for a later version.
+    pub fn decode(name: &[u8], record: &[u8]) -> Result<Peer> {
         let mut reader = Reader::new("peer record", record);
         let text =
             |bytes: &[u8]| String::from_utf8(bytes.to_vec()).map_err(|_| Error::corrupt("peer record", "not text"));
@@ -224,14 +229,7 @@ impl Peers {
     /// [`Error::Exists`] if the name or the key is taken, [`Error::Invalid`] for an impossible address or pattern.
     pub fn add(&self, mut peer: Peer) -> Result<Peer> {
         peer.address = peer.address.map(|address| normalize_address(&address)).transpose()?;
-        if let Visible::Matching(patterns) = &peer.rights.visible
-            && (patterns.len() > MAX_PATTERNS
-                || patterns.iter().any(|p| p.is_empty() || p.len() > LayerName::MAX_BYTES))
-        {
-            return Err(Error::invalid(format!(
-                "up to {MAX_PATTERNS} patterns of names, none of them empty, are possible"
-            )));
-        }
+        check_patterns(&peer.rights.visible)?;
         let _changing = self.changing.lock();
         for other in self.list()? {
             if other.name == peer.name {
@@ -241,6 +239,24 @@ impl Peers {
                 return Err(Error::Exists { what: "peer with that key", name: other.name.to_string() });
             }
         }
+        let mut batch = Batch::new();
+        batch.put(Cf::Peers, peer.name.as_str(), peer.encode());
+        self.store.db().write(batch, Sync::Yes)?;
+        Ok(peer)
+    }
+
+    /// Changes what is known of the peer called `name` but its name and key, durably.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or [`Error::Invalid`] for an impossible address or pattern.
+    pub fn change(&self, name: &str, change: impl FnOnce(&mut Peer)) -> Result<Peer> {
+        let _changing = self.changing.lock();
+        let old = self.get(name)?;
+        let mut peer = old.clone();
+        change(&mut peer);
+        peer.address = peer.address.map(|address| normalize_address(&address)).transpose()?;
+        check_patterns(&peer.rights.visible)?;
+        let peer = Peer { name: old.name, key: old.key, ..peer };
         let mut batch = Batch::new();
         batch.put(Cf::Peers, peer.name.as_str(), peer.encode());
         self.store.db().write(batch, Sync::Yes)?;
@@ -259,6 +275,17 @@ impl Peers {
         self.store.db().write(batch, Sync::Yes)?;
         Ok(peer)
     }
+}
+
+fn check_patterns(visible: &Visible) -> Result<()> {
+    let Visible::Matching(patterns) = visible else { return Ok(()) };
+    let is_impossible = |pattern: &String| pattern.is_empty() || pattern.len() > LayerName::MAX_BYTES;
+    if patterns.len() > MAX_PATTERNS || patterns.iter().any(is_impossible) {
+        return Err(Error::invalid(format!(
+            "up to {MAX_PATTERNS} patterns of names, none of them empty, are possible"
+        )));
+    }
+    Ok(())
 }
 
 /// `host`, `host:port`, `v6` or `[v6]:port` as `host:port`, with the default port if there is none.

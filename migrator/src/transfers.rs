@@ -120,6 +120,8 @@ struct Course {
     phase: String,
     total: Option<u64>,
     since: Instant,
+    /// How long the phase took in which chunks were moved.
+    moving: Option<Duration>,
     outcome: Option<(State, Option<String>, Instant)>,
 }
 
@@ -145,6 +147,11 @@ impl Transfer {
     /// Its number.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Which side of it this host is.
+    pub fn role(&self) -> Role {
+        self.role
     }
 
     /// Its gate, which every connection of it passes.
@@ -210,6 +217,15 @@ impl Transfer {
         (rate > 0.0).then(|| left as f64 / rate)
     }
 
+    /// How fast the network was, in bytes per second, the chunks' way: if enough was moved to tell, and nothing but the
+    /// network held it up.
+    pub fn measured_rate(&self) -> Option<u64> {
+        let seconds = self.course.lock().moving?.as_secs_f64();
+        let moved = self.gate.meter(self.role.way()).total();
+        let is_enough = (moved >= 1 << 20 && seconds >= 1.0) || moved >= 32 << 20;
+        (is_enough && !self.gate.was_slowed()).then(|| (moved as f64 / seconds.max(0.001)) as u64)
+    }
+
     fn end(&self, state: State, error: Option<String>) {
         let mut course = self.course.lock();
         course.outcome.get_or_insert((state, error, Instant::now()));
@@ -224,6 +240,8 @@ impl Monitor for Transfer {
             if total_bytes.is_some() {
                 self.bytes.store(0, Relaxed);
                 course.since = Instant::now();
+            } else if course.total.is_some() && course.moving.is_none() {
+                course.moving = Some(course.since.elapsed());
             }
             course.phase = name.to_owned();
         }
@@ -344,7 +362,13 @@ impl Transfers {
             gate: self.0.governor.gate(plan.controls),
             monitor,
             started: now,
-            course: Mutex::new(Course { phase: "starting".to_owned(), total: None, since: now, outcome: None }),
+            course: Mutex::new(Course {
+                phase: "starting".to_owned(),
+                total: None,
+                since: now,
+                moving: None,
+                outcome: None,
+            }),
             bytes: AtomicU64::new(0),
             plain: Meter::default(),
             chunks: AtomicU64::new(0),

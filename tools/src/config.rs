@@ -88,6 +88,7 @@ struct ConfigFile {
     cache: Option<String>,
     compression: Option<i32>,
     threads: Option<usize>,
+    limit: Option<String>,
     log: Option<String>,
 }
 
@@ -113,6 +114,7 @@ impl ConfigFile {
             cache: self.cache.or(below.cache),
             compression: self.compression.or(below.compression),
             threads: self.threads.or(below.threads),
+            limit: self.limit.or(below.limit),
             log: self.log.or(below.log),
         }
     }
@@ -172,6 +174,8 @@ pub struct Settings {
     pub compression: Option<i32>,
     /// Threads for chunking and compressing.
     pub threads: Option<usize>,
+    /// What all transfers together may take of the network, each way, in bytes per second.
+    pub limit: Option<u64>,
     /// The daemon's log filter.
     pub log: String,
 }
@@ -208,6 +212,14 @@ impl Settings {
                 Failure::invalid(format!("cache = {text:?} in the config file is no size; write it like \"64 MiB\""))
             })?),
         };
+        let limit = match file.limit.as_deref() {
+            None | Some("none") => None,
+            Some(text) => Some(units::parse_rate(text).ok_or_else(|| {
+                Failure::invalid(format!(
+                    "limit = {text:?} in the config file is no rate; write it like \"100Mbit\" or \"10 MiB\", or \"none\""
+                ))
+            })?),
+        };
         Ok(Settings {
             store: std::path::absolute(&store).map_err(|e| Failure::file("find", &store, e))?,
             store_chosen_by,
@@ -216,6 +228,7 @@ impl Settings {
             cache_bytes,
             compression: file.compression,
             threads: file.threads,
+            limit,
             log: environment.text(ENV_LOG).or(file.log).unwrap_or_else(|| "info".to_owned()),
         })
     }
@@ -311,6 +324,10 @@ mod tests {
         );
         scene.user("listen = \"everywhere\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("everywhere"));
+        scene.user("limit = \"fast\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("100Mbit"));
+        scene.user("limit = \"8Mbit\"\n");
+        assert_eq!(scene.find(None).unwrap().limit, Some(1_000_000));
         scene.user("cache = \"lots\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("64 MiB"));
     }

@@ -173,6 +173,10 @@ pub enum Color {
     Cyan,
     /// See [`Paint::red`].
     Red,
+    /// See [`Paint::green`].
+    Green,
+    /// See [`Paint::yellow`].
+    Yellow,
 }
 
 impl Table {
@@ -221,6 +225,8 @@ impl Table {
                 Some(Color::Dim) => paint.dim(cell),
                 Some(Color::Cyan) => paint.cyan(cell),
                 Some(Color::Red) => paint.red(cell),
+                Some(Color::Green) => paint.green(cell),
+                Some(Color::Yellow) => paint.yellow(cell),
             };
             match self.columns[index].1 {
                 Align::Right => line.push_str(&format!("{padding}{painted}")),

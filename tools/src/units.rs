@@ -32,6 +32,24 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(1 << shift)
 }
 
+/// Parses a rate into bytes per second: `10M`, `10MiB/s`, `100Mbit`, `100 Mbit/s`. Bytes are counted in powers of
+/// 1024, bits in powers of 1000.
+pub fn parse_rate(text: &str) -> Option<u64> {
+    let text = text.trim().to_ascii_lowercase();
+    let text = text.strip_suffix("/s").unwrap_or(&text);
+    let Some(bits) = text.strip_suffix("bit") else { return parse_size(text) };
+    let digits = bits.bytes().take_while(u8::is_ascii_digit).count();
+    let number: u64 = bits[..digits].parse().ok()?;
+    let factor = match bits[digits..].trim() {
+        "" => 1,
+        "k" => 1000,
+        "m" => 1_000_000,
+        "g" => 1_000_000_000,
+        _ => return None,
+    };
+    number.checked_mul(factor).map(|bits| bits / 8)
+}
+
 /// `count` with thin groups: `1,234,567`.
 pub fn count(count: u64) -> String {
     let digits = count.to_string();
@@ -164,6 +182,12 @@ mod tests {
         assert_eq!(parse_size("64 MiB"), Some(64 << 20));
         assert_eq!(parse_size("1g"), Some(1 << 30));
         assert_eq!(parse_size("lots"), None);
+        for (text, bytes) in [("10M", 10 << 20), ("1 GiB/s", 1 << 30), ("100Mbit", 12_500_000), ("8 kbit/s", 1000)] {
+            assert_eq!(parse_rate(text), Some(bytes), "{text}");
+        }
+        for wrong in ["", "fast", "10X", "-1", "10Mbits", "bit"] {
+            assert_eq!(parse_rate(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

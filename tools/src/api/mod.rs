@@ -7,6 +7,7 @@ pub mod layers;
 pub mod mounts;
 pub mod peers;
 pub mod storage;
+pub mod transfers;
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};

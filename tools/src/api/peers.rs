@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::transfers::Priority;
+
 /// `/v1/push`, `/v1/pull`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -13,15 +15,30 @@ pub struct TransferRequest {
     /// Replace names that exist on the receiving side.
     #[serde(default)]
     pub force: bool,
+    /// The most to take of the network, in bytes per second; 0 for no limit.
+    #[serde(default)]
+    pub limit: u64,
+    /// Who goes first.
+    #[serde(default)]
+    pub priority: Priority,
+    /// Answer at once.
+    #[serde(default)]
+    pub background: bool,
 }
 
 /// What a transfer did.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct TransferResult {
     /// The names that the receiving side has now.
     pub names: Vec<String>,
     /// The peer.
     pub peer: String,
+    /// The number under which `transfers` lists it.
+    #[serde(default)]
+    pub transfer: u64,
+    /// It has only begun: the numbers that follow are 0.
+    #[serde(default)]
+    pub background: bool,
     /// Layers that went over.
     pub layers_sent: u64,
     /// Chunks that went over.
@@ -121,6 +138,26 @@ pub struct ProbeResult {
     pub key: String,
     /// The key in a form that people compare.
     pub fingerprint: String,
+}
+
+/// `/v1/peer-set`: changes what a peer may do. What isn't given stays.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerSetRequest {
+    /// What it is called here.
+    pub name: String,
+    /// Where it listens; empty for a host that only connects to this one.
+    #[serde(default)]
+    pub address: Option<String>,
+    /// It may push to this host.
+    #[serde(default)]
+    pub allow_push: Option<bool>,
+    /// It may pull from this host.
+    #[serde(default)]
+    pub allow_pull: Option<bool>,
+    /// The names that it may see; an empty list means all.
+    #[serde(default)]
+    pub visible: Option<Vec<String>>,
 }
 
 /// `/v1/peer-remove`.

@@ -7,6 +7,7 @@ pub mod mounts;
 pub mod peers;
 pub mod storage;
 pub mod system;
+pub mod transfers;
 
 use std::path::PathBuf;
 
@@ -101,6 +102,8 @@ pub enum Command {
 
     Push(peers::Push),
     Pull(peers::Pull),
+    Transfers(transfers::Transfers),
+    Limit(transfers::Limit),
     Peer(peers::Peer),
 
     Stat(storage::Stat),

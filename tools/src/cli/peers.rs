@@ -2,6 +2,8 @@
 
 use clap::{Args, Subcommand};
 
+use super::transfers::Manner;
+
 /// Send layers to a peer, only what it lacks.
 ///
 /// What lies below them goes along. The names appear on the other side all at once, when everything is there and
@@ -9,7 +11,8 @@ use clap::{Args, Subcommand};
 #[derive(Debug, Args)]
 #[command(
     override_usage = "layerctl push [OPTIONS] <NAME>... <PEER>",
-    after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1"
+    after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1\n  \
+        layerctl push app edge1 --limit 20Mbit --priority low --background"
 )]
 pub struct Push {
     /// The layers' names, then the peer's
@@ -18,6 +21,9 @@ pub struct Push {
     /// Replace names that exist there with another layer
     #[arg(long, short)]
     pub force: bool,
+    /// How it is to go.
+    #[command(flatten)]
+    pub manner: Manner,
 }
 
 /// Fetch layers from a peer, only what is lacking here.
@@ -35,6 +41,9 @@ pub struct Pull {
     /// Replace names that exist here with another layer
     #[arg(long, short)]
     pub force: bool,
+    /// How it is to go.
+    #[command(flatten)]
+    pub manner: Manner,
 }
 
 /// Add, list and remove peers, the hosts to exchange layers with.
@@ -67,6 +76,14 @@ pub enum PeerAction {
     /// List the peers
     #[command(alias = "ls", after_help = "Examples:\n  layerctl peer list\n  layerctl peer list --json")]
     List,
+    /// Change what a peer may do and see here, or where it is
+    ///
+    /// What isn't given stays as it is. It holds from the peer's next request on.
+    #[command(after_help = "Examples:\n  \
+        layerctl peer set edge1 --no-push --visible 'app/*' --visible 'base/*'\n  \
+        layerctl peer set edge1 --allow-push --visible '*'\n  \
+        layerctl peer set edge1 --address edge1.example.org:7441")]
+    Set(PeerSet),
     /// Remove peers; they can no longer connect
     #[command(alias = "rm", after_help = "Examples:\n  layerctl peer remove edge1")]
     Remove {
@@ -103,6 +120,33 @@ pub struct PeerAdd {
     /// Replace a peer of this name
     #[arg(long, short)]
     pub force: bool,
+}
+
+/// What to change of a peer.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
+pub struct PeerSet {
+    /// What it is called here
+    #[arg(value_name = "PEER")]
+    pub name: String,
+    /// It may push to this host
+    #[arg(long, group = "change")]
+    pub allow_push: bool,
+    /// It may not push to this host
+    #[arg(long, group = "change", conflicts_with = "allow_push")]
+    pub no_push: bool,
+    /// It may pull from this host
+    #[arg(long, group = "change")]
+    pub allow_pull: bool,
+    /// It may not pull from this host
+    #[arg(long, group = "change", conflicts_with = "allow_pull")]
+    pub no_pull: bool,
+    /// The names that it may see, instead of those until now; `*` alone means all, and all chunks
+    #[arg(long, group = "change", value_delimiter = ',', value_name = "PATTERN")]
+    pub visible: Vec<String>,
+    /// HOST[:PORT]; `-` for a host that only connects to this one
+    #[arg(long, group = "change", value_name = "ADDRESS")]
+    pub address: Option<String>,
 }
 
 /// Splits "NAME… PEER".

@@ -6,6 +6,7 @@ pub mod mounts;
 pub mod peers;
 pub mod storage;
 pub mod system;
+pub mod transfers;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -69,6 +70,8 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Uppers(args) => mounts::uppers(session, args)?,
         Command::Push(args) => peers::push(session, args)?,
         Command::Pull(args) => peers::pull(session, args)?,
+        Command::Transfers(args) => transfers::transfers(session, args)?,
+        Command::Limit(args) => transfers::limit(session, args)?,
         Command::Peer(args) => peers::peer(session, args)?,
         Command::Stat(_) => storage::stat(session)?,
         Command::Du(args) => storage::du(session, args)?,

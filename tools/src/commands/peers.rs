@@ -5,10 +5,11 @@ use std::io::IsTerminal;
 use super::Session;
 use crate::api::Empty;
 use crate::api::peers::{
-    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, ProbeRequest, ProbeResult, StrangerInfo,
-    TransferRequest, TransferResult,
+    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest, ProbeResult,
+    StrangerInfo, TransferRequest, TransferResult,
 };
 use crate::cli::peers as args;
+use crate::cli::transfers::Manner;
 use crate::client::Client;
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Table, facts};
@@ -19,7 +20,8 @@ use crate::units;
 pub fn push(session: &Session, args: args::Push) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     let label = format!("pushing to {peer}");
-    let result: TransferResult = session.work("push", &TransferRequest { names, peer, force: args.force }, &label)?;
+    let request = request(names, peer, args.force, args.manner);
+    let result: TransferResult = session.work("push", &request, &label)?;
     session.output.answer(&result, |result| transferred(result, "sent to"))
 }
 
@@ -27,7 +29,7 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
 pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     let mut display = Display::new(session.output, format!("pulling from {peer}"));
-    let request = TransferRequest { names, peer, force: args.force };
+    let request = request(names, peer, args.force, args.manner);
     let client = session.client_of_new_store()?;
     let result: TransferResult = client.work("pull", &request, &mut display, &mut |_| Ok(()))?;
     session.output.answer(&result, |result| transferred(result, "fetched from"))
@@ -37,7 +39,15 @@ fn split(names_and_peer: Vec<String>) -> Result<(Vec<String>, String)> {
     args::split_names(names_and_peer).ok_or_else(|| Failure::invalid("give the layers' names, then the peer's"))
 }
 
+fn request(names: Vec<String>, peer: String, force: bool, manner: Manner) -> TransferRequest {
+    let Manner { limit, priority, background } = manner;
+    TransferRequest { names, peer, force, limit: limit.map_or(0, |rate| rate.0), priority, background }
+}
+
 fn transferred(result: &TransferResult, verb: &str) -> String {
+    if result.background {
+        return format!("transfer {} runs; `layerctl transfers` shows how it goes\n", result.transfer);
+    }
     let moved = result.bytes_sent + result.bytes_received;
     let mut text = format!("{} {verb} {}: ", result.names.join(", "), result.peer);
     if result.layers_sent == 0 {
@@ -59,6 +69,7 @@ pub fn peer(session: &Session, args: args::Peer) -> Result<()> {
     match args.action {
         args::PeerAction::Add(args) => add(session, args),
         args::PeerAction::List => list(session),
+        args::PeerAction::Set(args) => set(session, args),
         args::PeerAction::Remove { names } => {
             let removed: PeerList = session.call("peer-remove", &PeerRemoveRequest { names })?;
             session.output.answer(&removed, |list| {
@@ -97,6 +108,41 @@ fn add(session: &Session, args: args::PeerAdd) -> Result<()> {
     Ok(())
 }
 
+fn set(session: &Session, args: args::PeerSet) -> Result<()> {
+    let choice = |yes: bool, no: bool| (yes || no).then_some(yes);
+    let request = PeerSetRequest {
+        name: args.name,
+        address: args.address.map(|address| if address == "-" { String::new() } else { address }),
+        allow_push: choice(args.allow_push, args.no_push),
+        allow_pull: choice(args.allow_pull, args.no_pull),
+        visible: match args.visible {
+            none if none.is_empty() => None,
+            all if all == ["*"] => Some(Vec::new()),
+            some => Some(some),
+        },
+    };
+    let peer: PeerInfo = session.call("peer-set", &request)?;
+    session.output.answer(&peer, |peer| {
+        let address = peer.address.as_deref().unwrap_or("-");
+        format!("peer {} at {address} may {} and sees {}\n", peer.name, may(peer), sees(peer))
+    })
+}
+
+/// What a peer may do, in words.
+fn may(peer: &PeerInfo) -> &'static str {
+    match (peer.allow_push, peer.allow_pull) {
+        (true, true) => "push, pull",
+        (true, false) => "push",
+        (false, true) => "pull",
+        (false, false) => "nothing",
+    }
+}
+
+/// The names that a peer sees, in words.
+fn sees(peer: &PeerInfo) -> String {
+    if peer.visible.is_empty() { "all".to_owned() } else { peer.visible.join(", ") }
+}
+
 /// The key that the host shows, once somebody has said that its fingerprint is right.
 fn ask_for_key(session: &Session, client: &Client, args: &args::PeerAdd) -> Result<String> {
     let shown: ProbeResult = client.call("peer-probe", &ProbeRequest { address: args.address.clone() })?;
@@ -133,18 +179,11 @@ fn list(session: &Session) -> Result<()> {
         }
         let mut table = Table::new(&["PEER", "ADDRESS", "MAY", "SEES", "FINGERPRINT"]);
         for peer in &list.peers {
-            let may = match (peer.allow_push, peer.allow_pull) {
-                (true, true) => "push, pull",
-                (true, false) => "push",
-                (false, true) => "pull",
-                (false, false) => "nothing",
-            };
-            let sees = if peer.visible.is_empty() { "all".to_owned() } else { peer.visible.join(", ") };
             table.colored([
                 (peer.name.clone(), Some(Color::Cyan)),
                 (peer.address.clone().unwrap_or_else(|| "-".to_owned()), None),
-                (may.to_owned(), None),
-                (sees, None),
+                (may(peer).to_owned(), None),
+                (sees(peer), None),
                 (peer.fingerprint.clone(), Some(Color::Dim)),
             ]);
         }

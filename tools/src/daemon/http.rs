@@ -51,6 +51,11 @@ impl Context {
         self.reporter.work().set_label(label);
     }
 
+    /// Runs `future` beside the operation, and beyond its end.
+    pub fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(future);
+    }
+
     /// Runs `future`, from the operation's thread.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         self.runtime.block_on(future)

@@ -172,6 +172,8 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
         store,
         settings,
     });
+    let limit = ops::transfers::in_force(&daemon)?;
+    daemon.peering.node().transfers().governor().set_limit(limit.limit.map(migrator::Rate::new));
     let bringing_back = daemon.clone();
     let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store)).await;
     daemon.peering.start().await?;

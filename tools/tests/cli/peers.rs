@@ -21,6 +21,118 @@ fn flip_a_byte(host: &Host) {
     std::fs::write(&pack, bytes).unwrap();
 }
 
+/// Two hosts, of which the second listens; both know each other as "edge" and "central".
+fn acquainted() -> (Host, Host) {
+    let (central, (edge, address)) = (Host::new(), listening());
+    let key = |host: &Host| host.json(&["peer", "id"])["key"].as_str().unwrap().to_owned();
+    central.json(&["peer", "add", "edge", &address, "--key", &key(&edge)]);
+    edge.json(&["peer", "add", "central", "-", "--key", &key(&central)]);
+    (central, edge)
+}
+
+/// The transfer of `host` with this number, once it is in `state`.
+fn transfer(host: &Host, id: u64, state: &str) -> serde_json::Value {
+    loop {
+        let list = host.json(&["transfers"]);
+        let found = list["transfers"].as_array().unwrap().iter().find(|transfer| transfer["id"] == id).cloned();
+        match found {
+            Some(transfer) if transfer["state"] == state => return transfer,
+            Some(transfer) => {
+                assert!(["running", "paused"].contains(&transfer["state"].as_str().unwrap()), "{transfer}")
+            }
+            None => panic!("no transfer {id}: {list}"),
+        }
+    }
+}
+
+#[test]
+fn transfers_are_watched_and_changed() {
+    let (central, edge) = acquainted();
+    central.make_tree("tree");
+    central.json(&["import", "tree", "base"]);
+    hold!("push_background", central.run(&["push", "base", "edge", "--limit", "1k", "--background"]));
+    let running = transfer(&central, 1, "running");
+    assert_eq!(
+        (&running["role"], &running["origin"], &running["limit"]),
+        (&"sending".into(), &"here".into(), &1024.into())
+    );
+    assert_eq!(edge.json(&["transfers"])["transfers"][0]["origin"], "peer");
+    let quiet = central.session(&[
+        &["transfers", "pause", "1"],
+        &["transfers", "priority", "high", "1"],
+        &["transfers", "limit", "2k", "1"],
+        &["transfers", "limit", "5", "1"],
+        &["transfers", "pause", "1", "99"],
+    ]);
+    hold!("transfers_changed", quiet);
+    let paused = transfer(&central, 1, "paused");
+    assert_eq!((&paused["priority"], &paused["limit"]), (&"high".into(), &2048.into()));
+    transfer(&edge, 1, "running");
+    central.json(&["transfers", "resume", "1"]);
+    central.json(&["transfers", "limit", "none", "1"]);
+    transfer(&central, 1, "done");
+    let shown = central.run(&["transfers"]);
+    assert!(shown.contains("push to edge  base   done   100.0%") && shown.contains("high"), "{shown}");
+    central.json(&["push", "base", "edge"]);
+
+    hold!(
+        "limit",
+        central.session(&[
+            &["limit"],
+            &["limit", "80Mbit"],
+            &["limit", "fast"],
+            &["limit", "none"],
+            &["limit", "default"]
+        ])
+    );
+    central.json(&["limit", "1k"]);
+    central.json(&["daemon", "stop"]);
+    assert_eq!(central.json(&["limit"])["limit"], 1024);
+}
+
+#[test]
+fn a_cancelled_transfer_is_so_at_both_sides() {
+    let (central, edge) = acquainted();
+    central.make_tree("tree");
+    central.json(&["import", "tree", "base"]);
+    central.json(&["push", "base", "edge", "--limit", "1k", "--background"]);
+    transfer(&central, 1, "running");
+    while edge.json(&["transfers"])["transfers"].as_array().unwrap().is_empty() {}
+    edge.json(&["transfers", "cancel", "1"]);
+    transfer(&edge, 1, "cancelled");
+    let failed = loop {
+        let list = central.json(&["transfers"]);
+        if list["transfers"][0]["state"] == "failed" {
+            break list;
+        }
+    };
+    assert!(failed["transfers"][0]["error"].as_str().unwrap().contains("cancelled"), "{failed}");
+    assert!(edge.json(&["list"])["layers"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn what_a_peer_may_do_is_changed() {
+    let (central, edge) = acquainted();
+    central.make_tree("tree");
+    central.json(&["import", "tree", "base"]);
+    hold!(
+        "peer_set",
+        edge.session(&[
+            &["peer", "set", "central", "--no-push"],
+            &["peer", "set", "central", "--visible", "app/*,base"],
+            &["peer", "set", "central"],
+            &["peer", "set", "central", "--allow-push", "--no-push"],
+            &["peer", "set", "nobody", "--no-pull"],
+            &["peer", "list"],
+        ])
+    );
+    hold!("push_not_allowed", central.run(&["push", "base", "edge"]));
+    edge.json(&["peer", "set", "central", "--allow-push", "--visible", "app/*"]);
+    hold!("push_not_visible", central.run(&["push", "base", "edge"]));
+    edge.json(&["peer", "set", "central", "--visible", "*"]);
+    central.json(&["push", "base", "edge"]);
+}
+
 #[test]
 fn layers_travel() {
     let (central, _) = listening();

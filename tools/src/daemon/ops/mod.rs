@@ -8,6 +8,7 @@ pub mod layers;
 pub mod mounts;
 pub mod peers;
 pub mod storage;
+pub mod transfers;
 
 use std::sync::Arc;
 
@@ -40,6 +41,10 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/uppers-remove", operation("uppers-remove", Short, mounts::uppers_remove))
         .route("/v1/push", operation("push", Long, peers::push))
         .route("/v1/pull", operation("pull", Long, peers::pull))
+        .route("/v1/transfers", operation("transfers", Short, transfers::list))
+        .route("/v1/transfer-set", operation("transfer-set", Short, transfers::set))
+        .route("/v1/limit", operation("limit", Short, transfers::limit))
+        .route("/v1/peer-set", operation("peer-set", Short, peers::set))
         .route("/v1/peers", operation("peers", Short, peers::list))
         .route("/v1/peer-add", operation("peer-add", Short, peers::add))
         .route("/v1/peer-probe", operation("peer-probe", Short, peers::probe))

@@ -7,8 +7,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use layerfs::LayerName;
+use layerfs::monitor::Monitor;
 use layerfs::store::Store;
 use migrator::TransferReport;
+use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
 use migrator::{Fingerprint, Listener, Node, NodeOptions, Peer, PeerName, PublicKey, PullOptions, PushOptions, Rights};
 use tokio::sync::Mutex;
@@ -16,11 +18,12 @@ use tokio::sync::Mutex;
 use super::layers::{layer_name, resolve, with_force_hint};
 use crate::api::Empty;
 use crate::api::peers::{
-    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, ProbeRequest, ProbeResult, StrangerInfo,
-    TransferRequest, TransferResult,
+    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest, ProbeResult,
+    StrangerInfo, TransferRequest, TransferResult,
 };
 use crate::config::{DEFAULT_PORT, Listen};
 use crate::daemon::http::Context;
+use crate::daemon::work::Reporter;
 use crate::failure::{Class, Failure, Result, describe};
 
 impl From<migrator::Error> for Failure {
@@ -123,35 +126,77 @@ impl Peering {
 
 /// `/v1/push`.
 pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResult> {
-    context.label(format!("push {} to {}", request.names.join(" "), request.peer));
-    let node = context.daemon.peering.node();
+    let label = format!("push {} to {}", request.names.join(" "), request.peer);
     for name in &request.names {
         // For its suggestions.
         resolve(&context.daemon.store, name)?;
     }
     let names = names(&request)?;
-    let options = PushOptions { force: request.force, ..PushOptions::default() };
-    let pushed = context.block_on(node.push(&names, &request.peer, options, context.reporter.clone()));
-    finish(pushed, &request, "--force replaces it there")
+    let node = context.daemon.peering.node().clone();
+    let options = PushOptions { force: request.force, manner: manner(&node, &request)? };
+    let peer = request.peer.clone();
+    let push = |monitor| async move { node.push(&names, &peer, options, monitor).await };
+    run(context, label, &request, options.manner, "--force replaces it there", push)
 }
 
 /// `/v1/pull`.
 pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResult> {
-    context.label(format!("pull {} from {}", request.names.join(" "), request.peer));
-    let node = context.daemon.peering.node();
+    let label = format!("pull {} from {}", request.names.join(" "), request.peer);
     let names = names(&request)?;
-    let options = PullOptions { force: request.force, ..PullOptions::default() };
-    let pulled = context.block_on(node.pull(&names, &request.peer, options, context.reporter.clone()));
-    finish(pulled, &request, "--force replaces it")
+    let node = context.daemon.peering.node().clone();
+    let options = PullOptions { force: request.force, manner: manner(&node, &request)? };
+    let peer = request.peer.clone();
+    let pull = |monitor| async move { node.pull(&names, &peer, options, monitor).await };
+    run(context, label, &request, options.manner, "--force replaces it", pull)
 }
 
 fn names(request: &TransferRequest) -> Result<Vec<LayerName>> {
     request.names.iter().map(|name| layer_name(name)).collect()
 }
 
+fn manner(node: &Node, request: &TransferRequest) -> Result<Manner> {
+    let id = Some(node.transfers().new_id());
+    Ok(Manner { limit: super::transfers::rate(request.limit)?, priority: request.priority.into(), id })
+}
+
+/// Does `transfer`, which gets the monitor to report to, as the request's work or in the background.
+fn run<F>(
+    context: &Context,
+    label: String,
+    request: &TransferRequest,
+    manner: Manner,
+    force_hint: &str,
+    transfer: impl FnOnce(Arc<dyn Monitor>) -> F,
+) -> Result<TransferResult>
+where
+    F: Future<Output = migrator::Result<TransferReport>> + Send + 'static,
+{
+    let id = manner.id.unwrap_or_default();
+    if !request.background {
+        context.label(label);
+        let report = context.block_on(transfer(context.reporter.clone()));
+        return finish(report, request, id, force_hint);
+    }
+    context.daemon.peering.node().peers().get(&request.peer)?;
+    let entry = context.daemon.works.begin(label.clone(), true)?;
+    let (events, mut unheard) = tokio::sync::mpsc::channel(1);
+    let transfer = transfer(Arc::new(Reporter::new(entry.work().clone(), events)));
+    context.spawn(async move {
+        if let Err(error) = transfer.await {
+            tracing::warn!("{label} failed: {}", describe(&error));
+        }
+        // Nobody listens, but that is no reason to stop.
+        unheard.close();
+        drop(entry);
+    });
+    let (names, peer) = (request.names.clone(), request.peer.clone());
+    Ok(TransferResult { names, peer, transfer: id, background: true, ..TransferResult::default() })
+}
+
 fn finish(
     outcome: migrator::Result<TransferReport>,
     request: &TransferRequest,
+    transfer: u64,
     force_hint: &str,
 ) -> Result<TransferResult> {
     let report = outcome.map_err(|error| {
@@ -162,6 +207,8 @@ fn finish(
     Ok(TransferResult {
         names: report.names.iter().map(LayerName::to_string).collect(),
         peer: request.peer.clone(),
+        transfer,
+        background: false,
         layers_sent: report.layers_sent,
         chunks_sent: report.chunks_sent,
         chunks_reused: report.chunks_reused,
@@ -195,6 +242,22 @@ pub fn add(context: &Context, request: PeerAddRequest) -> Result<PeerInfo> {
         peers.add(peer).map_err(|error| with_force_hint(error.into(), "--force replaces what is known of it"))?;
     context.block_on(peering.start())?;
     Ok(info(&added))
+}
+
+/// `/v1/peer-set`.
+pub fn set(context: &Context, request: PeerSetRequest) -> Result<PeerInfo> {
+    let peers = context.daemon.peering.node.peers();
+    let changed = peers.change(&request.name, |peer| {
+        if let Some(address) = request.address {
+            peer.address = Some(address).filter(|address| !address.is_empty());
+        }
+        peer.rights.push = request.allow_push.unwrap_or(peer.rights.push);
+        peer.rights.pull = request.allow_pull.unwrap_or(peer.rights.pull);
+        if let Some(patterns) = request.visible {
+            peer.rights.visible = if patterns.is_empty() { Visible::All } else { Visible::Matching(patterns) };
+        }
+    })?;
+    Ok(info(&changed))
 }
 
 /// `/v1/peer-probe`: the key that a host shows.
