@@ -8,11 +8,15 @@
 //! This crate is asynchronous (tokio); whatever reads the store or hashes runs on blocking threads.
 
 pub mod access;
+mod align;
+mod bundle;
 pub mod check;
+mod encode;
 pub mod error;
 pub mod get;
 pub mod governor;
 pub mod identity;
+mod level;
 pub mod link;
 pub mod listener;
 pub mod measured;
@@ -28,6 +32,7 @@ pub mod send;
 mod tests;
 pub mod tls;
 pub mod transfers;
+mod unbundle;
 pub mod wire;
 
 pub use error::{Error, Result};

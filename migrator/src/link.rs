@@ -159,6 +159,16 @@ impl<S> Counted<S> {
     }
 }
 
+/// So many bytes that could not be sent yet lie in a socket at most.
+const UNSENT_BYTES: u32 = 256 * 1024;
+
+/// Sets a socket up: small messages go at once, and what the link can't take yet stays with us, so that whoever makes
+/// frames sees how fast it is.
+pub(crate) fn set_up(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES)
+}
+
 /// What is to be written.
 #[derive(Debug)]
 enum Outgoing {

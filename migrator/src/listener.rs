@@ -117,7 +117,7 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: SocketAddr) -> Result<()> {
     let patience = node.options().patience;
     let address = from.to_string();
-    stream.set_nodelay(true).map_err(|e| Error::link("setting up", &address, e))?;
+    link::set_up(&stream).map_err(|e| Error::link("setting up", &address, e))?;
     let counters = Arc::new(Counters::default());
     let handshake = timeout(patience.connect, acceptor.accept(Counted::new(stream, counters.clone()))).await;
     let late = |_| Error::Timeout { action: "handshake", peer: address.clone(), seconds: patience.connect.as_secs() };

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::get;
 use crate::governor::{Controls, Priority, Rate};
 use crate::identity::{Fingerprint, Identity, PublicKey};
-use crate::link::{Counted, Counters, Link, Patience};
+use crate::link::{self, Counted, Counters, Link, Patience};
 use crate::listener::Listener;
 use crate::measured::{self, Measured};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
@@ -352,7 +352,7 @@ impl Node {
         let began = std::time::Instant::now();
         let stream = timeout(patience, TcpStream::connect(address)).await.map_err(|_| late("connecting"))?;
         let stream = stream.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
+        link::set_up(&stream).map_err(failed)?;
         let (config, found) = tls::client_config(self.identity(), key).map_err(|e| failed(std::io::Error::other(e)))?;
         let counters = Arc::new(Counters::default());
         // A TCP handshake is one round trip, and no work at the other side.

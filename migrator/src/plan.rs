@@ -3,24 +3,49 @@
 //!
 //! Tables are compared piece by piece with those of all held layers; only pieces that none of them has are opened, and
 //! of these the records' contents are compared with the content of the same inode in the most related held layers. So
-//! the work and the questions grow with what changed. Nothing here has to be exact: a chunk too many costs 32 bytes on
+//! the work and the questions grow with what changed. What is new is paired with what stood in its place there. Nothing here has to be exact: a chunk too many costs 32 bytes on
 //! the wire, and one too few is found by the receiver's verification.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
-use layerfs::chunk::ChunkRead;
+use layerfs::chunk::{ChunkRead, Class};
 use layerfs::closure::{Part, Records, walk_content};
 use layerfs::content::Content;
 use layerfs::inode::{Inode, Node};
 use layerfs::manifest::Manifest;
 use layerfs::{ChunkId, Ino, LayerId, Result};
 
+use crate::align::align;
+
 /// A chunk that the receiver may lack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
     /// Its id.
     pub id: ChunkId,
     /// Its plain length, where the structure that refers to it tells.
+    pub bytes: u32,
+    /// What it holds.
+    pub class: Class,
+    /// Chunks that the receiver holds and that this one probably resembles.
+    pub bases: Option<Arc<[Base]>>,
+    /// Whether the receiver lacks it almost certainly, so that asking would be a waste.
+    pub is_certain: bool,
+}
+
+impl Candidate {
+    /// A chunk of which no more is known.
+    pub fn new(id: ChunkId, bytes: u32) -> Candidate {
+        Candidate { id, bytes, class: Class::Data, bases: None, is_certain: false }
+    }
+}
+
+/// A chunk of a held layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// Its id.
+    pub id: ChunkId,
+    /// Its plain length, or a guess.
     pub bytes: u32,
 }
 
@@ -43,7 +68,7 @@ pub fn candidates(
 ) -> Result<()> {
     let held = Held::load(chunks, held)?;
     let mut recent = Recent::default();
-    let mut once = |id: ChunkId, bytes: u32| if recent.insert(id) { sink(Candidate { id, bytes }) } else { Ok(()) };
+    let mut once = |candidate: Candidate| if recent.insert(candidate.id) { sink(candidate) } else { Ok(()) };
     for layer in lacking {
         LayerPlan { chunks, held: &held, sink: &mut once }.run(*layer)?;
     }
@@ -81,85 +106,92 @@ impl Held {
 struct LayerPlan<'a> {
     chunks: &'a dyn ChunkRead,
     held: &'a Held,
-    sink: &'a mut dyn FnMut(ChunkId, u32) -> Result<()>,
+    sink: &'a mut dyn FnMut(Candidate) -> Result<()>,
 }
 
 impl<'a> LayerPlan<'a> {
     fn run(&mut self, layer: LayerId) -> Result<()> {
         let bytes = self.chunks.get(&layer.0)?;
         let manifest = Manifest::decode(&bytes)?;
-        (self.sink)(layer.0, bytes.len() as u32)?;
-        if let Some(image) = &manifest.image {
-            self.table(image, &mut |_, _| {})?;
-        }
         let mut hits = vec![0u32; self.held.layers.len()];
         let mut shared = HashSet::new();
-        self.table(&manifest.dentries, &mut |layer, _| hits[layer] += 1)?;
-        self.table(&manifest.inodes, &mut |layer, piece| {
+        self.hits(&manifest.dentries, &mut |layer, _| hits[layer] += 1)?;
+        self.hits(&manifest.inodes, &mut |layer, piece| {
             hits[layer] += 1;
             shared.insert(piece);
         })?;
-        let mut related = self.related(&manifest, &hits, &shared)?;
         let held = self.held;
+        let related = self.related(&manifest, &hits);
+        let nearest = related.first().map(|at| &held.layers[*at]);
+        let base = nearest.map(|(id, _)| Arc::from([Base { id: id.0, bytes: bytes.len() as u32 }]));
+        (self.sink)(Candidate {
+            id: layer.0,
+            bytes: bytes.len() as u32,
+            class: Class::Manifest,
+            bases: base,
+            is_certain: true,
+        })?;
+        let is_known = |id: &ChunkId| held.known.contains_key(id);
+        if let Some(image) = &manifest.image {
+            let old: Vec<&Content> = nearest.iter().filter_map(|(_, manifest)| manifest.image.as_ref()).collect();
+            align(self.chunks, Class::Data, image, &old, &is_known, self.sink)?;
+        }
+        let tables: [(&Content, fn(&Manifest) -> &Content); 2] =
+            [(&manifest.dentries, |m| &m.dentries), (&manifest.inodes, |m| &m.inodes)];
+        for (table, of) in tables {
+            let old: Vec<&Content> = nearest.iter().map(|(_, manifest)| of(manifest)).collect();
+            align(self.chunks, Class::Table, table, &old, &is_known, self.sink)?;
+        }
+        let cursors = related.iter().map(|at| Cursor::new(self.chunks, &held.layers[*at].1, &shared));
+        let mut cursors = cursors.collect::<Result<Vec<_>>>()?;
         let mut inodes = Records::inodes(self.chunks, &manifest)?.only(|piece| !held.known.contains_key(piece));
         while let Some(inode) = inodes.next_inode()? {
             if let Node::File(content @ Content::Extents { .. }) = &inode.node {
-                self.file(inode.ino, content, &mut related)?;
+                self.file(inode.ino, content, &mut cursors)?;
             }
         }
         Ok(())
     }
 
-    /// Gives the list nodes and pieces of a table that no held layer has to the sink; of the other pieces `found` is
-    /// told the held layer.
-    fn table(&mut self, table: &Content, found: &mut dyn FnMut(usize, ChunkId)) -> Result<()> {
+    /// Tells `found` which held layer has each piece of `table` that one has.
+    fn hits(&self, table: &Content, found: &mut dyn FnMut(usize, ChunkId)) -> Result<()> {
         walk_content(self.chunks, table, &mut |part| {
-            match (part, self.held.known.get(&part.id())) {
-                (Part::Chunk(id, _), Some(layer)) => found(usize::from(*layer), id),
-                (Part::Node(_), Some(_)) => {}
-                (Part::Chunk(id, bytes), None) => (self.sink)(id, bytes)?,
-                (Part::Node(id), None) => (self.sink)(id, 0)?,
+            if let (Part::Chunk(id, _), Some(layer)) = (part, self.held.known.get(&part.id())) {
+                found(usize::from(*layer), id);
             }
             Ok(true)
         })
     }
 
-    /// The held layers whose records are worth comparing: those below in the stack, top first, then those that share
-    /// the most.
-    fn related<'s>(&self, manifest: &Manifest, hits: &[u32], shared: &'s HashSet<ChunkId>) -> Result<Vec<Cursor<'s>>>
-    where
-        'a: 's,
-    {
-        let position = |id: LayerId| self.held.layers.iter().position(|(other, _)| *other == id);
-        let mut chosen = Vec::new();
-        let mut below = manifest.parent;
-        while let Some(at) = below.and_then(position) {
-            chosen.push(at);
-            below = self.held.layers[at].1.parent;
+    /// The held layers that are worth comparing with, as places in [`Held::layers`]: those that share the most, with
+    /// the same parent before others; then those below in the stack, top first.
+    fn related(&self, manifest: &Manifest, hits: &[u32]) -> Vec<usize> {
+        let layers = &self.held.layers;
+        let position = |id: LayerId| layers.iter().position(|(other, _)| *other == id);
+        let mut below = Vec::new();
+        let mut next = manifest.parent;
+        while let Some(at) = next.and_then(position) {
+            below.push(at);
+            next = layers[at].1.parent;
         }
-        let mut others: Vec<usize> = (0..hits.len()).filter(|at| hits[*at] > 0 && !chosen.contains(at)).collect();
-        others.sort_by_key(|at| std::cmp::Reverse(hits[*at]));
-        chosen.extend(others.into_iter().take(MAX_RELATED));
-        chosen.into_iter().map(|at| Cursor::new(self.chunks, &self.held.layers[at].1, shared)).collect()
+        let is_sibling = |at: usize| layers[at].1.parent == manifest.parent;
+        let mut others: Vec<usize> = (0..hits.len()).filter(|at| !below.contains(at)).collect();
+        others.retain(|at| hits[*at] > 0 || is_sibling(*at));
+        others.sort_by_key(|at| std::cmp::Reverse((hits[*at], is_sibling(*at))));
+        others.truncate(MAX_RELATED);
+        // A layer's predecessor stands beside it. What it stands on was left as it is, mostly.
+        others.extend(below);
+        others
     }
 
     fn file(&mut self, ino: Ino, content: &Content, related: &mut [Cursor<'_>]) -> Result<()> {
-        let mut there = HashSet::new();
+        let mut olds = Vec::new();
         for cursor in related {
-            if let Some(other) = cursor.content_of(ino)? {
-                walk_content(self.chunks, other, &mut |part| Ok(there.insert(part.id())))?;
+            if let Some(other @ Content::Extents { .. }) = cursor.content_of(ino)? {
+                olds.push(other);
             }
         }
-        walk_content(self.chunks, content, &mut |part| {
-            let (id, bytes) = match part {
-                Part::Node(id) => (id, 0),
-                Part::Chunk(id, bytes) => (id, bytes),
-            };
-            if there.contains(&id) {
-                return Ok(false);
-            }
-            (self.sink)(id, bytes).map(|()| true)
-        })
+        align(self.chunks, Class::Data, content, &olds, &|_| false, self.sink)
     }
 }
 

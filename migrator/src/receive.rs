@@ -27,7 +27,8 @@ use crate::peers::Visible;
 use crate::progress::Tally;
 use crate::protocol::{Receiver, ReceiverStep};
 use crate::send::{CANCEL_CHECK, joined};
-use crate::wire::{Message, Offer};
+use crate::unbundle;
+use crate::wire::{Bundle, Message, Offer};
 
 /// Frames that are being verified or wait to be appended.
 const MAX_JOBS: usize = 8;
@@ -121,16 +122,22 @@ struct Driver<'a> {
     accepted: Option<Arc<Accepted>>,
     checking: Option<JoinHandle<Result<Vec<bool>>>>,
     to_check: VecDeque<Vec<ChunkId>>,
-    verifying: FuturesOrdered<JoinHandle<Result<Vec<Verified>>>>,
+    verifying: FuturesOrdered<JoinHandle<Result<Batch>>>,
     appending: Option<JoinHandle<Result<()>>>,
     changed: u16,
+}
+
+/// Chunks that are verified.
+struct Batch {
+    chunks: Vec<Verified>,
+    is_bundle: bool,
 }
 
 /// What happened next.
 enum Event {
     Message(Message),
     Checked(Vec<bool>),
-    Verified(Vec<Verified>),
+    Verified(Batch),
     Appended,
     Tick,
 }
@@ -166,7 +173,7 @@ impl Driver<'_> {
                 self.check_next();
                 return Ok(self.machine.have_checked(&present));
             }
-            Event::Verified(chunks) => self.append(chunks),
+            Event::Verified(batch) => return self.verified(batch),
             Event::Appended => failpoint::hit("receive.chunk"),
             Event::Tick => layerfs::monitor::check(self.monitor.as_ref())?,
         }
@@ -201,6 +208,7 @@ impl Driver<'_> {
                     }
                 }
                 ReceiverStep::Store(chunks) => self.verify(chunks)?,
+                ReceiverStep::Open(bundle) => self.open(bundle)?,
                 ReceiverStep::Commit => steps.extend(self.commit().await?),
                 ReceiverStep::Finish => return Ok(true),
             }
@@ -235,23 +243,52 @@ impl Driver<'_> {
     }
 
     fn verify(&mut self, chunks: Vec<StoredChunk>) -> Result<()> {
+        let sum = |of: fn(&StoredChunk) -> u64| chunks.iter().map(of).sum::<u64>();
+        let plain = sum(|chunk| u64::from(chunk.plain_bytes));
+        self.count(chunks.len(), plain, sum(|chunk| chunk.stored.len() as u64))?;
+        self.verifying.push_back(spawn_blocking(move || {
+            let verified = chunks.into_iter().map(|chunk| chunk::verify(chunk).map(|(_, verified)| verified));
+            Ok(Batch { chunks: verified.collect::<layerfs::Result<Vec<_>>>()?, is_bundle: false })
+        }));
+        Ok(())
+    }
+
+    fn open(&mut self, bundle: Bundle) -> Result<()> {
+        let plain = bundle.chunks.iter().map(|(_, bytes)| u64::from(*bytes)).sum();
+        self.count(bundle.chunks.len(), plain, bundle.frame.len() as u64)?;
+        let (context, accepted) = (self.context.clone(), self.accepted.clone());
+        let peer = self.link.peer().to_owned();
+        self.verifying.push_back(spawn_blocking(move || {
+            let Some(accepted) = accepted else { return Err(Error::protocol(&peer, "a bundle before its offer")) };
+            let chunks = unbundle::open(&context.store, &context.session, &accepted.access, &bundle, &peer)?;
+            Ok(Batch { chunks, is_bundle: true })
+        }));
+        Ok(())
+    }
+
+    fn count(&self, chunks: usize, plain_bytes: u64, stored_bytes: u64) -> Result<()> {
         let restricted = self.context.terms.visible != Visible::All;
         if restricted && self.machine.received() > MAX_RESTRICTED_CHUNKS {
             let message = format!("a peer with restricted rights may send {MAX_RESTRICTED_CHUNKS} chunks at once");
             return Err(Error::refused(ErrorClass::Denied, message));
         }
-        self.tally.chunks.fetch_add(chunks.len() as u64, Relaxed);
-        let sum = |of: fn(&StoredChunk) -> u64| chunks.iter().map(of).sum::<u64>();
-        let plain = sum(|chunk| u64::from(chunk.plain_bytes));
-        self.tally.plain_bytes.fetch_add(plain, Relaxed);
-        self.tally.stored_bytes.fetch_add(sum(|chunk| chunk.stored.len() as u64), Relaxed);
-        self.monitor.advance(plain);
-        self.monitor.items(chunks.len() as u64);
-        self.verifying.push_back(spawn_blocking(move || {
-            let verified = chunks.into_iter().map(|chunk| chunk::verify(chunk).map(|(_, verified)| verified));
-            Ok(verified.collect::<layerfs::Result<Vec<_>>>()?)
-        }));
+        self.tally.chunks.fetch_add(chunks as u64, Relaxed);
+        self.tally.plain_bytes.fetch_add(plain_bytes, Relaxed);
+        self.tally.stored_bytes.fetch_add(stored_bytes, Relaxed);
+        self.monitor.advance(plain_bytes);
+        self.monitor.items(chunks as u64);
         Ok(())
+    }
+
+    /// Appends what is verified, and tells the machine which chunks a bundle held.
+    fn verified(&mut self, batch: Batch) -> Result<Vec<ReceiverStep>> {
+        let ids: Vec<ChunkId> = batch.chunks.iter().map(|chunk| chunk.stored().id).collect();
+        self.append(batch.chunks);
+        if !batch.is_bundle {
+            return Ok(Vec::new());
+        }
+        let violation = |v: crate::protocol::Violation| Error::protocol(self.link.peer(), v.0);
+        self.machine.opened(ids).map_err(violation)
     }
 
     fn append(&mut self, chunks: Vec<Verified>) {
@@ -275,7 +312,7 @@ impl Driver<'_> {
             joined(appending.await)?;
         }
         while let Some(verified) = self.verifying.next().await {
-            self.append(joined(verified)?);
+            self.append(joined(verified)?.chunks);
             if let Some(appending) = self.appending.take() {
                 joined(appending.await)?;
                 failpoint::hit("receive.chunk");

@@ -1,35 +1,39 @@
 //! The sending side's driver: does what [`Sender`] says, over a [`Link`], from a [`Store`].
 //!
-//! Three things run beside one another: a thread that works out what to ask for, a thread that reads wanted chunks
-//! and packs them into frames, and the task here that moves messages. Invariant: the steps' order is kept: End goes the
-//! way of the chunks.
+//! Three things run beside one another: a thread that works out what to ask for, the encoder's threads that make frames of
+//! wanted chunks, and the task here that moves messages. Invariant: the steps' order is kept: End goes the way of the
+//! chunks.
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use layerfs::error::ErrorClass;
 use layerfs::manifest::Manifest;
 use layerfs::monitor::Monitor;
 use layerfs::store::{Pin, Store};
-use layerfs::{ChunkId, LayerId, LayerName};
+use layerfs::{LayerId, LayerName};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::access::visible_layers;
+use crate::encode::{Encoder, Job, Work};
 use crate::error::{Error, Result};
-use crate::link::{Link, Outbox};
+use crate::link::Link;
 use crate::peers::Visible;
 use crate::plan::{self, Candidate};
 use crate::progress::Tally;
 use crate::protocol::{Sender, SenderStep};
-use crate::wire::{ChunksWriter, MAX_ASK, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer};
+use crate::wire::{MAX_ASK, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer};
 
 /// How often a monitor is asked whether to go on.
 pub(crate) const CANCEL_CHECK: Duration = Duration::from_millis(200);
 /// Batches of candidates that wait to be asked for.
 const PLANNED_BATCHES: usize = 4;
+/// So much is sent without asking at most, in one transfer: a transfer that is resumed would send it again.
+const MAX_CHUNKS_AHEAD: usize = 4096;
+const MAX_BYTES_AHEAD: u64 = 4 << 20;
 /// Only so many of the latest names are looked at for hints.
 const MAX_HINT_NAMES: usize = 1000;
 
@@ -128,7 +132,7 @@ pub(crate) async fn run(
     tally.layers.store(offer.layers.len() as u64, Relaxed);
     let (machine, first) = Sender::new(offer);
     let mut driver =
-        Driver { link, store, offer: &prepared.offer, machine, tally, monitor, planner: None, reader: None };
+        Driver { link, store, offer: &prepared.offer, machine, tally, monitor, planner: None, encoder: None };
     tally.phase("negotiate");
     monitor.phase("comparing", None);
     // The threads end by themselves once their queues are gone.
@@ -143,13 +147,13 @@ struct Driver<'a> {
     tally: &'a Arc<Tally>,
     monitor: &'a Arc<dyn Monitor>,
     planner: Option<Planner>,
-    reader: Option<Reader>,
+    encoder: Option<Encoder>,
 }
 
 /// What happened next.
 enum Event {
     Message(Message),
-    Planned(Option<Vec<Candidate>>),
+    Planned(Option<Planned>),
     Sent(Option<usize>),
     Tick,
 }
@@ -167,7 +171,8 @@ impl Driver<'_> {
                     let violation = |v: crate::protocol::Violation| Error::protocol(self.link.peer(), v.0);
                     self.machine.on_message(message).map_err(violation)?
                 }
-                Event::Planned(Some(batch)) => vec![self.machine.ask(batch)],
+                Event::Planned(Some(Planned::Ask(batch))) => vec![self.machine.ask(batch)],
+                Event::Planned(Some(Planned::Ahead(batch))) => vec![self.machine.send_ahead(batch)],
                 Event::Planned(None) => {
                     self.finish_planner().await?;
                     self.machine.plan_finished()
@@ -176,7 +181,7 @@ impl Driver<'_> {
                     self.machine.sent(count);
                     Vec::new()
                 }
-                Event::Sent(None) => return Err(self.why_reader_ended().await),
+                Event::Sent(None) => return Err(self.why_encoder_ended().await),
                 Event::Tick => {
                     layerfs::monitor::check(self.monitor.as_ref())?;
                     Vec::new()
@@ -197,8 +202,8 @@ impl Driver<'_> {
             }
         };
         let sent = async {
-            match &mut self.reader {
-                Some(reader) => reader.sent.recv().await,
+            match &mut self.encoder {
+                Some(encoder) => encoder.sent.recv().await,
                 None => std::future::pending().await,
             }
         };
@@ -214,10 +219,10 @@ impl Driver<'_> {
     async fn perform(&mut self, steps: Vec<SenderStep>) -> Result<Option<u16>> {
         for step in steps {
             match step {
-                SenderStep::Send(message @ Message::End { .. }) => self.read(Job::Last(message)).await?,
+                SenderStep::Send(message @ Message::End { .. }) => self.encode(Job::Last(message)).await?,
                 SenderStep::Send(message) => self.link.send(message).await?,
                 SenderStep::Plan { lacking, held } => self.plan(&lacking, &held)?,
-                SenderStep::SendChunks(ids) => self.read(Job::Chunks(ids)).await?,
+                SenderStep::SendChunks(chunks) => self.encode(Job::Chunks(chunks)).await?,
                 SenderStep::Reused { chunks, bytes } => {
                     self.tally.reused.fetch_add(chunks as u64, Relaxed);
                     self.monitor.advance(bytes);
@@ -238,17 +243,24 @@ impl Driver<'_> {
         self.tally.layers_lacking.store(lacks.len() as u64, Relaxed);
         self.tally.phase("send");
         self.monitor.phase("sending", Some(total));
-        self.planner = Some(Planner::start(self.store.clone(), lacks, held));
-        let outbox = self.link.outbox()?;
-        self.reader = Some(Reader::start(self.store.clone(), outbox, self.tally.clone(), self.monitor.clone()));
+        let sent_ahead = Arc::new(AtomicU64::new(0));
+        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone()));
+        let work = Work {
+            store: self.store.clone(),
+            outbox: self.link.outbox()?,
+            tally: self.tally.clone(),
+            monitor: self.monitor.clone(),
+            sent_ahead,
+        };
+        self.encoder = Some(Encoder::start(work, Sender::WINDOW / MAX_ASK + 2 * PLANNED_BATCHES));
         Ok(())
     }
 
-    /// Hands `job` to the reading thread. Its queue holds more than the window allows, so this doesn't wait long.
-    async fn read(&mut self, job: Job) -> Result<()> {
-        let Some(reader) = &self.reader else { return Ok(()) };
-        if reader.jobs.send(job).await.is_err() {
-            return Err(self.why_reader_ended().await);
+    /// Hands `job` to the encoder. Its queue holds more than the window allows; only what goes ahead waits here.
+    async fn encode(&mut self, job: Job) -> Result<()> {
+        let Some(encoder) = &self.encoder else { return Ok(()) };
+        if encoder.jobs.send(job).await.is_err() {
+            return Err(self.why_encoder_ended().await);
         }
         Ok(())
     }
@@ -260,12 +272,14 @@ impl Driver<'_> {
         }
     }
 
-    /// The reading thread ends early only if it failed or the link did.
-    async fn why_reader_ended(&mut self) -> Error {
-        if let Some(reader) = self.reader.take()
-            && let Err(error) = joined(reader.thread.await)
-        {
-            return error;
+    /// The encoder ends early only if it failed or the link did.
+    async fn why_encoder_ended(&mut self) -> Error {
+        if let Some(Encoder { jobs, thread, .. }) = self.encoder.take() {
+            // It waits for these.
+            drop(jobs);
+            if let Err(error) = joined(thread.await) {
+                return error;
+            }
         }
         self.link.why_gone().await
     }
@@ -276,105 +290,47 @@ pub(crate) fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Re
     result.unwrap_or_else(|error| Err(Error::refused(ErrorClass::Io, format!("a worker thread failed: {error}"))))
 }
 
+/// What the planner has found.
+enum Planned {
+    /// What the receiver may have.
+    Ask(Vec<Candidate>),
+    /// What it lacks.
+    Ahead(Vec<Candidate>),
+}
+
 /// The thread that works out what to ask for.
 struct Planner {
-    batches: mpsc::Receiver<Vec<Candidate>>,
+    batches: mpsc::Receiver<Planned>,
     thread: JoinHandle<Result<()>>,
 }
 
 impl Planner {
-    fn start(store: Arc<Store>, lacking: Vec<LayerId>, held: Vec<LayerId>) -> Planner {
+    fn start(store: Arc<Store>, lacking: Vec<LayerId>, held: Vec<LayerId>, bytes_ahead: Arc<AtomicU64>) -> Planner {
         let (queue, batches) = mpsc::channel(PLANNED_BATCHES);
         let thread = tokio::task::spawn_blocking(move || {
-            let mut batch = Vec::with_capacity(MAX_ASK);
-            let gone = || layerfs::Error::Cancelled;
-            plan::candidates(store.as_ref(), &lacking, &held, &mut |candidate| {
+            let give = |planned| queue.blocking_send(planned).map_err(|_| layerfs::Error::Cancelled);
+            let (mut ask, mut ahead) = (Vec::new(), Vec::new());
+            let mut chunks_ahead = 0;
+            plan::candidates(store.as_ref(), &lacking, &held, &mut |mut candidate| {
+                candidate.is_certain &= chunks_ahead < MAX_CHUNKS_AHEAD && bytes_ahead.load(Relaxed) < MAX_BYTES_AHEAD;
+                let (batch, planned): (_, fn(Vec<Candidate>) -> Planned) = if candidate.is_certain {
+                    chunks_ahead += 1;
+                    (&mut ahead, Planned::Ahead)
+                } else {
+                    (&mut ask, Planned::Ask)
+                };
                 batch.push(candidate);
-                if batch.len() == MAX_ASK {
-                    queue
-                        .blocking_send(std::mem::replace(&mut batch, Vec::with_capacity(MAX_ASK)))
-                        .map_err(|_| gone())?;
-                }
-                Ok(())
+                if batch.len() == MAX_ASK { give(planned(std::mem::take(batch))) } else { Ok(()) }
             })?;
-            if !batch.is_empty() {
-                queue.blocking_send(batch).map_err(|_| gone())?;
+            // The questions first: their answers take a while.
+            if !ask.is_empty() {
+                give(Planned::Ask(ask))?;
+            }
+            if !ahead.is_empty() {
+                give(Planned::Ahead(ahead))?;
             }
             Ok(())
         });
         Planner { batches, thread }
     }
-}
-
-/// What the reading thread is to send.
-enum Job {
-    Chunks(Vec<ChunkId>),
-    Last(Message),
-}
-
-/// The thread that reads chunks and packs them into frames.
-struct Reader {
-    jobs: mpsc::Sender<Job>,
-    sent: mpsc::UnboundedReceiver<usize>,
-    thread: JoinHandle<Result<()>>,
-}
-
-impl Reader {
-    fn start(store: Arc<Store>, outbox: Outbox, tally: Arc<Tally>, monitor: Arc<dyn Monitor>) -> Reader {
-        let (jobs, mut queue) = mpsc::channel(Sender::WINDOW / MAX_ASK + 2);
-        let (report, sent) = mpsc::unbounded_channel();
-        let thread = tokio::task::spawn_blocking(move || {
-            while let Some(job) = queue.blocking_recv() {
-                let is_gone = match job {
-                    Job::Chunks(ids) => send_chunks(&store, &outbox, &ids, &tally, monitor.as_ref(), &report)?,
-                    Job::Last(message) => {
-                        tally.phase("commit");
-                        monitor.phase("verifying", None);
-                        outbox.blocking_send(message).is_err()
-                    }
-                };
-                if is_gone {
-                    break;
-                }
-            }
-            Ok(())
-        });
-        Reader { jobs, sent, thread }
-    }
-}
-
-/// Returns whether the link is gone.
-fn send_chunks(
-    store: &Store,
-    outbox: &Outbox,
-    ids: &[ChunkId],
-    tally: &Tally,
-    monitor: &dyn Monitor,
-    report: &mpsc::UnboundedSender<usize>,
-) -> Result<bool> {
-    let mut frame = ChunksWriter::default();
-    let (mut count, mut plain, mut stored) = (0, 0, 0);
-    for (at, id) in ids.iter().enumerate() {
-        let chunk = store.read_stored(id)?;
-        frame.push(&chunk);
-        count += 1;
-        plain += u64::from(chunk.plain_bytes);
-        stored += chunk.stored.len() as u64;
-        if frame.is_full() || at + 1 == ids.len() {
-            if outbox.blocking_send_frame(std::mem::take(&mut frame).finish()).is_err() {
-                return Ok(true);
-            }
-            tally.chunks.fetch_add(count as u64, Relaxed);
-            tally.plain_bytes.fetch_add(plain, Relaxed);
-            tally.stored_bytes.fetch_add(stored, Relaxed);
-            monitor.advance(plain);
-            monitor.items(count as u64);
-            // Nobody listens any more: the transfer has failed, and what is left of the queue is void.
-            if report.send(count).is_err() {
-                return Ok(true);
-            }
-            (count, plain, stored) = (0, 0, 0);
-        }
-    }
-    Ok(false)
 }

@@ -173,6 +173,20 @@ impl Index {
         }))
     }
 
+    /// The ids that begin with `start`, up to `most`.
+    pub fn starting_with(&self, start: &[u8], most: usize) -> Result<Vec<ChunkId>> {
+        let entries = self.db.iter_from(Cf::Chunks, start)?;
+        let mut ids = Vec::new();
+        for entry in entries.take(most) {
+            let (key, _) = entry?;
+            if !key.starts_with(start) {
+                break;
+            }
+            ids.push(Reader::new("chunk index key", &key).id()?);
+        }
+        Ok(ids)
+    }
+
     /// About how many chunks there are.
     pub fn estimated_count(&self) -> Result<u64> {
         self.db.estimated_count(Cf::Chunks)

@@ -159,6 +159,11 @@ impl Store {
         Ok(self.index.get_many_settled(ids)?.iter().map(Option::is_some).collect())
     }
 
+    /// The chunks whose ids begin with `start`, up to four.
+    pub fn find(&self, start: &[u8]) -> Result<Vec<ChunkId>> {
+        self.index.starting_with(start, 4)
+    }
+
     /// What the index knows of chunk `id`.
     pub fn info(&self, id: &ChunkId) -> Result<Option<ChunkInfo>> {
         Ok(self.index.get_settled(id)?.map(ChunkInfo::from))

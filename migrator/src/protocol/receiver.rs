@@ -1,7 +1,8 @@
 //! The receiving side: answer the offer, want what is lacking, store it, verify, name.
 //!
-//! Invariants: only chunks that were wanted are taken, each once; nothing is named before everything that was wanted
-//! has come; the names are the last step but one.
+//! Invariants: of chunks that come by their ids only those that were wanted are taken, each once; bundles, whose chunks'
+//! ids show when they are opened, may hold others (the peer may fill the disk anyway); nothing is named before everything
+//! that was wanted has come; the names are the last step but one.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -9,7 +10,7 @@ use layerfs::ChunkId;
 use layerfs::chunk::StoredChunk;
 
 use super::Violation;
-use crate::wire::{MAX_ASK, MAX_OUTSTANDING, Message, Offer};
+use crate::wire::{Bundle, MAX_ASK, MAX_OUTSTANDING, Message, Offer};
 
 /// What the driver has to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub enum ReceiverStep {
     CheckHave(Vec<ChunkId>),
     /// Verify these chunks and store them.
     Store(Vec<StoredChunk>),
+    /// Open this bundle, verify and store its chunks, and call [`Receiver::opened`] with their ids.
+    Open(Bundle),
     /// When everything is stored: make it durable, verify the lacking layers whole, set the names, then call
     /// [`Receiver::committed`].
     Commit,
@@ -49,6 +52,10 @@ pub struct Receiver {
     /// Wanted and not come.
     awaited: HashSet<ChunkId>,
     received: u64,
+    /// Bundles that are being opened.
+    opening: usize,
+    /// The sender's count, if it has said End before all bundles were open.
+    ended: Option<u64>,
 }
 
 impl Default for Receiver {
@@ -60,6 +67,8 @@ impl Default for Receiver {
             checking_ids: 0,
             awaited: HashSet::new(),
             received: 0,
+            opening: 0,
+            ended: None,
         }
     }
 }
@@ -76,8 +85,18 @@ impl Receiver {
                 self.state = State::CheckingOffer;
                 Ok(vec![ReceiverStep::CheckOffer(offer)])
             }
+            (other, State::Receiving) if self.ended.is_some() => Err(Violation(format!("{} after End", other.kind()))),
             (Message::Ask { seq, ids }, State::Receiving) => self.on_ask(seq, ids),
             (Message::Chunks(chunks), State::Receiving) => self.on_chunks(chunks),
+            (Message::Bundle(bundle), State::Receiving) => {
+                self.opening += 1;
+                self.received += bundle.chunks.len() as u64;
+                Ok(vec![ReceiverStep::Open(bundle)])
+            }
+            (Message::End { chunks }, State::Receiving) if self.opening > 0 => {
+                self.ended = Some(chunks);
+                Ok(Vec::new())
+            }
             (Message::End { chunks }, State::Receiving) => self.on_end(chunks),
             (other, state) => Err(Violation::unexpected(other.kind(), state.name())),
         }
@@ -126,6 +145,22 @@ impl Receiver {
         }
         self.received += chunks.len() as u64;
         Ok(vec![ReceiverStep::Store(chunks)])
+    }
+
+    /// A bundle was opened: these are its chunks.
+    ///
+    /// # Errors
+    /// [`Violation`] if it was the last, and something that was wanted has not come.
+    pub fn opened(&mut self, ids: impl IntoIterator<Item = ChunkId>) -> Result<Vec<ReceiverStep>, Violation> {
+        debug_assert!(self.opening > 0);
+        for id in ids {
+            self.awaited.remove(&id);
+        }
+        self.opening = self.opening.saturating_sub(1);
+        match self.ended {
+            Some(chunks) if self.opening == 0 => self.on_end(chunks),
+            _ => Ok(Vec::new()),
+        }
     }
 
     fn on_end(&mut self, chunks: u64) -> Result<Vec<ReceiverStep>, Violation> {

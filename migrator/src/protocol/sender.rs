@@ -5,8 +5,6 @@
 
 use std::collections::VecDeque;
 
-use layerfs::ChunkId;
-
 use super::Violation;
 use crate::plan::Candidate;
 use crate::wire::{MAX_ASK, MAX_OUTSTANDING, Message, Offer};
@@ -25,7 +23,7 @@ pub enum SenderStep {
         held: Vec<bool>,
     },
     /// Read these chunks and send them, before any later step. Tell [`Sender::sent`] when they are on their way.
-    SendChunks(Vec<ChunkId>),
+    SendChunks(Vec<Candidate>),
     /// An ask was answered: so many of its chunks are there already, with so many plain bytes as far as known.
     Reused {
         /// Chunks.
@@ -128,7 +126,7 @@ impl Sender {
             steps.push(SenderStep::Reused { chunks: reuse.len(), bytes });
         }
         if !send.is_empty() {
-            steps.push(SenderStep::SendChunks(send.into_iter().map(|(candidate, _)| candidate.id).collect()));
+            steps.push(SenderStep::SendChunks(send.into_iter().map(|(candidate, _)| candidate).collect()));
         }
         steps.extend(self.end_if_through());
         Ok(steps)
@@ -148,6 +146,14 @@ impl Sender {
         self.outstanding += candidates.len();
         self.asked.push_back((seq, candidates));
         SenderStep::Send(Message::Ask { seq, ids })
+    }
+
+    /// Sends chunks that the receiver surely lacks, unasked. Only while [`Sender::may_ask`].
+    pub fn send_ahead(&mut self, candidates: Vec<Candidate>) -> SenderStep {
+        debug_assert!(self.may_ask() && !candidates.is_empty() && candidates.len() <= MAX_ASK);
+        self.outstanding += candidates.len();
+        self.chunks_sent += candidates.len() as u64;
+        SenderStep::SendChunks(candidates)
     }
 
     /// Nothing more is to be asked for.

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::{Receiver, ReceiverStep, Sender, SenderStep, Violation};
 use crate::plan::Candidate;
-use crate::wire::{MAX_ASK, Message, Offer, OfferedLayer};
+use crate::wire::{Bundle, MAX_ASK, Message, Offer, OfferedLayer};
 
 fn id(number: u32) -> ChunkId {
     ChunkId::of(&number.to_le_bytes())
@@ -42,6 +42,9 @@ struct World {
     to_check: VecDeque<Vec<ChunkId>>,
     to_check_offer: Option<Offer>,
     to_store: VecDeque<Vec<StoredChunk>>,
+    to_open: VecDeque<Bundle>,
+    ahead: HashSet<ChunkId>,
+    asked: HashSet<ChunkId>,
     lacks: bool,
     stored: HashSet<ChunkId>,
     to_commit: bool,
@@ -51,7 +54,7 @@ struct World {
 }
 
 enum SenderJob {
-    Chunks(Vec<ChunkId>),
+    Chunks(Vec<Candidate>),
     End(Message),
 }
 
@@ -69,6 +72,9 @@ impl World {
             to_check: VecDeque::new(),
             to_check_offer: None,
             to_store: VecDeque::new(),
+            to_open: VecDeque::new(),
+            ahead: HashSet::new(),
+            asked: HashSet::new(),
             lacks,
             stored: there.iter().map(|n| id(*n)).collect(),
             to_commit: false,
@@ -90,6 +96,7 @@ impl World {
         may(!self.to_check.is_empty(), World::check);
         may(self.to_check_offer.is_some(), World::check_offer);
         may(!self.to_store.is_empty(), World::store);
+        may(!self.to_open.is_empty(), World::open);
         // The driver commits only once everything is stored.
         may(self.to_commit && self.to_store.is_empty(), World::commit);
         match actions.len() {
@@ -114,13 +121,18 @@ impl World {
 
     fn plan(&mut self) -> Result<(), Violation> {
         let Some(planned) = &mut self.planned else { return Ok(()) };
-        let batch: Vec<Candidate> =
-            planned.drain(..planned.len().min(7)).map(|n| Candidate { id: id(n), bytes: 1 }).collect();
+        let batch: Vec<Candidate> = planned.drain(..planned.len().min(7)).map(|n| Candidate::new(id(n), 1)).collect();
         let steps = if batch.is_empty() {
             self.planned = None;
             self.sender.plan_finished()
+        } else if batch[0].id.0[0].is_multiple_of(4) && batch.iter().all(|one| !self.asked.contains(&one.id)) {
+            // A planner doesn't do both with one chunk.
+            self.ahead.extend(batch.iter().map(|candidate| candidate.id));
+            vec![self.sender.send_ahead(batch)]
         } else {
-            vec![self.sender.ask(batch)]
+            let batch: Vec<_> = batch.into_iter().filter(|one| !self.ahead.contains(&one.id)).collect();
+            self.asked.extend(batch.iter().map(|candidate| candidate.id));
+            if batch.is_empty() { Vec::new() } else { vec![self.sender.ask(batch)] }
         };
         self.do_sender(steps);
         Ok(())
@@ -128,15 +140,36 @@ impl World {
 
     fn read(&mut self) -> Result<(), Violation> {
         match self.to_read.pop_front() {
-            Some(SenderJob::Chunks(ids)) => {
-                for few in ids.chunks(3) {
-                    self.to_receiver.push_back(Message::Chunks(few.iter().map(|id| chunk(*id)).collect()));
+            Some(SenderJob::Chunks(chunks)) => {
+                for few in chunks.chunks(3) {
+                    let message = self.packed(few);
+                    self.to_receiver.push_back(message);
                     self.sender.sent(few.len());
                 }
             }
             Some(SenderJob::End(message)) => self.to_receiver.push_back(message),
             None => {}
         }
+        Ok(())
+    }
+
+    /// Unasked chunks go in bundles only, others either way.
+    fn packed(&mut self, chunks: &[Candidate]) -> Message {
+        if !self.ahead.contains(&chunks[0].id) && chunks[0].id.0[1].is_multiple_of(2) {
+            return Message::Chunks(chunks.iter().map(|candidate| chunk(candidate.id)).collect());
+        }
+        // The frame stands for the ids, which the real one would hash to.
+        let frame: Vec<u8> = chunks.iter().flat_map(|candidate| candidate.id.0).collect();
+        let lengths = chunks.iter().map(|_| (Class::Data, 1)).collect();
+        Message::Bundle(Bundle { bases: Vec::new(), chunks: lengths, frame: frame.into() })
+    }
+
+    fn open(&mut self) -> Result<(), Violation> {
+        let Some(bundle) = self.to_open.pop_front() else { return Ok(()) };
+        let ids: Vec<ChunkId> = bundle.frame.chunks_exact(32).map(|id| ChunkId(id.try_into().unwrap())).collect();
+        self.stored.extend(&ids);
+        let steps = self.receiver.opened(ids)?;
+        self.do_receiver(steps);
         Ok(())
     }
 
@@ -179,7 +212,7 @@ impl World {
                 SenderStep::Send(message @ Message::End { .. }) => self.to_read.push_back(SenderJob::End(message)),
                 SenderStep::Send(message) => self.to_receiver.push_back(message),
                 SenderStep::Plan { .. } => self.planned = Some(self.contents.iter().copied().collect()),
-                SenderStep::SendChunks(ids) => self.to_read.push_back(SenderJob::Chunks(ids)),
+                SenderStep::SendChunks(chunks) => self.to_read.push_back(SenderJob::Chunks(chunks)),
                 SenderStep::Reused { .. } => {}
                 SenderStep::Finish { .. } => self.sender_is_done = true,
             }
@@ -193,6 +226,7 @@ impl World {
                 ReceiverStep::CheckOffer(offer) => self.to_check_offer = Some(offer),
                 ReceiverStep::CheckHave(ids) => self.to_check.push_back(ids),
                 ReceiverStep::Store(chunks) => self.to_store.push_back(chunks),
+                ReceiverStep::Open(bundle) => self.to_open.push_back(bundle),
                 ReceiverStep::Commit => self.to_commit = true,
                 ReceiverStep::Finish => self.receiver_is_done = true,
             }
@@ -209,6 +243,11 @@ fn any_message() -> impl Strategy<Value = Message> {
         (0u32..3, ids()).prop_map(|(seq, ids)| Message::Ask { seq, ids }),
         (0u32..3, 0usize..5).prop_map(|(seq, count)| Message::Want { seq, wanted: vec![true; count] }),
         ids().prop_map(|ids| Message::Chunks(ids.into_iter().map(chunk).collect())),
+        ids().prop_map(|ids| Message::Bundle(Bundle {
+            bases: Vec::new(),
+            chunks: ids.iter().map(|_| (Class::Data, 1)).collect(),
+            frame: ids.iter().flat_map(|id| id.0).collect(),
+        })),
         (0u64..4).prop_map(|chunks| Message::End { chunks }),
         Just(Message::Done { changed: 1 }),
         Just(Message::Fetch { names: vec![LayerName::new("x").unwrap()] }),
@@ -255,6 +294,18 @@ fn a_chunk_that_was_not_wanted_is_refused() {
     receiver.on_message(Message::Offer(offer(1, 0))).unwrap();
     receiver.offer_checked(vec![true], vec![]);
     assert!(receiver.on_message(Message::Chunks(vec![chunk(id(1))])).is_err());
+}
+
+#[test]
+fn the_end_waits_for_open_bundles() {
+    let mut receiver = Receiver::default();
+    receiver.on_message(Message::Offer(offer(1, 0))).unwrap();
+    receiver.offer_checked(vec![true], vec![]);
+    let bundle = Bundle { bases: Vec::new(), chunks: vec![(Class::Data, 1)], frame: Bytes::from_static(b"x") };
+    receiver.on_message(Message::Bundle(bundle.clone())).unwrap();
+    assert_eq!(receiver.on_message(Message::End { chunks: 1 }), Ok(Vec::new()));
+    assert!(receiver.on_message(Message::Bundle(bundle)).is_err());
+    assert_eq!(receiver.opened([id(1)]), Ok(vec![ReceiverStep::Commit]));
 }
 
 #[test]

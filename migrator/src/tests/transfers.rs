@@ -81,6 +81,27 @@ async fn several_names_come_at_once() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_takes_the_place_of_something_held_goes_as_its_difference() {
+    let rights = Rights { visible: Visible::Matching(vec!["pub/*".to_owned()]), ..Rights::default() };
+    for pair in [Pair::new().await, Pair::with_rights(rights).await] {
+        let mut files = tree(2000, 20 << 20);
+        add_layer(pair.here.store(), "pub/one", &files);
+        pair.push("pub/one").await.unwrap();
+        // Bytes inserted, replaced and removed: about eighty chunks of noise change, by less than 30 KB.
+        let large = files.get_mut("large").unwrap();
+        for n in 0..100usize {
+            let at = n * 200_000;
+            large.splice(at..at + n % 7, noise(n as u64, 250));
+        }
+        let layer = add_layer(pair.here.store(), "pub/two", &files);
+        let report = pair.push("pub/two").await.unwrap();
+        assert!(pair.there.has_whole("pub/two", layer));
+        assert!(report.chunk_plain_bytes > 4 << 20, "{report:?}");
+        assert!(report.bytes_sent < 60_000, "{report:?}");
+    }
+}
+
 /// Every chunk of `tree`'s layer in `host`.
 fn chunks_of(host: &Host, layer: layerfs::LayerId) -> Vec<ChunkId> {
     let mut ids = Vec::new();

@@ -9,8 +9,8 @@ use layerfs::{ChunkId, Error, LayerId, LayerName, Result};
 use crate::governor::{Pace, Priority, Rate};
 
 use super::{
-    CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message,
-    Offer, OfferedLayer,
+    Bundle, CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS,
+    MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer,
 };
 
 const HELLO: u8 = 0x01;
@@ -27,11 +27,11 @@ const END: u8 = 0x16;
 const DONE: u8 = 0x17;
 const GET: u8 = 0x18;
 const PACE: u8 = 0x20;
+/// The type of [`Message::Bundle`], likewise.
+pub(super) const BUNDLE: u8 = 0x19;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
-/// The bytes of a chunk's record in front of its stored bytes.
-const CHUNK_HEADER_BYTES: usize = 32 + 1 + 1 + 4 + 4;
 
 /// Appends the frame of `message` to `out`.
 pub fn encode(message: &Message, out: &mut Vec<u8>) {
@@ -76,6 +76,7 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             out.put_u16(chunks.len() as u16);
             chunks.iter().for_each(|chunk| put_chunk(chunk, out));
         }
+        Message::Bundle(bundle) => put_bundle(bundle, out),
         Message::End { chunks } => {
             out.put_u8(END);
             out.put_u64(*chunks);
@@ -140,6 +141,28 @@ fn put_chunk(chunk: &StoredChunk, out: &mut Vec<u8>) {
     out.put_bytes32(&chunk.stored);
 }
 
+fn put_bundle(bundle: &Bundle, out: &mut Vec<u8>) {
+    out.put_u8(BUNDLE);
+    out.put_u16(bundle.bases.len() as u16);
+    bundle.bases.iter().for_each(|base| out.extend_from_slice(base));
+    out.put_u16(bundle.chunks.len() as u16);
+    for (class, plain_bytes) in &bundle.chunks {
+        out.put_u8(*class as u8);
+        out.put_u32(*plain_bytes);
+    }
+    out.put_bytes32(&bundle.frame);
+}
+
+/// The frame of a [`Message::Bundle`].
+pub fn encode_bundle(bundle: &Bundle) -> Bytes {
+    let around = HEADER_BYTES + 8 + bundle.bases.len() * 8 + bundle.chunks.len() * 5;
+    let mut out = Vec::with_capacity(around + bundle.frame.len());
+    out.put_u32(0);
+    put_bundle(bundle, &mut out);
+    close(0, &mut out);
+    out.into()
+}
+
 /// Decodes the body of a frame of type `kind`. Chunks' bytes are slices of `body`.
 ///
 /// # Errors
@@ -159,6 +182,7 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         ASK => Message::Ask { seq: reader.u32()?, ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
         WANT => Message::Want { seq: reader.u32()?, wanted: bits(reader, MAX_ASK)? },
         CHUNKS => Message::Chunks(list(reader, "chunks", 1, usize::from(u16::MAX), |r| decode_chunk(r, body))?),
+        BUNDLE => Message::Bundle(decode_bundle(reader, body)?),
         END => Message::End { chunks: reader.u64()? },
         DONE => Message::Done { changed: reader.u16()? },
         other => return Err(Error::Unsupported { what: "message", detail: format!("type {other:#04x}") }),
@@ -281,6 +305,31 @@ fn decode_chunk(reader: &mut Reader<'_>, body: &Bytes) -> Result<StoredChunk> {
     Ok(StoredChunk { id, class, codec, plain_bytes, stored: body.slice_ref(stored) })
 }
 
+fn decode_bundle(reader: &mut Reader<'_>, body: &Bytes) -> Result<Bundle> {
+    let base = |r: &mut Reader<'_>| {
+        let mut name = [0; 8];
+        name.copy_from_slice(r.take(8)?);
+        Ok(name)
+    };
+    let bases = list(reader, "bases", 0, MAX_BASES, base)?;
+    let chunk = |r: &mut Reader<'_>| {
+        let class = r.u8()?;
+        let class = Class::from_code(class).ok_or_else(|| r.error(format!("chunk class {class}")))?;
+        let plain_bytes = r.u32()?;
+        if !(1..=MAX_CHUNK_BYTES).contains(&(plain_bytes as usize)) {
+            return Err(r.error(format!("a chunk of {plain_bytes} plain bytes")));
+        }
+        Ok((class, plain_bytes))
+    };
+    let chunks = list(reader, "chunks", 1, MAX_BUNDLE_CHUNKS, chunk)?;
+    let plain_bytes: usize = chunks.iter().map(|(_, bytes)| *bytes as usize).sum();
+    let frame = reader.bytes32()?;
+    if plain_bytes > MAX_BUNDLE_BYTES || frame.is_empty() || frame.len() > MAX_BUNDLE_BYTES {
+        return Err(reader.error(format!("a bundle of {plain_bytes} plain bytes in {}", frame.len())));
+    }
+    Ok(Bundle { bases, chunks, frame: body.slice_ref(frame) })
+}
+
 /// Fills one [`Message::Chunks`] frame, copying each chunk's bytes once.
 #[derive(Debug)]
 pub struct ChunksWriter {
@@ -299,6 +348,9 @@ impl Default for ChunksWriter {
 }
 
 impl ChunksWriter {
+    /// The bytes of a chunk's record in front of its stored bytes.
+    pub const CHUNK_HEADER_BYTES: usize = 32 + 1 + 1 + 4 + 4;
+
     /// Appends a chunk. The caller takes the frame when [`ChunksWriter::is_full`] says so.
     pub fn push(&mut self, chunk: &StoredChunk) {
         put_chunk(chunk, &mut self.frame);
@@ -307,7 +359,7 @@ impl ChunksWriter {
 
     /// Whether the frame should go.
     pub fn is_full(&self) -> bool {
-        self.frame.len() + CHUNK_HEADER_BYTES >= CHUNKS_TARGET_BYTES || self.count == u16::MAX
+        self.frame.len() + ChunksWriter::CHUNK_HEADER_BYTES >= CHUNKS_TARGET_BYTES || self.count == u16::MAX
     }
 
     /// Whether there is nothing in it.

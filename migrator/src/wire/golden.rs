@@ -10,8 +10,8 @@ use crate::governor::{Pace, Priority, Rate};
 
 use super::codec::round_trip;
 use super::{
-    ChunksWriter, FrameHeader, HEADER_BYTES, Hello, MAX_FRAME_BYTES, MAX_SMALL_FRAME_BYTES, Message, Offer,
-    OfferedLayer, decode, encode,
+    Bundle, ChunksWriter, FrameHeader, HEADER_BYTES, Hello, MAX_FRAME_BYTES, MAX_SMALL_FRAME_BYTES, Message, Offer,
+    OfferedLayer, decode, encode, encode_bundle,
 };
 
 fn id(byte: u8) -> ChunkId {
@@ -80,6 +80,24 @@ fn golden() -> Vec<(Message, &'static str)> {
             "0b00000020d0121300000000000201",
         ),
         (Message::Done { changed: 1 }, "03000000170100"),
+        (
+            Message::Bundle(Bundle {
+                bases: vec![[1; 8], [2; 8]],
+                chunks: vec![(Class::Data, 65_536), (Class::Table, 300)],
+                frame: "zzz".into(),
+            }),
+            concat!(
+                "2600000019",
+                "0200",
+                "0101010101010101",
+                "0202020202020202",
+                "0200",
+                "0000000100",
+                "022c010000",
+                "03000000",
+                "7a7a7a",
+            ),
+        ),
     ]
 }
 
@@ -104,6 +122,8 @@ fn chunks_are_framed_alike_by_both_writers() {
             let mut writer = ChunksWriter::default();
             chunks.iter().for_each(|chunk| writer.push(chunk));
             assert_eq!(hex(&writer.finish()), expected);
+        } else if let Message::Bundle(bundle) = message {
+            assert_eq!(hex(&encode_bundle(&bundle)), expected);
         }
     }
 }

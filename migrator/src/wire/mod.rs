@@ -8,13 +8,13 @@ mod codec;
 mod golden;
 
 use bytes::Bytes;
-use layerfs::chunk::StoredChunk;
+use layerfs::chunk::{Class, StoredChunk};
 use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, LayerId, LayerName};
 
 use crate::governor::Pace;
 
-pub use codec::{ChunksWriter, decode, encode};
+pub use codec::{ChunksWriter, decode, encode, encode_bundle};
 
 /// The protocol's version.
 pub const VERSION: u16 = 1;
@@ -22,7 +22,7 @@ pub const VERSION: u16 = 1;
 pub const HEADER_BYTES: usize = 5;
 /// The most bytes that a frame's length field may say (type and body).
 pub const MAX_FRAME_BYTES: usize = 2 * 1024 * 1024;
-/// The most bytes of a frame that isn't [`Message::Chunks`].
+/// The most bytes of a frame that is neither [`Message::Chunks`] nor [`Message::Bundle`].
 pub const MAX_SMALL_FRAME_BYTES: usize = 128 * 1024;
 /// The most ids in one [`Message::Ask`].
 pub const MAX_ASK: usize = 1024;
@@ -34,6 +34,12 @@ pub const MAX_NAMES: usize = 256;
 pub const MAX_HINTS: usize = 64;
 /// The most ids that may be asked for or wanted and not yet sent at any time.
 pub const MAX_OUTSTANDING: usize = 64 * 1024;
+/// The most plain bytes that the chunks of one [`Message::Bundle`] have together, and the most of its bases.
+pub const MAX_BUNDLE_BYTES: usize = 1024 * 1024;
+/// The most chunks in one [`Message::Bundle`].
+pub const MAX_BUNDLE_CHUNKS: usize = 1024;
+/// The most bases of one [`Message::Bundle`].
+pub const MAX_BASES: usize = 256;
 /// The most bytes of an error's text.
 pub const MAX_ERROR_TEXT: usize = 2000;
 /// Below this many bytes a sender goes on filling a [`Message::Chunks`].
@@ -90,6 +96,8 @@ pub enum Message {
     },
     /// Chunks as they lie in the sender's packs.
     Chunks(Vec<StoredChunk>),
+    /// Chunks compressed together, if need be against chunks that the receiver has.
+    Bundle(Bundle),
     /// Everything that was wanted has been sent.
     End {
         /// How many chunks were sent in all.
@@ -145,6 +153,20 @@ pub struct Offer {
     pub hints: Vec<LayerId>,
 }
 
+/// How a bundle names a base: the first bytes of its id.
+pub type BaseName = [u8; 8];
+
+/// Chunks compressed together. Their ids aren't told: they are what the plain bytes hash to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bundle {
+    /// Chunks of held layers, whose plain bytes one after the other are the prefix of the frame.
+    pub bases: Vec<BaseName>,
+    /// What each chunk holds, and its plain length in bytes.
+    pub chunks: Vec<(Class, u32)>,
+    /// The chunks' plain bytes, one after the other, as one zstd frame.
+    pub frame: Bytes,
+}
+
 impl Message {
     /// The type's name, for errors.
     pub fn kind(&self) -> &'static str {
@@ -160,6 +182,7 @@ impl Message {
             Message::Ask { .. } => "Ask",
             Message::Want { .. } => "Want",
             Message::Chunks(_) => "Chunks",
+            Message::Bundle(_) => "Bundle",
             Message::End { .. } => "End",
             Message::Done { .. } => "Done",
         }
@@ -190,7 +213,7 @@ impl FrameHeader {
     pub fn decode(header: &[u8; HEADER_BYTES]) -> layerfs::Result<FrameHeader> {
         let [a, b, c, d, kind] = *header;
         let bytes = u32::from_le_bytes([a, b, c, d]) as usize;
-        let most = if kind == codec::CHUNKS { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
+        let most = if matches!(kind, codec::CHUNKS | codec::BUNDLE) { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
         if bytes == 0 || bytes > most {
             return Err(layerfs::Error::corrupt("frame", format!("{bytes} bytes of type {kind:#04x}")));
         }

@@ -1,0 +1,276 @@
+//! What of a file's (or table's) content the receiver has, and which of its chunks come closest to the rest.
+//!
+//! The content is laid beside an older one that the receiver holds. List nodes and chunks that both have are anchors;
+//! what lies between two of them in the new content is paired with what lies between them in the old one: for disk and
+//! memory images that is the same offset, for files cut by content the gap that an edit has left. Memory: the ids of the
+//! old content's nodes, and its extents below those nodes that changed, up to [`MAX_EXTENTS`].
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use layerfs::chunk::{ChunkRead, Class};
+use layerfs::content::{Content, Entry, Extent, List, decode_node};
+use layerfs::{ChunkId, Error, Result};
+
+use crate::plan::{Base, Candidate};
+
+/// So many of the old content's extents are kept at most (48 bytes each): changed parts beyond go without bases.
+const MAX_EXTENTS: usize = 500_000;
+/// A gap of the old content up to this size is the base of all that stands in its place, whichever lies where.
+const WHOLE_GAP: u64 = 256 * 1024;
+/// No chunk gets bases of more bytes than this.
+const MAX_BASE_BYTES: u64 = 512 * 1024;
+/// So many chunks of a gap wait for its end; longer gaps are paired from their begin alone.
+const MAX_GAP_CHUNKS: usize = 64;
+/// About what a list node has, as the structure doesn't tell.
+const NODE_BYTES: u32 = 8 * 1024;
+
+/// Something that a content consists of, with its place.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    id: ChunkId,
+    offset: u64,
+    bytes: u64,
+    /// 0 for a chunk.
+    depth: u8,
+}
+
+/// Shows the nodes and chunks of `content` in order, parents first; a node for which `visit` says no isn't opened.
+fn walk(chunks: &dyn ChunkRead, content: &Content, visit: &mut dyn FnMut(Spot) -> Result<bool>) -> Result<()> {
+    let Content::Extents { bytes, list, .. } = content else { return Ok(()) };
+    match list {
+        List::Direct(extents) => {
+            let mut offset = 0;
+            for extent in extents {
+                visit_extent(extent, offset, visit)?;
+                offset += extent.len();
+            }
+            Ok(())
+        }
+        List::Tree { root, depth } => {
+            walk_node(chunks, Spot { id: *root, offset: 0, bytes: *bytes, depth: *depth }, visit)
+        }
+    }
+}
+
+fn visit_extent(extent: &Extent, offset: u64, visit: &mut dyn FnMut(Spot) -> Result<bool>) -> Result<()> {
+    match extent {
+        Extent::Chunk { id, bytes } => visit(Spot { id: *id, offset, bytes: u64::from(*bytes), depth: 0 }).map(|_| ()),
+        Extent::Hole { .. } => Ok(()),
+    }
+}
+
+fn walk_node(chunks: &dyn ChunkRead, spot: Spot, visit: &mut dyn FnMut(Spot) -> Result<bool>) -> Result<()> {
+    if !visit(spot)? {
+        return Ok(());
+    }
+    let entries = decode_node(&chunks.get(&spot.id)?, spot.depth)?;
+    let sum = entries.iter().fold(0u64, |sum, entry| sum.saturating_add(entry.len()));
+    if sum != spot.bytes {
+        let detail = format!("{sum} bytes in a node that should span {}", spot.bytes);
+        return Err(Error::corrupt("list node", detail));
+    }
+    let mut offset = spot.offset;
+    for entry in &entries {
+        match entry {
+            Entry::Extent(extent) => visit_extent(extent, offset, visit)?,
+            Entry::Node { id, bytes } => {
+                walk_node(chunks, Spot { id: *id, offset, bytes: *bytes, depth: spot.depth - 1 }, visit)?;
+            }
+        }
+        offset += entry.len();
+    }
+    Ok(())
+}
+
+/// The nodes of `content`, found without opening the leaves.
+fn nodes(chunks: &dyn ChunkRead, content: &Content) -> Result<Vec<Spot>> {
+    let mut nodes = Vec::new();
+    walk(chunks, content, &mut |spot| {
+        if spot.depth > 0 {
+            nodes.push(spot);
+        }
+        Ok(spot.depth > 1)
+    })?;
+    Ok(nodes)
+}
+
+/// An older content, as far as the new one differs from it.
+#[derive(Default)]
+struct Old {
+    /// Shared nodes, and all chunks outside of these → where they lie.
+    anchors: HashMap<ChunkId, u64>,
+    /// Chunks outside of shared nodes, in order.
+    chunks: Vec<Spot>,
+    /// Nodes that aren't shared, by depth, in order.
+    nodes: Vec<Vec<Spot>>,
+}
+
+impl Old {
+    fn load(chunks: &dyn ChunkRead, old: &Content, new_nodes: &HashSet<ChunkId>) -> Result<Old> {
+        let mut all = Old::default();
+        walk(chunks, old, &mut |spot| {
+            let is_shared = spot.depth > 0 && new_nodes.contains(&spot.id);
+            if all.chunks.len() >= MAX_EXTENTS {
+                return Ok(false);
+            }
+            if is_shared || spot.depth == 0 {
+                all.anchors.entry(spot.id).or_insert(spot.offset);
+            }
+            match spot.depth {
+                0 => all.chunks.push(spot),
+                depth if !is_shared => {
+                    let depth = usize::from(depth);
+                    all.nodes.resize(all.nodes.len().max(depth + 1), Vec::new());
+                    all.nodes[depth].push(spot);
+                }
+                _ => {}
+            }
+            Ok(!is_shared)
+        })?;
+        Ok(all)
+    }
+
+    /// The chunks that lie in `from..to`, up to [`MAX_BASE_BYTES`].
+    fn between(&self, from: u64, to: u64) -> Vec<Base> {
+        let first = self.chunks.partition_point(|spot| spot.offset + spot.bytes <= from);
+        let mut bases = Vec::new();
+        let mut total = 0;
+        for spot in self.chunks[first..].iter().take_while(|spot| spot.offset < to) {
+            total += spot.bytes;
+            if total > MAX_BASE_BYTES {
+                break;
+            }
+            bases.push(Base { id: spot.id, bytes: spot.bytes as u32 });
+        }
+        bases
+    }
+
+    /// The node of that depth which lies at `offset`.
+    fn node_at(&self, offset: u64, depth: u8) -> Option<Base> {
+        let nodes = self.nodes.get(usize::from(depth))?;
+        let node = nodes.get(nodes.partition_point(|node| node.offset + node.bytes <= offset))?;
+        (node.offset <= offset).then_some(Base { id: node.id, bytes: NODE_BYTES })
+    }
+}
+
+/// Two offsets that belong together: in the new content and in the old one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Anchor {
+    new: u64,
+    old: u64,
+}
+
+/// Gives every node and chunk of `new` to `sink` that neither stands in `olds` nor is known otherwise, with those
+/// chunks of the first of `olds` that lie where it lies. `class` is that of the content's chunks.
+///
+/// # Errors
+/// Those of `sink` and of reading.
+pub(crate) fn align(
+    chunks: &dyn ChunkRead,
+    class: Class,
+    new: &Content,
+    olds: &[&Content],
+    is_known: &dyn Fn(&ChunkId) -> bool,
+    sink: &mut dyn FnMut(Candidate) -> Result<()>,
+) -> Result<()> {
+    let mut walk_state =
+        Alignment { class, old: Old::default(), last: Anchor::default(), is_anchored: false, gap: Vec::new(), sink };
+    let mut others = Vec::new();
+    if !olds.is_empty() {
+        let new_nodes: HashSet<ChunkId> = nodes(chunks, new)?.into_iter().map(|spot| spot.id).collect();
+        walk_state.old = Old::load(chunks, olds[0], &new_nodes)?;
+        for old in &olds[1..] {
+            others.push(Old::load(chunks, old, &new_nodes)?.anchors);
+        }
+    }
+    walk(chunks, new, &mut |spot| {
+        if let Some(old) = walk_state.old.anchors.get(&spot.id).copied() {
+            walk_state.anchor(spot, old)?;
+            return Ok(false);
+        }
+        if is_known(&spot.id) || others.iter().any(|other| other.contains_key(&spot.id)) {
+            return Ok(false);
+        }
+        walk_state.lacking(spot).map(|()| true)
+    })?;
+    let ends = olds.first().map(|old| Anchor { new: new.len(), old: old.len() });
+    walk_state.end_gap(ends)
+}
+
+struct Alignment<'a> {
+    class: Class,
+    old: Old,
+    /// Where the last thing that both have ends.
+    last: Anchor,
+    /// Whether there was such a thing: then the content is the old one's successor, and what is new in it is new.
+    is_anchored: bool,
+    /// The chunks since then.
+    gap: Vec<Spot>,
+    sink: &'a mut dyn FnMut(Candidate) -> Result<()>,
+}
+
+impl Alignment<'_> {
+    fn anchor(&mut self, spot: Spot, old: u64) -> Result<()> {
+        self.is_anchored = true;
+        self.end_gap(Some(Anchor { new: spot.offset, old }))?;
+        self.last = Anchor { new: spot.offset + spot.bytes, old: old + spot.bytes };
+        Ok(())
+    }
+
+    fn lacking(&mut self, spot: Spot) -> Result<()> {
+        if spot.depth > 0 {
+            // Nodes are wanted before what they refer to, so that nothing has to be looked for twice.
+            let at = self.last.old + (spot.offset - self.last.new);
+            let bases = self.old.node_at(at, spot.depth).map(|base| Arc::from([base]));
+            let is_certain = self.is_anchored || self.class == Class::Table;
+            return (self.sink)(Candidate { id: spot.id, bytes: 0, class: Class::List, bases, is_certain });
+        }
+        self.gap.push(spot);
+        if self.gap.len() == MAX_GAP_CHUNKS { self.end_gap(None) } else { Ok(()) }
+    }
+
+    /// What lies between the last anchor and `next` goes out, paired with what lies there in the old content.
+    fn end_gap(&mut self, next: Option<Anchor>) -> Result<()> {
+        let gap = std::mem::take(&mut self.gap);
+        let (Some(first), Some(last)) = (gap.first(), gap.last()) else { return Ok(()) };
+        let from = self.last.old + (first.offset - self.last.new);
+        let end = last.offset + last.bytes;
+        let to = match next {
+            // What moved backwards tells nothing of this gap.
+            Some(next) if next.old >= self.last.old => next.old,
+            _ => from + (end - first.offset),
+        };
+        let whole: Option<Arc<[Base]>> = (to.saturating_sub(self.last.old) <= WHOLE_GAP)
+            .then(|| self.old.between(self.last.old, to))
+            .filter(|bases| !bases.is_empty())
+            .map(Arc::from);
+        let is_certain = self.is_anchored || self.class == Class::Table;
+        for spot in gap {
+            let bases = match (&whole, next) {
+                (Some(whole), _) => Some(whole.clone()),
+                (None, next) => self.nearest(spot, next),
+            };
+            let candidate = Candidate { id: spot.id, bytes: spot.bytes as u32, class: self.class, bases, is_certain };
+            (self.sink)(candidate)?;
+        }
+        // A gap that goes on is paired on from here.
+        if next.is_none() {
+            self.last = Anchor { new: end, old: to };
+        }
+        Ok(())
+    }
+
+    /// What lies where `spot` does, counted from the nearer of the two anchors.
+    fn nearest(&self, spot: Spot, next: Option<Anchor>) -> Option<Arc<[Base]>> {
+        let from_left = self.last.old + (spot.offset - self.last.new);
+        let at = match next {
+            Some(next) if next.new - spot.offset < spot.offset - self.last.new => {
+                next.old.saturating_sub(next.new - spot.offset)
+            }
+            _ => from_left,
+        };
+        let bases = self.old.between(at, at + spot.bytes);
+        (!bases.is_empty()).then(|| bases.into())
+    }
+}
