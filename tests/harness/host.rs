@@ -132,7 +132,8 @@ impl Host {
     pub fn start(&mut self, args: &[&str]) -> anyhow::Result<()> {
         ensure!(self.daemon.is_none(), "the daemon runs already");
         let listen = self.end.as_ref().map(|end| format!("{}:{PORT}", end.address));
-        let mut all = Vec::new();
+        // What these daemons leave when they are killed is what a dead machine leaves.
+        let mut all = vec!["--no-keeper"];
         if let Some(listen) = &listen {
             all.extend(["--listen", listen]);
         }

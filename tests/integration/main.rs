@@ -9,6 +9,7 @@ mod dedup;
 mod export;
 mod guests;
 mod judges;
+mod outlive;
 mod paths;
 mod push;
 mod roundtrip;
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
         damage::cases(),
         crash::cases(),
         guests::cases(),
+        outlive::cases(),
     ];
     let trials = cases.into_iter().flatten().map(Case::into_trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()

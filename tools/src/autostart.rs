@@ -125,6 +125,9 @@ pub fn start(settings: &Settings, how: &DaemonStart) -> Result<()> {
     if how.autostarted {
         command.arg("--autostarted");
     }
+    if how.no_keeper {
+        command.arg("--no-keeper");
+    }
     for (option, value) in [("--listen", &how.listen), ("--crash-at", &how.crash_at)] {
         if let Some(value) = value {
             command.arg(option).arg(value);

@@ -26,6 +26,8 @@ type Body = BoxBody<Bytes, std::io::Error>;
 
 /// No event of the API is longer than this, in bytes.
 const MAX_LINE: usize = 16 << 20;
+/// How long a successor may take to start.
+const SUCCESSOR: Duration = Duration::from_secs(30);
 /// The pieces in which stdin is sent, in bytes.
 const PIECE: usize = 256 * 1024;
 
@@ -368,9 +370,28 @@ fn wrong_request(error: &hyper::http::Error) -> Failure {
     Failure::invalid(format!("the request cannot be sent: {error}"))
 }
 
+/// Asks the daemon to leave its mounts to a successor, and waits until that one answers. Returns what it says of itself.
+pub fn restart(client: &Client, force: bool) -> Result<api::Status> {
+    let before: api::Status = client.call("status", &Empty {})?;
+    let _: Empty = client.call("stop", &api::Stop { force, hand_over: true })?;
+    let began = std::time::Instant::now();
+    loop {
+        if let Ok(after) = client.call::<_, api::Status>("status", &Empty {})
+            && after.pid != before.pid
+        {
+            return Ok(after);
+        }
+        if began.elapsed() > SUCCESSOR {
+            let text = "the daemon has left, but no other answers; daemon.log in the store says why";
+            return Err(Failure::new(Class::Failure, text));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Asks the daemon on `socket` to stop, whatever its version, and waits until it is gone.
 pub fn stop(client: &Client, force: bool) -> Result<()> {
-    let _: Empty = client.call("stop", &api::Stop { force })?;
+    let _: Empty = client.call("stop", &api::Stop { force, hand_over: false })?;
     while client.is_answered()? {
         std::thread::sleep(Duration::from_millis(20));
     }

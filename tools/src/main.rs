@@ -12,6 +12,7 @@ mod config;
 mod daemon;
 mod failure;
 mod generate;
+mod keeper;
 mod mount_helper;
 mod output;
 mod progress;

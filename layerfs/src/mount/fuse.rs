@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -13,12 +14,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     Config, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, MountOption, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
+    IoctlFlags, KernelConfig, LockOwner, MountOption, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
 };
 
 use super::caller::Caller;
+use super::descriptor;
 use super::errno::{Errno, FsResult};
 use super::fs::{FolderHandle, Fs, SetAttr, SetTime, Stat};
 use crate::attr::{FileKind, Time};
@@ -59,32 +61,43 @@ pub(super) struct Kernel(Notifier);
 impl Session {
     /// Mounts.
     pub fn mount(fs: Arc<Fs>, options: &FuseOptions) -> Result<Session> {
-        let mut config = Config::default();
-        let mut mount_options = vec![
-            MountOption::FSName(options.source.clone()),
-            MountOption::CUSTOM("subtype=layerfs".to_owned()),
-            MountOption::DefaultPermissions,
-        ];
-        if options.is_root {
-            mount_options.extend([MountOption::Dev, MountOption::Suid]);
-        }
-        mount_options.push(if fs.is_writable() { MountOption::RW } else { MountOption::RO });
-        config.mount_options = mount_options;
-        config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
-        config.n_threads = Some(options.threads);
-        config.clone_fd = true;
-        let notifier = Arc::new(OnceLock::new());
-        let front = Front {
-            fs,
-            notifier: notifier.clone(),
-            store_folder: options.store_folder.clone(),
-            for_all: options.allow_other,
-        };
+        let front = Front::new(fs, options);
+        let config = options.config(front.fs.is_writable());
+        let notifier = front.notifier.clone();
         let session = fuser::Session::new(front, &options.dir, &config);
-        let session = session.map_err(|e| Error::file("mount on", &options.dir, e))?;
+        Ok(Session::new(session.map_err(|e| Error::file("mount on", &options.dir, e))?, &notifier))
+    }
+
+    /// Goes on with the mount that `device` is the other end of.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if this kernel can't send requests again.
+    pub fn resume(fs: Arc<Fs>, options: &FuseOptions, device: &OwnedFd) -> Result<Session> {
+        let failed = |error: std::io::Error| match error.raw_os_error() {
+            Some(libc::EINVAL) => {
+                let detail = "it needs Linux 6.9 to send requests again".to_owned();
+                Error::Unsupported { what: "taking over a mount", detail }
+            }
+            _ => Error::file("take over the mount on", &options.dir, error),
+        };
+        let front = Front::new(fs, options);
+        let config = options.config(front.fs.is_writable());
+        let notifier = front.notifier.clone();
+        let (ours, kernels) = descriptor::greeting().map_err(failed)?;
+        let session = fuser::Session::from_fd(front, ours, config.acl, config).map_err(failed)?;
+        descriptor::replace(session.as_fd(), kernels, device).map_err(failed)?;
+        Ok(Session::new(session, &notifier))
+    }
+
+    fn new(session: fuser::Session<Front>, notifier: &OnceLock<Kernel>) -> Session {
         let kernel = Kernel(session.notifier());
         let _ = notifier.set(kernel.clone());
-        Ok(Session { session, notifier: kernel })
+        Session { session, notifier: kernel }
+    }
+
+    /// Another descriptor of the same connection to the kernel: as long as one is open, the mount is there.
+    pub fn descriptor(&self) -> Result<OwnedFd> {
+        self.session.as_fd().try_clone_to_owned().map_err(|e| Error::io("duplicating a descriptor", e))
     }
 
     /// The way to the kernel.
@@ -95,6 +108,28 @@ impl Session {
     /// Serves until it is unmounted.
     pub fn serve(self) -> std::io::Result<()> {
         self.session.run()
+    }
+}
+
+impl FuseOptions {
+    fn config(&self, is_writable: bool) -> Config {
+        let mut config = Config::default();
+        let mut mount_options = vec![
+            MountOption::FSName(self.source.clone()),
+            MountOption::CUSTOM("subtype=layerfs".to_owned()),
+            MountOption::DefaultPermissions,
+        ];
+        if self.is_root {
+            mount_options.extend([MountOption::Dev, MountOption::Suid]);
+        }
+        mount_options.push(if is_writable { MountOption::RW } else { MountOption::RO });
+        config.mount_options = mount_options;
+        config.acl = if self.allow_other { SessionACL::All } else { SessionACL::Owner };
+        config.n_threads = Some(self.threads);
+        // A clone takes the requests that it has read along when it is closed, as when the daemon dies. All threads read
+        // the one descriptor that outlives it.
+        config.clone_fd = false;
+        config
     }
 }
 
@@ -343,26 +378,28 @@ impl Filesystem for Front {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let made = self.fs.make(ino(parent), name.as_bytes(), mode, umask, device(rdev), caller(request));
-        reply_entry(made, reply);
+        let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, device(rdev), caller(request));
+        reply_entry(self.make_once(request, parent, make), reply);
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let mode = mode & 0o7777 | libc::S_IFDIR;
-        reply_entry(self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request)), reply);
+        let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request));
+        reply_entry(self.make_once(request, parent, make), reply);
     }
 
-    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(self.fs.unlink(ino(parent), name.as_bytes()), reply);
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.do_once(request, || self.fs.unlink(ino(parent), name.as_bytes())), reply);
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(self.fs.rmdir(ino(parent), name.as_bytes()), reply);
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.do_once(request, || self.fs.rmdir(ino(parent), name.as_bytes())), reply);
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target = target.as_os_str().as_bytes();
-        reply_entry(self.fs.symlink(ino(parent), name.as_bytes(), target, caller(request)), reply);
+        let make = || self.fs.symlink(ino(parent), name.as_bytes(), target, caller(request));
+        reply_entry(self.make_once(request, parent, make), reply);
     }
 
     fn rename(
@@ -376,11 +413,12 @@ impl Filesystem for Front {
         reply: ReplyEmpty,
     ) {
         let (from, to) = ((ino(parent), name.as_bytes()), (ino(new_parent), new_name.as_bytes()));
-        reply_empty(self.fs.rename(from, to, flags.bits(), caller(request)), reply);
+        reply_empty(self.do_once(request, || self.fs.rename(from, to, flags.bits(), caller(request))), reply);
     }
 
-    fn link(&self, _: &Request, number: INodeNo, new_parent: INodeNo, new_name: &OsStr, reply: ReplyEntry) {
-        reply_entry(self.fs.link(ino(number), ino(new_parent), new_name.as_bytes()), reply);
+    fn link(&self, request: &Request, number: INodeNo, new_parent: INodeNo, new_name: &OsStr, reply: ReplyEntry) {
+        let link = || self.fs.link(ino(number), ino(new_parent), new_name.as_bytes());
+        reply_entry(self.make_once(request, new_parent, link), reply);
     }
 
     fn open(&self, request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -540,7 +578,8 @@ impl Filesystem for Front {
         _: u32,
         reply: ReplyEmpty,
     ) {
-        reply_empty(self.fs.setxattr(ino(number), name.as_bytes(), value, flags, caller(request)), reply);
+        let set = || self.fs.setxattr(ino(number), name.as_bytes(), value, flags, caller(request));
+        reply_empty(self.do_once(request, set), reply);
     }
 
     fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -551,8 +590,8 @@ impl Filesystem for Front {
         reply_xattr(self.fs.listxattr(ino(number), caller(request)), size, reply);
     }
 
-    fn removexattr(&self, _: &Request, number: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(self.fs.removexattr(ino(number), name.as_bytes()), reply);
+    fn removexattr(&self, request: &Request, number: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(self.do_once(request, || self.fs.removexattr(ino(number), name.as_bytes())), reply);
     }
 
     fn create(
@@ -566,13 +605,28 @@ impl Filesystem for Front {
         reply: ReplyCreate,
     ) {
         let mode = mode & 0o7777 | libc::S_IFREG;
-        match self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request)) {
+        let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request));
+        match self.make_once(request, parent, make) {
             Ok(stat) => {
                 self.fs.opened(stat.ino, flags);
                 reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS);
             }
             Err(errno) => reply.error(errno.into()),
         }
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(fuser::Errno::ENOTTY);
     }
 
     fn fallocate(
@@ -621,6 +675,38 @@ impl Filesystem for Front {
 }
 
 impl Front {
+    fn new(fs: Arc<Fs>, options: &FuseOptions) -> Front {
+        let store_folder = options.store_folder.clone();
+        Front { fs, notifier: Arc::default(), store_folder, for_all: options.allow_other }
+    }
+
+    /// Does what `request` asks for, in a way that it isn't done twice. If a daemon before this one did it, `again` makes
+    /// the answer from the inode that it was about.
+    fn once<T>(
+        &self,
+        request: &Request,
+        change: impl FnOnce() -> FsResult<T>,
+        again: impl FnOnce(Ino) -> FsResult<T>,
+    ) -> FsResult<T> {
+        let Some(upper) = self.fs.upper() else { return change() };
+        let number = request.unique().0;
+        let first = descriptor::sent_again(number);
+        match first.and_then(|first| upper.journal().done(first)) {
+            Some(about) => again(about),
+            None => upper.journal().answering(first.unwrap_or(number), change),
+        }
+    }
+
+    /// [`Front::once`] for what makes an entry of `folder`.
+    fn make_once(&self, request: &Request, folder: INodeNo, change: impl FnOnce() -> FsResult<Stat>) -> FsResult<Stat> {
+        self.once(request, change, |made| self.fs.made_already(ino(folder), made))
+    }
+
+    /// [`Front::once`] for what has no answer but success.
+    fn do_once(&self, request: &Request, change: impl FnOnce() -> FsResult<()>) -> FsResult<()> {
+        self.once(request, change, |_| Ok(()))
+    }
+
     fn attributes_changed(&self, number: INodeNo) {
         if let Some(kernel) = self.notifier.get() {
             kernel.attributes_changed(ino(number));

@@ -6,12 +6,15 @@
 
 pub mod acl;
 pub mod caller;
+mod descriptor;
 pub mod errno;
 pub mod fs;
 mod fuse;
 mod point;
 pub mod registry;
 
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -97,6 +100,8 @@ pub struct Mount {
     store: Arc<Store>,
     record: MountRecord,
     kernel: Kernel,
+    /// The connection to the kernel, for whoever keeps it beyond this process's end.
+    descriptor: OwnedFd,
     device: Option<u64>,
     started: Instant,
     /// None once it has ended.
@@ -126,16 +131,29 @@ pub fn attach(store: &Arc<Store>) -> Result<()> {
     upper::remove_leftovers(store)
 }
 
-/// Mounts again what was mounted when the last daemon ended. What fails keeps its record.
-pub fn restore(store: &Arc<Store>) -> Result<Vec<(MountRecord, Result<Arc<Mount>>)>> {
-    let records = registry::list(store.db())?;
-    let start = |record: MountRecord| {
-        let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
-        let options = MountOptions { upper, allow_other: Some(record.allow_other), threads: record.threads.into() };
-        let mount = Mount::start(store, record.layer, &record.source, &record.dir, &options);
-        (record, mount)
-    };
-    Ok(records.into_iter().map(start).collect())
+/// Mounts again what was mounted when the last daemon ended, or goes on with it where `kept` has the descriptor of a
+/// mount point: programs have noticed nothing but a pause then. What fails keeps its record.
+///
+/// # Errors
+/// Those of reading the records.
+pub fn restore(
+    store: &Arc<Store>,
+    kept: &mut HashMap<PathBuf, OwnedFd>,
+) -> Result<Vec<(MountRecord, Result<Arc<Mount>>)>> {
+    let mut restored = Vec::new();
+    for record in registry::list(store.db())? {
+        let mount = match kept.remove(&record.dir) {
+            Some(descriptor) => Mount::resume(store, &record, &descriptor),
+            None => {
+                let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
+                let (allow_other, threads) = (Some(record.allow_other), record.threads.into());
+                let options = MountOptions { upper, allow_other, threads };
+                Mount::start(store, record.layer, &record.source, &record.dir, &options)
+            }
+        };
+        restored.push((record, mount));
+    }
+    Ok(restored)
 }
 
 impl Mount {
@@ -171,6 +189,23 @@ impl Mount {
         }
     }
 
+    /// Goes on with the mount of `record`, whose daemon died and left `descriptor`.
+    fn resume(store: &Arc<Store>, record: &MountRecord, descriptor: &OwnedFd) -> Result<Arc<Mount>> {
+        let pin = record.layer.map(|layer| store.pin(layer)).transpose()?;
+        let (view, upper) = match record.upper {
+            Some(id) => {
+                let (upper, tables) = Upper::resume(store, id)?;
+                (open_view(store, upper.record().base)?, Some((upper, tables)))
+            }
+            None => (open_view(store, record.layer)?, None),
+        };
+        let fs = Arc::new(Fs::resumed(view, upper));
+        let session = Session::resume(fs.clone(), &fuse_options(store, record), descriptor)?;
+        let mount = Mount::run(store, fs, session, record.clone())?;
+        *mount.pin.lock() = pin;
+        Ok(mount)
+    }
+
     fn serve(
         store: &Arc<Store>,
         fs: Arc<Fs>,
@@ -178,17 +213,23 @@ impl Mount {
         dir: PathBuf,
         options: &MountOptions,
     ) -> Result<Arc<Mount>> {
-        let is_root = rustix::process::geteuid().is_root();
         let threads = if options.threads == 0 { default_threads() } else { options.threads.min(64) };
-        let allow_other = options.allow_other.unwrap_or(is_root);
-        let store_folder = store.folder().to_owned();
-        let fuse =
-            FuseOptions { dir: dir.clone(), source: source.to_owned(), allow_other, is_root, threads, store_folder };
+        let allow_other = options.allow_other.unwrap_or(rustix::process::geteuid().is_root());
         let upper = fs.upper().map(Upper::id);
         let layer = if upper.is_none() { fs.view().top() } else { None };
         let record = MountRecord { dir, source: source.to_owned(), layer, upper, allow_other, threads: threads as u16 };
-        let session = Session::mount(fs.clone(), &fuse)?;
-        let kernel = session.kernel();
+        let session = Session::mount(fs.clone(), &fuse_options(store, &record))?;
+        let mount = Mount::run(store, fs, session, record)?;
+        if let Err(error) = registry::put(store.db(), &mount.record) {
+            mount.unmount(&UnmountOptions { lazy: true, ..Default::default() })?;
+            return Err(error);
+        }
+        Ok(mount)
+    }
+
+    /// Serves `session` until it ends.
+    fn run(store: &Arc<Store>, fs: Arc<Fs>, session: Session, record: MountRecord) -> Result<Arc<Mount>> {
+        let (kernel, descriptor) = (session.kernel(), session.descriptor()?);
         let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
         let serve = move || {
             let result = session.serve();
@@ -204,6 +245,7 @@ impl Mount {
             store: store.clone(),
             record,
             kernel,
+            descriptor,
             device,
             started: Instant::now(),
             fs: Mutex::new(Some(fs)),
@@ -212,13 +254,13 @@ impl Mount {
             ended: Mutex::new(false),
             end: Condvar::new(),
         });
-        let recorded = registry::put(store.db(), &mount.record);
         let _ = send.send(mount.clone());
-        if let Err(error) = recorded {
-            mount.unmount(&UnmountOptions { lazy: true, ..Default::default() })?;
-            return Err(error);
-        }
         Ok(mount)
+    }
+
+    /// The connection to the kernel: while a copy of it is open the mount is there, whatever becomes of this process.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
     }
 
     /// Its record.
@@ -343,12 +385,27 @@ fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(4, usize::from).clamp(4, 16)
 }
 
-/// The filesystem for a mount; with it the id of an upper that was made for it.
-fn open_fs(store: &Arc<Store>, layer: Option<LayerId>, choice: &UpperChoice) -> Result<(Arc<Fs>, Option<UpperId>)> {
-    let view = |layer: Option<LayerId>| match layer {
+fn open_view(store: &Arc<Store>, layer: Option<LayerId>) -> Result<Arc<View>> {
+    match layer {
         Some(layer) => View::open(store, layer),
         None => Ok(Arc::new(View::empty(store.clone()))),
-    };
+    }
+}
+
+fn fuse_options(store: &Store, record: &MountRecord) -> FuseOptions {
+    FuseOptions {
+        dir: record.dir.clone(),
+        source: record.source.clone(),
+        allow_other: record.allow_other,
+        is_root: rustix::process::geteuid().is_root(),
+        threads: record.threads.max(1).into(),
+        store_folder: store.folder().to_owned(),
+    }
+}
+
+/// The filesystem for a mount; with it the id of an upper that was made for it.
+fn open_fs(store: &Arc<Store>, layer: Option<LayerId>, choice: &UpperChoice) -> Result<(Arc<Fs>, Option<UpperId>)> {
+    let view = |layer: Option<LayerId>| open_view(store, layer);
     let existing = match choice {
         UpperChoice::ReadOnly if layer.is_none() => {
             return Err(Error::invalid("a read-only mount needs a layer to show"));

@@ -6,6 +6,7 @@
 //! keeps its base from being collected.
 
 pub mod data;
+pub mod journal;
 pub mod table;
 
 use std::collections::HashSet;
@@ -25,6 +26,7 @@ use crate::store::Store;
 use crate::store::db::{Batch, Cf, Db, Sync};
 use crate::view::View;
 use data::DataFolder;
+use journal::Journal;
 use table::{Change, Tables, UpperInode};
 
 /// How many inode numbers are reserved at a time.
@@ -152,7 +154,7 @@ pub fn remove(store: &Store, id: UpperId) -> Result<()> {
 
 /// Removes the rows of upper `id`, in batches of bounded size: it has no record any more.
 fn remove_rows(db: &Db, id: UpperId) -> Result<()> {
-    for prefix in [table::inode_prefix(id), table::dentry_prefix(id)] {
+    for prefix in [table::inode_prefix(id), table::dentry_prefix(id), journal::prefix(id)] {
         let mut batch = Batch::new();
         for row in db.iter(Cf::Uppers, &prefix)? {
             batch.delete(Cf::Uppers, row?.0);
@@ -192,7 +194,17 @@ pub struct Upper {
     id: UpperId,
     store: Arc<Store>,
     data: DataFolder,
+    journal: Journal,
     numbers: Mutex<Numbers>,
+}
+
+/// Who had an upper before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Past {
+    /// A mount that has ended.
+    Ended,
+    /// A daemon that died, whose mount goes on: programs still have files open, without a name too.
+    GoesOn,
 }
 
 struct Numbers {
@@ -235,7 +247,8 @@ impl Upper {
         db.write(batch, Sync::Yes)?;
         drop(numbering);
         let next = record.next_ino;
-        let upper = Upper { id, store: store.clone(), data, numbers: Mutex::new(Numbers { record, next }) };
+        let numbers = Mutex::new(Numbers { record, next });
+        let upper = Upper { id, store: store.clone(), data, journal: Journal::start(db, id)?, numbers };
         let mut tables = Tables::new();
         if view.inode(Ino::ROOT)?.is_none() {
             upper.make_root(&mut tables)?;
@@ -256,26 +269,43 @@ impl Upper {
     /// # Errors
     /// [`Error::NotFound`], [`Error::Busy`] if it is in use, [`Error::Corrupt`].
     pub fn open(store: &Arc<Store>, id: UpperId) -> Result<(Upper, Tables)> {
+        Upper::open_after(store, id, Past::Ended)
+    }
+
+    /// Opens upper `id` for a mount that goes on, though its daemon died.
+    ///
+    /// # Errors
+    /// As [`Upper::open`].
+    pub fn resume(store: &Arc<Store>, id: UpperId) -> Result<(Upper, Tables)> {
+        Upper::open_after(store, id, Past::GoesOn)
+    }
+
+    fn open_after(store: &Arc<Store>, id: UpperId, past: Past) -> Result<(Upper, Tables)> {
         let missing = || Error::NotFound { what: "upper", name: id.to_string() };
         let record = record(store.db(), id)?.ok_or_else(missing)?;
         let data = DataFolder::open(&folder_path(store, id))?;
         let next = record.next_ino;
-        let upper = Upper { id, store: store.clone(), data, numbers: Mutex::new(Numbers { record, next }) };
+        let journal = match past {
+            Past::Ended => Journal::start(store.db(), id)?,
+            Past::GoesOn => Journal::resume(store.db(), id)?,
+        };
+        let numbers = Mutex::new(Numbers { record, next });
+        let upper = Upper { id, store: store.clone(), data, journal, numbers };
         let mut tables = Tables::new();
-        let repairs = upper.load(&mut tables)?;
+        let repairs = upper.load(&mut tables, past)?;
         upper.commit(&mut tables, repairs)?;
         Ok((upper, tables))
     }
 
-    /// Reads the rows. Returns what a crash left to be repaired: files without a name, times of files that were
-    /// being written.
-    fn load(&self, tables: &mut Tables) -> Result<Change> {
+    /// Reads the rows. Returns what a crash left to be repaired: files without a name that nobody can have open, times
+    /// of files that were being written.
+    fn load(&self, tables: &mut Tables, past: Past) -> Result<Change> {
         let mut repairs = Change::new();
         let mut backed_inos = HashSet::new();
         for row in self.store.db().iter(Cf::Uppers, &table::inode_prefix(self.id))? {
             let (mut inode, stamp) = table::decode_inode(&row?.1)?;
             let ino = inode.inode.ino;
-            if inode.inode.nlink == 0 {
+            if inode.inode.nlink == 0 && past == Past::Ended {
                 repairs.forget(ino);
                 continue;
             }
@@ -327,6 +357,11 @@ impl Upper {
         &self.data
     }
 
+    /// Its journal.
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
     /// The store that it is in.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
@@ -360,6 +395,7 @@ impl Upper {
             reserved = Some(record);
         }
         if !batch.is_empty() {
+            self.journal.note(self.id, change.answer(), &mut batch);
             self.store.db().write(batch, Sync::No)?;
         }
         if let Some(record) = reserved {

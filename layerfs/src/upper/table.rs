@@ -212,6 +212,7 @@ impl Tables {
 pub struct Change {
     inodes: Vec<(Ino, Option<UpperInode>)>,
     dentries: Vec<(Ino, Box<[u8]>, Option<Slot>)>,
+    answer: Option<Ino>,
 }
 
 impl Change {
@@ -241,6 +242,16 @@ impl Change {
     /// [`Change::forget`] for an inode that this change doesn't mention otherwise: for changes of many.
     pub fn forget_unchecked(&mut self, ino: Ino) {
         self.inodes.push((ino, None));
+    }
+
+    /// The answer to whoever asked for the change is about inode `ino`.
+    pub fn answer_with(&mut self, ino: Ino) {
+        self.answer = Some(ino);
+    }
+
+    /// The inode that the answer is about; 0 if about none.
+    pub(super) fn answer(&self) -> Ino {
+        self.answer.unwrap_or(Ino(0))
     }
 
     /// Sets or clears what the upper says of a name.

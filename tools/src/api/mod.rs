@@ -205,6 +205,8 @@ pub struct Status {
     pub listen_error: Option<String>,
     /// How many mounts it holds.
     pub mounts: u64,
+    /// The process that keeps the mounts if this one ends; none if nothing is kept.
+    pub keeper: Option<u32>,
     /// Resident memory in bytes.
     pub resident_bytes: u64,
     /// The inode of its mount namespace: paths and mounts of processes in another one differ.
@@ -241,6 +243,9 @@ pub struct Stop {
     /// Cancel work, and detach mounts that are in use.
     #[serde(default)]
     pub force: bool,
+    /// Leave the mounts to a successor, which is started.
+    #[serde(default)]
+    pub hand_over: bool,
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use clap::{Args, Subcommand};
     layerctl daemon                                  start it in the background\n  \
     layerctl daemon --foreground --listen 0.0.0.0    for systemd\n  \
     layerctl daemon status\n  \
+    layerctl daemon restart                          after an upgrade; mounts go on\n  \
     layerctl daemon stop"
 )]
 pub struct Daemon {
@@ -35,6 +36,18 @@ pub enum DaemonAction {
     /// Show its version, mounts, work and listener; exit code 3 if none runs
     #[command(after_help = "Examples:\n  layerctl daemon status\n  layerctl daemon status --json")]
     Status,
+    /// Let another daemon take over, as after an upgrade; mounts, open files and running programs go on
+    #[command(
+        after_help = "Examples:\n  layerctl daemon restart\n  layerctl daemon restart --force     cancels work that is under way"
+    )]
+    Restart {
+        /// Cancel work that is under way
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Hold the descriptors of mounts, and start a daemon when there is none
+    #[command(hide = true)]
+    Keep,
     /// Finish or cancel the work, unmount, exit
     #[command(
         after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work and detaches busy mounts"
@@ -55,6 +68,9 @@ pub struct DaemonStart {
     /// Listen for peers: ADDRESS[:PORT], `auto` or `off` [default: auto, as soon as there are peers]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<String>,
+    /// Let the mounts end with the daemon, instead of having a keeper hold them and start another daemon
+    #[arg(long)]
+    pub no_keeper: bool,
     /// Die at a named step, for tests
     #[arg(long, value_name = "STEP[:N]", hide = true)]
     pub crash_at: Option<String>,

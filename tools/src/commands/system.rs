@@ -13,6 +13,8 @@ pub fn daemon(session: &Session, args: args::Daemon) -> Result<u8> {
     match args.action.unwrap_or(args::DaemonAction::Start(args.start)) {
         args::DaemonAction::Start(how) => start(session, &how).map(|()| 0),
         args::DaemonAction::Status => status(session),
+        args::DaemonAction::Restart { force } => restart(session, force).map(|()| 0),
+        args::DaemonAction::Keep => crate::keeper::run(&session.settings.store).map(|()| 0),
         args::DaemonAction::Stop { force } => stop(session, force).map(|()| 0),
     }
 }
@@ -58,12 +60,14 @@ fn status_text(status: &Status, paint: Paint) -> String {
         (None, None) => "no".to_owned(),
     };
     let leaves = if status.autostarted { ", leaves when it has nothing to do" } else { "" };
+    let kept = status.keeper.map_or_else(String::new, |keeper| format!(", kept by process {keeper}"));
+    let mounts = format!("{}{kept}", units::count(status.mounts));
     let mut list = vec![
         ("store", status.store.display().to_string()),
         ("version", status.version.clone()),
         ("pid", format!("{}, up {}{leaves}", status.pid, units::duration(status.uptime_seconds))),
         ("memory", units::size(status.resident_bytes)),
-        ("mounts", units::count(status.mounts)),
+        ("mounts", mounts),
         ("listening", listening),
     ];
     for work in &status.work {
@@ -84,6 +88,24 @@ fn stop(session: &Session, force: bool) -> Result<()> {
     session.output.answer(&answer, |_| {
         let text = if found.is_some() { "daemon stopped" } else { "no daemon runs" };
         format!("{text}\n")
+    })
+}
+
+fn restart(session: &Session, force: bool) -> Result<()> {
+    let status = match autostart::find(&session.settings)? {
+        Some(client) => client::restart(&client, force)?,
+        None => {
+            autostart::start(&session.settings, &args::DaemonStart::default())?;
+            session.call("status", &Empty {})?
+        }
+    };
+    session.output.answer(&status, |status| {
+        format!(
+            "daemon restarted: pid {}, version {}, {}\n",
+            status.pid,
+            status.version,
+            units::plural(status.mounts, "mount")
+        )
     })
 }
 

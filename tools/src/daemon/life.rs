@@ -1,8 +1,9 @@
 //! When the daemon exits, and how: on a signal, on request, or because it was started by a command and has nothing to do.
 //!
-//! Invariant: before it exits, work was finished or cancelled, and every mount is gone.
+//! Invariant: before it exits, work was finished or cancelled, and every mount is gone or left to a successor.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,12 +25,19 @@ const LEAST_IDLE: Duration = Duration::from_secs(2);
 pub struct Life {
     asked: Notify,
     is_over: Notify,
+    /// Another daemon takes over the mounts.
+    is_handed_over: AtomicBool,
 }
 
 impl Life {
     /// The daemon shall exit now; work and mounts are no more.
     fn end(&self) {
         self.asked.notify_one();
+    }
+
+    /// Whether the mounts are left to another daemon.
+    pub fn is_handed_over(&self) -> bool {
+        self.is_handed_over.load(Ordering::SeqCst)
     }
 }
 
@@ -97,7 +105,9 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     let own = context.reporter.work().number;
     daemon.works.cancel_all(Some(own));
     context.block_on(daemon.works.wait_until_done(Some(own)));
-    if let Err(failure) = daemon.mounts.unmount_all(request.force) {
+    if request.hand_over {
+        daemon.life.is_handed_over.store(true, Ordering::SeqCst);
+    } else if let Err(failure) = daemon.mounts.unmount_all(request.force) {
         daemon.works.reopen();
         return Err(failure);
     }

@@ -31,6 +31,8 @@ use work::Works;
 
 /// How long a starting daemon waits for the last one to let go of the store.
 const PREDECESSOR: Duration = Duration::from_secs(15);
+/// The exit code by which systemd, if it started this daemon, knows that another one is wanted.
+const EXIT_HANDED_OVER: i32 = 75;
 
 /// All that the operations share.
 pub struct Daemon {
@@ -66,6 +68,7 @@ impl Daemon {
             listening: listener.listening,
             listen_error: listener.error,
             mounts: self.mounts.count() as u64,
+            keeper: self.mounts.keeping().pid(),
             resident_bytes: memory::resident_bytes(),
             mount_namespace: mount_namespace(),
             work: self.works.list(),
@@ -159,7 +162,7 @@ fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
 }
 
 async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &DaemonStart) -> Result<()> {
-    let mounts = Mounts::new(&store)?;
+    let (mounts, left) = Mounts::new(&store, &settings, start)?;
     let peering = Peering::new(&store, listen)?;
     let daemon = Arc::new(Daemon {
         works: Arc::new(Works::default()),
@@ -175,7 +178,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     let limit = ops::transfers::in_force(&daemon)?;
     daemon.peering.node().transfers().governor().set_limit(limit.limit.map(migrator::Rate::new));
     let bringing_back = daemon.clone();
-    let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store)).await;
+    let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
     daemon.peering.start().await?;
     let socket = Socket::bind(&daemon.settings.store)?;
     tracing::info!(store = %daemon.settings.store.display(), pid = std::process::id(), "ready");
@@ -195,8 +198,29 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     }
     drop(socket);
     daemon.peering.stop().await;
+    if daemon.life.is_handed_over() {
+        hand_over(&daemon);
+    }
     tracing::info!("exits");
     Ok(())
+}
+
+/// Ends this process at once, as a crash would but with everything saved: the mounts' threads must not be seen to end.
+fn hand_over(daemon: &Daemon) -> ! {
+    let status = match daemon.mounts.keeping().start_successor() {
+        Ok(true) => 0,
+        Ok(false) => EXIT_HANDED_OVER,
+        Err(failure) => {
+            tracing::error!("{failure}; the keeper starts a daemon");
+            EXIT_HANDED_OVER
+        }
+    };
+    tracing::info!("leaves the mounts to another daemon");
+    // SAFETY: ends the process; nothing here has to be dropped, as after a kill.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::_exit(status)
+    }
 }
 
 fn router() -> Router<Arc<Daemon>> {

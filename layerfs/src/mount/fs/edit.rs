@@ -111,7 +111,7 @@ impl<'fs> Edit<'fs> {
                 .collect();
             names.iter().for_each(|name| self.change.dentry(ino, name, None));
         }
-        if is_gone && !self.fs.lookups.is_known(ino) {
+        if is_gone && !self.fs.may_be_in_use(ino) {
             self.change.forget(ino);
             self.reaped.push(ino);
         } else {
@@ -175,6 +175,11 @@ impl<'fs> Edit<'fs> {
         let nlink = if kind == FileKind::Folder { 2 } else { 1 };
         self.set(UpperInode::sealed(Inode { ino, nlink, attrs, xattrs, node }));
         ino
+    }
+
+    /// The answer to whoever asked for this is about inode `ino`.
+    pub(super) fn answer_with(&mut self, ino: Ino) {
+        self.change.answer_with(ino);
     }
 
     /// Makes it all happen.

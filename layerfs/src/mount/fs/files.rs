@@ -86,6 +86,12 @@ impl Fs {
 
     /// The files that programs may have mapped for writing: the kernel may hold bytes of them that nobody has sent.
     pub fn mappable(&self) -> Vec<Ino> {
+        if self.is_resumed {
+            // Nobody knows who opened what before.
+            let state = self.state.read();
+            let backed = state.tables.inodes().filter(|inode| inode.backed.is_some());
+            return backed.map(|inode| inode.inode.ino).collect();
+        }
         self.mappable.lock().keys().copied().collect()
     }
 

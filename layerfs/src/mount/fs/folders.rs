@@ -58,7 +58,10 @@ pub(super) struct Folders {
 
 impl Default for Folders {
     fn default() -> Folders {
-        Folders { next: AtomicU64::new(1), open: Mutex::default(), cursors: Mutex::new(LruCache::new(CURSORS)) }
+        // A daemon that takes a mount over must not give a handle that another has given.
+        let since_epoch = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let next = AtomicU64::new(since_epoch.as_nanos() as u64);
+        Folders { next, open: Mutex::default(), cursors: Mutex::new(LruCache::new(CURSORS)) }
     }
 }
 
@@ -101,18 +104,23 @@ impl Fs {
         if after < 2 && !lister.dot(b"..", self.parent(folder), 2) {
             return Ok(());
         }
-        let frozen = match self.folders.open.lock().get_mut(&handle) {
-            Some(open) if after == 0 => {
-                open.frozen = None;
-                None
-            }
-            Some(open) => open.frozen.clone(),
-            None => None,
-        };
+        let frozen = self.frozen_listing(folder, handle, after);
         match frozen {
             Some(frozen) => lister.frozen(&frozen, after),
             None => lister.merged(after),
         }
+    }
+
+    /// The listing that a seal has left to `handle`, unless it starts anew.
+    fn frozen_listing(&self, folder: Ino, handle: FolderHandle, after: u64) -> Option<Arc<Listing>> {
+        self.upper.as_ref()?;
+        let mut open = self.folders.open.lock();
+        // It may have been opened when another daemon served the mount.
+        let open = open.entry(handle).or_insert(Open { folder, frozen: None });
+        if after == 0 {
+            open.frozen = None;
+        }
+        open.frozen.clone()
     }
 
     /// The sealed layers are about to change: gives every open folder its listing as it is.

@@ -85,6 +85,8 @@ pub struct Fs {
     mappable: Mutex<HashMap<Ino, u32>>,
     /// Bytes that programs wrote through this mount.
     written_bytes: AtomicU64,
+    /// Whether a daemon before this one served the mount: the kernel may know any inode, and any may be open.
+    is_resumed: bool,
 }
 
 pub(super) struct State {
@@ -109,6 +111,13 @@ impl Fs {
         Fs::new(view, Some(upper), tables)
     }
 
+    /// The filesystem of a mount that goes on after its daemon died; with an upper and what is in it, if it is
+    /// writable.
+    pub fn resumed(view: Arc<View>, upper: Option<(Upper, Tables)>) -> Fs {
+        let (upper, tables) = upper.map_or((None, Tables::new()), |(upper, tables)| (Some(upper), tables));
+        Fs { is_resumed: true, ..Fs::new(view, upper, tables) }
+    }
+
     fn new(view: Arc<View>, upper: Option<Upper>, tables: Tables) -> Fs {
         let pool = FetchPool::new(view.chunks().clone(), AHEAD_THREADS, AHEAD_BYTES);
         Fs {
@@ -123,6 +132,7 @@ impl Fs {
             folders: folders::Folders::default(),
             mappable: Mutex::default(),
             written_bytes: AtomicU64::new(0),
+            is_resumed: false,
         }
     }
 
@@ -145,6 +155,11 @@ impl Fs {
     pub fn upper_counts(&self) -> (u64, u64) {
         let state = self.state.read();
         (state.tables.inode_count() as u64, state.tables.dentry_count() as u64)
+    }
+
+    /// Whether requests can be answered: nothing holds the tables for longer than `limit`.
+    pub fn answers_within(&self, limit: std::time::Duration) -> bool {
+        self.state.try_read_for(limit).is_some()
     }
 
     /// Bytes that programs wrote.
@@ -185,6 +200,11 @@ impl Fs {
         if self.upper.is_some() {
             self.lookups.add(ino);
         }
+    }
+
+    /// Whether programs may have `ino` open, or the kernel know it.
+    fn may_be_in_use(&self, ino: Ino) -> bool {
+        self.is_resumed || self.lookups.is_known(ino)
     }
 
     /// The kernel forgets `count` of the look-ups of `ino`. An inode without a name ends with the last.

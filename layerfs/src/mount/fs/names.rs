@@ -71,6 +71,7 @@ impl Fs {
         let ino = edit.make(&parent, node, permissions, umask & 0o777, caller);
         edit.set_name(folder, name, Some((ino, kind)))?;
         edit.touch_folder(folder, i32::from(kind == FileKind::Folder))?;
+        edit.answer_with(ino);
         let state = edit.commit()?;
         self.remember(folder, ino, kind);
         self.stat(&state, ino)
@@ -96,9 +97,19 @@ impl Fs {
         edit.update(ino, |inode| inode.inode.nlink += 1)?;
         edit.set_name(folder, name, Some((ino, kind)))?;
         edit.touch_folder(folder, 0)?;
+        edit.answer_with(ino);
         let state = edit.commit()?;
         self.remember(folder, ino, kind);
         self.stat(&state, ino)
+    }
+
+    /// The answer that [`Fs::make`], [`Fs::symlink`] or [`Fs::link`] gave for `ino` in `folder`, once more: the daemon that
+    /// did it died before the kernel heard of it.
+    pub fn made_already(&self, folder: Ino, ino: Ino) -> FsResult<Stat> {
+        let state = self.state.read();
+        let stat = self.stat(&state, ino)?;
+        self.remember(folder, ino, stat.kind);
+        Ok(stat)
     }
 
     /// Removes a name of anything but a folder.

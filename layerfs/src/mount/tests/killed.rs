@@ -1,7 +1,7 @@
 //! `kill -9` of the process that serves a mount, while programs write and at each step of a seal: whatever an
 //! operation had answered is there afterwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -24,7 +24,7 @@ fn serve() {
     let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
     let store = Store::open(&folder.join("store"), StoreOptions::create()).unwrap();
     crate::mount::attach(&store).unwrap();
-    let mount = match crate::mount::restore(&store).unwrap().pop() {
+    let mount = match crate::mount::restore(&store, &mut HashMap::new()).unwrap().pop() {
         Some((_, mount)) => mount.unwrap(),
         None => Mount::start(&store, None, "test", &folder.join("mnt"), &MountOptions::default()).unwrap(),
     };

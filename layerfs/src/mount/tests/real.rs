@@ -36,7 +36,7 @@ impl Mounted {
     /// Mounts the same upper again, as after a restart.
     fn remount(mut self) -> Mounted {
         self.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
-        let mut restored = crate::mount::restore(&self.store).unwrap();
+        let mut restored = crate::mount::restore(&self.store, &mut Default::default()).unwrap();
         assert_eq!(restored.len(), 1);
         self.mount = restored.remove(0).1.unwrap();
         self

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
 use layerfs::seal::{self, SealOptions};
@@ -23,16 +23,25 @@ use crate::api::mounts::{
     UpperList, UppersRemoveRequest,
 };
 use crate::api::{Empty, Timestamp};
+use crate::cli::system::DaemonStart;
+use crate::config::Settings;
 use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
+use crate::keeper::{Keeping, KeptId, Left};
 use crate::units;
 
 /// The daemon's mounts.
 pub struct Mounts {
-    table: Mutex<BTreeMap<PathBuf, Served>>,
+    table: Arc<Mutex<Table>>,
     /// Held while one is made, so that a folder isn't mounted on twice.
     making: Mutex<()>,
+    keeping: Arc<Keeping>,
 }
+
+type Table = BTreeMap<PathBuf, Served>;
+
+/// A mount whose tables can't be had for so long hangs.
+const HANGS: Duration = Duration::from_secs(10);
 
 /// A mount that this daemon serves.
 #[derive(Clone)]
@@ -44,14 +53,59 @@ struct Served {
 
 impl Mounts {
     /// None yet. What uppers and recorded mounts lie on is kept from now on.
-    pub fn new(store: &Arc<Store>) -> Result<Mounts> {
+    /// With them what an earlier daemon has left, for [`Mounts::bring_back`].
+    pub fn new(store: &Arc<Store>, settings: &Settings, start: &DaemonStart) -> Result<(Mounts, Left)> {
         mount::attach(store)?;
-        Ok(Mounts { table: Mutex::default(), making: Mutex::default() })
+        let table = Arc::new(Mutex::new(Table::new()));
+        let watched = table.clone();
+        let is_well = move || {
+            let Some(table) = watched.try_lock_for(HANGS) else { return false };
+            let systems: Vec<_> = table.values().filter_map(|served: &Served| served.mount.fs()).collect();
+            drop(table);
+            systems.iter().all(|fs| fs.answers_within(HANGS))
+        };
+        let (keeping, left) = Keeping::find(settings, start, Arc::new(is_well))?;
+        Ok((Mounts { table, making: Mutex::default(), keeping: Arc::new(keeping) }, left))
     }
 
-    /// Mounts again what was mounted when the last daemon ended.
-    pub fn bring_back(&self, store: &Arc<Store>) {
-        let restored = match mount::restore(store) {
+    /// What lets them outlive this daemon.
+    pub fn keeping(&self) -> &Keeping {
+        &self.keeping
+    }
+
+    /// Takes a mount into the table, and sees to it that it outlives this daemon. `kept` is the keeper's number of one that
+    /// it has already.
+    fn serve(&self, mount: Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) {
+        let dir = mount.record().dir.clone();
+        self.table.lock().insert(dir.clone(), Served { mount: mount.clone(), is_unclaimed });
+        let kept = match kept {
+            Some(kept) => Ok(Some(kept)),
+            None => self.keeping.keep(&dir, mount.descriptor()),
+        };
+        match kept {
+            Ok(None) => {}
+            Ok(Some(kept)) => {
+                let keeping = self.keeping.clone();
+                let at_end = move || {
+                    mount.wait();
+                    keeping.let_go(kept);
+                };
+                if let Err(error) = std::thread::Builder::new().name("mount-end".to_owned()).spawn(at_end) {
+                    tracing::warn!(%error, "a mount's end will not be noticed");
+                }
+            }
+            Err(failure) => tracing::warn!("the mount on {} will end with this daemon: {failure}", dir.display()),
+        }
+    }
+
+    /// Goes on with the mounts that the last daemon left to the keeper, and mounts again what else was mounted when it ended.
+    pub fn bring_back(&self, store: &Arc<Store>, left: Left) {
+        let ids: BTreeMap<PathBuf, KeptId> = left.iter().map(|(dir, (id, _))| (dir.clone(), *id)).collect();
+        let mut kept = left.into_iter().map(|(dir, (_, descriptor))| (dir, descriptor)).collect();
+        let restored = mount::restore(store, &mut kept);
+        // Nobody knows these any more: closing the last descriptor ends them.
+        kept.keys().filter_map(|dir| ids.get(dir)).for_each(|id| self.keeping.let_go(*id));
+        let restored = match restored {
             Ok(restored) => restored,
             Err(error) => {
                 return tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error));
@@ -61,9 +115,10 @@ impl Mounts {
             let dir = record.dir.display();
             match outcome {
                 Ok(mount) => {
-                    tracing::info!("{} is mounted on {dir} again", record.source);
-                    let served = Served { mount, is_unclaimed: true };
-                    self.table.lock().insert(record.dir.clone(), served);
+                    let kept = ids.get(&record.dir).copied();
+                    let how = if kept.is_some() { "is still mounted on" } else { "is mounted again on" };
+                    tracing::info!("{} {how} {dir}", record.source);
+                    self.serve(mount, kept, kept.is_none());
                 }
                 Err(error) => {
                     tracing::error!(
@@ -147,10 +202,8 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     let options = MountOptions { upper, ..MountOptions::default() };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
-    let dir = mount.record().dir.clone();
-    let info = describe(&Catalog::read(&daemon.store)?, &mount)?;
-    daemon.mounts.table.lock().insert(dir, Served { mount, is_unclaimed: false });
-    Ok(info)
+    daemon.mounts.serve(mount.clone(), None, false);
+    describe(&Catalog::read(&daemon.store)?, &mount)
 }
 
 /// A mount that was brought back and is now asked for in the same way, as fstab does after a crash.
