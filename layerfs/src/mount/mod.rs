@@ -144,12 +144,7 @@ pub fn restore(
     for record in registry::list(store.db())? {
         let mount = match kept.remove(&record.dir) {
             Some(descriptor) => Mount::resume(store, &record, &descriptor),
-            None => {
-                let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
-                let (allow_other, threads) = (Some(record.allow_other), record.threads.into());
-                let options = MountOptions { upper, allow_other, threads };
-                Mount::start(store, record.layer, &record.source, &record.dir, &options)
-            }
+            None => Mount::start_again(store, &record),
         };
         restored.push((record, mount));
     }
@@ -187,6 +182,16 @@ impl Mount {
                 Err(error)
             }
         }
+    }
+
+    /// Mounts what `record` says, when the mount itself has ended.
+    ///
+    /// # Errors
+    /// As [`Mount::start`].
+    pub fn start_again(store: &Arc<Store>, record: &MountRecord) -> Result<Arc<Mount>> {
+        let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
+        let options = MountOptions { upper, allow_other: Some(record.allow_other), threads: record.threads.into() };
+        Mount::start(store, record.layer, &record.source, &record.dir, &options)
     }
 
     /// Goes on with the mount of `record`, whose daemon died and left `descriptor`.

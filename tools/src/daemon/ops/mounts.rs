@@ -111,11 +111,17 @@ impl Mounts {
                 return tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error));
             }
         };
-        for (record, outcome) in restored {
+        for (record, mut outcome) in restored {
             let dir = record.dir.display();
+            let mut kept = ids.get(&record.dir).copied();
+            if let (Err(error), Some(id)) = (&outcome, kept.take_if(|_| outcome.is_err())) {
+                tracing::error!("the mount on {dir} cannot go on: {}", crate::failure::describe(error));
+                // Nobody would answer it any more: it ends, and there is a new one.
+                self.keeping.let_go(id);
+                outcome = Mount::start_again(store, &record);
+            }
             match outcome {
                 Ok(mount) => {
-                    let kept = ids.get(&record.dir).copied();
                     let how = if kept.is_some() { "is still mounted on" } else { "is mounted again on" };
                     tracing::info!("{} {how} {dir}", record.source);
                     self.serve(mount, kept, kept.is_none());
