@@ -93,6 +93,18 @@ pub enum Error {
         /// How.
         detail: String,
     },
+    /// A registry failed or refused.
+    #[error("{action} {place} failed: {detail}")]
+    Registry {
+        /// "downloading from", "uploading to".
+        action: &'static str,
+        /// The image's address.
+        place: String,
+        /// The class of failure.
+        class: ErrorClass,
+        /// What happened, and what the user can do.
+        detail: String,
+    },
     /// No version in common.
     #[error(
         "{peer} speaks the protocol's versions {lowest} to {highest}, this program {ours}; use a newer layerfs on the older side"
@@ -118,7 +130,7 @@ impl Error {
                 ErrorClass::Network
             }
             Error::Protocol { .. } => ErrorClass::Corrupt,
-            Error::Refused { class, .. } => *class,
+            Error::Refused { class, .. } | Error::Registry { class, .. } => *class,
             Error::WrongKey { .. } => ErrorClass::Denied,
             Error::Remote { class, .. } => *class,
             Error::Version { .. } => ErrorClass::Unsupported,
@@ -147,4 +159,18 @@ impl Error {
     pub(crate) fn is_worth_telling(&self) -> bool {
         !matches!(self, Error::Remote { .. } | Error::Link { .. } | Error::Closed { .. } | Error::Timeout { .. })
     }
+}
+
+/// `error` and its sources, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }

@@ -27,6 +27,7 @@ pub mod plan;
 pub mod progress;
 pub mod protocol;
 pub mod receive;
+pub mod registry;
 pub mod send;
 #[cfg(test)]
 mod tests;

@@ -43,7 +43,8 @@ impl Environment {
         }
     }
 
-    fn path(&self, name: &str) -> Option<PathBuf> {
+    /// The path in variable `name`.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
         self.variables.get(std::ffi::OsStr::new(name)).map(PathBuf::from)
     }
 
@@ -52,7 +53,7 @@ impl Environment {
     }
 
     /// `$XDG_…`, or the folder below the home that stands for it.
-    fn xdg(&self, variable: &str, below_home: &str) -> Option<PathBuf> {
+    pub fn xdg(&self, variable: &str, below_home: &str) -> Option<PathBuf> {
         let absolute = self.path(variable).filter(|path| path.is_absolute());
         absolute.or_else(|| self.path("HOME").map(|home| home.join(below_home)))
     }

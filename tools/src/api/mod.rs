@@ -6,6 +6,7 @@
 pub mod layers;
 pub mod mounts;
 pub mod peers;
+pub mod registry;
 pub mod storage;
 pub mod transfers;
 

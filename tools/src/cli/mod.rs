@@ -5,6 +5,7 @@
 pub mod layers;
 pub mod mounts;
 pub mod peers;
+pub mod registry;
 pub mod storage;
 pub mod system;
 pub mod transfers;

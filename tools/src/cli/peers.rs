@@ -2,17 +2,22 @@
 
 use clap::{Args, Subcommand};
 
+use super::registry::{PullOptions, PushOptions};
 use super::transfers::Manner;
 
-/// Send layers to a peer, only what it lacks.
+/// Send layers to a peer, or an image to a registry, only what it lacks.
 ///
 /// What lies below them goes along. The names appear on the other side all at once, when everything is there and
 /// verified. A transfer that was cut goes on where it was when the command is repeated.
+///
+/// With oci://HOST/REPOSITORY[:TAG] as peer, one NAME goes to an OCI registry, as an image that every container engine can
+/// run.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "layerctl push [OPTIONS] <NAME>... <PEER>",
     after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1\n  \
-        layerctl push app edge1 --limit 20Mbit --priority low --background"
+        layerctl push app edge1 --limit 20Mbit --priority low --background\n  \
+        layerctl push app oci://registry.example.org/team/app:1.0"
 )]
 pub struct Push {
     /// The layers' names, then the peer's
@@ -24,15 +29,19 @@ pub struct Push {
     /// How it is to go.
     #[command(flatten)]
     pub manner: Manner,
+    /// For registries
+    #[command(flatten)]
+    pub registry: PushOptions,
 }
 
-/// Fetch layers from a peer, only what is lacking here.
+/// Fetch layers from a peer, or an image from a registry, only what is lacking here.
 ///
-/// What lies below them comes along.
+/// What lies below them comes along. With oci://HOST/REPOSITORY[:TAG|@DIGEST] as peer, an image of an OCI registry
+/// becomes the stack NAME.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "layerctl pull [OPTIONS] <NAME>... <PEER>",
-    after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force"
+    after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force\n  layerctl pull nginx oci://docker.io/library/nginx:1.27"
 )]
 pub struct Pull {
     /// The layers' names, then the peer's
@@ -44,6 +53,9 @@ pub struct Pull {
     /// How it is to go.
     #[command(flatten)]
     pub manner: Manner,
+    /// For registries
+    #[command(flatten)]
+    pub registry: PullOptions,
 }
 
 /// Add, list and remove peers, the hosts to exchange layers with.

@@ -18,6 +18,10 @@ use crate::{absolute, units};
 
 /// `layerctl import`.
 pub fn import(session: &Session, args: args::Import) -> Result<()> {
+    if let Some(address) = args.source.to_str().filter(|source| source.starts_with("oci://")) {
+        let text = format!("{address} is an image in a registry, which is pulled");
+        return Err(Failure::invalid(text).hint(format!("`layerctl pull {} {address}` does that", args.name)));
+    }
     let is_stream = args.source.as_os_str() == "-" || is_pipe(&args.source);
     let request = ImportRequest {
         source: if is_stream { None } else { Some(absolute(&args.source)?) },
@@ -75,6 +79,10 @@ fn open_stream(path: &Path) -> Result<Box<dyn Read + Send>> {
 
 /// `layerctl export`.
 pub fn export(session: &Session, args: args::Export) -> Result<()> {
+    if let Some(address) = args.dest.to_str().filter(|dest| dest.starts_with("oci://")) {
+        let text = format!("{address} is an image in a registry, which is pushed; a layout on disk is oci:PATH");
+        return Err(Failure::invalid(text).hint(format!("`layerctl push {} {address}` does that", args.name)));
+    }
     let is_stream = args.dest.as_os_str() == "-";
     let request = ExportRequest {
         name: args.name,

@@ -2,7 +2,9 @@
 
 use std::io::IsTerminal;
 
-use super::Session;
+use migrator::registry::Address;
+
+use super::{Session, registry};
 use crate::api::Empty;
 use crate::api::peers::{
     Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest, ProbeResult,
@@ -19,6 +21,10 @@ use crate::units;
 /// `layerctl push`.
 pub fn push(session: &Session, args: args::Push) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
+    if Address::is_meant(&peer) {
+        return registry::push(session, names, &peer, args.registry);
+    }
+    args.registry.check_unused()?;
     let label = format!("pushing to {peer}");
     let request = request(names, peer, args.force, args.manner);
     let result: TransferResult = session.work("push", &request, &label)?;
@@ -28,6 +34,10 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
 /// `layerctl pull`.
 pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
+    if Address::is_meant(&peer) {
+        return registry::pull(session, names, &peer, args.force, args.registry);
+    }
+    args.registry.check_unused()?;
     let mut display = Display::new(session.output, format!("pulling from {peer}"));
     let request = request(names, peer, args.force, args.manner);
     let client = session.client_of_new_store()?;

@@ -7,6 +7,7 @@ pub mod inspect;
 pub mod layers;
 pub mod mounts;
 pub mod peers;
+pub mod registry;
 pub mod storage;
 pub mod transfers;
 
@@ -41,10 +42,15 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/uppers-remove", operation("uppers-remove", Short, mounts::uppers_remove))
         .route("/v1/push", operation("push", Long, peers::push))
         .route("/v1/pull", operation("pull", Long, peers::pull))
+<<<<<<< HEAD
         .route("/v1/transfers", operation("transfers", Short, transfers::list))
         .route("/v1/transfer-set", operation("transfer-set", Short, transfers::set))
         .route("/v1/limit", operation("limit", Short, transfers::limit))
         .route("/v1/peer-set", operation("peer-set", Short, peers::set))
+=======
+        .route("/v1/registry-push", operation("registry-push", Long, registry::push))
+        .route("/v1/registry-pull", operation("registry-pull", Long, registry::pull))
+>>>>>>> 76d74c2 (wip)
         .route("/v1/peers", operation("peers", Short, peers::list))
         .route("/v1/peer-add", operation("peer-add", Short, peers::add))
         .route("/v1/peer-probe", operation("peer-probe", Short, peers::probe))
