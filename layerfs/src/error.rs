@@ -114,6 +114,18 @@ pub enum Error {
         /// Version or feature.
         detail: String,
     },
+    /// The second tier failed.
+    #[error("{action} {place} failed: {detail}")]
+    Tier {
+        /// "reading from", "uploading to".
+        action: &'static str,
+        /// The bucket.
+        place: String,
+        /// The class of failure.
+        class: ErrorClass,
+        /// What happened, and what the user can do.
+        detail: String,
+    },
     /// The rights don't suffice.
     #[error("{0}")]
     Denied(String),
@@ -155,6 +167,7 @@ impl Error {
             Error::Exists { .. } => ErrorClass::Exists,
             Error::Busy(_) | Error::Cancelled => ErrorClass::Busy,
             Error::ChunkMissing(_) | Error::ChunkDamaged { .. } | Error::Corrupt { .. } => ErrorClass::Corrupt,
+            Error::Tier { class, .. } => *class,
             Error::Unsupported { .. } => ErrorClass::Unsupported,
             Error::Denied(_) => ErrorClass::Denied,
         }
@@ -164,6 +177,8 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Error::File { source, .. } | Error::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            // Whatever it is: to a program that reads a file it is the disk that fails.
+            Error::Tier { .. } => libc::EIO,
             _ => match self.class() {
                 ErrorClass::Invalid => libc::EINVAL,
                 ErrorClass::NotFound => libc::ENOENT,

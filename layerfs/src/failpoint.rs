@@ -29,6 +29,12 @@ pub const NAMES: &[&str] = &[
     "gc.rewritten",
     "gc.before-unlink",
     "gc.after-unlink",
+    "tier.begun",
+    "tier.uploaded",
+    "tier.recorded",
+    "tier.before-evict",
+    "tier.after-evict",
+    "tier.dead",
 ];
 
 static ARMED: AtomicBool = AtomicBool::new(false);

@@ -31,6 +31,7 @@ pub mod registry;
 pub mod send;
 #[cfg(test)]
 mod tests;
+pub mod tier;
 pub mod tls;
 pub mod transfers;
 mod unbundle;

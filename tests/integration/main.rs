@@ -12,6 +12,7 @@ mod judges;
 mod outlive;
 mod paths;
 mod push;
+mod registry;
 mod roundtrip;
 
 use layerfs_tests::case::Case;
@@ -24,6 +25,7 @@ fn main() -> std::process::ExitCode {
         roundtrip::cases(),
         dedup::cases(),
         push::cases(),
+        registry::cases(),
         paths::cases(),
         archives::cases(),
         damage::cases(),

@@ -48,7 +48,8 @@ impl Environment {
         self.variables.get(std::ffi::OsStr::new(name)).map(PathBuf::from)
     }
 
-    fn text(&self, name: &str) -> Option<String> {
+    /// The text in variable `name`.
+    pub fn text(&self, name: &str) -> Option<String> {
         self.variables.get(std::ffi::OsStr::new(name)).map(|value| value.to_string_lossy().into_owned())
     }
 
@@ -91,6 +92,8 @@ struct ConfigFile {
     threads: Option<usize>,
     limit: Option<String>,
     log: Option<String>,
+    tier_credentials: Option<PathBuf>,
+    tier_profile: Option<String>,
 }
 
 impl ConfigFile {
@@ -117,6 +120,8 @@ impl ConfigFile {
             threads: self.threads.or(below.threads),
             limit: self.limit.or(below.limit),
             log: self.log.or(below.log),
+            tier_credentials: self.tier_credentials.or(below.tier_credentials),
+            tier_profile: self.tier_profile.or(below.tier_profile),
         }
     }
 }
@@ -179,6 +184,10 @@ pub struct Settings {
     pub limit: Option<u64>,
     /// The daemon's log filter.
     pub log: String,
+    /// The AWS credentials file with the keys for the second tier.
+    pub tier_credentials: Option<PathBuf>,
+    /// Its profile.
+    pub tier_profile: Option<String>,
 }
 
 impl Settings {
@@ -230,6 +239,8 @@ impl Settings {
             compression: file.compression,
             threads: file.threads,
             limit,
+            tier_credentials: file.tier_credentials,
+            tier_profile: file.tier_profile,
             log: environment.text(ENV_LOG).or(file.log).unwrap_or_else(|| "info".to_owned()),
         })
     }

@@ -5,6 +5,7 @@
 
 mod api;
 mod autostart;
+mod aws;
 mod cli;
 mod client;
 mod commands;

@@ -52,6 +52,10 @@ pub(crate) struct Totals {
     pub live_record_bytes: AtomicU64,
     pub dead_record_bytes: AtomicU64,
     pub tail_bytes: AtomicU64,
+    /// Packs that are only in the second tier.
+    pub remote_packs: AtomicU64,
+    /// The chunks that they hold.
+    pub remote_chunks: AtomicU64,
 }
 
 fn add(counter: &AtomicU64, value: u64) {
@@ -157,6 +161,32 @@ impl<'a> PackCheck<'a> {
         }
     }
 
+    /// Packs that are only in the second tier, as far as they are whole there. What they hold isn't read.
+    fn remote(&self, counts: &HashMap<PackId, u64>) -> Result<HashSet<PackId>> {
+        let mut whole = HashSet::new();
+        for (pack, bytes) in self.store.packs.remote()? {
+            let tier = self.store.packs.tier();
+            let Some(record) = tier.stored(pack) else { continue };
+            match tier.objects().and_then(|objects| objects.size(&record.object())) {
+                Ok(Some(found)) if found == bytes => {
+                    add(&self.totals.remote_packs, 1);
+                    add(&self.totals.remote_chunks, counts.get(&pack).copied().unwrap_or(0));
+                    whole.insert(pack);
+                }
+                Ok(found) => {
+                    let detail = format!("it has {found:?} bytes in the second tier instead of {bytes}");
+                    self.found(Finding::Unreadable(pack, Error::corrupt("pack", detail)));
+                }
+                // What can't be reached isn't damaged: its chunks aren't to be forgotten.
+                Err(error) => {
+                    self.found(Finding::Unreadable(pack, error));
+                    whole.insert(pack);
+                }
+            }
+        }
+        Ok(whole)
+    }
+
     /// The other direction: packs of which the index says more than there was are looked at entry by entry.
     fn entries(&self) -> Result<()> {
         let mut counts: HashMap<PackId, u64> = HashMap::new();
@@ -165,6 +195,8 @@ impl<'a> PackCheck<'a> {
         }
         let matched = self.matched.lock().clone();
         counts.retain(|pack, count| matched.get(pack).copied().unwrap_or(0) < *count);
+        let remote = self.remote(&counts)?;
+        counts.retain(|pack, _| !remote.contains(pack));
         if counts.is_empty() {
             return Ok(());
         }

@@ -64,6 +64,10 @@ pub struct FsckReport {
     pub dead_bytes: u64,
     /// Bytes behind the last whole record of packs: what crashes left.
     pub tail_bytes: u64,
+    /// Packs that are only in the second tier, of which only the length was compared.
+    pub remote_packs: u64,
+    /// Chunks in them.
+    pub remote_chunks: u64,
     /// Names.
     pub names: u64,
     /// Layers that were checked.
@@ -110,6 +114,8 @@ impl Store {
         report.live_bytes = load(&check.totals.live_record_bytes);
         report.dead_bytes = load(&check.totals.dead_record_bytes);
         report.tail_bytes = load(&check.totals.tail_bytes);
+        report.remote_packs = load(&check.totals.remote_packs);
+        report.remote_chunks = load(&check.totals.remote_chunks);
         self.report_findings(findings, monitor, options, &mut report)?;
         self.check_roots(monitor, &mut report)?;
         Ok(report)

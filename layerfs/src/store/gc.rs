@@ -226,7 +226,8 @@ impl Collection<'_> {
 
     /// The packs that nobody appends to; nobody will while we have them.
     fn claim_packs(&self) -> Result<Vec<(PackId, u64)>> {
-        let packs = self.store.packs.list()?;
+        let mut packs = self.store.packs.list()?;
+        packs.extend(self.store.packs.remote()?);
         if self.options.dry_run {
             return Ok(packs);
         }
@@ -321,6 +322,8 @@ impl Collection<'_> {
     ) -> Result<()> {
         let mut rewrite = Vec::new();
         let mut small = Vec::new();
+        // What is only elsewhere isn't fetched to be rewritten: it goes when all of it is dead.
+        let remote: HashSet<PackId> = self.store.packs.remote()?.into_iter().map(|(id, _)| id).collect();
         for &(id, bytes) in packs {
             match live.get(&id).map_or(0, |live| live.bytes) {
                 0 => {
@@ -330,6 +333,7 @@ impl Collection<'_> {
                         self.store.unlink_pack(id)?;
                     }
                 }
+                _ if remote.contains(&id) => {}
                 live if live * 2 < bytes => rewrite.push((id, bytes, live)),
                 live if bytes < SMALL_PACK_BYTES => small.push((id, bytes, live)),
                 _ => {}
@@ -392,7 +396,8 @@ impl Collection<'_> {
 impl Store {
     /// Bytes of the packs that no index entry refers to.
     pub(crate) fn dead_bytes(&self) -> Result<u64> {
-        let total: u64 = self.packs.list()?.iter().map(|(_, bytes)| bytes.saturating_sub(HEADER_BYTES as u64)).sum();
+        let packs = [self.packs.list()?, self.packs.remote()?].concat();
+        let total: u64 = packs.iter().map(|(_, bytes)| bytes.saturating_sub(HEADER_BYTES as u64)).sum();
         let mut live = 0;
         for entry in self.index.iter()? {
             live += entry?.1.record_bytes();

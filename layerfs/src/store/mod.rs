@@ -15,6 +15,7 @@ mod gc;
 mod index;
 mod ingest;
 mod names;
+mod offload;
 mod open;
 mod pack;
 mod packs;
@@ -30,6 +31,7 @@ mod stat;
 mod suspects;
 #[cfg(test)]
 mod tests;
+mod tier;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -45,16 +47,18 @@ pub use fsck::{FsckOptions, FsckReport, Problem, ProblemKind};
 pub use gc::{GcOptions, GcReport};
 pub use ingest::Ingest;
 pub use names::{Expect, NameChange, NameRecord};
+pub use offload::{Moved, TierStat, Which};
 pub use open::StoreOptions;
 pub use pack::PackId;
 pub use pins::{Pin, RootSource};
-pub use rebuild::{RebuildReport, rebuild};
+pub use rebuild::{RebuildReport, rebuild, rebuild_from};
 pub use scrub::{DamagedChunk, ScrubReport};
 pub use session::{Session, SessionReport};
 pub(crate) use source::read_some;
 pub use source::{FileSource, ReadSource, Source, SourcePiece};
 
 pub use stat::{ClassStat, StoreStat};
+pub use tier::Objects;
 
 use cache::ChunkCache;
 use db::Db;

@@ -22,6 +22,7 @@ use crate::store::index::Index;
 use crate::store::packs::Packs;
 use crate::store::pins::Roots;
 use crate::store::suspects::Suspects;
+use crate::store::tier::Tier;
 
 const FORMAT_PREFIX: &str = "layerfs store ";
 const FORMAT_VERSION: u32 = 1;
@@ -112,8 +113,8 @@ impl Store {
             folder: folder.to_owned(),
             options,
             index: Index::new(db.clone()),
+            packs: Packs::open(folder.join("packs"), Tier::open(db.clone())?)?,
             db,
-            packs: Packs::open(folder.join("packs"))?,
             cache: ChunkCache::new(options.cache_bytes),
             suspects: Suspects::default(),
             roots: Roots::default(),

@@ -157,11 +157,20 @@ pub(crate) fn read_record(file: &File, id: &ChunkId, location: &Location) -> Res
         std::io::ErrorKind::UnexpectedEof => damaged(format!("pack {} ends before it does", location.pack)),
         _ => Error::io("reading a pack", e),
     })?;
+    check_record(bytes.into(), id, location)
+}
+
+/// The record of `id` that `bytes` are said to be, unverified but for its header.
+pub(crate) fn check_record(bytes: Bytes, id: &ChunkId, location: &Location) -> Result<StoredChunk> {
+    let damaged = |detail: String| Error::ChunkDamaged { id: *id, detail };
+    if bytes.len() as u64 != location.record_bytes() {
+        return Err(damaged(format!("pack {} ends before it does", location.pack)));
+    }
     let header = RecordHeader::decode(&bytes[..RECORD_BYTES]).map_err(|e| damaged(e.to_string()))?;
     if header.id != *id || header.location(location.pack, location.offset) != *location {
         return Err(damaged(format!("pack {} holds something else in its place", location.pack)));
     }
-    let stored = Bytes::from(bytes).slice(RECORD_BYTES..);
+    let stored = bytes.slice(RECORD_BYTES..);
     Ok(StoredChunk { id: *id, class: header.class, codec: header.codec, plain_bytes: header.plain_bytes, stored })
 }
 

@@ -18,8 +18,9 @@ use crate::error::{Error, Result};
 use crate::id::ChunkId;
 use crate::monitor::Monitor;
 use crate::store::index::Location;
-use crate::store::pack::{PackId, PackWriter, read_record};
+use crate::store::pack::{PackId, PackWriter, check_record, read_record};
 use crate::store::space;
+use crate::store::tier::{self, Tier};
 
 /// The most packs that are open for reading at a time.
 const OPEN_PACKS: NonZeroUsize = NonZeroUsize::new(128).unwrap();
@@ -27,6 +28,7 @@ const OPEN_PACKS: NonZeroUsize = NonZeroUsize::new(128).unwrap();
 #[derive(Debug)]
 pub(crate) struct Packs {
     folder: PathBuf,
+    tier: Tier,
     open: Mutex<LruCache<PackId, Arc<File>>>,
     state: Mutex<State>,
 }
@@ -40,10 +42,11 @@ struct State {
 }
 
 impl Packs {
-    pub fn open(folder: PathBuf) -> Result<Packs> {
-        let packs = Packs { folder, open: Mutex::new(LruCache::new(OPEN_PACKS)), state: Mutex::default() };
-        let last = packs.list()?.into_iter().max_by_key(|(id, _)| *id);
-        packs.state.lock().next = last.map_or(1, |(id, _)| id.0 + 1);
+    pub fn open(folder: PathBuf, tier: Tier) -> Result<Packs> {
+        let packs = Packs { folder, tier, open: Mutex::new(LruCache::new(OPEN_PACKS)), state: Mutex::default() };
+        let last = packs.list()?.into_iter().map(|(id, _)| id).max();
+        // A number that a pack has elsewhere is taken too.
+        packs.state.lock().next = last.max(packs.tier.last()).map_or(1, |id| id.0 + 1);
         Ok(packs)
     }
 
@@ -68,6 +71,31 @@ impl Packs {
             }
         }
         packs.sort_unstable();
+        Ok(packs)
+    }
+
+    /// What is known of packs elsewhere.
+    pub fn tier(&self) -> &Tier {
+        &self.tier
+    }
+
+    /// The packs that are only in the second tier, with their sizes in bytes.
+    pub fn remote(&self) -> Result<Vec<(PackId, u64)>> {
+        let stored = self.tier.all().into_iter().filter(|(_, record)| record.state == tier::State::Stored);
+        let stored: Vec<_> = stored.map(|(id, record)| (id, record.bytes)).collect();
+        if stored.is_empty() {
+            return Ok(stored);
+        }
+        let here: HashSet<PackId> = self.list()?.into_iter().map(|(id, _)| id).collect();
+        Ok(stored.into_iter().filter(|(id, _)| !here.contains(id)).collect())
+    }
+
+    /// All packs here with their sizes in bytes, the least lately used first.
+    pub fn list_by_use(&self) -> Result<Vec<(PackId, u64)>> {
+        let used: Vec<PackId> = self.open.lock().iter().map(|(id, _)| *id).collect();
+        let mut packs = self.list()?;
+        // Those that aren't open were used before all that are; these lie newest first.
+        packs.sort_by_key(|(id, _)| std::cmp::Reverse(used.iter().position(|open| open == id).unwrap_or(usize::MAX)));
         Ok(packs)
     }
 
@@ -188,7 +216,10 @@ impl Packs {
     pub fn read(&self, id: &ChunkId, location: &Location) -> Result<Option<StoredChunk>> {
         match self.file(location.pack)? {
             Some(file) => read_record(&file, id, location).map(Some),
-            None => Ok(None),
+            None => {
+                let read = self.tier.read(location.pack, u64::from(location.offset), location.record_bytes())?;
+                read.map(|bytes| check_record(bytes, id, location)).transpose()
+            }
         }
     }
 }

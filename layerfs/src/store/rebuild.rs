@@ -5,8 +5,9 @@
 //! if not, each complete layer that no other layer lies on gets the name `recovered/<the id's first 12 digits>`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
@@ -19,11 +20,14 @@ use crate::id::{LayerId, LayerName};
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
 use crate::store::db::{Batch, Cf, Db, DbOptions, Sync};
+use crate::store::index::Location;
 use crate::store::names::Expect;
+use crate::store::offload;
 use crate::store::open::{self, StoreOptions};
-use crate::store::pack::{PackId, read_record};
+use crate::store::pack::{HEADER_BYTES, PackId, read_record};
 use crate::store::packs::Packs;
 use crate::store::scan::{Found, PackScan};
+use crate::store::tier::{self, Objects, Record, State, Tier};
 
 /// What a rebuild found.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -49,6 +53,17 @@ const BATCH: usize = 1024;
 /// # Errors
 /// As [`crate::store::Store::open`]; what can't be read is no error, but in the report.
 pub fn rebuild(folder: &Path, options: StoreOptions, monitor: &dyn Monitor) -> Result<RebuildReport> {
+    rebuild_from(folder, options, None, monitor)
+}
+
+/// [`rebuild`], with the packs in `objects`, a second tier, taken for the store's own: for a store whose disk was lost.
+/// Each is read once and not kept here.
+pub fn rebuild_from(
+    folder: &Path,
+    options: StoreOptions,
+    objects: Option<Arc<dyn Objects>>,
+    monitor: &dyn Monitor,
+) -> Result<RebuildReport> {
     if !open::read_format(folder)? {
         return Err(Error::NotFound { what: "store", name: folder.display().to_string() });
     }
@@ -57,9 +72,12 @@ pub fn rebuild(folder: &Path, options: StoreOptions, monitor: &dyn Monitor) -> R
     remove_folder(&new)?;
     let db_options = DbOptions { create: true, ..open::db_options(&options) };
     let db = Db::open(&new, db_options)?;
-    let packs = Packs::open(folder.join("packs"))?;
+    let packs = Packs::open(folder.join("packs"), Tier::none())?;
     let scan = Scan::new(&db, &packs, monitor);
     scan.run(options.thread_count())?;
+    if let Some(objects) = &objects {
+        scan.objects(&**objects, &folder.join("tmp"))?;
+    }
     let mut report = RebuildReport {
         packs: scan.packs_read.load(Ordering::Relaxed),
         damaged_chunks: scan.damaged.load(Ordering::Relaxed),
@@ -67,11 +85,13 @@ pub fn rebuild(folder: &Path, options: StoreOptions, monitor: &dyn Monitor) -> R
         ..RebuildReport::default()
     };
     let manifests = std::mem::take(&mut *scan.manifests.lock());
+    let copied = copy_records(&old, &db, &packs, db_options);
     report.chunks = db.iter_from(Cf::Chunks, &[])?.count() as u64;
-    match copy_records(&old, &db, db_options) {
+    match copied {
         Ok(()) => report.records_kept = true,
         Err(error) => monitor.warn(&format!("the old index can't be read, so names are unknown: {error}")),
     }
+    let is_nameless = db.iter_from(Cf::Names, &[])?.next().is_none();
     db.sync()?;
     drop(db);
     swap(&new, &old)?;
@@ -79,8 +99,11 @@ pub fn rebuild(folder: &Path, options: StoreOptions, monitor: &dyn Monitor) -> R
         remove_folder(&new)?;
     } else {
         keep_aside(&new, &folder.join("index.damaged"))?;
+    }
+    // After a lost disk the old index is a new one, which never knew a name.
+    if !report.records_kept || (objects.is_some() && is_nameless) {
         drop(lock);
-        report.recovered = recover_names(folder, options, &manifests)?;
+        report.recovered = recover_names(folder, options, objects, &manifests)?;
     }
     Ok(report)
 }
@@ -118,14 +141,60 @@ impl<'a> Scan<'a> {
     }
 
     fn pack(&self, id: PackId) -> Result<()> {
+        match self.packs.file(id)? {
+            Some(file) => self.records(id, &self.packs.path(id), &file),
+            None => Ok(()),
+        }
+    }
+
+    /// The packs of a second tier that aren't here, each through a file in `tmp`.
+    fn objects(&self, objects: &dyn Objects, tmp: &Path) -> Result<()> {
+        let list = objects.list()?;
+        self.monitor.phase("reading the second tier", Some(list.iter().map(|(_, bytes)| bytes).sum()));
+        for (name, bytes) in list {
+            let Some(hash) = tier::parse_object_name(&name) else { continue };
+            let record = Record { state: State::Stored, hash, bytes };
+            let header = objects.read(&name, 0, HEADER_BYTES as u64)?;
+            let Some(id) =
+                header.get(8..16).and_then(|number| number.first_chunk()).map(|n| PackId(u64::from_le_bytes(*n)))
+            else {
+                self.problems.lock().push(format!("object {name}: too short for a pack"));
+                continue;
+            };
+            let here = self.packs.path(id);
+            if here.exists() {
+                // Another pack with this number: then the object is of no use.
+                if offload::hash_file(&here)?.0 == hash {
+                    self.db.put(Cf::Meta, tier::key(id), record.encode())?;
+                }
+                continue;
+            }
+            let path = tmp.join(format!("{id}.pack"));
+            match offload::fetch(objects, &record, &path, self.monitor) {
+                Ok(()) => {}
+                Err(error @ Error::Corrupt { .. }) => {
+                    self.problems.lock().push(error.to_string());
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            let file = File::open(&path).map_err(|e| Error::file("open", &path, e))?;
+            self.records(id, &path, &file)?;
+            self.db.put(Cf::Meta, tier::key(id), record.encode())?;
+            fs::remove_file(&path).map_err(|e| Error::file("remove", &path, e))?;
+        }
+        Ok(())
+    }
+
+    /// All records of the pack `id`, which lies at `path`.
+    fn records(&self, id: PackId, path: &Path, file: &File) -> Result<()> {
         self.packs_read.fetch_add(1, Ordering::Relaxed);
-        let (scan, file) = match (PackScan::open(id, self.packs.path(id)), self.packs.file(id)?) {
-            (Ok(scan), Some(file)) => (scan, file),
-            (Err(error), _) => {
+        let scan = match PackScan::open(id, path.to_owned()) {
+            Ok(scan) => scan,
+            Err(error) => {
                 self.problem(id, error);
                 return Ok(());
             }
-            (_, None) => return Ok(()),
         };
         let mut batch = Batch::new();
         for found in scan {
@@ -142,7 +211,7 @@ impl<'a> Scan<'a> {
                 }
             };
             let location = header.location(id, offset);
-            match read_record(&file, &header.id, &location).and_then(chunk::verify) {
+            match read_record(file, &header.id, &location).and_then(chunk::verify) {
                 Ok((plain, _)) => {
                     if header.class == Class::Manifest
                         && let Ok(manifest) = Manifest::decode(&plain)
@@ -165,8 +234,8 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// Takes over everything but the chunks from the database at `old`.
-fn copy_records(old: &Path, db: &Db, options: DbOptions) -> Result<()> {
+/// Takes over everything from the database at `old` but the chunks, and of these those that lie elsewhere.
+fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<()> {
     let read_only = DbOptions { read_only: true, create: false, ..options };
     let old = Db::open(old, read_only).or_else(|_| Db::open(old, DbOptions { lenient: true, ..read_only }))?;
     for cf in Cf::ALL.into_iter().filter(|cf| *cf != Cf::Chunks) {
@@ -180,6 +249,14 @@ fn copy_records(old: &Path, db: &Db, options: DbOptions) -> Result<()> {
         }
         db.write(batch, Sync::No)?;
     }
+    let is_remote = |(id, record): &(PackId, Record)| record.state == State::Stored && !packs.path(*id).exists();
+    let remote: BTreeSet<PackId> = tier::records(db)?.into_iter().filter(is_remote).map(|(id, _)| id).collect();
+    for entry in old.iter_from(Cf::Chunks, &[])?.filter(|_| !remote.is_empty()) {
+        let (key, value) = entry?;
+        if remote.contains(&Location::decode(&value)?.pack) && !db.contains(Cf::Chunks, &key)? {
+            db.put(Cf::Chunks, key, value)?;
+        }
+    }
     Ok(())
 }
 
@@ -187,9 +264,11 @@ fn copy_records(old: &Path, db: &Db, options: DbOptions) -> Result<()> {
 fn recover_names(
     folder: &Path,
     options: StoreOptions,
+    objects: Option<Arc<dyn Objects>>,
     manifests: &BTreeMap<LayerId, Option<LayerId>>,
 ) -> Result<Vec<String>> {
     let store = crate::store::Store::open(folder, options)?;
+    store.connect_tier(objects);
     let complete: BTreeSet<LayerId> =
         manifests.keys().copied().filter(|layer| store.check_stack(*layer).is_ok()).collect();
     let parents: BTreeSet<LayerId> = complete.iter().filter_map(|layer| *manifests.get(layer)?).collect();

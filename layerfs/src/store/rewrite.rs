@@ -132,9 +132,11 @@ impl Store {
     /// Removes a claimed pack that the index doesn't refer to any more, durably.
     pub(crate) fn unlink_pack(&self, id: PackId) -> Result<()> {
         failpoint::hit("gc.before-unlink");
-        self.packs.remove(id)?;
+        if self.packs.path(id).exists() {
+            self.packs.remove(id)?;
+        }
         failpoint::hit("gc.after-unlink");
-        Ok(())
+        self.drop_object(id)
     }
 
     /// Takes back what wasn't synced in `pack`, and ends its ownership.

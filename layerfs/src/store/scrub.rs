@@ -70,6 +70,12 @@ impl Store {
             stored_bytes: check.totals.live_record_bytes.load(Ordering::Relaxed),
             ..ScrubReport::default()
         };
+        let unread = check.totals.remote_packs.load(Ordering::Relaxed);
+        if unread > 0 {
+            monitor.warn(&format!(
+                "{unread} packs that are only in the second tier were not read; `layerctl tier fetch` brings them here"
+            ));
+        }
         for finding in findings {
             match finding {
                 Finding::Unreadable(pack, error) => report.pack_problems.push(format!("pack {pack}: {error}")),

@@ -9,6 +9,7 @@ use crate::id::LayerId;
 use crate::inode::Node;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
+use crate::store::offload::TierStat;
 use crate::store::pack::HEADER_BYTES;
 use crate::store::{Store, Uncached};
 
@@ -36,12 +37,14 @@ pub struct StoreStat {
     pub plain_bytes: u64,
     /// What they take in packs, in bytes.
     pub stored_bytes: u64,
-    /// Packs.
+    /// Packs here.
     pub packs: u64,
     /// Their sizes added up, in bytes.
     pub pack_bytes: u64,
     /// How much of them nothing in the index refers to, in bytes: what a collection frees at once.
     pub dead_bytes: u64,
+    /// What lies in the second tier.
+    pub tier: TierStat,
     /// Names.
     pub names: u64,
     /// Layers in the stacks of those names.
@@ -68,6 +71,9 @@ impl Store {
         }
         let packs = self.packs.list()?;
         let pack_bytes: u64 = packs.iter().map(|(_, bytes)| bytes).sum();
+        let remote = self.packs.remote()?;
+        let remote_bytes: u64 = remote.iter().map(|(_, bytes)| bytes).sum();
+        let headers = ((packs.len() + remote.len()) * HEADER_BYTES) as u64;
         let sum = |of: fn(&ClassStat) -> u64| classes.iter().map(of).sum::<u64>();
         let (plain_bytes, stored_bytes) = (sum(|stat| stat.plain_bytes), sum(|stat| stat.stored_bytes));
         let names = self.names()?;
@@ -89,7 +95,8 @@ impl Store {
             stored_bytes,
             packs: packs.len() as u64,
             pack_bytes,
-            dead_bytes: pack_bytes.saturating_sub(stored_bytes + (packs.len() * HEADER_BYTES) as u64),
+            dead_bytes: (pack_bytes + remote_bytes).saturating_sub(stored_bytes + headers),
+            tier: self.tier_stat()?,
             names: names.len() as u64,
             layers: layers.len() as u64,
             referenced_bytes,

@@ -8,6 +8,7 @@ pub mod mounts;
 pub mod peers;
 pub mod registry;
 pub mod storage;
+pub mod tier;
 pub mod transfers;
 
 use std::os::unix::ffi::OsStrExt;

@@ -8,6 +8,7 @@ pub mod peers;
 pub mod registry;
 pub mod storage;
 pub mod system;
+pub mod tier;
 pub mod transfers;
 
 use std::path::PathBuf;
@@ -114,6 +115,7 @@ pub enum Command {
     Fsck(storage::Fsck),
     #[command(alias = "verify")]
     Scrub(storage::Scrub),
+    Tier(tier::Tier),
 
     Daemon(system::Daemon),
     Completions(system::Completions),

@@ -63,7 +63,8 @@ pub struct Gc {
 #[command(after_help = "Examples:\n  \
     layerctl fsck\n  \
     layerctl fsck --repair       forget lost chunks; an import or a pull brings them back\n  \
-    layerctl fsck --rebuild      make the index anew from the packs alone; without a daemon")]
+    layerctl fsck --rebuild      make the index anew from the packs alone; without a daemon\n  \
+    layerctl fsck --rebuild --tier s3://backups/edge1      a lost store from its second tier")]
 pub struct Fsck {
     /// Forget chunks that the packs don't hold, so that they are stored again when they come again
     #[arg(long, conflicts_with = "rebuild")]
@@ -71,6 +72,15 @@ pub struct Fsck {
     /// Make the index anew from the packs
     #[arg(long)]
     pub rebuild: bool,
+    /// With --rebuild: take the packs of this second tier (s3://BUCKET/FOLDER) for the store's, whose disk was lost
+    #[arg(long, value_name = "URL", requires = "rebuild")]
+    pub tier: Option<String>,
+    /// Where the bucket of --tier is served, if not at Amazon's
+    #[arg(long, value_name = "URL", requires = "tier")]
+    pub endpoint: Option<String>,
+    /// The region of the bucket of --tier
+    #[arg(long, value_name = "REGION", requires = "tier")]
+    pub region: Option<String>,
 }
 
 /// Read every chunk and verify it against its id.

@@ -7,6 +7,7 @@ pub mod peers;
 pub mod registry;
 pub mod storage;
 pub mod system;
+pub mod tier;
 pub mod transfers;
 
 use serde::Serialize;
@@ -80,6 +81,7 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Gc(args) => storage::gc(session, args)?,
         Command::Fsck(args) => return storage::fsck(session, args),
         Command::Scrub(args) => return storage::scrub(session, args),
+        Command::Tier(args) => tier::tier(session, args)?,
         Command::Daemon(args) => return system::daemon(session, args),
         Command::Version(_) => system::version(session)?,
         Command::Completions(_) | Command::Generate(_) => {}

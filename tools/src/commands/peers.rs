@@ -22,6 +22,7 @@ use crate::units;
 pub fn push(session: &Session, args: args::Push) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     if Address::is_meant(&peer) {
+        check_manner(&args.manner)?;
         return registry::push(session, names, &peer, args.registry);
     }
     args.registry.check_unused()?;
@@ -35,6 +36,7 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
 pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     if Address::is_meant(&peer) {
+        check_manner(&args.manner)?;
         return registry::pull(session, names, &peer, args.force, args.registry);
     }
     args.registry.check_unused()?;
@@ -43,6 +45,14 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let client = session.client_of_new_store()?;
     let result: TransferResult = client.work("pull", &request, &mut display, &mut |_| Ok(()))?;
     session.output.answer(&result, |result| transferred(result, "fetched from"))
+}
+
+/// Registries are no peers: nothing schedules what goes there.
+fn check_manner(manner: &Manner) -> Result<()> {
+    if manner.limit.is_some() || manner.background {
+        return Err(Failure::invalid("--limit and --background are for peers, not for registries (oci://…)"));
+    }
+    Ok(())
 }
 
 fn split(names_and_peer: Vec<String>) -> Result<(Vec<String>, String)> {

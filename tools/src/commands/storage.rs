@@ -109,7 +109,7 @@ pub fn fsck(session: &Session, args: args::Fsck) -> Result<u8> {
                 Failure::new(Class::Busy, text).hint("stop it with `layerctl daemon stop` and repeat the command")
             );
         }
-        rebuild_here(session)?
+        rebuild_here(session, &args)?
     } else {
         session.work("fsck", &FsckRequest { repair: args.repair }, "checking")?
     };
@@ -118,14 +118,14 @@ pub fn fsck(session: &Session, args: args::Fsck) -> Result<u8> {
 }
 
 /// Rebuilds the index in this process, with progress.
-fn rebuild_here(session: &Session) -> Result<FsckResult> {
+fn rebuild_here(session: &Session, args: &args::Fsck) -> Result<FsckResult> {
     let works = std::sync::Arc::new(Works::default());
     let entry = works.begin("rebuild".to_owned(), true)?;
     let (sender, mut events) = tokio::sync::mpsc::channel(64);
     let reporter = Reporter::new(entry.work().clone(), sender);
     let mut display = Display::new(session.output, "rebuilding the index");
     std::thread::scope(|scope| {
-        let rebuilding = scope.spawn(|| crate::daemon::ops::check::rebuild(session, &reporter));
+        let rebuilding = scope.spawn(|| crate::daemon::ops::check::rebuild(session, args, &reporter));
         loop {
             // Asked before the events are read, so that the last of them are told too.
             let is_finished = rebuilding.is_finished();

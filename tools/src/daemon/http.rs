@@ -56,6 +56,11 @@ impl Context {
         self.runtime.spawn(future);
     }
 
+    /// The runtime, for those who hand work to it.
+    pub fn runtime(&self) -> tokio::runtime::Handle {
+        self.runtime.clone()
+    }
+
     /// Runs `future`, from the operation's thread.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         self.runtime.block_on(future)

@@ -27,6 +27,7 @@ use crate::{autostart, units};
 use life::Life;
 use ops::mounts::Mounts;
 use ops::peers::Peering;
+use ops::tier::TierState;
 use work::Works;
 
 /// How long a starting daemon waits for the last one to let go of the store.
@@ -46,6 +47,8 @@ pub struct Daemon {
     pub mounts: Mounts,
     /// The peers and the listener.
     pub peering: Peering,
+    /// The second tier.
+    pub tier: TierState,
     /// When and why to exit.
     pub life: Life,
     started: Instant,
@@ -168,6 +171,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
         works: Arc::new(Works::default()),
         mounts,
         peering,
+        tier: TierState::default(),
         life: Life::default(),
         started: Instant::now(),
         started_at: units::now(),
@@ -177,6 +181,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     });
     let limit = ops::transfers::in_force(&daemon)?;
     daemon.peering.node().transfers().governor().set_limit(limit.limit.map(migrator::Rate::new));
+    daemon.tier.connect(&daemon);
     let bringing_back = daemon.clone();
     let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
     daemon.peering.start().await?;
@@ -187,6 +192,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     } else {
         life::notify_ready();
     }
+    tokio::spawn(ops::tier::keep_up(daemon.clone()));
     let (listener, socket) = socket.split();
     let router = router().with_state(daemon.clone());
     let stopped = life::until_stopped(daemon.clone());

@@ -6,6 +6,7 @@ mod crash;
 mod damage;
 mod disk;
 mod ingest;
+mod tier;
 
 use std::sync::Arc;
 

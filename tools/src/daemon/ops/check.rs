@@ -14,6 +14,7 @@ use crate::api::storage::{
     ClassStat, DamagedChunk, FsckRequest, FsckResult, GcRequest, GcResult, ProblemInfo, ScrubRequest, ScrubResult,
     StatResult,
 };
+use crate::cli::storage::Fsck;
 use crate::commands::Session;
 use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
@@ -137,15 +138,18 @@ fn heal(context: &Context, damaged: &[layerfs::store::DamagedChunk], peer: &str)
 }
 
 /// Rebuilds the index from the packs. No daemon may run; the store's lock sees to that.
-pub fn rebuild(session: &Session, monitor: &dyn Monitor) -> Result<FsckResult> {
+pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<FsckResult> {
     let started = Instant::now();
     let settings = &session.settings;
-    if !settings.store.join("format").exists() {
+    if args.tier.is_none() && !settings.store.join("format").exists() {
         let text = format!("there is no store at {}", settings.store.display());
         return Err(Failure::new(Class::NotFound, text));
     }
     let options = crate::daemon::store_options(settings);
-    let report = layerfs::store::rebuild(&settings.store, options, monitor)?;
+    let report = match &args.tier {
+        None => layerfs::store::rebuild(&settings.store, options, monitor)?,
+        Some(url) => super::tier::rebuild(settings, options, url, args, monitor)?,
+    };
     let problem = |detail: &String| ProblemInfo {
         kind: "pack-damaged".to_owned(),
         subject: "packs".to_owned(),

@@ -9,6 +9,7 @@ pub mod mounts;
 pub mod peers;
 pub mod registry;
 pub mod storage;
+pub mod tier;
 pub mod transfers;
 
 use std::sync::Arc;
@@ -42,15 +43,12 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/uppers-remove", operation("uppers-remove", Short, mounts::uppers_remove))
         .route("/v1/push", operation("push", Long, peers::push))
         .route("/v1/pull", operation("pull", Long, peers::pull))
-<<<<<<< HEAD
         .route("/v1/transfers", operation("transfers", Short, transfers::list))
         .route("/v1/transfer-set", operation("transfer-set", Short, transfers::set))
         .route("/v1/limit", operation("limit", Short, transfers::limit))
         .route("/v1/peer-set", operation("peer-set", Short, peers::set))
-=======
         .route("/v1/registry-push", operation("registry-push", Long, registry::push))
         .route("/v1/registry-pull", operation("registry-pull", Long, registry::pull))
->>>>>>> 76d74c2 (wip)
         .route("/v1/peers", operation("peers", Short, peers::list))
         .route("/v1/peer-add", operation("peer-add", Short, peers::add))
         .route("/v1/peer-probe", operation("peer-probe", Short, peers::probe))
@@ -64,6 +62,12 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/gc", operation("gc", Long, check::gc))
         .route("/v1/fsck", operation("fsck", Long, check::fsck))
         .route("/v1/scrub", operation("scrub", Long, check::scrub))
+        .route("/v1/tier-add", operation("tier-add", Short, tier::add))
+        .route("/v1/tier-status", operation("tier-status", Short, tier::status))
+        .route("/v1/tier-sync", operation("tier-sync", Long, tier::sync))
+        .route("/v1/tier-evict", operation("tier-evict", Long, tier::evict))
+        .route("/v1/tier-fetch", operation("tier-fetch", Long, tier::fetch))
+        .route("/v1/tier-remove", operation("tier-remove", Short, tier::remove))
         .route("/v1/du", operation("du", Long, storage::du))
         .route("/v1/why", operation("why", Long, storage::why))
 }

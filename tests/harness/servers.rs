@@ -1,0 +1,97 @@
+//! Servers of others that tests talk to, on loopback, each with a folder of its own: Debian's docker-registry.
+//!
+//! Invariant: a server ends with the value that stands for it, by its own process id.
+
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+
+/// The longest that a server may take to answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The user "tester" with the password "secret", as htpasswd (bcrypt) has it.
+const HTPASSWD: &str = "tester:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
+
+/// A server's process.
+#[derive(Debug)]
+struct Server {
+    child: Child,
+    port: u16,
+}
+
+impl Server {
+    /// Starts `command`, which will listen on `port`, and waits until it does.
+    fn start(command: &mut Command, port: u16, log: &Path) -> anyhow::Result<Server> {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+        command.stdout(file.try_clone()?).stderr(file).stdin(Stdio::null());
+        let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        let mut server = Server { child, port };
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if let Some(status) = server.child.try_wait()? {
+                bail!("{command:?} ended: {status}\n{}", std::fs::read_to_string(log).unwrap_or_default());
+            }
+            ensure!(Instant::now() < deadline, "{command:?} does not listen on port {port}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port of loopback that is free now.
+pub fn free_port() -> anyhow::Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A registry of images.
+#[derive(Debug)]
+pub struct Registry {
+    server: Server,
+    folder: PathBuf,
+}
+
+impl Registry {
+    /// Starts one that keeps its blobs in `folder`; with `login` only the user "tester" with the password "secret" may
+    /// do anything.
+    pub fn start(folder: &Path, login: bool) -> anyhow::Result<Registry> {
+        std::fs::create_dir_all(folder)?;
+        let port = free_port()?;
+        let passwords = folder.join("htpasswd");
+        std::fs::write(&passwords, HTPASSWD)?;
+        let auth = if login {
+            format!("auth:\n  htpasswd:\n    realm: test\n    path: {}\n", passwords.display())
+        } else {
+            String::new()
+        };
+        let config = folder.join("config.yml");
+        let text = format!(
+            "version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: 127.0.0.1:{port}\n{auth}",
+            folder.join("data").display()
+        );
+        std::fs::write(&config, text)?;
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&config);
+        let server = Server::start(&mut command, port, &folder.join("log"))?;
+        Ok(Registry { server, folder: folder.to_owned() })
+    }
+
+    /// Its host and port.
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.server.port)
+    }
+
+    /// The file of the blob with `digest`.
+    pub fn blob(&self, digest: &str) -> PathBuf {
+        let hex = digest.trim_start_matches("sha256:");
+        self.folder.join(format!("data/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]))
+    }
+}
