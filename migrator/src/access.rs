@@ -21,7 +21,7 @@ use crate::plan;
 const MAX_REACHABLE: usize = 4_000_000;
 
 /// Half an id: enough to tell chunks apart, as nobody makes 2^64 of them.
-type HalfId = [u8; 16];
+pub(crate) type HalfId = [u8; 16];
 
 fn half(id: &ChunkId) -> HalfId {
     let mut half = [0; 16];
@@ -34,7 +34,9 @@ fn half(id: &ChunkId) -> HalfId {
 pub struct Access {
     held: HashSet<LayerId>,
     /// `None`: everything.
-    reachable: Option<Mutex<HashSet<HalfId>>>,
+    reachable: Option<HashSet<HalfId>>,
+    /// What a restricted peer has sent itself.
+    granted: Mutex<HashSet<HalfId>>,
 }
 
 impl Access {
@@ -63,10 +65,10 @@ impl Access {
                     }
                     Ok(())
                 })?;
-                Some(Mutex::new(ids))
+                Some(ids)
             }
         };
-        Ok(Access { held, reachable })
+        Ok(Access { held, reachable, granted: Mutex::default() })
     }
 
     /// Whether `layer` is here, whole, and may be known of.
@@ -81,8 +83,9 @@ impl Access {
     pub fn has(&self, session: &Session, ids: &[ChunkId]) -> Result<Vec<bool>> {
         let Some(reachable) = &self.reachable else { return session.has_many(ids) };
         let allowed: Vec<bool> = {
-            let reachable = reachable.lock();
-            ids.iter().map(|id| reachable.contains(&half(id))).collect()
+            let granted = self.granted.lock();
+            let is_allowed = |half: HalfId| reachable.contains(&half) || granted.contains(&half);
+            ids.iter().map(|id| is_allowed(half(id))).collect()
         };
         let asked: Vec<ChunkId> =
             ids.iter().zip(&allowed).filter(|(_, allowed)| **allowed).map(|(id, _)| *id).collect();
@@ -92,9 +95,21 @@ impl Access {
 
     /// The peer has sent these.
     pub fn grant(&self, ids: impl Iterator<Item = ChunkId>) {
-        if let Some(reachable) = &self.reachable {
-            reachable.lock().extend(ids.map(|id| half(&id)));
+        if self.reachable.is_some() {
+            self.granted.lock().extend(ids.map(|id| half(&id)));
         }
+    }
+
+    /// The peer had sent these in an earlier attempt.
+    pub(crate) fn grant_again(&self, ids: HashSet<HalfId>) {
+        if self.reachable.is_some() {
+            self.granted.lock().extend(ids);
+        }
+    }
+
+    /// What the peer has sent, if that matters.
+    pub(crate) fn take_granted(&self) -> HashSet<HalfId> {
+        std::mem::take(&mut self.granted.lock())
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::mpsc;
@@ -20,17 +20,21 @@ use tokio::time::timeout;
 
 use crate::error::{Error, Result};
 use crate::governor::{Gate, Way};
+use crate::group::Trunk;
+use crate::outbox::{self, Numbered, Outgoing, Takes};
+use crate::socket::Probe;
 use crate::wire::{self, FrameHeader, HEADER_BYTES, Hello, Message};
 
-/// Messages that wait to be handled, and to be written. A [`Message::Chunks`] has about half a MiB.
+/// Messages that wait to be handled. A [`Message::Chunks`] has about half a MiB.
 const INCOMING: usize = 4;
-const OUTGOING: usize = 4;
 /// Small messages are collected up to so many bytes before they are written.
 const COALESCE_BYTES: usize = 32 * 1024;
 /// How much is read from a socket at once, as TLS asks for 4 KiB at a time.
 const READ_BUFFER_BYTES: usize = 256 * 1024;
 /// How long a failed link is listened to for the reason.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+pub(crate) const LAST_WORDS: Duration = Duration::from_secs(2);
+
+pub use crate::outbox::{Gone, Outbox};
 
 /// How patient a link is.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +91,8 @@ impl Counters {
 pub struct Counted<S> {
     inner: S,
     counters: Arc<Counters>,
+    /// Lives as long as the stream.
+    _probe: Option<Arc<Probe>>,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -95,7 +101,14 @@ pub struct Counted<S> {
 impl<S> Counted<S> {
     /// Counts what passes through `inner`.
     pub fn new(inner: S, counters: Arc<Counters>) -> Counted<S> {
-        Counted { inner, counters, buffer: vec![0; READ_BUFFER_BYTES].into(), start: 0, end: 0 }
+        Counted { inner, counters, _probe: None, buffer: vec![0; READ_BUFFER_BYTES].into(), start: 0, end: 0 }
+    }
+}
+
+impl<S> Counted<S> {
+    /// Keeps `probe` for as long as the stream lives.
+    pub(crate) fn with_probe(self, probe: Arc<Probe>) -> Counted<S> {
+        Counted { _probe: Some(probe), ..self }
     }
 }
 
@@ -159,62 +172,21 @@ impl<S> Counted<S> {
     }
 }
 
-/// So many bytes that could not be sent yet lie in a socket at most.
-const UNSENT_BYTES: u32 = 256 * 1024;
-
-/// Sets a socket up: small messages go at once, and what the link can't take yet stays with us, so that whoever makes
-/// frames sees how fast it is.
-pub(crate) fn set_up(stream: &tokio::net::TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES)
-}
-
-/// What is to be written.
-#[derive(Debug)]
-enum Outgoing {
-    Message(Message),
-    /// A frame that is encoded already.
-    Frame(Bytes),
-}
-
-impl Outgoing {
-    fn is_last_word(&self) -> bool {
-        matches!(self, Outgoing::Message(Message::Error { .. } | Message::Alive))
-    }
-}
-
-/// The way out of a link. Clones write to the same link.
-#[derive(Clone, Debug)]
-pub struct Outbox(mpsc::Sender<Outgoing>);
-
-/// The link is gone; [`Link::recv`] tells why.
-#[derive(Debug)]
-pub struct Gone;
-
-impl Outbox {
-    /// Queues a message, waiting for room.
-    pub async fn send(&self, message: Message) -> Result<(), Gone> {
-        self.0.send(Outgoing::Message(message)).await.map_err(|_| Gone)
-    }
-
-    /// Queues a message from a blocking thread.
-    pub fn blocking_send(&self, message: Message) -> Result<(), Gone> {
-        self.0.blocking_send(Outgoing::Message(message)).map_err(|_| Gone)
-    }
-
-    /// Queues an encoded frame from a blocking thread.
-    pub fn blocking_send_frame(&self, frame: Bytes) -> Result<(), Gone> {
-        self.0.blocking_send(Outgoing::Frame(frame)).map_err(|_| Gone)
-    }
-}
-
 /// The gate that a link's writer and reader pass. It changes with each transfer on the link.
 #[derive(Clone, Debug, Default)]
-struct GateSlot(Arc<Mutex<Gate>>);
+pub(crate) struct GateSlot(Arc<Mutex<Slot>>);
+
+#[derive(Debug, Default)]
+struct Slot {
+    gate: Gate,
+    /// The first connection's, if this one has joined it.
+    joined: Option<GateSlot>,
+}
 
 impl GateSlot {
-    fn get(&self) -> Gate {
-        self.0.lock().clone()
+    pub(crate) fn get(&self) -> Gate {
+        let slot = self.0.lock();
+        slot.joined.as_ref().map_or_else(|| slot.gate.clone(), GateSlot::get)
     }
 }
 
@@ -222,11 +194,27 @@ impl GateSlot {
 pub struct Link {
     peer: String,
     gate: GateSlot,
-    outbox: Option<mpsc::Sender<Outgoing>>,
+    outbox: Option<Outbox>,
     incoming: mpsc::Receiver<Result<Message>>,
+    group: Option<OpenGroup>,
+    was_grouped: bool,
+    /// The number of the frame that comes next, if it has one.
+    part: Option<u64>,
     reader: JoinHandle<()>,
     writer: JoinHandle<io::Result<()>>,
     is_greeted: bool,
+}
+
+/// What other connections bring to a transfer on a link.
+struct OpenGroup {
+    trunk: Arc<Trunk>,
+    inbound: mpsc::Receiver<Message>,
+}
+
+impl Drop for OpenGroup {
+    fn drop(&mut self) {
+        self.trunk.finish();
+    }
 }
 
 impl Drop for Link {
@@ -242,16 +230,32 @@ impl Link {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        Link::over(stream, peer, patience, outbox::link_queue())
+    }
+
+    /// A link for a connection that joins a transfer: it takes frames when it has room, not ahead.
+    pub(crate) fn start_joining<S>(stream: S, peer: &str, patience: Patience) -> Link
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        Link::over(stream, peer, patience, outbox::queue(2))
+    }
+
+    fn over<S>(stream: S, peer: &str, patience: Patience, (out_sender, out_receiver): (Outbox, Takes)) -> Link
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let (read_half, write_half) = tokio::io::split(stream);
-        let (out_sender, out_receiver) = mpsc::channel(OUTGOING);
         let (in_sender, in_receiver) = mpsc::channel(INCOMING);
-        let hello = out_sender.try_send(Outgoing::Message(Message::Hello(Hello::OURS)));
-        debug_assert!(hello.is_ok(), "a new queue has room");
+        out_sender.begin(Message::Hello(Hello::OURS));
         let gate = GateSlot::default();
         Link {
             peer: peer.to_owned(),
             outbox: Some(out_sender),
             incoming: in_receiver,
+            group: None,
+            was_grouped: false,
+            part: None,
             reader: tokio::spawn(read_frames(read_half, in_sender, peer.to_owned(), gate.clone(), patience)),
             writer: tokio::spawn(write_frames(write_half, out_receiver, gate.clone(), patience)),
             gate,
@@ -267,8 +271,13 @@ impl Link {
     /// From now on what goes over the link passes `gate`: that of the transfer that uses it.
     pub fn govern(&mut self, gate: Gate) {
         let mut slot = self.gate.0.lock();
-        gate.follow(&slot);
-        *slot = gate;
+        gate.follow(&slot.gate);
+        slot.gate = gate;
+    }
+
+    /// From now on what goes over the link passes the gate of the one that it has joined, whichever that is.
+    pub(crate) fn govern_as(&mut self, first: &GateSlot) {
+        self.gate.0.lock().joined = Some(first.clone());
     }
 
     /// The gate of the transfer that uses the link.
@@ -278,7 +287,30 @@ impl Link {
 
     /// The way out. Fails once the link is closed.
     pub fn outbox(&self) -> Result<Outbox> {
-        self.outbox.clone().map(Outbox).ok_or_else(|| Error::Closed { peer: self.peer.clone() })
+        self.outbox.clone().ok_or_else(|| Error::Closed { peer: self.peer.clone() })
+    }
+
+    /// Lets other connections join the transfer that follows.
+    pub(crate) fn open_group(&mut self) -> Result<Arc<Trunk>> {
+        let (trunk, inbound) = Trunk::new(self.outbox()?.shares(), self.gate.clone());
+        self.group = Some(OpenGroup { trunk: trunk.clone(), inbound });
+        self.was_grouped = true;
+        Ok(trunk)
+    }
+
+    /// The transfer is over: the connections that joined it end.
+    pub(crate) fn close_group(&mut self) {
+        self.group = None;
+    }
+
+    /// Whether other connections may bring frames, perhaps for a second time.
+    pub(crate) fn is_grouped(&self) -> bool {
+        self.group.is_some()
+    }
+
+    /// Whether a transfer on this link had several connections.
+    pub(crate) fn was_grouped(&self) -> bool {
+        self.was_grouped
     }
 
     /// Queues a message, waiting for room.
@@ -303,7 +335,15 @@ impl Link {
     /// The next message other than Alive; `None` if the peer has closed the link between messages.
     pub async fn recv_or_end(&mut self) -> Result<Option<Message>> {
         loop {
-            let Some(message) = self.incoming.recv().await.transpose()? else { return Ok(None) };
+            let message = match &mut self.group {
+                None => self.incoming.recv().await,
+                Some(group) => tokio::select! {
+                    message = self.incoming.recv() => message,
+                    Some(message) = group.inbound.recv() => return Ok(Some(message)),
+                    () = group.trunk.superseded() => return Err(Error::Closed { peer: self.peer.clone() }),
+                },
+            };
+            let Some(message) = message.transpose()? else { return Ok(None) };
             match message {
                 Message::Alive => {}
                 Message::Pace(pace) if self.is_greeted => self.gate.get().asked(pace),
@@ -314,9 +354,20 @@ impl Link {
                     self.check_hello(&hello)?;
                     self.is_greeted = true;
                 }
+                Message::Part { number } if self.is_greeted && self.group.is_some() => self.part = Some(number),
+                // What came over a connection that was lost, and the sender doesn't know it.
+                bulk if bulk.is_bulk() && self.is_repeated()? => {}
                 other if self.is_greeted => return Ok(Some(other)),
                 other => return Err(Error::protocol(&self.peer, format!("{} before Hello", other.kind()))),
             }
+        }
+    }
+
+    /// Whether the frame that has come was there already.
+    fn is_repeated(&mut self) -> Result<bool> {
+        match (self.part.take(), &self.group) {
+            (Some(number), Some(group)) => Ok(!group.trunk.is_new(number, &self.peer)?),
+            _ => Ok(false),
         }
     }
 
@@ -353,6 +404,7 @@ impl Link {
     /// Writes what is queued, says good-bye and waits until the peer has heard it, but not for ever.
     pub async fn close(mut self) {
         self.outbox = None;
+        self.group = None;
         let _ = timeout(LAST_WORDS, async {
             let _ = (&mut self.writer).await;
             // Closing with unread bytes would reset the connection and lose our last words on their way.
@@ -464,7 +516,7 @@ async fn read_frame<S: AsyncRead + Unpin>(
 /// Writes what is queued until the queue is closed, then ends the stream.
 async fn write_frames<S: AsyncWrite + Unpin>(
     mut stream: S,
-    mut queue: mpsc::Receiver<Outgoing>,
+    mut queue: Takes,
     gate: GateSlot,
     patience: Patience,
 ) -> io::Result<()> {
@@ -476,7 +528,11 @@ async fn write_frames<S: AsyncWrite + Unpin>(
             Ok(Some(next)) => next,
         };
         let mut next = Some(next);
-        while let Some(outgoing) = next {
+        while let Some(mut outgoing) = next {
+            if let Outgoing::Numbered(Numbered { number, frame }) = outgoing {
+                wire::encode(&Message::Part { number }, &mut small);
+                outgoing = Outgoing::Frame(frame);
+            }
             match outgoing {
                 // Of a transfer that was given up only the reason matters, and that at once.
                 outgoing if gate.get().is_void() && !outgoing.is_last_word() => {}
@@ -487,8 +543,9 @@ async fn write_frames<S: AsyncWrite + Unpin>(
                     hold(&mut stream, &gate, patience).await?;
                     write_bulk(&mut stream, &frame, &gate, patience).await?;
                 }
+                Outgoing::Numbered(_) => {}
             }
-            next = if small.len() < COALESCE_BYTES { queue.try_recv().ok() } else { None };
+            next = if small.len() < COALESCE_BYTES { queue.try_recv() } else { None };
         }
         write_small(&mut stream, &mut small, &gate.get(), patience).await?;
         timeout(patience.idle, stream.flush()).await??;

@@ -18,6 +18,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::error::{Error, Result};
 use crate::get;
 use crate::governor::Controls;
+use crate::group::Trunk;
 use crate::identity::PublicKey;
 use crate::link::{self, Counted, Counters, Link};
 use crate::node::Node;
@@ -25,12 +26,13 @@ use crate::peers::{Peer, Visible};
 use crate::progress::Tally;
 use crate::receive::{self, Terms};
 use crate::send;
+use crate::socket::{self, Probe};
 use crate::tls;
 use crate::transfers::{Entry, Origin, Plan, Role};
 use crate::wire::{Message, Offer};
 
 /// Connections at a time; more wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 128;
 
 /// A socket that is listened on. Dropping it stops listening and cuts its connections.
 #[derive(Debug)]
@@ -43,7 +45,7 @@ pub struct Listener {
 impl Listener {
     pub(crate) async fn start(node: Node, address: SocketAddr) -> Result<Listener> {
         let failed = |source| Error::Listen { address, source };
-        let socket = TcpListener::bind(address).await.map_err(failed)?;
+        let socket = socket::listen(address).map_err(failed)?;
         let config = tls::server_config(node.identity()).map_err(|e| failed(std::io::Error::other(e)))?;
         let address = socket.local_addr().map_err(failed)?;
         let (stop, stopped) = watch::channel(false);
@@ -117,9 +119,12 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: SocketAddr) -> Result<()> {
     let patience = node.options().patience;
     let address = from.to_string();
-    link::set_up(&stream).map_err(|e| Error::link("setting up", &address, e))?;
+    let set_up = |e| Error::link("setting up", &address, e);
+    socket::set_up(&stream, patience.idle).map_err(set_up)?;
+    let probe = Arc::new(Probe::new(&stream).map_err(set_up)?);
     let counters = Arc::new(Counters::default());
-    let handshake = timeout(patience.connect, acceptor.accept(Counted::new(stream, counters.clone()))).await;
+    let counted = Counted::new(stream, counters.clone()).with_probe(probe.clone());
+    let handshake = timeout(patience.connect, acceptor.accept(counted)).await;
     let late = |_| Error::Timeout { action: "handshake", peer: address.clone(), seconds: patience.connect.as_secs() };
     let stream = handshake.map_err(late)?.map_err(|e| Error::link("shaking hands with", &address, e))?;
     let key = tls::peer_key(stream.get_ref().1).ok_or_else(|| Error::protocol(&address, "it shows no key"))?;
@@ -131,12 +136,20 @@ async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: Socke
         link::turn_away(stream, &error, patience).await;
         return Err(error);
     };
+    probe.tune();
+    drop(probe);
     let mut link = Link::start(stream, peer.name.as_str(), patience);
-    let result = serve_peer(&node, &peer, &mut link).await;
-    match &result {
-        Ok(()) => link.close().await,
-        Err(error) => link.close_with(error).await,
-    }
+    let result = match serve_peer(&node, &peer, &mut link).await {
+        Ok(Some(trunk)) => trunk.carry(link).await,
+        Ok(None) => {
+            link.close().await;
+            Ok(())
+        }
+        Err(error) => {
+            link.close_with(&error).await;
+            Err(error)
+        }
+    };
     tracing::debug!(
         peer = peer.name.as_str(),
         read = counters.read(),
@@ -153,11 +166,23 @@ fn stranger_error(key: &PublicKey) -> Error {
     Error::refused(ErrorClass::Denied, message)
 }
 
-async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
+/// Does what the peer asks for until it leaves. Gives the transfer that the connection is to join, if so.
+async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<Option<Arc<Trunk>>> {
+    let mut membership = None;
     while let Some(request) = link.recv_or_end().await? {
         // As they are now: a connection may be older than what its peer may do.
         let peer = &current(node, peer).await?;
         match request {
+            Message::Group { token } if membership.is_none() => {
+                let trunk = link.open_group()?;
+                membership = Some(node.groups().open(token, peer.key, &trunk).await?);
+                continue;
+            }
+            Message::Join { token } if membership.is_none() => {
+                return node.groups().find(token, peer.key).await.map(Some);
+            }
+            // Of the last transfer: sent for a second time after a connection was lost, and not needed any more.
+            message if message.is_bulk() && link.was_grouped() => continue,
             Message::Offer(offer) => {
                 require(peer.rights.push, "push to")?;
                 let names = offer.names.iter().map(|(name, _)| name.clone()).collect();
@@ -177,8 +202,10 @@ async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<()> {
             }
             other => return Err(Error::protocol(link.peer(), format!("{} as a request", other.kind()))),
         }
+        link.close_group();
+        membership = None;
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The peer with the key of `peer`, as it is on record now.
@@ -203,7 +230,8 @@ fn begin(node: &Node, peer: &Peer, role: Role, names: Vec<LayerName>, link: &mut
 /// Receives what `peer` pushes.
 async fn take(node: &Node, peer: &Peer, link: &mut Link, offer: Offer, entry: &Entry) -> Result<()> {
     let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
-    let terms = Terms { visible: peer.rights.visible.clone(), wanted: None };
+    let kept = Some((node.grants().clone(), peer.key));
+    let terms = Terms { visible: peer.rights.visible.clone(), wanted: None, kept };
     let first = Some(Message::Offer(offer));
     let (names, changed) = receive::run(link, node.store(), terms, first, &tally, &monitor).await?;
     log(peer, "received", &tally, names.len(), changed);

@@ -1,44 +1,52 @@
 //! One store's side of the network: what tools call.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use layerfs::chunk::Verified;
 use layerfs::error::ErrorClass;
-use layerfs::monitor::{Monitor, Silent};
+use layerfs::monitor::Monitor;
 use layerfs::store::Store;
 use layerfs::{ChunkId, LayerName};
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
+use crate::attempt::{self, Job, finish};
+use crate::dial::{Dialer, Route};
 use crate::error::{Error, Result};
 use crate::get;
 use crate::governor::{Controls, Priority, Rate};
+use crate::grants::Grants;
+use crate::group::Groups;
 use crate::identity::{Fingerprint, Identity, PublicKey};
-use crate::link::{self, Counted, Counters, Link, Patience};
+use crate::link::{Link, Patience};
 use crate::listener::Listener;
 use crate::measured::{self, Measured};
+use crate::paths::{Connections, PathOptions};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
-use crate::progress::{Tally, TransferReport};
-use crate::receive::{self, Terms};
+use crate::progress::TransferReport;
 use crate::send::{self, joined};
-use crate::tls::{self, FoundKey};
 use crate::transfers::{Entry, Origin, Plan, Role, Transfer, Transfers};
-use crate::wire::{MAX_NAMES, Message};
+use crate::wire::MAX_NAMES;
 
 /// So many strangers are remembered.
 const MAX_STRANGERS: usize = 16;
 
+/// With several connections, one that is silent for so long is dead: the others do its part.
+const PATH_SILENCE: Duration = Duration::from_secs(10);
+
 /// How a node behaves.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct NodeOptions {
     /// How patient its links are.
     pub patience: Patience,
+    /// How its transfers use the network, unless they say otherwise.
+    pub paths: PathOptions,
+    /// The local addresses to call from, each a path of its own; none for what the system chooses.
+    pub sources: Vec<IpAddr>,
 }
 
 /// How layers are pushed.
@@ -46,6 +54,8 @@ pub struct NodeOptions {
 pub struct PushOptions {
     /// Names that are taken there by other layers are replaced.
     pub force: bool,
+    /// How the network is used.
+    pub paths: PathOptions,
     /// How the transfer is to go.
     pub manner: Manner,
 }
@@ -66,6 +76,8 @@ pub struct Manner {
 pub struct PullOptions {
     /// Names that are taken here by other layers are replaced.
     pub force: bool,
+    /// How the network is used.
+    pub paths: PathOptions,
     /// How the transfer is to go.
     pub manner: Manner,
 }
@@ -90,6 +102,8 @@ struct Inner {
     options: NodeOptions,
     transfers: Transfers,
     strangers: Mutex<VecDeque<Stranger>>,
+    groups: Groups,
+    grants: Grants,
 }
 
 impl Node {
@@ -100,8 +114,17 @@ impl Node {
     pub fn open(store: Arc<Store>, options: NodeOptions) -> Result<Node> {
         let identity = Identity::load_or_create(store.folder())?;
         let peers = Peers::new(store.clone());
-        let transfers = Transfers::default();
-        Ok(Node(Arc::new(Inner { store, identity, peers, options, transfers, strangers: Mutex::default() })))
+        let inner = Inner {
+            store,
+            identity,
+            peers,
+            options,
+            transfers: Transfers::default(),
+            strangers: Mutex::default(),
+            groups: Groups::default(),
+            grants: Grants::default(),
+        };
+        Ok(Node(Arc::new(inner)))
     }
 
     /// The store.
@@ -153,6 +176,16 @@ impl Node {
         strangers.truncate(MAX_STRANGERS);
     }
 
+    /// The transfers that connections may join.
+    pub(crate) fn groups(&self) -> &Groups {
+        &self.0.groups
+    }
+
+    /// What restricted peers have sent in broken attempts.
+    pub(crate) fn grants(&self) -> &Grants {
+        &self.0.grants
+    }
+
     /// Listens for peers on `address` until the listener is closed or dropped.
     ///
     /// # Errors
@@ -168,16 +201,15 @@ impl Node {
     /// [`Error::Link`] or [`Error::Timeout`] if it can't be reached.
     pub async fn probe(&self, address: &str) -> Result<PublicKey> {
         let address = normalize_address(address)?;
-        let (stream, found, _) = self.dial(&address, &address, None).await?;
-        let _ = timeout(self.options().patience.connect, async {
-            let mut stream = stream;
-            tokio::io::AsyncWriteExt::shutdown(&mut stream).await
-        })
-        .await;
-        found.get().ok_or_else(|| Error::protocol(&address, "it shows no key"))
+        let dialer = self.dialer(&address, None, PathOptions::default());
+        let (_, dialled) = dialer.any(&Route::all(&addresses(&address), &[])).await?;
+        let mut stream = dialled.stream;
+        let _ = timeout(dialer.patience.connect, tokio::io::AsyncWriteExt::shutdown(&mut stream)).await;
+        dialled.found.get().ok_or_else(|| Error::protocol(&address, "it shows no key"))
     }
 
     /// Brings `names`, with all layers of their stacks, to the peer called `peer`. What is there already isn't sent.
+    /// A link that fails is tried again, and the transfer goes on where it was.
     ///
     /// # Errors
     /// Of any kind; nothing is named there then, unless only the peer's last answer was lost.
@@ -202,19 +234,15 @@ impl Node {
         options: PushOptions,
         entry: &Entry,
     ) -> Result<TransferReport> {
-        let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
         let (store, wanted) = (self.store().clone(), names.to_vec());
         let prepare = move || send::prepare(&store, &wanted, &Visible::All, options.force);
         let prepared = joined(spawn_blocking(prepare).await)?;
-        let (mut link, counters) = self.connect(peer, &tally, monitor.as_ref()).await?;
-        entry.transfer().set_connections(1);
-        link.govern(entry.transfer().gate().clone());
-        let result = send::run(&mut link, self.store(), &prepared, &tally, &monitor).await;
-        let changed = finish(link, result).await?;
-        Ok(report(&tally, &counters, peer, names.to_vec(), changed))
+        let job = Job::Push(&prepared, names);
+        attempt::transfer(self, peer, job, options.paths, entry).await
     }
 
     /// Brings `names`, with all layers of their stacks, from the peer called `peer`. What is here already isn't sent.
+    /// A link that fails is tried again, and the transfer goes on where it was.
     ///
     /// # Errors
     /// Of any kind; nothing is named here then.
@@ -242,22 +270,8 @@ impl Node {
         options: PullOptions,
         entry: &Entry,
     ) -> Result<TransferReport> {
-        let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
-        let (mut link, counters) = self.connect(peer, &tally, monitor.as_ref()).await?;
-        entry.transfer().set_connections(1);
-        link.govern(entry.transfer().gate().clone());
-        let fetch = link.send(Message::Fetch { names: names.to_vec() }).await;
-        let result = match fetch {
-            Ok(()) => {
-                let wanted = Some((names.to_vec(), options.force));
-                // We choose the names; which of our chunks the peer learns of is still its key's matter.
-                let terms = Terms { visible: peer.rights.visible.clone(), wanted };
-                receive::run(&mut link, self.store(), terms, None, &tally, &monitor).await
-            }
-            Err(error) => Err(error),
-        };
-        let (names, changed) = finish(link, result).await?;
-        Ok(report(&tally, &counters, peer, names, changed))
+        let job = Job::Pull(names, options.force);
+        attempt::transfer(self, peer, job, options.paths, entry).await
     }
 
     /// Gets the chunks `ids` from the peer called `peer`, as far as it has them whole and lets us have them; `sink` gets
@@ -272,7 +286,7 @@ impl Node {
         mut sink: impl FnMut(Verified) -> layerfs::Result<()> + Send,
     ) -> Result<u64> {
         let peer = self.peer(peer).await?;
-        let (mut link, _) = self.connect(&peer, &Tally::new(), &Silent).await?;
+        let mut link = self.connect(&peer).await?;
         let result = get::run(&mut link, ids, &mut sink).await;
         finish(link, result).await
     }
@@ -302,7 +316,7 @@ impl Node {
         self.remember_link(peer, new).await;
     }
 
-    async fn remember_link(&self, peer: &Peer, new: Measured) {
+    pub(crate) async fn remember_link(&self, peer: &Peer, new: Measured) {
         let (store, key) = (self.store().clone(), peer.key);
         let kept = joined(spawn_blocking(move || Ok(measured::remember(&store, &key, new)?)).await);
         if let Err(error) = kept {
@@ -324,72 +338,46 @@ impl Node {
         joined(spawn_blocking(move || Ok(peers.get(&name)?)).await)
     }
 
-    async fn connect(&self, peer: &Peer, tally: &Tally, monitor: &dyn Monitor) -> Result<(Link, Arc<Counters>)> {
-        tally.phase("connect");
-        monitor.phase("connecting", None);
-        let address = peer.address.as_deref().ok_or_else(|| {
-            let message =
-                format!("peer {0} has no address; do `layerctl peer remove {0}` and add it with one", peer.name);
-            Error::refused(ErrorClass::Invalid, message)
-        })?;
-        let name = peer.name.as_str();
-        let (stream, _, counters) = self.dial(name, address, Some(peer.key)).await?;
-        let round_trip_micros = Some(counters.round_trip().as_micros() as u64);
-        self.remember_link(peer, Measured { round_trip_micros, ..Measured::default() }).await;
-        Ok((Link::start(stream, name, self.options().patience), counters))
+    /// One connection to `peer`, over any of its addresses.
+    pub(crate) async fn connect(&self, peer: &Peer) -> Result<Link> {
+        let dialer = self.dialer(peer.name.as_str(), Some(peer.key), PathOptions::default());
+        let (_, dialled) = dialer.any(&self.routes(peer)?).await?;
+        self.remember_link(peer, dialled.measured).await;
+        Ok(Link::start(dialled.stream, peer.name.as_str(), dialer.patience))
     }
 
-    async fn dial(
-        &self,
-        name: &str,
-        address: &str,
-        key: Option<PublicKey>,
-    ) -> Result<(Dialled, FoundKey, Arc<Counters>)> {
-        let patience = self.options().patience.connect;
-        let label = if name == address { address.to_owned() } else { format!("{name} at {address}") };
-        let failed = |error| Error::link("connecting to", &label, error);
-        let late = |action| Error::Timeout { action, peer: label.clone(), seconds: patience.as_secs() };
-        let began = std::time::Instant::now();
-        let stream = timeout(patience, TcpStream::connect(address)).await.map_err(|_| late("connecting"))?;
-        let stream = stream.map_err(failed)?;
-        link::set_up(&stream).map_err(failed)?;
-        let (config, found) = tls::client_config(self.identity(), key).map_err(|e| failed(std::io::Error::other(e)))?;
-        let counters = Arc::new(Counters::default());
-        // A TCP handshake is one round trip, and no work at the other side.
-        counters.set_round_trip(began.elapsed());
-        let connecting = TlsConnector::from(config).connect(tls::server_name(), Counted::new(stream, counters.clone()));
-        let result = timeout(patience, connecting).await.map_err(|_| late("TLS handshake"))?;
-        match (result, key, found.get()) {
-            (Ok(stream), _, _) => Ok((stream, found, counters)),
-            (Err(_), Some(expected), Some(other)) if other != expected => Err(Error::WrongKey {
-                peer: name.to_owned(),
-                address: address.to_owned(),
-                expected: expected.fingerprint(),
-                found: other.fingerprint(),
-            }),
-            (Err(error), _, _) => Err(failed(error)),
+    /// The ways to `peer`.
+    pub(crate) fn routes(&self, peer: &Peer) -> Result<Vec<Route>> {
+        Ok(Route::all(&addresses(peer_address(peer)?), &self.options().sources))
+    }
+
+    pub(crate) fn dialer(&self, name: &str, key: Option<PublicKey>, paths: PathOptions) -> Dialer {
+        let paths = paths.or(self.options().paths);
+        let patience = paths.patience(self.options().patience);
+        Dialer {
+            node: self.clone(),
+            name: name.to_owned(),
+            key,
+            kind: paths.transport.unwrap_or_default().kind(),
+            patience,
+            silence: if paths.connections == Some(Connections::Exactly(1)) {
+                patience.idle
+            } else {
+                patience.idle.min(PATH_SILENCE)
+            },
+            counters: Arc::default(),
         }
     }
 }
 
-type Dialled = TlsStream<Counted<TcpStream>>;
-
-/// Closes `link` as befits `result`.
-async fn finish<T>(link: Link, result: Result<T>) -> Result<T> {
-    match &result {
-        Ok(_) => link.close().await,
-        Err(error) => link.close_with(error).await,
-    }
-    result
+fn peer_address(peer: &Peer) -> Result<&str> {
+    peer.address.as_deref().ok_or_else(|| {
+        let message = format!("peer {0} has no address; do `layerctl peer remove {0}` and add it with one", peer.name);
+        Error::refused(ErrorClass::Invalid, message)
+    })
 }
 
-fn report(tally: &Tally, counters: &Counters, peer: &Peer, names: Vec<LayerName>, changed: u16) -> TransferReport {
-    TransferReport {
-        peer: peer.name.to_string(),
-        names,
-        names_changed: changed,
-        bytes_sent: counters.written(),
-        bytes_received: counters.read(),
-        ..tally.report()
-    }
+/// The addresses in a peer's record.
+fn addresses(text: &str) -> Vec<&str> {
+    text.split(',').collect()
 }

@@ -21,6 +21,7 @@ pub const DEFAULT_PORT: u16 = 7440;
 
 const RECORD_VERSION: u8 = 1;
 const MAX_ADDRESS: usize = 300;
+const MAX_ADDRESSES: usize = 16;
 const MAX_PATTERNS: usize = 1000;
 
 /// What a person calls a peer: 1 to 64 letters, digits and `. _ -`, the first a letter or digit.
@@ -130,7 +131,7 @@ impl Default for Rights {
 pub struct Peer {
     /// What people here call it.
     pub name: PeerName,
-    /// Where it listens, as `host:port`; `None` if it only ever calls.
+    /// Where it listens, as `host:port`, or several of those with commas between; `None` if it only ever calls.
     pub address: Option<String>,
     /// Its key.
     pub key: PublicKey,
@@ -288,11 +289,26 @@ fn check_patterns(visible: &Visible) -> Result<()> {
     Ok(())
 }
 
-/// `host`, `host:port`, `v6` or `[v6]:port` as `host:port`, with the default port if there is none.
+/// `host`, `host:port`, `v6` or `[v6]:port` as `host:port`, with the default port if there is none; each of several with
+/// commas between.
 ///
 /// # Errors
 /// [`Error::Invalid`] if it is none of them.
 pub fn normalize_address(text: &str) -> Result<String> {
+    let mut all = Vec::new();
+    for address in text.split(',') {
+        let address = normalize_one(address)?;
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    if all.len() > MAX_ADDRESSES {
+        return Err(Error::invalid(format!("a peer can have {MAX_ADDRESSES} addresses at most")));
+    }
+    Ok(all.join(","))
+}
+
+fn normalize_one(text: &str) -> Result<String> {
     let wrong = || Error::invalid(format!("{text:?} is not an address: use HOST, HOST:PORT or [IPV6]:PORT"));
     let text = text.trim();
     if text.is_empty() || text.len() > MAX_ADDRESS || text.contains(|c: char| c.is_whitespace() || c == '/') {
@@ -336,10 +352,11 @@ mod tests {
             ("::1", "[::1]:7440"),
             ("[::1]", "[::1]:7440"),
             ("[::1]:5", "[::1]:5"),
+            ("10.0.0.1, 10.1.0.1:9,10.0.0.1", "10.0.0.1:7440,10.1.0.1:9"),
         ] {
             assert_eq!(normalize_address(text).unwrap(), expected);
         }
-        for wrong in ["", "a b", "host:", ":1", "host:99999", "http://x"] {
+        for wrong in ["", "a,,b", "a b", "host:", ":1", "host:99999", "http://x"] {
             assert!(normalize_address(wrong).is_err(), "{wrong}");
         }
     }

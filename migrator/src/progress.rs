@@ -32,6 +32,12 @@ pub struct TransferReport {
     pub chunk_stored_bytes: u64,
     /// Chunks that were asked for and were there already (those of layers in common aren't even asked for).
     pub chunks_reused: u64,
+    /// The most connections that it had at a time.
+    pub connections: u64,
+    /// How often it was begun again because the link had failed.
+    pub retries: u64,
+    /// Bytes of frames that went out again because one of several connections was lost.
+    pub resent_bytes: u64,
     /// How long it took, in seconds.
     pub seconds: f64,
     /// How long each phase took.
@@ -64,6 +70,9 @@ pub(crate) struct Tally {
     pub reused: AtomicU64,
     pub layers: AtomicU64,
     pub layers_lacking: AtomicU64,
+    pub connections: AtomicU64,
+    pub retries: AtomicU64,
+    pub resent_bytes: AtomicU64,
 }
 
 impl Tally {
@@ -78,6 +87,9 @@ impl Tally {
             reused: count(),
             layers: count(),
             layers_lacking: count(),
+            connections: AtomicU64::new(1),
+            retries: count(),
+            resent_bytes: count(),
         }
     }
 
@@ -103,6 +115,9 @@ impl Tally {
             chunk_plain_bytes: get(&self.plain_bytes),
             chunk_stored_bytes: get(&self.stored_bytes),
             chunks_reused: get(&self.reused),
+            connections: get(&self.connections),
+            retries: get(&self.retries),
+            resent_bytes: get(&self.resent_bytes),
             seconds: seconds(self.started.elapsed()),
             phases: all,
             ..TransferReport::default()

@@ -8,6 +8,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream::FuturesOrdered;
@@ -22,6 +23,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use crate::access::Access;
 use crate::check::check_layer;
 use crate::error::{Error, Result};
+use crate::grants::Grants;
+use crate::identity::PublicKey;
 use crate::link::Link;
 use crate::peers::Visible;
 use crate::progress::Tally;
@@ -32,6 +35,8 @@ use crate::wire::{Bundle, Message, Offer};
 
 /// Frames that are being verified or wait to be appended.
 const MAX_JOBS: usize = 8;
+/// How often what has come is made durable: a host that dies loses no more than that.
+const FLUSH_EVERY: Duration = Duration::from_secs(3);
 /// A restricted peer may send so many chunks in one transfer: each is remembered.
 const MAX_RESTRICTED_CHUNKS: u64 = 4_000_000;
 
@@ -42,6 +47,8 @@ pub(crate) struct Terms {
     pub visible: Visible,
     /// Only these names are wanted (a pull), with whether they may be replaced; `None` takes what is offered (a push).
     pub wanted: Option<(Vec<LayerName>, bool)>,
+    /// Where to keep what the peer with this key has sent, should the attempt fail.
+    pub kept: Option<(Grants, PublicKey)>,
 }
 
 /// Receives one transfer. With `first`, that is its first message. Returns the names and how many were changed.
@@ -70,10 +77,17 @@ pub(crate) async fn run(
         to_check: VecDeque::new(),
         verifying: FuturesOrdered::new(),
         appending: None,
+        flushed: Instant::now(),
         changed: 0,
     };
+    if driver.link.is_grouped() {
+        driver.machine.expect_several_connections();
+    }
     let result = driver.go(first).await;
     let names = driver.accepted.as_ref().map(|accepted| accepted.names()).unwrap_or_default();
+    if let (Err(_), Some((grants, key)), Some(accepted)) = (&result, &context.terms.kept, &driver.accepted) {
+        grants.keep(*key, accepted.access.take_granted());
+    }
     drop(driver);
     if let Err(error) = &result
         && error.class() != ErrorClass::NoSpace
@@ -124,6 +138,7 @@ struct Driver<'a> {
     to_check: VecDeque<Vec<ChunkId>>,
     verifying: FuturesOrdered<JoinHandle<Result<Batch>>>,
     appending: Option<JoinHandle<Result<()>>>,
+    flushed: Instant,
     changed: u16,
 }
 
@@ -294,12 +309,19 @@ impl Driver<'_> {
     fn append(&mut self, chunks: Vec<Verified>) {
         let context = self.context.clone();
         let accepted = self.accepted.clone();
+        let flushes = self.flushed.elapsed() >= FLUSH_EVERY;
+        if flushes {
+            self.flushed = Instant::now();
+        }
         self.appending = Some(spawn_blocking(move || {
             if let Some(accepted) = accepted {
                 accepted.access.grant(chunks.iter().map(|chunk| chunk.stored().id));
             }
             for chunk in chunks {
                 context.session.put_verified(chunk)?;
+            }
+            if flushes {
+                context.session.flush()?;
             }
             Ok(())
         }));
@@ -360,6 +382,9 @@ fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
         }
     }
     let access = Access::new(store, &terms.visible)?;
+    if let Some((grants, key)) = &terms.kept {
+        access.grant_again(grants.take(key));
+    }
     let lacking: Vec<bool> = offer.layers.iter().map(|layer| !access.holds(&layer.id)).collect();
     let offered = offer.layers.iter().map(|layer| &layer.id);
     let held = offered.chain(&offer.hints).filter(|id| access.holds(id));

@@ -54,8 +54,10 @@ pub struct Receiver {
     received: u64,
     /// Bundles that are being opened.
     opening: usize,
-    /// The sender's count, if it has said End before all bundles were open.
+    /// The sender's count, if it has said End before all bundles were open, or before all had come.
     ended: Option<u64>,
+    /// Several connections bring chunks: some may come after the end was announced.
+    is_grouped: bool,
 }
 
 impl Default for Receiver {
@@ -69,11 +71,17 @@ impl Default for Receiver {
             received: 0,
             opening: 0,
             ended: None,
+            is_grouped: false,
         }
     }
 }
 
 impl Receiver {
+    /// Chunks may come over several connections.
+    pub fn expect_several_connections(&mut self) {
+        self.is_grouped = true;
+    }
+
     /// A message came.
     ///
     /// # Errors
@@ -85,7 +93,9 @@ impl Receiver {
                 self.state = State::CheckingOffer;
                 Ok(vec![ReceiverStep::CheckOffer(offer)])
             }
-            (other, State::Receiving) if self.ended.is_some() => Err(Violation(format!("{} after End", other.kind()))),
+            (other, State::Receiving) if self.ended.is_some() && !(self.is_grouped && other.is_bulk()) => {
+                Err(Violation(format!("{} after End", other.kind())))
+            }
             (Message::Ask { seq, ids }, State::Receiving) => self.on_ask(seq, ids),
             (Message::Chunks(chunks), State::Receiving) => self.on_chunks(chunks),
             (Message::Bundle(bundle), State::Receiving) => {
@@ -93,11 +103,10 @@ impl Receiver {
                 self.received += bundle.chunks.len() as u64;
                 Ok(vec![ReceiverStep::Open(bundle)])
             }
-            (Message::End { chunks }, State::Receiving) if self.opening > 0 => {
+            (Message::End { chunks }, State::Receiving) => {
                 self.ended = Some(chunks);
-                Ok(Vec::new())
+                self.end_if_through()
             }
-            (Message::End { chunks }, State::Receiving) => self.on_end(chunks),
             (other, state) => Err(Violation::unexpected(other.kind(), state.name())),
         }
     }
@@ -144,7 +153,9 @@ impl Receiver {
             return Err(Violation(format!("chunk {} was not wanted", chunk.id)));
         }
         self.received += chunks.len() as u64;
-        Ok(vec![ReceiverStep::Store(chunks)])
+        let mut steps = vec![ReceiverStep::Store(chunks)];
+        steps.extend(self.end_if_through()?);
+        Ok(steps)
     }
 
     /// A bundle was opened: these are its chunks.
@@ -157,8 +168,13 @@ impl Receiver {
             self.awaited.remove(&id);
         }
         self.opening = self.opening.saturating_sub(1);
+        self.end_if_through()
+    }
+
+    /// Once the end was announced and everything has come and is open.
+    fn end_if_through(&mut self) -> Result<Vec<ReceiverStep>, Violation> {
         match self.ended {
-            Some(chunks) if self.opening == 0 => self.on_end(chunks),
+            Some(chunks) if self.opening == 0 && !(self.is_grouped && self.received < chunks) => self.on_end(chunks),
             _ => Ok(Vec::new()),
         }
     }

@@ -92,7 +92,7 @@ async fn transfer(
     };
     let receiving = async {
         let mut link = Link::start(far, "here", PATIENCE);
-        let terms = Terms { visible: Visible::All, wanted: None };
+        let terms = Terms { visible: Visible::All, wanted: None, kept: None };
         let result = receive::run(&mut link, there.store(), terms, None, &Arc::new(Tally::new()), &silent()).await;
         match &result {
             Ok(_) => link.close().await,

@@ -3,6 +3,8 @@
 mod control;
 mod damage;
 mod pair;
+mod paths;
 mod refusals;
+mod relay;
 mod speed;
 mod transfers;

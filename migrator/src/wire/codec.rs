@@ -7,6 +7,7 @@ use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, Error, LayerId, LayerName, Result};
 
 use crate::governor::{Pace, Priority, Rate};
+use crate::group::Token;
 
 use super::{
     Bundle, CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS,
@@ -29,6 +30,10 @@ const GET: u8 = 0x18;
 const PACE: u8 = 0x20;
 /// The type of [`Message::Bundle`], likewise.
 pub(super) const BUNDLE: u8 = 0x19;
+const GROUP: u8 = 0x1a;
+const JOIN: u8 = 0x1b;
+const GOT: u8 = 0x1c;
+const PART: u8 = 0x21;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
@@ -84,6 +89,22 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
         Message::Done { changed } => {
             out.put_u8(DONE);
             out.put_u16(*changed);
+        }
+        Message::Group { token } => {
+            out.put_u8(GROUP);
+            out.extend_from_slice(&token.0);
+        }
+        Message::Join { token } => {
+            out.put_u8(JOIN);
+            out.extend_from_slice(&token.0);
+        }
+        Message::Part { number } => {
+            out.put_u8(PART);
+            out.put_u64(*number);
+        }
+        Message::Got { frames } => {
+            out.put_u8(GOT);
+            out.put_u64(*frames);
         }
     }
     close(start, out);
@@ -185,10 +206,20 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         BUNDLE => Message::Bundle(decode_bundle(reader, body)?),
         END => Message::End { chunks: reader.u64()? },
         DONE => Message::Done { changed: reader.u16()? },
+        GROUP => Message::Group { token: token(reader)? },
+        JOIN => Message::Join { token: token(reader)? },
+        PART => Message::Part { number: reader.u64()? },
+        GOT => Message::Got { frames: reader.u64()? },
         other => return Err(Error::Unsupported { what: "message", detail: format!("type {other:#04x}") }),
     };
     reader.finish()?;
     Ok(message)
+}
+
+fn token(reader: &mut Reader<'_>) -> Result<Token> {
+    let mut token = [0; 16];
+    token.copy_from_slice(reader.take(16)?);
+    Ok(Token(token))
 }
 
 fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello> {

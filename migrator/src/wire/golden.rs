@@ -7,6 +7,7 @@ use layerfs::{ChunkId, LayerId, LayerName};
 use proptest::prelude::*;
 
 use crate::governor::{Pace, Priority, Rate};
+use crate::group::Token;
 
 use super::codec::round_trip;
 use super::{
@@ -98,6 +99,10 @@ fn golden() -> Vec<(Message, &'static str)> {
                 "7a7a7a",
             ),
         ),
+        (Message::Group { token: Token([10; 16]) }, "110000001a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a"),
+        (Message::Join { token: Token([11; 16]) }, "110000001b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b"),
+        (Message::Part { number: 4 }, "09000000210400000000000000"),
+        (Message::Got { frames: 3 }, "090000001c0300000000000000"),
     ]
 }
 

@@ -13,6 +13,7 @@ use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, LayerId, LayerName};
 
 use crate::governor::Pace;
+use crate::group::Token;
 
 pub use codec::{ChunksWriter, decode, encode, encode_bundle};
 
@@ -103,6 +104,26 @@ pub enum Message {
         /// How many chunks were sent in all.
         chunks: u64,
     },
+    /// Other connections may join the transfer that is asked for next, with this token.
+    Group {
+        /// Chosen at random by the caller.
+        token: Token,
+    },
+    /// This connection carries frames of the transfer with this token.
+    Join {
+        /// The transfer's.
+        token: Token,
+    },
+    /// On a connection that joined: so many frames with chunks have come over it.
+    Got {
+        /// Since it joined.
+        frames: u64,
+    },
+    /// The frame with chunks that comes next on this connection has this number in its transfer.
+    Part {
+        /// Counts from 0 the frames that went to connections that joined. One that comes again keeps its number.
+        number: u64,
+    },
     /// The names are set, durably.
     Done {
         /// How many names were changed; the others were there already.
@@ -185,7 +206,16 @@ impl Message {
             Message::Bundle(_) => "Bundle",
             Message::End { .. } => "End",
             Message::Done { .. } => "Done",
+            Message::Group { .. } => "Group",
+            Message::Join { .. } => "Join",
+            Message::Got { .. } => "Got",
+            Message::Part { .. } => "Part",
         }
+    }
+
+    /// Whether it carries chunks, and may go over any connection of its transfer.
+    pub fn is_bulk(&self) -> bool {
+        matches!(self, Message::Chunks(_) | Message::Bundle(_))
     }
 
     /// An error's message, its text cut to what fits.

@@ -133,7 +133,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
     }
     let names = names(&request)?;
     let node = context.daemon.peering.node().clone();
-    let options = PushOptions { force: request.force, manner: manner(&node, &request)? };
+    let options = PushOptions { force: request.force, manner: manner(&node, &request)?, ..Default::default() };
     let peer = request.peer.clone();
     let push = |monitor| async move { node.push(&names, &peer, options, monitor).await };
     run(context, label, &request, options.manner, "--force replaces it there", push)
@@ -144,7 +144,7 @@ pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResul
     let label = format!("pull {} from {}", request.names.join(" "), request.peer);
     let names = names(&request)?;
     let node = context.daemon.peering.node().clone();
-    let options = PullOptions { force: request.force, manner: manner(&node, &request)? };
+    let options = PullOptions { force: request.force, manner: manner(&node, &request)?, ..Default::default() };
     let peer = request.peer.clone();
     let pull = |monitor| async move { node.pull(&names, &peer, options, monitor).await };
     run(context, label, &request, options.manner, "--force replaces it", pull)

@@ -1,0 +1,182 @@
+//! A transfer from its first attempt to its last: connects, lets further connections join, and begins again when the link
+//! fails.
+//!
+//! Invariants: each attempt is a transfer of its own for the protocol, so that nothing depends on how the last one
+//! ended; what an attempt has brought over is there for the next.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use layerfs::LayerName;
+use layerfs::monitor::Monitor;
+
+use crate::dial::{Dialer, Route};
+use crate::error::Result;
+use crate::group::Token;
+use crate::link::{Counters, Link};
+use crate::node::Node;
+use crate::paths::{Connections, Manager, PathOptions};
+use crate::peers::Peer;
+use crate::progress::{Tally, TransferReport};
+use crate::receive::{self, Terms};
+use crate::retry::{Backoff, is_transient};
+use crate::send::{self, CANCEL_CHECK, Prepared};
+use crate::transfers::Entry;
+use crate::wire::Message;
+
+/// What is transferred.
+pub(crate) enum Job<'a> {
+    /// These names go to the peer.
+    Push(&'a Prepared, &'a [LayerName]),
+    /// These names come from the peer, and replace others if so.
+    Pull(&'a [LayerName], bool),
+}
+
+/// What all attempts at one transfer have in common.
+struct Call<'a> {
+    node: &'a Node,
+    peer: &'a Peer,
+    entry: &'a Entry,
+    dialer: Dialer,
+    routes: Vec<Route>,
+    choice: Connections,
+    token: Token,
+    job: Job<'a>,
+    tally: Arc<Tally>,
+    monitor: Arc<dyn Monitor>,
+}
+
+/// Attempts at `job` until one succeeds or there is no use in another.
+///
+/// # Errors
+/// That of the last attempt.
+pub(crate) async fn transfer(
+    node: &Node,
+    peer: &Peer,
+    job: Job<'_>,
+    paths: PathOptions,
+    entry: &Entry,
+) -> Result<TransferReport> {
+    let paths = paths.or(node.options().paths);
+    let call = Call {
+        node,
+        peer,
+        entry,
+        dialer: node.dialer(peer.name.as_str(), Some(peer.key), paths),
+        routes: node.routes(peer)?,
+        choice: paths.connections.unwrap_or_default(),
+        token: Token::random()?,
+        job,
+        tally: Arc::new(Tally::new()),
+        monitor: entry.monitor(),
+    };
+    let mut backoff = Backoff::new(paths.retry_for.unwrap_or_default(), Instant::now());
+    loop {
+        let chunks_before = call.tally.chunks.load(Relaxed);
+        let error = match call.attempt(&mut backoff).await {
+            Ok((names, changed)) => return Ok(report(&call.tally, &call.dialer.counters, peer, names, changed)),
+            Err(error) => error,
+        };
+        if call.tally.chunks.load(Relaxed) > chunks_before {
+            backoff.progressed(Instant::now());
+        }
+        let random = Token::random()?.0.first_chunk().map_or(0, |eight| u64::from_le_bytes(*eight));
+        let Some(pause) = backoff.pause(Instant::now(), random).filter(|_| is_transient(&error)) else {
+            return Err(error);
+        };
+        tracing::info!(peer = peer.name.as_str(), %error, "a transfer is tried again in {pause:?}");
+        call.monitor.phase("waiting for the link", None);
+        call.tally.retries.fetch_add(1, Relaxed);
+        wait(pause, call.monitor.as_ref()).await?;
+    }
+}
+
+impl Call<'_> {
+    async fn attempt(&self, backoff: &mut Backoff) -> Result<(Vec<LayerName>, u16)> {
+        self.tally.phase("connect");
+        self.monitor.phase("connecting", None);
+        let (route, dialled) = self.dialer.any(&self.routes).await?;
+        backoff.connected();
+        self.node.remember_link(self.peer, dialled.measured).await;
+        let mut link = Link::start(dialled.stream, self.peer.name.as_str(), self.dialer.patience);
+        self.entry.transfer().set_connections(1);
+        link.govern(self.entry.transfer().gate().clone());
+        let several = self.choice != Connections::Exactly(1);
+        let trunk = if several { Some(link.open_group()?) } else { None };
+        if let Some(trunk) = &trunk {
+            let manager = Manager {
+                dialer: self.dialer.clone(),
+                trunk: trunk.clone(),
+                token: self.token,
+                routes: self.routes.clone(),
+                first: (route, dialled.probe),
+                choice: self.choice,
+                is_sending: matches!(self.job, Job::Push(..)),
+                transfer: self.entry.transfer().clone(),
+            };
+            // Ends by itself when the group is closed or the link dropped.
+            tokio::spawn(manager.run());
+        }
+        let result = self.run(&mut link).await;
+        if let Some(trunk) = trunk {
+            self.tally.connections.fetch_max(trunk.most_joined() as u64 + 1, Relaxed);
+            self.tally.resent_bytes.fetch_add(trunk.returned_bytes(), Relaxed);
+        }
+        link.close_group();
+        finish(link, result).await
+    }
+
+    async fn run(&self, link: &mut Link) -> Result<(Vec<LayerName>, u16)> {
+        let (node, store) = (self.node, self.node.store());
+        if self.choice != Connections::Exactly(1) {
+            link.send(Message::Group { token: self.token }).await?;
+        }
+        match &self.job {
+            Job::Push(prepared, names) => {
+                let changed = send::run(link, store, prepared, &self.tally, &self.monitor).await?;
+                Ok((names.to_vec(), changed))
+            }
+            Job::Pull(names, force) => {
+                link.send(Message::Fetch { names: names.to_vec() }).await?;
+                // We choose the names; which of our chunks the peer learns of is still its key's matter.
+                let terms = Terms {
+                    visible: self.peer.rights.visible.clone(),
+                    wanted: Some((names.to_vec(), *force)),
+                    kept: Some((node.grants().clone(), self.peer.key)),
+                };
+                receive::run(link, store, terms, None, &self.tally, &self.monitor).await
+            }
+        }
+    }
+}
+
+/// Waits for `pause`, unless the user doesn't want to.
+async fn wait(pause: Duration, monitor: &dyn Monitor) -> Result<()> {
+    let until = Instant::now() + pause;
+    while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+        layerfs::monitor::check(monitor)?;
+        tokio::time::sleep(left.min(CANCEL_CHECK)).await;
+    }
+    Ok(())
+}
+
+/// Closes `link` as befits `result`.
+pub(crate) async fn finish<T>(link: Link, result: Result<T>) -> Result<T> {
+    match &result {
+        Ok(_) => link.close().await,
+        Err(error) => link.close_with(error).await,
+    }
+    result
+}
+
+fn report(tally: &Tally, counters: &Counters, peer: &Peer, names: Vec<LayerName>, changed: u16) -> TransferReport {
+    TransferReport {
+        peer: peer.name.to_string(),
+        names,
+        names_changed: changed,
+        bytes_sent: counters.written(),
+        bytes_received: counters.read(),
+        ..tally.report()
+    }
+}

@@ -1,0 +1,188 @@
+//! TCP and MPTCP sockets: how they are made, set up, and what the kernel knows about them.
+//!
+//! Hides system calls. Invariants: whatever a kernel doesn't offer (MPTCP, BBR, a field of TCP_INFO) is done without;
+//! nothing here fails because of it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, ipproto, sockopt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// So much that could not be sent yet lies in a socket at most: what the link can't take stays with us, so that whoever
+/// makes frames sees how fast it is, and little is lost with a connection.
+const MAX_UNSENT_BYTES: u32 = 256 * 1024;
+/// Below this round trip losses are repaired so fast that the kernel's default does as well, for less work.
+const LONG_ROUND_TRIP: Duration = Duration::from_millis(2);
+/// The congestion control for long or lossy paths: it doesn't take every loss for congestion.
+const FOR_LOSS: &str = "bbr";
+/// One packet of so many that had to be sent again is a lossy path.
+const LOSSY: u64 = 300;
+
+/// What a socket is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// TCP.
+    Tcp,
+    /// MPTCP, where both sides have it; TCP otherwise.
+    Mptcp,
+}
+
+fn new_socket(address: &SocketAddr, kind: Kind) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let make = |protocol: Option<Protocol>| rustix::net::socket_with(family, SocketType::STREAM, flags, protocol);
+    if kind == Kind::Mptcp
+        && let Ok(socket) = make(Some(ipproto::MPTCP))
+    {
+        return Ok(socket);
+    }
+    Ok(make(None)?)
+}
+
+/// Connects to `to`, from `from` if that is given.
+pub(crate) async fn connect(to: SocketAddr, from: Option<IpAddr>, kind: Kind) -> io::Result<TcpStream> {
+    let socket = TcpSocket::from_std_stream(new_socket(&to, kind)?.into());
+    if let Some(from) = from {
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    socket.connect(to).await
+}
+
+/// Listens on `address`. A socket for MPTCP takes plain TCP too.
+pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = new_socket(&address, Kind::Mptcp)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        // `::` is for IPv4 too, as with TcpListener::bind.
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, 1024)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Sets up a connected socket: no waiting for more, little unsent, dead after `silence` without an answer.
+pub(crate) fn set_up(stream: &TcpStream, silence: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = stream.as_fd();
+    // Whatever of this a kernel refuses for this kind of socket is not needed for correctness.
+    let _ = sockopt::set_tcp_user_timeout(socket, silence.as_millis().min(u128::from(u32::MAX)) as u32);
+    let _ = sockopt::set_socket_keepalive(socket, true);
+    let _ = sockopt::set_tcp_keepidle(socket, (silence / 2).max(Duration::from_secs(1)));
+    let _ = sockopt::set_tcp_keepintvl(socket, (silence / 6).max(Duration::from_secs(1)));
+    let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(MAX_UNSENT_BYTES);
+    Ok(())
+}
+
+/// A connection's socket, for questions to the kernel while TLS owns the stream.
+#[derive(Debug)]
+pub(crate) struct Probe(OwnedFd);
+
+impl Probe {
+    /// A probe of `stream`.
+    pub fn new(stream: &TcpStream) -> io::Result<Probe> {
+        Ok(Probe(stream.as_fd().try_clone_to_owned()?))
+    }
+
+    /// What the kernel knows.
+    pub fn info(&self) -> Option<Info> {
+        tcp_info(&self.0)
+    }
+
+    /// Chooses the congestion control by what the path turned out to be.
+    pub fn tune(&self) {
+        let Some(info) = self.info() else { return };
+        if info.round_trip < LONG_ROUND_TRIP && !info.is_lossy() {
+            return;
+        }
+        if sockopt::tcp_congestion(&self.0).is_ok_and(|name| name != FOR_LOSS)
+            && sockopt::set_tcp_congestion(&self.0, FOR_LOSS).is_err()
+        {
+            tracing::debug!("this kernel has no {FOR_LOSS}: its default congestion control stays");
+        }
+    }
+}
+
+/// What the kernel knows of a connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Info {
+    pub round_trip: Duration,
+    pub segments_out: u64,
+    pub segments_again: u64,
+    /// Time spent sending.
+    pub busy: Duration,
+    /// Time of that spent waiting for the receiver's window or for room in the send buffer.
+    pub limited: Duration,
+}
+
+impl Info {
+    /// Whether packets get lost.
+    pub fn is_lossy(&self) -> bool {
+        self.segments_again > 5 && self.segments_again * LOSSY > self.segments_out
+    }
+
+    /// Whether a window, not the link, is what limits it.
+    pub fn is_window_limited(&self) -> bool {
+        self.limited * 5 > self.busy
+    }
+}
+
+#[allow(unsafe_code)] // No crate offers TCP_INFO with these fields.
+fn tcp_info(socket: &OwnedFd) -> Option<Info> {
+    let mut bytes = [0u8; 256];
+    let mut length = bytes.len() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and the kernel writes at most `length` bytes to the buffer.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, bytes.as_mut_ptr().cast(), &mut length)
+    };
+    if result != 0 {
+        return None;
+    }
+    // Offsets of struct tcp_info, which only ever grows; what an old kernel lacks stays 0.
+    let small = |at: usize| bytes[at..at + 4].first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
+    let large = |at: usize| bytes[at..at + 8].first_chunk().map_or(0, |eight| u64::from_ne_bytes(*eight));
+    Some(Info {
+        round_trip: Duration::from_micros(u64::from(small(68))),
+        segments_again: u64::from(small(100)),
+        segments_out: u64::from(small(136)),
+        busy: Duration::from_micros(large(168)),
+        limited: Duration::from_micros(large(176).saturating_add(large(184))),
+    })
+}
+
+/// Whether this host has more than one network that isn't itself, so that MPTCP may have several paths.
+pub(crate) fn has_several_networks() -> bool {
+    let Ok(routes) = std::fs::read_to_string("/proc/thread-self/net/route") else { return false };
+    let mut interfaces: Vec<&str> = routes.lines().skip(1).filter_map(|line| line.split('\t').next()).collect();
+    interfaces.sort_unstable();
+    interfaces.dedup();
+    interfaces.retain(|name| *name != "lo");
+    interfaces.len() > 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_listener_takes_both_kinds_and_the_kernel_tells_of_them() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        for kind in [Kind::Tcp, Kind::Mptcp] {
+            let (near, far) = tokio::join!(connect(address, None, kind), listener.accept());
+            let (near, (far, _)) = (near.unwrap(), far.unwrap());
+            for stream in [&near, &far] {
+                set_up(stream, Duration::from_secs(10)).unwrap();
+                let probe = Probe::new(stream).unwrap();
+                probe.tune();
+                assert!(probe.info().unwrap().round_trip < Duration::from_secs(1));
+            }
+        }
+        let from = Some(IpAddr::from([127, 0, 0, 2]));
+        let (near, _) = tokio::join!(connect(address, from, Kind::Tcp), listener.accept());
+        assert_eq!(near.unwrap().local_addr().unwrap().ip(), from.unwrap());
+    }
+}

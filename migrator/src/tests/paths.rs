@@ -1,0 +1,193 @@
+//! Transfers over several connections, some of which are lost; and transfers that are tried again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use layerfs::LayerId;
+use layerfs::error::ErrorClass;
+use layerfs::monitor::Counting;
+
+use super::pair::*;
+use super::relay::Relay;
+use crate::dial::Transport;
+use crate::link::Patience;
+use crate::paths::Connections;
+use crate::peers::{Rights, Visible};
+use crate::retry::RetryFor;
+use crate::{NodeOptions, PathOptions, PullOptions, PushOptions, TransferReport};
+
+/// Two hosts, with relays between them.
+struct Paths {
+    here: Host,
+    there: Host,
+    relays: Vec<Relay>,
+    _listener: crate::Listener,
+}
+
+fn exactly(count: u8) -> PathOptions {
+    PathOptions { connections: Some(Connections::Exactly(count)), ..PathOptions::default() }
+}
+
+impl Paths {
+    async fn new(relays: usize, rights: Rights) -> Paths {
+        let patience = Patience { keep_alive: Duration::from_millis(500), ..Patience::default() };
+        let options = NodeOptions { patience, ..NodeOptions::default() };
+        let (here, there) = (Host::with(options.clone()), Host::with(options));
+        let listener = there.node.listen(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let mut paths = Paths { here, there, relays: Vec::new(), _listener: listener };
+        let mut addresses = Vec::new();
+        for _ in 0..relays {
+            let relay = Relay::to(paths._listener.address()).await;
+            addresses.push(relay.address());
+            paths.relays.push(relay);
+        }
+        paths.here.know("there", paths.there.node.public_key(), Some(addresses.join(",")), Rights::default());
+        paths.there.know("here", paths.here.node.public_key(), None, rights);
+        paths
+    }
+
+    async fn push(&self, called: &str, paths: PathOptions) -> crate::Result<TransferReport> {
+        let options = PushOptions { paths, ..PushOptions::default() };
+        self.here.node.push(&[name(called)], "there", options, silent()).await
+    }
+
+    async fn pull(&self, called: &str, paths: PathOptions) -> crate::Result<TransferReport> {
+        let options = PullOptions { paths, ..PullOptions::default() };
+        self.here.node.pull(&[name(called)], "there", options, silent()).await
+    }
+
+    /// Chunks that went over more than once.
+    fn sent_again(&self, report: &TransferReport, layer: LayerId) -> u64 {
+        let mut all = 0;
+        let store = self.here.store();
+        crate::plan::candidates(store.as_ref(), &[layer], &[], &mut |_| {
+            all += 1;
+            Ok(())
+        })
+        .unwrap();
+        report.chunks_sent.saturating_sub(all)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_connections_share_a_push_and_a_pull() {
+    let paths = Paths::new(1, Rights::default()).await;
+    let pushed = add_layer(paths.here.store(), "x", &tree(300, 60 << 20));
+    let report = paths.push("x", exactly(4)).await.unwrap();
+    assert!(paths.there.has_whole("x", pushed));
+    assert!((2..=4).contains(&report.connections) && report.retries == 0, "{report:?}");
+    assert_eq!(paths.sent_again(&report, pushed), 0);
+
+    let pulled = add_layer(paths.there.store(), "y", &tree(1, 61 << 20));
+    let report = paths.pull("y", exactly(3)).await.unwrap();
+    assert!(paths.here.has_whole("y", pulled));
+    assert!((2..=3).contains(&report.connections), "{report:?}");
+    let single = paths.push("x", exactly(1)).await.unwrap();
+    assert_eq!((single.connections, single.chunks_sent), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_path_changes_nothing_but_the_speed() {
+    for (is_push, is_silent) in [(true, false), (false, false), (true, true)] {
+        let paths = Paths::new(3, Rights::default()).await;
+        let holder = if is_push { &paths.here } else { &paths.there };
+        let layer = add_layer(holder.store(), "x", &tree(200, 80 << 20));
+        let options = PathOptions { idle: Some(Duration::from_secs(3)), ..exactly(3) };
+        let transfer = async { if is_push { paths.push("x", options).await } else { paths.pull("x", options).await } };
+        let disturb = async {
+            loop {
+                // The first connection has the first path: that of another is to be lost.
+                if let Some(busy) = paths.relays.iter().skip(1).find(|relay| relay.bytes() > 3 << 20) {
+                    return if is_silent { busy.hold() } else { busy.shut() };
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::pin!(transfer);
+        let report = tokio::select! {
+            report = &mut transfer => report,
+            () = disturb => transfer.await,
+        };
+        let report = report.unwrap();
+        assert!(if is_push { &paths.there } else { &paths.here }.has_whole("x", layer));
+        assert!(report.connections >= 2 && report.retries == 0, "{is_push} {is_silent} {report:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_whose_first_connection_is_lost_goes_on_by_itself() {
+    for connections in [1, 3] {
+        let paths = Paths::new(1, Rights::default()).await;
+        let layer = add_layer(paths.here.store(), "x", &tree(200, 60 << 20));
+        paths.relays[0].cut_at(30 << 20);
+        let report = paths.push("x", exactly(connections)).await.unwrap();
+        assert!(paths.there.has_whole("x", layer));
+        assert_eq!(report.retries, 1, "{report:?}");
+        // What was in flight: queues, sockets and what was being verified.
+        assert!(report.chunk_plain_bytes < 80 << 20, "{report:?}");
+        assert!(report.chunks_reused > 0, "{report:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_is_tried_again_too_and_over_another_address() {
+    let paths = Paths::new(2, Rights::default()).await;
+    let layer = add_layer(paths.there.store(), "x", &tree(200, 60 << 20));
+    let disturb = async {
+        while paths.relays[0].bytes() < 20 << 20 {
+            tokio::task::yield_now().await;
+        }
+        paths.relays[0].shut();
+    };
+    let (report, ()) = tokio::join!(paths.pull("x", exactly(1)), disturb);
+    assert!(paths.here.has_whole("x", layer));
+    assert_eq!(report.unwrap().retries, 1);
+    assert!(paths.relays[1].bytes() > 20 << 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restricted_peer_need_not_send_again_what_arrived() {
+    let visible = Visible::Matching(vec!["x*".to_owned()]);
+    let paths = Paths::new(1, Rights { visible, ..Rights::default() }).await;
+    let layer = add_layer(paths.here.store(), "x", &tree(200, 60 << 20));
+    paths.relays[0].cut_at(40 << 20);
+    let report = paths.push("x", exactly(1)).await.unwrap();
+    assert!(paths.there.has_whole("x", layer));
+    assert!(report.retries == 1 && report.chunk_plain_bytes < 80 << 20 && report.chunks_reused > 0, "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn denials_and_hosts_that_never_answered_are_not_tried_again() {
+    let rights = Rights { push: false, ..Rights::default() };
+    let paths = Paths::new(1, rights).await;
+    add_layer(paths.here.store(), "x", &tree(10, 1000));
+    let long = PathOptions { retry_for: Some(RetryFor::Time(Duration::from_secs(3600))), ..exactly(1) };
+    assert_eq!(paths.push("x", long).await.unwrap_err().class(), ErrorClass::Denied);
+    assert_eq!(paths.relays[0].connections(), 1);
+    paths.relays[0].shut();
+    assert_eq!(paths.push("x", exactly(1)).await.unwrap_err().class(), ErrorClass::Network);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_patience_gets_it() {
+    let paths = Paths::new(1, Rights::default()).await;
+    let layer = add_layer(paths.here.store(), "x", &tree(10, 100_000));
+    paths.relays[0].shut();
+    let long = PathOptions {
+        retry_for: Some(RetryFor::Time(Duration::from_secs(600))),
+        transport: Some(Transport::Tcp),
+        ..PathOptions::default()
+    };
+    let monitor = Arc::new(Counting::default());
+    let options = PushOptions { paths: long, ..PushOptions::default() };
+    let names = [name("x")];
+    let push = paths.here.node.push(&names, "there", options, monitor.clone());
+    let mend = async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        paths.relays[0].mend();
+    };
+    let (report, ()) = tokio::join!(push, mend);
+    assert!(report.unwrap().retries > 0);
+    assert!(paths.there.has_whole("x", layer) && monitor.bytes.load(Relaxed) > 0);
+}
