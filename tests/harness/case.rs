@@ -19,6 +19,8 @@ pub enum Need {
     Namespaces,
     /// A program on the search path.
     Tool(&'static str),
+    /// The S3 server that scripts/setup brings.
+    S3,
     /// A Debian root, cached or from a mirror.
     Debian,
     /// Control groups and the rest that privileged containers want.
@@ -38,6 +40,10 @@ impl Need {
                 crate::network::usable().err().map(|error| format!("needs network namespaces: {error:#}"))
             }
             Need::Tool(tool) => (!has_tool(tool)).then(|| format!("needs the program {tool}: run scripts/setup test")),
+            Need::S3 => {
+                let program = crate::servers::s3_program();
+                (!program.is_file()).then(|| format!("needs {}: run scripts/setup test", program.display()))
+            }
             Need::Debian => crate::debian::root().err().map(|error| format!("needs a Debian root: {error:#}")),
             Need::Containers => {
                 let groups = Path::new("/sys/fs/cgroup");

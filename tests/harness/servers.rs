@@ -1,4 +1,5 @@
-//! Servers of others that tests talk to, on loopback, each with a folder of its own: Debian's docker-registry.
+//! Servers of others that tests talk to, on loopback, each with a folder of its own: Debian's docker-registry, and an
+//! S3 server (moto).
 //!
 //! Invariant: a server ends with the value that stands for it, by its own process id.
 
@@ -50,6 +51,59 @@ impl Drop for Server {
 /// A port of loopback that is free now.
 pub fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Where scripts/setup puts the S3 server.
+pub fn s3_program() -> PathBuf {
+    crate::debian::cache_folder().join("moto/bin/moto_server")
+}
+
+/// An S3 server that keeps everything in memory.
+#[derive(Debug)]
+pub struct S3(Server);
+
+impl S3 {
+    /// Starts one with an empty bucket "bucket". Its log is in `folder`.
+    pub fn start(folder: &Path) -> anyhow::Result<S3> {
+        let port = free_port()?;
+        let mut command = Command::new(s3_program());
+        command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
+        let server = S3(Server::start(&mut command, port, &folder.join("s3.log"))?);
+        crate::case::output_of(Command::new("curl").args([
+            "-sf",
+            "-X",
+            "PUT",
+            &format!("{}/bucket", server.endpoint()),
+        ]))?;
+        Ok(server)
+    }
+
+    /// Where it listens.
+    pub fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.0.port)
+    }
+
+    /// Makes it say nothing until [`S3::resume`]: it still takes connections.
+    pub fn pause(&self) -> anyhow::Result<()> {
+        self.signal(rustix::process::Signal::STOP)
+    }
+
+    /// Makes it answer again.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        self.signal(rustix::process::Signal::CONT)
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) -> anyhow::Result<()> {
+        let pid = i32::try_from(self.0.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        Ok(rustix::process::kill_process(pid.context("no process id")?, signal)?)
+    }
+
+    /// The keys of all objects.
+    pub fn keys(&self) -> anyhow::Result<Vec<String>> {
+        let text = crate::case::output_of(Command::new("curl").args(["-sf", &format!("{}/bucket", self.endpoint())]))?;
+        let keys = text.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
+        Ok(keys.map(str::to_owned).collect())
+    }
 }
 
 /// A registry of images.

@@ -14,6 +14,7 @@ mod paths;
 mod push;
 mod registry;
 mod roundtrip;
+mod tier;
 
 use layerfs_tests::case::Case;
 
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
         dedup::cases(),
         push::cases(),
         registry::cases(),
+        tier::cases(),
         paths::cases(),
         archives::cases(),
         damage::cases(),
