@@ -165,6 +165,14 @@ pub trait ChunkRead: Send + Sync {
     /// # Errors
     /// [`Error::ChunkMissing`], [`Error::ChunkDamaged`], or that of the disk.
     fn get(&self, id: &ChunkId) -> Result<Bytes>;
+
+    /// Whether some chunks may have to come from another host, so that reading far ahead pays.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// A hint: these will be read soon, in this order. Costs nothing where nothing is remote.
+    fn soon(&self, _ids: &[ChunkId]) {}
 }
 
 /// Where chunks are written to. Implemented by the store's sessions and by [`MemoryChunks`].

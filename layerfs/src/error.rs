@@ -87,6 +87,14 @@ pub enum Error {
     /// A chunk that a manifest needs is in no pack.
     #[error("chunk {0} is missing from the store; `layerctl fsck` lists what needs it")]
     ChunkMissing(ChunkId),
+    /// A chunk of a partial layer didn't come from its source in time.
+    #[error("chunk {id} is not here yet and could not be fetched: {detail}")]
+    Absent {
+        /// The chunk.
+        id: ChunkId,
+        /// From whom, and why not.
+        detail: String,
+    },
     /// A chunk's bytes don't have its id.
     #[error("chunk {id} is damaged ({detail}); `layerctl scrub --heal PEER` fetches it again")]
     ChunkDamaged {
@@ -166,6 +174,7 @@ impl Error {
             Error::NotFound { .. } | Error::LayerMissing(_) => ErrorClass::NotFound,
             Error::Exists { .. } => ErrorClass::Exists,
             Error::Busy(_) | Error::Cancelled => ErrorClass::Busy,
+            Error::Absent { .. } => ErrorClass::Network,
             Error::ChunkMissing(_) | Error::ChunkDamaged { .. } | Error::Corrupt { .. } => ErrorClass::Corrupt,
             Error::Tier { class, .. } => *class,
             Error::Unsupported { .. } => ErrorClass::Unsupported,

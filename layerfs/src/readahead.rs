@@ -16,12 +16,16 @@ use crate::chunk::ChunkRead;
 use crate::content::{self, Content, Extent, Extents, get_sized};
 use crate::error::Result;
 use crate::id::ChunkId;
+use crate::store::trace::Recorder;
 
 /// How far ahead of a sequential reader chunks are fetched, at first and at most, in bytes.
 const FIRST_WINDOW_BYTES: u64 = 512 * 1024;
 const LAST_WINDOW_BYTES: u64 = 4 * 1024 * 1024;
 /// How far from where the last read ended one still counts as its successor: the kernel sends several at once.
 const SLACK_BYTES: u64 = 2 * 1024 * 1024;
+/// Where chunks come from another host, they are announced to it so many times farther ahead, as their number, not
+/// their bytes, is what that takes here: up to 32 MiB, enough for 1 Gbit/s and 250 ms.
+const REMOTE_FACTOR: u64 = 8;
 
 /// Threads that fetch chunks ahead, and the budget of bytes that they may hold.
 #[derive(Debug)]
@@ -30,6 +34,23 @@ pub struct FetchPool {
     jobs: Option<Sender<Arc<Slot>>>,
     workers: Vec<std::thread::JoinHandle<()>>,
     budget: Arc<Budget>,
+    /// Notes what readers come to.
+    recorder: Option<Arc<Recorder>>,
+}
+
+/// Chunks whose reading is noted.
+struct Noted<'a> {
+    chunks: &'a dyn ChunkRead,
+    recorder: Option<&'a Recorder>,
+}
+
+impl ChunkRead for Noted<'_> {
+    fn get(&self, id: &ChunkId) -> Result<Bytes> {
+        if let Some(recorder) = self.recorder {
+            recorder.note(id);
+        }
+        self.chunks.get(id)
+    }
 }
 
 #[derive(Clone)]
@@ -135,6 +156,16 @@ impl FetchPool {
     /// A pool of `threads` threads over `chunks` that holds at most `budget_bytes` ahead. Where threads can't be had,
     /// readers fetch for themselves.
     pub fn new(chunks: Arc<dyn ChunkRead>, threads: usize, budget_bytes: usize) -> Arc<FetchPool> {
+        FetchPool::with_recorder(chunks, threads, budget_bytes, None)
+    }
+
+    /// As [`FetchPool::new`]; what readers come to is noted by `recorder`.
+    pub fn with_recorder(
+        chunks: Arc<dyn ChunkRead>,
+        threads: usize,
+        budget_bytes: usize,
+        recorder: Option<Arc<Recorder>>,
+    ) -> Arc<FetchPool> {
         let (jobs, queue) = unbounded::<Arc<Slot>>();
         let mut workers = Vec::with_capacity(threads);
         for _ in 0..threads {
@@ -153,7 +184,7 @@ impl FetchPool {
             }
         }
         let budget = Arc::new(Budget { left: AtomicUsize::new(budget_bytes) });
-        Arc::new(FetchPool { chunks: SharedChunks(chunks), jobs: Some(jobs), workers, budget })
+        Arc::new(FetchPool { chunks: SharedChunks(chunks), jobs: Some(jobs), workers, budget, recorder })
     }
 
     /// Whether a reader that begins now couldn't read ahead, because others hold the budget.
@@ -164,6 +195,17 @@ impl FetchPool {
     /// Where the chunks come from.
     pub fn chunks(&self) -> &Arc<dyn ChunkRead> {
         &self.chunks.0
+    }
+
+    /// What readers came to is noted here.
+    pub fn recorder(&self) -> Option<&Arc<Recorder>> {
+        self.recorder.as_ref()
+    }
+
+    fn note(&self, id: &ChunkId) {
+        if let Some(recorder) = &self.recorder {
+            recorder.note(id);
+        }
     }
 
     /// A slot for a chunk, queued, if there is budget for it.
@@ -215,6 +257,8 @@ struct Window {
     runs: VecDeque<Ahead>,
     /// Where the next run to be queued starts.
     frontier: u64,
+    /// Up to where chunks were announced to where they come from.
+    announced: u64,
 }
 
 impl Window {
@@ -222,6 +266,30 @@ impl Window {
     fn restart(&mut self, offset: u64) {
         self.runs.clear();
         self.frontier = offset;
+        self.announced = offset;
+    }
+
+    /// Announces the chunks from the window's end to `until`, if they may be on another host.
+    fn announce(&mut self, pool: &FetchPool, content: &Content, until: u64) -> Result<()> {
+        let until = until.min(content.len());
+        // Not for each chunk, as each time costs a look at the list.
+        if !pool.chunks.0.is_remote() || self.announced >= until.saturating_sub((until - self.frontier.min(until)) / 2)
+        {
+            return Ok(());
+        }
+        let mut ids = Vec::new();
+        for next in Extents::new(&*pool.chunks.0, content, self.announced)? {
+            let (offset, extent) = next?;
+            if let Extent::Chunk { id, .. } = extent {
+                ids.push(id);
+            }
+            self.announced = offset + extent.len();
+            if self.announced >= until {
+                break;
+            }
+        }
+        pool.chunks.0.soon(&ids);
+        Ok(())
     }
 
     /// Queues runs until the window reaches `until` or the budget is used up.
@@ -296,7 +364,8 @@ impl FileReader {
             Content::Extents { .. } => self.runs(offset, end)?,
         };
         let Some(runs) = runs else {
-            return content::read_at(&*self.pool.chunks.0, &self.content, offset, buffer);
+            let chunks = Noted { chunks: &*self.pool.chunks.0, recorder: self.pool.recorder.as_deref() };
+            return content::read_at(&chunks, &self.content, offset, buffer);
         };
         for run in runs {
             let (from, to) = (run.offset.max(offset), run.end().min(end));
@@ -304,6 +373,7 @@ impl FileReader {
             match &run.slot {
                 None => target.fill(0),
                 Some(slot) => {
+                    self.pool.note(&slot.id);
                     let plain = slot.wait(&*self.pool.chunks.0)?;
                     target.copy_from_slice(&plain[(from - run.offset) as usize..(to - run.offset) as usize]);
                 }
@@ -331,6 +401,9 @@ impl FileReader {
         }
         if window.frontier < end.saturating_add(*window_bytes / 2) {
             *window_bytes = (*window_bytes * 2).min(LAST_WINDOW_BYTES);
+            // First, so that they are on their way, in few requests, before the first of them is waited for.
+            let far = end.saturating_add(*window_bytes * REMOTE_FACTOR);
+            window.announce(&self.pool, &self.content, far)?;
             window.fill(&self.pool, &self.content, end.saturating_add(*window_bytes))?;
         }
         let starts = window.runs.front().is_some_and(|run| run.offset <= offset);

@@ -214,7 +214,12 @@ fn add_up(store: &Store, owners: &Owners, sorter: Sorter, monitor: &dyn Monitor)
         // Most chunks of a batch have the same few sets of layers.
         let mut by_layers: BTreeMap<Vec<u32>, Amount> = BTreeMap::new();
         for ((id, layers), info) in batch.drain(..).zip(store.info_many(&ids)?) {
-            let info = info.ok_or(Error::ChunkMissing(id))?;
+            let info = match info {
+                Some(info) => info,
+                // What of a partial layer isn't here takes no space.
+                None if store.has_partials() => continue,
+                None => return Err(Error::ChunkMissing(id)),
+            };
             by_layers.entry(layers).or_default().add(&Amount {
                 chunks: 1,
                 plain_bytes: u64::from(info.plain_bytes),

@@ -3,7 +3,8 @@
 //! A peer that may see all names may learn of all chunks. For any other, a chunk is there only if a visible name
 //! refers to it or the peer itself has sent it in this transfer. So a peer that merely knows a chunk's id neither
 //! learns whether another tenant has it, nor gets at it by naming it in a layer of its own: the same answer decides
-//! whether a received layer is complete.
+//! whether a received layer is complete. A partial layer is never held, and nothing is reachable by it: its data isn't
+//! here, and what of it happens to be here may be somebody else's.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -53,6 +54,10 @@ impl Access {
         let mut held = HashSet::new();
         for root in roots {
             add_stack(store.as_ref(), root, &mut held, &mut layers)?;
+        }
+        if store.has_partials() {
+            held.retain(|layer| store.partial(*layer).is_none());
+            layers.retain(|layer| held.contains(layer));
         }
         let reachable = match visible {
             Visible::All => None,

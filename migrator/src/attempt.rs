@@ -27,10 +27,10 @@ use crate::wire::Message;
 
 /// What is transferred.
 pub(crate) enum Job<'a> {
-    /// These names go to the peer.
-    Push(&'a Prepared, &'a [LayerName]),
-    /// These names come from the peer, and replace others if so.
-    Pull(&'a [LayerName], bool),
+    /// These names go to the peer; what stands in front of the offer goes first.
+    Push(&'a Prepared, &'a [LayerName], Vec<Message>),
+    /// What this message asks for comes from the peer, on these terms.
+    Pull(Message, Terms),
 }
 
 /// What all attempts at one transfer have in common.
@@ -128,23 +128,21 @@ impl Call<'_> {
     }
 
     async fn run(&self, link: &mut Link) -> Result<(Vec<LayerName>, u16)> {
-        let (node, store) = (self.node, self.node.store());
+        let store = self.node.store();
         if self.choice != Connections::Exactly(1) {
             link.send(Message::Group { token: self.token }).await?;
         }
         match &self.job {
-            Job::Push(prepared, names) => {
+            Job::Push(prepared, names, first) => {
+                for message in first {
+                    link.send(message.clone()).await?;
+                }
                 let changed = send::run(link, store, prepared, &self.tally, &self.monitor).await?;
                 Ok((names.to_vec(), changed))
             }
-            Job::Pull(names, force) => {
-                link.send(Message::Fetch { names: names.to_vec() }).await?;
-                // We choose the names; which of our chunks the peer learns of is still its key's matter.
-                let terms = Terms {
-                    visible: self.peer.rights.visible.clone(),
-                    wanted: Some((names.to_vec(), *force)),
-                    kept: Some((node.grants().clone(), self.peer.key)),
-                };
+            Job::Pull(request, terms) => {
+                link.send(request.clone()).await?;
+                let terms = terms.clone();
                 receive::run(link, store, terms, None, &self.tally, &self.monitor).await
             }
         }

@@ -16,23 +16,40 @@ const BATCH: usize = 1024;
 /// Says which of some chunks are there (and allowed to be referred to).
 pub type Present<'a> = dyn FnMut(&[ChunkId]) -> Result<Vec<bool>> + 'a;
 
+/// What has to be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Everything.
+    Whole,
+    /// Everything but the files' data.
+    Structure,
+}
+
 /// Checks layer `id`, whose parent (if any) was checked before or is held.
 ///
 /// # Errors
 /// [`Error::ChunkMissing`] or [`Error::LayerMissing`] if something isn't there, [`Error::Corrupt`] if it is malformed.
 pub fn check_layer(chunks: &dyn ChunkRead, id: LayerId, present: &mut Present<'_>) -> Result<()> {
+    check_extent(chunks, id, Extent::Whole, present)
+}
+
+/// [`check_layer`] of as much as `extent` says.
+///
+/// # Errors
+/// As [`check_layer`].
+pub fn check_extent(chunks: &dyn ChunkRead, id: LayerId, extent: Extent, present: &mut Present<'_>) -> Result<()> {
     let mut check = Check { chunks, present, batch: Vec::with_capacity(BATCH) };
     check.need(id.0)?;
     check.flush()?;
     let manifest = Manifest::load(chunks, id)?;
     check_parent(chunks, &manifest)?;
     for content in manifest.contents() {
-        check.content(content)?;
+        check.content(content, Extent::Whole)?;
     }
     check.flush()?;
     let mut dentries = Records::dentries(chunks, &manifest)?;
     while dentries.next_dentry()?.is_some() {}
-    check.inodes(&manifest)?;
+    check.inodes(&manifest, extent)?;
     check.flush()
 }
 
@@ -68,10 +85,12 @@ impl Check<'_, '_> {
         Ok(())
     }
 
-    /// All chunks of `content` have to be there.
-    fn content(&mut self, content: &Content) -> Result<()> {
+    /// All chunks of `content`, or all its list nodes, have to be there.
+    fn content(&mut self, content: &Content, extent: Extent) -> Result<()> {
         walk_content(self.chunks, content, &mut |part| {
-            self.need(part.id())?;
+            if extent == Extent::Whole || matches!(part, Part::Node(_)) {
+                self.need(part.id())?;
+            }
             // What a node refers to can be read only if it is there.
             if matches!(part, Part::Node(_)) {
                 self.flush()?;
@@ -80,7 +99,7 @@ impl Check<'_, '_> {
         })
     }
 
-    fn inodes(&mut self, manifest: &Manifest) -> Result<()> {
+    fn inodes(&mut self, manifest: &Manifest, extent: Extent) -> Result<()> {
         let mut records = Records::inodes(self.chunks, manifest)?;
         let mut file_bytes = 0u64;
         let mut has_root = false;
@@ -88,7 +107,7 @@ impl Check<'_, '_> {
             has_root |= inode.ino == Ino::ROOT && matches!(inode.node, Node::Folder);
             if let Node::File(content) = &inode.node {
                 file_bytes = file_bytes.saturating_add(content.len());
-                self.content(content)?;
+                self.content(content, extent)?;
             }
         }
         if manifest.parent.is_none() && !has_root {

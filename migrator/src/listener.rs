@@ -6,9 +6,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use layerfs::LayerName;
 use layerfs::error::ErrorClass;
 use layerfs::monitor::Silent;
+use layerfs::{LayerId, LayerName};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -17,7 +17,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::error::{Error, Result};
 use crate::get;
-use crate::governor::Controls;
+use crate::governor::{Controls, Gate, Priority};
 use crate::group::Trunk;
 use crate::identity::PublicKey;
 use crate::link::{self, Counted, Counters, Link};
@@ -169,6 +169,7 @@ fn stranger_error(key: &PublicKey) -> Error {
 /// Does what the peer asks for until it leaves. Gives the transfer that the connection is to join, if so.
 async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<Option<Arc<Trunk>>> {
     let mut membership = None;
+    let answerer = get::Answerer::new(node.store(), peer);
     while let Some(request) = link.recv_or_end().await? {
         // As they are now: a connection may be older than what its peer may do.
         let peer = &current(node, peer).await?;
@@ -193,12 +194,31 @@ async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<Option<
             Message::Fetch { names } => {
                 require(peer.rights.pull, "pull from")?;
                 let entry = begin(node, peer, Role::Sending, names.clone(), link)?;
-                let result = give(node, peer, link, names, &entry).await;
+                let result = give(node, peer, link, Wanted::Whole(names), &entry).await;
                 entry.end(result)?;
             }
             Message::Get { ids } => {
                 require(peer.rights.pull, "get chunks from")?;
-                get::answer(link, node.store(), &peer.rights.visible, ids).await?;
+                // Somebody waits for them.
+                link.govern(urgent(node, peer));
+                answerer.chunks(link, &peer.rights.visible, ids).await?;
+            }
+            Message::Look { names, layers } => {
+                require(peer.rights.pull, "pull from")?;
+                let entry = begin(node, peer, Role::Sending, names.clone(), link)?;
+                let wanted = if layers.is_empty() { Wanted::Structure(names) } else { Wanted::Rest(layers) };
+                let result = give(node, peer, link, wanted, &entry).await;
+                entry.end(result)?;
+            }
+            Message::Trace { layers } => {
+                require(peer.rights.pull, "pull from")?;
+                answerer.traces(link, &peer.rights.visible, layers).await?;
+            }
+            Message::Traced { layer, ids } => {
+                require(peer.rights.push, "push to")?;
+                answerer.learn(layer, ids).await?;
+                // It stands in front of an offer, and belongs to that transfer.
+                continue;
             }
             other => return Err(Error::protocol(link.peer(), format!("{} as a request", other.kind()))),
         }
@@ -230,19 +250,38 @@ fn begin(node: &Node, peer: &Peer, role: Role, names: Vec<LayerName>, link: &mut
 /// Receives what `peer` pushes.
 async fn take(node: &Node, peer: &Peer, link: &mut Link, offer: Offer, entry: &Entry) -> Result<()> {
     let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
-    let kept = Some((node.grants().clone(), peer.key));
-    let terms = Terms { visible: peer.rights.visible.clone(), wanted: None, kept };
+    let terms = Terms::of_push(node, peer);
     let first = Some(Message::Offer(offer));
     let (names, changed) = receive::run(link, node.store(), terms, first, &tally, &monitor).await?;
     log(peer, "received", &tally, names.len(), changed);
     Ok(())
 }
 
+/// What a peer pulls.
+enum Wanted {
+    Whole(Vec<LayerName>),
+    /// Without the data.
+    Structure(Vec<LayerName>),
+    /// The data of what it has the structure of.
+    Rest(Vec<LayerId>),
+}
+
+/// The gate for single chunks.
+fn urgent(node: &Node, peer: &Peer) -> Gate {
+    // Tenants among each other are equal.
+    let priority = if peer.rights.visible == Visible::All { Priority::High } else { Priority::Normal };
+    node.transfers().governor().gate(Controls { priority, ..Controls::default() })
+}
+
 /// Sends what `peer` pulls.
-async fn give(node: &Node, peer: &Peer, link: &mut Link, names: Vec<LayerName>, entry: &Entry) -> Result<()> {
+async fn give(node: &Node, peer: &Peer, link: &mut Link, wanted: Wanted, entry: &Entry) -> Result<()> {
     let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
     let (store, visible) = (node.store().clone(), peer.rights.visible.clone());
-    let prepare = move || send::prepare(&store, &names, &visible, false);
+    let prepare = move || match wanted {
+        Wanted::Whole(names) => send::prepare(&store, &names, &visible, false),
+        Wanted::Structure(names) => Ok(send::prepare(&store, &names, &visible, false)?.lazily()),
+        Wanted::Rest(layers) => send::prepare_layers(&store, &layers, &visible),
+    };
     let prepared = send::joined(tokio::task::spawn_blocking(prepare).await)?;
     let changed = send::run(link, node.store(), &prepared, &tally, &monitor).await?;
     log(peer, "sent", &tally, prepared.names(), changed);

@@ -28,9 +28,10 @@ use crate::measured::{self, Measured};
 use crate::paths::{Connections, PathOptions};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
 use crate::progress::TransferReport;
+use crate::receive::Terms;
 use crate::send::{self, joined};
 use crate::transfers::{Entry, Origin, Plan, Role, Transfer, Transfers};
-use crate::wire::MAX_NAMES;
+use crate::wire::{MAX_NAMES, Message};
 
 /// So many strangers are remembered.
 const MAX_STRANGERS: usize = 16;
@@ -54,6 +55,8 @@ pub struct NodeOptions {
 pub struct PushOptions {
     /// Names that are taken there by other layers are replaced.
     pub force: bool,
+    /// Only the layers' structure is sent, so that they can be mounted there; [`Node::push_rest`] sends the data.
+    pub lazy: bool,
     /// How the network is used.
     pub paths: PathOptions,
     /// How the transfer is to go.
@@ -76,6 +79,8 @@ pub struct Manner {
 pub struct PullOptions {
     /// Names that are taken here by other layers are replaced.
     pub force: bool,
+    /// Only the layers' structure is fetched, so that they can be mounted; [`Node::complete`] fetches the data.
+    pub lazy: bool,
     /// How the network is used.
     pub paths: PathOptions,
     /// How the transfer is to go.
@@ -237,7 +242,8 @@ impl Node {
         let (store, wanted) = (self.store().clone(), names.to_vec());
         let prepare = move || send::prepare(&store, &wanted, &Visible::All, options.force);
         let prepared = joined(spawn_blocking(prepare).await)?;
-        let job = Job::Push(&prepared, names);
+        let prepared = if options.lazy { prepared.lazily() } else { prepared };
+        let job = Job::Push(&prepared, names, Vec::new());
         attempt::transfer(self, peer, job, options.paths, entry).await
     }
 
@@ -270,7 +276,12 @@ impl Node {
         options: PullOptions,
         entry: &Entry,
     ) -> Result<TransferReport> {
-        let job = Job::Pull(names, options.force);
+        let request = match options.lazy {
+            true => Message::Look { names: names.to_vec(), layers: Vec::new() },
+            false => Message::Fetch { names: names.to_vec() },
+        };
+        let terms = Terms { lazy: options.lazy, ..Terms::of_pull(self, peer, names, options.force) };
+        let job = Job::Pull(request, terms);
         attempt::transfer(self, peer, job, options.paths, entry).await
     }
 
@@ -291,7 +302,7 @@ impl Node {
         finish(link, result).await
     }
 
-    fn begin(
+    pub(crate) fn begin(
         &self,
         role: Role,
         names: &[LayerName],
@@ -333,7 +344,7 @@ impl Node {
         joined(spawn_blocking(move || Ok(measured::load(&store, &key))).await)
     }
 
-    async fn peer(&self, name: &str) -> Result<Peer> {
+    pub(crate) async fn peer(&self, name: &str) -> Result<Peer> {
         let (peers, name) = (self.peers().clone(), name.to_owned());
         joined(spawn_blocking(move || Ok(peers.get(&name)?)).await)
     }

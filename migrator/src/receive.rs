@@ -21,12 +21,13 @@ use layerfs::{ChunkId, LayerId, LayerName, failpoint};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::access::Access;
-use crate::check::check_layer;
+use crate::check::{Extent, check_extent};
 use crate::error::{Error, Result};
 use crate::grants::Grants;
 use crate::identity::PublicKey;
 use crate::link::Link;
-use crate::peers::Visible;
+use crate::node::Node;
+use crate::peers::{Peer, Visible};
 use crate::progress::Tally;
 use crate::protocol::{Receiver, ReceiverStep};
 use crate::send::{CANCEL_CHECK, joined};
@@ -49,6 +50,32 @@ pub(crate) struct Terms {
     pub wanted: Option<(Vec<LayerName>, bool)>,
     /// Where to keep what the peer with this key has sent, should the attempt fail.
     pub kept: Option<(Grants, PublicKey)>,
+    /// Whether a pull wants only the layers' structure now.
+    pub lazy: bool,
+    /// These layers, partial here, are to be completed (a pull); no names are set.
+    pub completes: Vec<LayerId>,
+    /// The peer's name.
+    pub peer: String,
+}
+
+impl Terms {
+    /// Those of a pull from `peer` of `names`, which may be replaced with `force`.
+    pub fn of_pull(node: &Node, peer: &Peer, names: &[LayerName], force: bool) -> Terms {
+        // We choose the names; which of our chunks the peer learns of is still its key's matter.
+        Terms { wanted: Some((names.to_vec(), force)), ..Terms::of_push(node, peer) }
+    }
+
+    /// Those of what `peer` pushes.
+    pub fn of_push(node: &Node, peer: &Peer) -> Terms {
+        Terms {
+            visible: peer.rights.visible.clone(),
+            wanted: None,
+            kept: Some((node.grants().clone(), peer.key)),
+            lazy: false,
+            completes: Vec::new(),
+            peer: peer.name.to_string(),
+        }
+    }
 }
 
 /// Receives one transfer. With `first`, that is its first message. Returns the names and how many were changed.
@@ -358,6 +385,18 @@ async fn finished<T>(slot: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task:
 /// Sees which layers are held and whether the names may be set. Blocks.
 fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
     let Context { store, terms, .. } = context;
+    let refused = |class, message: &str| Err(Error::refused(class, message));
+    if terms.wanted.is_some() && offer.lazy != terms.lazy {
+        return refused(ErrorClass::Invalid, "another kind of transfer than the one asked for was offered");
+    }
+    if offer.lazy && terms.visible != Visible::All {
+        // What of its data happens to be here could be another tenant's.
+        let message = "layers come lazily only between hosts that may see all of each other's names; leave out --lazy";
+        return refused(ErrorClass::Denied, message);
+    }
+    if offer.names.is_empty() {
+        check_completion(context, &offer)?;
+    }
     let force = match &terms.wanted {
         Some((names, force)) => {
             let is_wanted = |(name, _): &(LayerName, u16)| names.contains(name);
@@ -392,15 +431,36 @@ fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
     Ok(Accepted { offer, force, lacking, access, _pins: pins })
 }
 
+/// An offer without names may only bring what partial layers lack: those that were asked for, or that the peer has
+/// pushed before.
+fn check_completion(context: &Context, offer: &Offer) -> Result<()> {
+    let Context { store, terms, .. } = context;
+    let is_offered = |layer: &LayerId| offer.layers.iter().any(|offered| offered.id == *layer);
+    let is_its = |layer: &LayerId| store.partial(*layer).is_some_and(|partial| partial.sources.contains(&terms.peer));
+    let is_due = match terms.completes.as_slice() {
+        [] => terms.wanted.is_none() && offer.layers.iter().any(|layer| is_its(&layer.id)),
+        layers => layers.iter().all(is_offered),
+    };
+    if is_due {
+        return Ok(());
+    }
+    Err(Error::refused(ErrorClass::NotFound, "nothing is partial here that this offer could complete"))
+}
+
+fn layers_lacking(accepted: &Accepted) -> impl Iterator<Item = LayerId> {
+    accepted.offer.layers.iter().zip(&accepted.lacking).filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.id)
+}
+
 /// Makes the chunks durable, verifies the layers, sets the names. Blocks. Returns how many names have changed.
 fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
     let Context { store, session, .. } = context;
     session.commit()?;
     failpoint::hit("receive.staged");
+    let extent = if accepted.offer.lazy { Extent::Structure } else { Extent::Whole };
     let layers = accepted.offer.layers.iter().zip(&accepted.lacking);
     let mut whole: HashSet<LayerId> = layers.clone().filter(|(_, lacks)| !**lacks).map(|(layer, _)| layer.id).collect();
     for (layer, _) in layers.filter(|(_, lacks)| **lacks) {
-        check_layer(store.as_ref(), layer.id, &mut |ids| accepted.access.has(session, ids))?;
+        check_extent(store.as_ref(), layer.id, extent, &mut |ids| accepted.access.has(session, ids))?;
         // A parent that is here but not the peer's to see would come into its reach by this layer.
         let parent = Manifest::load(store.as_ref(), layer.id)?.parent;
         if let Some(parent) = parent.filter(|parent| !whole.contains(parent)) {
@@ -419,8 +479,14 @@ fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
         let expect = if accepted.force { Expect::Any } else { Expect::Absent };
         changes.push(NameChange { name: name.clone(), layer, expect });
     }
-    if changed > 0 {
-        store.set_names(&changes)?;
+    let fresh: Vec<LayerId> = layers_lacking(accepted).collect();
+    if accepted.offer.lazy {
+        store.set_partial_names(&changes, &fresh, &context.terms.peer, context.terms.wanted.is_none())?;
+    } else {
+        if changed > 0 {
+            store.set_names(&changes)?;
+        }
+        store.clear_partial(&fresh)?;
     }
     failpoint::hit("receive.named");
     Ok(changed)

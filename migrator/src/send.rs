@@ -17,7 +17,7 @@ use layerfs::{LayerId, LayerName};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::access::visible_layers;
+use crate::access::{Access, visible_layers};
 use crate::encode::{Encoder, Job, Work};
 use crate::error::{Error, Result};
 use crate::link::Link;
@@ -25,6 +25,7 @@ use crate::peers::Visible;
 use crate::plan::{self, Candidate};
 use crate::progress::Tally;
 use crate::protocol::{Sender, SenderStep};
+use crate::structure;
 use crate::wire::{MAX_ASK, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer};
 
 /// How often a monitor is asked whether to go on.
@@ -70,10 +71,49 @@ pub(crate) fn prepare(store: &Arc<Store>, names: &[LayerName], visible: &Visible
             offer.names.push((name.clone(), index));
         }
     }
+    finish_offer(store, offer, pins, visible)
+}
+
+/// Makes an offer of the stacks of `tops`, without names: for a receiver that has their structure. Blocks.
+///
+/// # Errors
+/// [`layerfs::Error::LayerMissing`] for what isn't here whole, or not for those who see `visible`.
+pub(crate) fn prepare_layers(store: &Arc<Store>, tops: &[LayerId], visible: &Visible) -> Result<Prepared> {
+    let access = Access::new(store, visible)?;
+    let mut offer = Offer::default();
+    let mut pins = Vec::new();
+    for top in tops {
+        if !access.holds(top) {
+            return Err(layerfs::Error::LayerMissing(*top).into());
+        }
+        pins.push(store.pin(*top)?);
+        add_stack(store, *top, &mut offer.layers)?;
+    }
+    finish_offer(store, offer, pins, visible)
+}
+
+fn finish_offer(store: &Arc<Store>, mut offer: Offer, mut pins: Vec<Pin>, visible: &Visible) -> Result<Prepared> {
+    let partial = offer.layers.iter().find_map(|layer| Some((layer.id, store.partial(layer.id)?)));
+    if let Some((id, partial)) = partial {
+        let source = partial.sources.first().map_or("another host", String::as_str);
+        let message = format!(
+            "layer {} is partial here, its data is still coming from {source}; wait until it is whole, or take it there",
+            id.0.short()
+        );
+        return Err(Error::refused(ErrorClass::Busy, message));
+    }
     let (hints, hint_pins) = hints(store, &offer.layers, visible)?;
     offer.hints = hints;
     pins.extend(hint_pins);
     Ok(Prepared { offer, _pins: pins })
+}
+
+impl Prepared {
+    /// Only the structure is to be sent.
+    pub(crate) fn lazily(mut self) -> Prepared {
+        self.offer.lazy = true;
+        self
+    }
 }
 
 /// Adds the stack of `top` to `layers`, parents first, and returns where `top` is.
@@ -112,6 +152,7 @@ fn hints(store: &Arc<Store>, offered: &[OfferedLayer], visible: &Visible) -> Res
         if next.is_some_and(|id| offered.contains(&id)) { related.extend(stack) } else { others.extend(stack) }
     }
     related.extend(others);
+    related.retain(|layer| store.partial(*layer).is_none());
     related.truncate(MAX_HINTS);
     let pins = related.iter().map(|id| store.pin(*id)).collect::<layerfs::Result<_>>()?;
     Ok((related, pins))
@@ -244,7 +285,7 @@ impl Driver<'_> {
         self.tally.phase("send");
         self.monitor.phase("sending", Some(total));
         let sent_ahead = Arc::new(AtomicU64::new(0));
-        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone()));
+        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), self.offer.lazy));
         let work = Work {
             store: self.store.clone(),
             outbox: self.link.outbox()?,
@@ -305,13 +346,19 @@ struct Planner {
 }
 
 impl Planner {
-    fn start(store: Arc<Store>, lacking: Vec<LayerId>, held: Vec<LayerId>, bytes_ahead: Arc<AtomicU64>) -> Planner {
+    fn start(
+        store: Arc<Store>,
+        lacking: Vec<LayerId>,
+        held: Vec<LayerId>,
+        bytes_ahead: Arc<AtomicU64>,
+        only_structure: bool,
+    ) -> Planner {
         let (queue, batches) = mpsc::channel(PLANNED_BATCHES);
         let thread = tokio::task::spawn_blocking(move || {
             let give = |planned| queue.blocking_send(planned).map_err(|_| layerfs::Error::Cancelled);
             let (mut ask, mut ahead) = (Vec::new(), Vec::new());
             let mut chunks_ahead = 0;
-            plan::candidates(store.as_ref(), &lacking, &held, &mut |mut candidate| {
+            let mut sink = |mut candidate: Candidate| {
                 candidate.is_certain &= chunks_ahead < MAX_CHUNKS_AHEAD && bytes_ahead.load(Relaxed) < MAX_BYTES_AHEAD;
                 let (batch, planned): (_, fn(Vec<Candidate>) -> Planned) = if candidate.is_certain {
                     chunks_ahead += 1;
@@ -321,7 +368,12 @@ impl Planner {
                 };
                 batch.push(candidate);
                 if batch.len() == MAX_ASK { give(planned(std::mem::take(batch))) } else { Ok(()) }
-            })?;
+            };
+            if only_structure {
+                structure::candidates(store.as_ref(), &lacking, &mut sink)?;
+            } else {
+                plan::candidates(store.as_ref(), &lacking, &held, &mut sink)?;
+            }
             // The questions first: their answers take a while.
             if !ask.is_empty() {
                 give(Planned::Ask(ask))?;

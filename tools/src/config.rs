@@ -91,6 +91,7 @@ struct ConfigFile {
     compression: Option<i32>,
     threads: Option<usize>,
     limit: Option<String>,
+    lazy_timeout_seconds: Option<u64>,
     log: Option<String>,
     tier_credentials: Option<PathBuf>,
     tier_profile: Option<String>,
@@ -119,6 +120,7 @@ impl ConfigFile {
             compression: self.compression.or(below.compression),
             threads: self.threads.or(below.threads),
             limit: self.limit.or(below.limit),
+            lazy_timeout_seconds: self.lazy_timeout_seconds.or(below.lazy_timeout_seconds),
             log: self.log.or(below.log),
             tier_credentials: self.tier_credentials.or(below.tier_credentials),
             tier_profile: self.tier_profile.or(below.tier_profile),
@@ -182,6 +184,8 @@ pub struct Settings {
     pub threads: Option<usize>,
     /// What all transfers together may take of the network, each way, in bytes per second.
     pub limit: Option<u64>,
+    /// After so long a read of what is still on its way fails.
+    pub lazy_timeout: Duration,
     /// The daemon's log filter.
     pub log: String,
     /// The AWS credentials file with the keys for the second tier.
@@ -241,6 +245,7 @@ impl Settings {
             limit,
             tier_credentials: file.tier_credentials,
             tier_profile: file.tier_profile,
+            lazy_timeout: Duration::from_secs(file.lazy_timeout_seconds.unwrap_or(30).max(1)),
             log: environment.text(ENV_LOG).or(file.log).unwrap_or_else(|| "info".to_owned()),
         })
     }

@@ -218,7 +218,7 @@ impl Mount {
         dir: PathBuf,
         options: &MountOptions,
     ) -> Result<Arc<Mount>> {
-        let threads = if options.threads == 0 { default_threads() } else { options.threads.min(64) };
+        let threads = if options.threads == 0 { default_threads(store, &fs)? } else { options.threads.min(64) };
         let allow_other = options.allow_other.unwrap_or(rustix::process::geteuid().is_root());
         let upper = fs.upper().map(Upper::id);
         let layer = if upper.is_none() { fs.view().top() } else { None };
@@ -308,6 +308,11 @@ impl Mount {
             fs.mappable().into_iter().for_each(|ino| self.kernel.fetch_written(ino));
         }
         let report = seal::seal(&self.store, &fs, options, monitor)?;
+        if let Some(recorder) = fs.recorder()
+            && let Err(error) = self.store.add_trace(report.layer, &recorder.ids())
+        {
+            tracing::warn!(%error, "the trace of a sealed layer is not kept");
+        }
         *self.pin.lock() = Some(self.store.pin(report.layer)?);
         report.changed_inodes.iter().for_each(|ino| self.kernel.attributes_changed(*ino));
         report.changed_folders.iter().for_each(|folder| self.kernel.listing_changed(*folder));
@@ -341,6 +346,13 @@ impl Mount {
         }
     }
 
+    /// Keeps the trace of what was read through it until now, if that is more than the last time.
+    pub fn save_trace(&self) {
+        if let Some(fs) = self.fs() {
+            save_trace(&self.store, &fs);
+        }
+    }
+
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
         *self.ended.lock()
@@ -365,6 +377,7 @@ impl Mount {
 
     fn clean_up(&self, options: UnmountOptions) -> Result<()> {
         let Some(fs) = self.fs.lock().take() else { return Ok(()) };
+        save_trace(&self.store, &fs);
         fs.drop_orphans();
         fs.save()?;
         let upper = fs.upper().map(Upper::record);
@@ -386,8 +399,26 @@ impl Mount {
     }
 }
 
-fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(4, usize::from).clamp(4, 16)
+/// A trace is a help: that it can't be kept is no failure.
+fn save_trace(store: &Store, fs: &Fs) {
+    let (Some(top), Some(recorder)) = (fs.view().top(), fs.recorder()) else { return };
+    if let Some(ids) = recorder.take_news()
+        && let Err(error) = store.add_trace(top, &ids)
+    {
+        tracing::warn!(layer = %top, %error, "a trace is not kept");
+    }
+}
+
+/// Readers of a partial layer wait for another host, and others must get through meanwhile.
+const PARTIAL_THREADS: usize = 16;
+
+fn default_threads(store: &Store, fs: &Fs) -> Result<usize> {
+    let is_partial = match fs.view().top() {
+        Some(top) => !store.partials_of_stack(top)?.is_empty(),
+        None => false,
+    };
+    let least = if is_partial { PARTIAL_THREADS } else { 4 };
+    Ok(std::thread::available_parallelism().map_or(4, usize::from).clamp(least, 16))
 }
 
 fn open_view(store: &Arc<Store>, layer: Option<LayerId>) -> Result<Arc<View>> {

@@ -61,7 +61,8 @@ impl ChunkCache {
         Ok(plain)
     }
 
-    fn insert(&self, id: &ChunkId, plain: Bytes) {
+    /// Keeps `plain`, the bytes of `id`.
+    pub fn insert(&self, id: &ChunkId, plain: Bytes) {
         let bytes = plain.len() + ENTRY_BYTES;
         if bytes > self.shard_limit {
             return;

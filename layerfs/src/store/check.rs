@@ -217,6 +217,8 @@ pub(crate) struct Presence<'a> {
     monitor: &'a dyn Monitor,
     known: Known,
     batch: Vec<ChunkId>,
+    /// Whether data may be missing: the layer at hand is partial.
+    is_partial: bool,
     /// The first that is missing.
     missing: Option<ChunkId>,
     missing_count: u64,
@@ -224,7 +226,15 @@ pub(crate) struct Presence<'a> {
 
 impl<'a> Presence<'a> {
     pub fn new(store: &'a Store, monitor: &'a dyn Monitor) -> Presence<'a> {
-        Presence { store, monitor, known: Known::default(), batch: Vec::new(), missing: None, missing_count: 0 }
+        Presence {
+            store,
+            monitor,
+            known: Known::default(),
+            batch: Vec::new(),
+            is_partial: false,
+            missing: None,
+            missing_count: 0,
+        }
     }
 
     fn chunk(&mut self, chunk: &ChunkUse) -> Result<bool> {
@@ -232,7 +242,7 @@ impl<'a> Presence<'a> {
             monitor::check(self.monitor)?;
         }
         let is_new = self.known.is_new(chunk);
-        if is_new {
+        if is_new && !(self.is_partial && chunk.class == Class::Data) {
             // What is opened too is looked up all the same: it may come from the cache.
             self.batch.push(chunk.id);
             if self.batch.len() >= LOOK_BATCH {
@@ -255,10 +265,11 @@ impl<'a> Presence<'a> {
 
     /// Checks one layer, without those below it.
     pub fn layer(&mut self, layer: LayerId) -> Result<Manifest> {
+        self.is_partial = self.store.may_lack(layer, Class::Data);
         let walked = walk_layer(&Uncached(self.store), layer, &mut |chunk| self.chunk(&chunk));
         self.look()?;
         let (missing, count) = (self.missing.take(), std::mem::take(&mut self.missing_count));
-        if walked.is_err() || missing.is_some() {
+        if walked.is_err() || missing.is_some() || self.is_partial {
             // Not all of what is below what it knows was looked up with success.
             self.known = Known::default();
         }
@@ -273,7 +284,7 @@ impl<'a> Presence<'a> {
 
 impl Store {
     /// Checks that `layer`, without those below it, is here whole: its manifest and tables are read, verified and
-    /// decoded, and every chunk that they refer to is in the index.
+    /// decoded, and every chunk that they refer to is in the index; of a partial layer, every chunk but those of data.
     pub fn check_layer(&self, layer: LayerId) -> Result<()> {
         Presence::new(self, &monitor::Silent).layer(layer).map(|_| ())
     }

@@ -211,6 +211,7 @@ impl Collection<'_> {
         result?;
         if !self.options.dry_run {
             self.remove_dead_tables()?;
+            self.store.clear_dead_partials(&self.run.layers.read())?;
             self.record_end()?;
         }
         Ok(report)

@@ -19,6 +19,7 @@ mod offload;
 mod open;
 mod pack;
 mod packs;
+mod partial;
 mod pins;
 mod rebuild;
 mod rewrite;
@@ -32,10 +33,11 @@ mod suspects;
 #[cfg(test)]
 mod tests;
 mod tier;
+pub mod trace;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -50,6 +52,7 @@ pub use names::{Expect, NameChange, NameRecord};
 pub use offload::{Moved, TierStat, Which};
 pub use open::StoreOptions;
 pub use pack::PackId;
+pub use partial::{ChunkFetcher, PartialLayer, Presence};
 pub use pins::{Pin, RootSource};
 pub use rebuild::{RebuildReport, rebuild, rebuild_from};
 pub use scrub::{DamagedChunk, ScrubReport};
@@ -66,6 +69,7 @@ use filter::Touched;
 use gc::Collector;
 use index::{Index, Location};
 use packs::Packs;
+use partial::Partials;
 use pins::Roots;
 use suspects::Suspects;
 
@@ -99,6 +103,7 @@ pub struct Store {
     packs: Packs,
     cache: ChunkCache,
     suspects: Suspects,
+    partials: Partials,
     roots: Roots,
     /// Held while names are compared and set.
     names_change: Mutex<()>,
@@ -112,6 +117,8 @@ pub struct Store {
 struct Sessions {
     next: u64,
     touched: HashMap<u64, Arc<Touched>>,
+    /// To look for chunks that the index doesn't know yet.
+    live: HashMap<u64, Weak<session::Inner>>,
 }
 
 /// How often a chunk that moves while it is read is looked up again.
@@ -232,8 +239,31 @@ impl Store {
         number
     }
 
+    /// Lets readers find what session `number` hasn't synced yet.
+    fn register_pending(&self, number: u64, session: Weak<session::Inner>) {
+        self.sessions.lock().live.insert(number, session);
+    }
+
+    /// Chunk `id` if some session has it and hasn't told the index yet.
+    pub(crate) fn read_pending(&self, id: &ChunkId) -> Result<Option<StoredChunk>> {
+        let live: Vec<_> = self.sessions.lock().live.values().filter_map(Weak::upgrade).collect();
+        for session in live {
+            if let Some(stored) = session.read_pending(id)? {
+                return Ok(Some(stored));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether some session has chunk `id` and hasn't told the index yet.
+    pub fn is_arriving(&self, id: &ChunkId) -> bool {
+        let live: Vec<_> = self.sessions.lock().live.values().filter_map(Weak::upgrade).collect();
+        live.iter().any(|session| session.is_pending(id))
+    }
+
     fn unregister(&self, number: u64) {
         let mut sessions = self.sessions.lock();
+        sessions.live.remove(&number);
         if let Some(touched) = sessions.touched.remove(&number) {
             self.collector.absorb(touched);
         }
@@ -242,7 +272,25 @@ impl Store {
 
 impl ChunkRead for Store {
     fn get(&self, id: &ChunkId) -> Result<Bytes> {
-        self.cache.get(id, || self.read_verified(id))
+        match self.cache.get(id, || self.read_verified(id)) {
+            // Outside of the cache's locks: others must not wait for another host.
+            Err(Error::ChunkMissing(_)) if self.partials.any() => {
+                let plain = self.get_absent(id)?;
+                self.cache.insert(id, plain.clone());
+                Ok(plain)
+            }
+            result => result,
+        }
+    }
+
+    fn is_remote(&self) -> bool {
+        self.partials.any()
+    }
+
+    fn soon(&self, ids: &[ChunkId]) {
+        if self.partials.any() {
+            self.expect_soon(ids);
+        }
     }
 }
 

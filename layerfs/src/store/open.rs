@@ -20,6 +20,7 @@ use crate::store::db::{Db, DbOptions};
 use crate::store::gc::Collector;
 use crate::store::index::Index;
 use crate::store::packs::Packs;
+use crate::store::partial::Partials;
 use crate::store::pins::Roots;
 use crate::store::suspects::Suspects;
 use crate::store::tier::Tier;
@@ -109,6 +110,7 @@ impl Store {
                 }
             })?;
         let db = Arc::new(db);
+        let partials = Partials::load(&db)?;
         let store = Store {
             folder: folder.to_owned(),
             options,
@@ -117,6 +119,7 @@ impl Store {
             db,
             cache: ChunkCache::new(options.cache_bytes),
             suspects: Suspects::default(),
+            partials,
             roots: Roots::default(),
             names_change: Mutex::new(()),
             sessions: Mutex::default(),

@@ -92,7 +92,9 @@ impl Session {
             state: Mutex::default(),
             counts: Counts::default(),
         };
-        Session { inner: Arc::new(inner) }
+        let inner = Arc::new(inner);
+        inner.store.register_pending(number, Arc::downgrade(&inner));
+        Session { inner }
     }
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
@@ -288,7 +290,13 @@ impl Inner {
         Ok(())
     }
 
-    fn read_pending(&self, id: &ChunkId) -> Result<Option<StoredChunk>> {
+    /// Whether `id` is here and the index doesn't know it yet.
+    pub(crate) fn is_pending(&self, id: &ChunkId) -> bool {
+        self.state.lock().holds(id)
+    }
+
+    /// Chunk `id` if it is here and the index doesn't know it yet.
+    pub(crate) fn read_pending(&self, id: &ChunkId) -> Result<Option<StoredChunk>> {
         let mut state = self.state.lock();
         let State { writer, pending, syncing, .. } = &mut *state;
         if let (Some(writer), Some(location)) = (writer, pending.get(id)) {

@@ -23,6 +23,7 @@ fn offer(layers: usize, hints: usize) -> Offer {
     let layer = |n: usize| LayerId(id(1_000_000 + n as u32));
     Offer {
         force: false,
+        lazy: false,
         layers: (0..layers).map(|n| OfferedLayer { id: layer(n), file_bytes: 1 }).collect(),
         names: vec![(LayerName::new("name").unwrap(), layers as u16 - 1)],
         hints: (0..hints).map(|n| layer(layers + n)).collect(),

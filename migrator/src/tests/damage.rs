@@ -92,7 +92,14 @@ async fn transfer(
     };
     let receiving = async {
         let mut link = Link::start(far, "here", PATIENCE);
-        let terms = Terms { visible: Visible::All, wanted: None, kept: None };
+        let terms = Terms {
+            visible: Visible::All,
+            wanted: None,
+            kept: None,
+            lazy: false,
+            completes: Vec::new(),
+            peer: "there".to_owned(),
+        };
         let result = receive::run(&mut link, there.store(), terms, None, &Arc::new(Tally::new()), &silent()).await;
         match &result {
             Ok(_) => link.close().await,

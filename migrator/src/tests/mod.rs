@@ -2,7 +2,7 @@
 
 mod control;
 mod damage;
-mod pair;
+pub mod pair;
 mod paths;
 mod refusals;
 mod relay;

@@ -27,6 +27,9 @@ pub(super) const CHUNKS: u8 = 0x15;
 const END: u8 = 0x16;
 const DONE: u8 = 0x17;
 const GET: u8 = 0x18;
+const LOOK: u8 = 0x1d;
+const TRACE: u8 = 0x1e;
+const TRACED: u8 = 0x1f;
 const PACE: u8 = 0x20;
 /// The type of [`Message::Bundle`], likewise.
 pub(super) const BUNDLE: u8 = 0x19;
@@ -37,6 +40,7 @@ const PART: u8 = 0x21;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
+const FLAG_LAZY: u8 = 4;
 
 /// Appends the frame of `message` to `out`.
 pub fn encode(message: &Message, out: &mut Vec<u8>) {
@@ -60,6 +64,21 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             put_ids(ids, out);
         }
         Message::Pace(pace) => encode_pace(pace, out),
+        Message::Look { names, layers } => {
+            out.put_u8(LOOK);
+            out.put_u16(names.len() as u16);
+            names.iter().for_each(|name| out.put_bytes16(name.as_str().as_bytes()));
+            put_layers(layers, out);
+        }
+        Message::Trace { layers } => {
+            out.put_u8(TRACE);
+            put_layers(layers, out);
+        }
+        Message::Traced { layer, ids } => {
+            out.put_u8(TRACED);
+            out.put_id(&layer.0);
+            put_ids(ids, out);
+        }
         Message::Offer(offer) => encode_offer(offer, out),
         Message::Need { lacking, held } => {
             out.put_u8(NEED);
@@ -126,7 +145,7 @@ fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {
 
 fn encode_offer(offer: &Offer, out: &mut Vec<u8>) {
     out.put_u8(OFFER);
-    out.put_u8(if offer.force { FLAG_FORCE } else { 0 });
+    out.put_u8(if offer.force { FLAG_FORCE } else { 0 } | if offer.lazy { FLAG_LAZY } else { 0 });
     out.put_u16(offer.layers.len() as u16);
     for layer in &offer.layers {
         out.put_id(&layer.id.0);
@@ -139,6 +158,11 @@ fn encode_offer(offer: &Offer, out: &mut Vec<u8>) {
     }
     out.put_u16(offer.hints.len() as u16);
     offer.hints.iter().for_each(|hint| out.put_id(&hint.0));
+}
+
+fn put_layers(layers: &[LayerId], out: &mut Vec<u8>) {
+    out.put_u16(layers.len() as u16);
+    layers.iter().for_each(|layer| out.put_id(&layer.0));
 }
 
 fn put_ids(ids: &[ChunkId], out: &mut Vec<u8>) {
@@ -198,6 +222,9 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         FETCH => Message::Fetch { names: list(reader, "names", 1, MAX_NAMES, decode_name)? },
         GET => Message::Get { ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
         PACE => Message::Pace(decode_pace(reader)?),
+        LOOK => decode_look(reader)?,
+        TRACE => Message::Trace { layers: list(reader, "layers", 1, MAX_HINTS, |r| Ok(LayerId(r.id()?)))? },
+        TRACED => Message::Traced { layer: LayerId(reader.id()?), ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
         OFFER => Message::Offer(decode_offer(reader)?),
         NEED => Message::Need { lacking: bits(reader, MAX_LAYERS)?, held: bits(reader, MAX_HINTS)? },
         ASK => Message::Ask { seq: reader.u32()?, ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
@@ -269,19 +296,29 @@ fn decode_pace(reader: &mut Reader<'_>) -> Result<Pace> {
     }
 }
 
+fn decode_look(reader: &mut Reader<'_>) -> Result<Message> {
+    let names = list(reader, "names", 0, MAX_NAMES, decode_name)?;
+    let layers = list(reader, "layers", 0, MAX_LAYERS, |r| Ok(LayerId(r.id()?)))?;
+    if names.is_empty() == layers.is_empty() {
+        return Err(reader.error(format!("{} names and {} layers", names.len(), layers.len())));
+    }
+    Ok(Message::Look { names, layers })
+}
+
 fn decode_offer(reader: &mut Reader<'_>) -> Result<Offer> {
     let flags = reader.u8()?;
-    if flags & !FLAG_FORCE != 0 {
+    if flags & !(FLAG_FORCE | FLAG_LAZY) != 0 {
         return Err(Error::Unsupported { what: "offer", detail: format!("flags {flags:#04x}") });
     }
     let layer = |r: &mut Reader<'_>| Ok(OfferedLayer { id: LayerId(r.id()?), file_bytes: r.u64()? });
     let layers = list(reader, "layers", 1, MAX_LAYERS, layer)?;
-    let names = list(reader, "names", 1, MAX_NAMES, |r| Ok((decode_name(r)?, r.u16()?)))?;
+    let lazy = flags & FLAG_LAZY != 0;
+    let names = list(reader, "names", usize::from(lazy), MAX_NAMES, |r| Ok((decode_name(r)?, r.u16()?)))?;
     if let Some((name, top)) = names.iter().find(|(_, top)| usize::from(*top) >= layers.len()) {
         return Err(reader.error(format!("name {name} has layer {top} of {}", layers.len())));
     }
     let hints = list(reader, "hints", 0, MAX_HINTS, |r| Ok(LayerId(r.id()?)))?;
-    Ok(Offer { force: flags & FLAG_FORCE != 0, layers, names, hints })
+    Ok(Offer { force: flags & FLAG_FORCE != 0, lazy, layers, names, hints })
 }
 
 fn decode_name(reader: &mut Reader<'_>) -> Result<LayerName> {

@@ -72,6 +72,27 @@ pub enum Message {
     },
     /// From the receiver: how fast, how urgently and whether at all the sender is to send. May come at any time.
     Pace(Pace),
+    /// Please offer what can be mounted before its data has come: these names, of which only the structure is sent; or
+    /// what these layers, of which the structure is here, still lack. One of the two is empty.
+    Look {
+        /// Up to [`MAX_NAMES`] names.
+        names: Vec<LayerName>,
+        /// Up to [`MAX_LAYERS`] layers.
+        layers: Vec<LayerId>,
+    },
+    /// Please tell in which order the chunks of these layers' stacks are read. Answered by a [`Message::Traced`] for
+    /// each that is known, or several, and [`Message::End`].
+    Trace {
+        /// Up to [`MAX_HINTS`] layers.
+        layers: Vec<LayerId>,
+    },
+    /// A piece of a trace.
+    Traced {
+        /// The top layer of the stack.
+        layer: LayerId,
+        /// Up to [`MAX_ASK`] chunks, in the order in which they were first read.
+        ids: Vec<ChunkId>,
+    },
     /// These names, with these layers, are to be had.
     Offer(Offer),
     /// What of an offer is lacking. Answers [`Message::Offer`] unless nothing is lacking.
@@ -166,9 +187,11 @@ pub struct OfferedLayer {
 pub struct Offer {
     /// Whether names that are taken are to be changed.
     pub force: bool,
+    /// Whether only the layers' structure is to be sent now, and their names set as partial.
+    pub lazy: bool,
     /// Every layer of every named stack, once, parents before children.
     pub layers: Vec<OfferedLayer>,
-    /// The names, each with the index of its top layer in `layers`.
+    /// The names; none if layers that are partial at the receiver are completed. Each with the index of its top layer in `layers`.
     pub names: Vec<(LayerName, u16)>,
     /// Layers that the sender holds too, most related first: what of them the receiver holds need not be asked for.
     pub hints: Vec<LayerId>,
@@ -197,6 +220,9 @@ impl Message {
             Message::Alive => "Alive",
             Message::Fetch { .. } => "Fetch",
             Message::Get { .. } => "Get",
+            Message::Look { .. } => "Look",
+            Message::Trace { .. } => "Trace",
+            Message::Traced { .. } => "Traced",
             Message::Pace(_) => "Pace",
             Message::Offer(_) => "Offer",
             Message::Need { .. } => "Need",

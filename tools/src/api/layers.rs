@@ -193,6 +193,34 @@ pub struct LayerInfo {
     pub file_bytes: u64,
     /// When its (first listed) name was given.
     pub created: Option<Timestamp>,
+    /// If data of it, or of layers below it, is still on its way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partial: Option<PartialInfo>,
+}
+
+/// What of a stack is still on its way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PartialInfo {
+    /// How much of its partial layers' data is here, rounded down.
+    pub percent: u64,
+    /// The same in bytes.
+    pub here_bytes: u64,
+    /// Of so many.
+    pub total_bytes: u64,
+    /// The peers that it comes from.
+    pub sources: Vec<String>,
+    /// Whether the source sends the rest by itself.
+    pub pushed: bool,
+    /// Why it doesn't come at present.
+    pub error: Option<String>,
+}
+
+impl PartialInfo {
+    /// In words.
+    pub fn text(&self) -> String {
+        let error = self.error.as_ref().map(|error| format!(" ({error})")).unwrap_or_default();
+        format!("partial, {}% here, from {}{error}", self.percent, self.sources.join(", "))
+    }
 }
 
 /// `/v1/log`, `/v1/inspect`.
@@ -223,6 +251,41 @@ pub struct InspectResult {
     /// How the image that the stack came from, or its lower part, is run; none if it came from no image.
     #[serde(default)]
     pub image: Option<ImageInfo>,
+    /// What mounts of its stack have read, in the order of their reading: what a lazy transfer brings first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceInfo>,
+}
+
+/// A trace: which chunks the mounts of a stack first read, in order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TraceInfo {
+    /// The top layer of the stack.
+    pub layer: String,
+    /// Its names; none if it isn't here any more.
+    pub names: Vec<String>,
+    /// How many chunks.
+    pub chunks: u64,
+    /// When it was last added to.
+    pub recorded: Timestamp,
+}
+
+/// `/v1/traces`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TraceList {
+    /// The latest first.
+    pub traces: Vec<TraceInfo>,
+}
+
+/// `/v1/traces-remove`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TracesRemoveRequest {
+    /// Names of layers, or beginnings of their ids.
+    #[serde(default)]
+    pub layers: Vec<String>,
+    /// All there are.
+    #[serde(default)]
+    pub all: bool,
 }
 
 /// An image's configuration, as import found it.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Timestamp;
+use super::layers::PartialInfo;
 use crate::cli::layers::Kind;
 
 /// `/v1/mount`.
@@ -40,6 +41,9 @@ pub struct MountInfo {
     pub upper_name: Option<String>,
     /// Since when.
     pub since: Timestamp,
+    /// If data of its layers is still on its way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partial: Option<PartialInfo>,
 }
 
 /// `/v1/mounts`.

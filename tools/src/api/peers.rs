@@ -24,6 +24,9 @@ pub struct TransferRequest {
     /// Answer at once.
     #[serde(default)]
     pub background: bool,
+    /// Only what a mount needs first; the data follows in the background, and when it is read.
+    #[serde(default)]
+    pub lazy: bool,
 }
 
 /// What a transfer did.

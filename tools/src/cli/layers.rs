@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 /// What a layer is for.
@@ -201,4 +201,36 @@ pub struct Diff {
     /// Only the totals
     #[arg(long, short)]
     pub summary: bool,
+}
+
+/// Show or drop access traces: what mounts of a stack have read, in the order of their first reading.
+///
+/// A lazy pull or push brings the chunks of a trace first, so that the second start of a program from an image that is
+/// still on its way is nearly as fast as from one that is here. A trace outlives its layer; the 64 latest are kept.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  layerctl trace list\n  layerctl trace remove debian-python\n  layerctl trace remove --all"
+)]
+pub struct Trace {
+    /// What to do
+    #[command(subcommand)]
+    pub action: TraceAction,
+}
+
+/// What to do with traces.
+#[derive(Debug, Subcommand)]
+pub enum TraceAction {
+    /// List the traces
+    #[command(alias = "ls", after_help = "Examples:\n  layerctl trace list\n  layerctl trace list --json")]
+    List,
+    /// Drop traces; the next runs leave new ones
+    #[command(alias = "rm", after_help = "Examples:\n  layerctl trace remove app\n  layerctl trace remove --all")]
+    Remove {
+        /// Names of layers, or beginnings of their ids
+        #[arg(value_name = "LAYER", required_unless_present = "all")]
+        layers: Vec<String>,
+        /// All traces
+        #[arg(long, conflicts_with = "layers")]
+        all: bool,
+    },
 }

@@ -93,6 +93,7 @@ pub enum Command {
     #[command(alias = "history")]
     Log(layers::Log),
     Diff(layers::Diff),
+    Trace(layers::Trace),
 
     Mount(mounts::Mount),
     #[command(alias = "unmount")]

@@ -17,6 +17,7 @@ use super::transfers::Manner;
     override_usage = "layerctl push [OPTIONS] <NAME>... <PEER>",
     after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1\n  \
         layerctl push app edge1 --limit 20Mbit --priority low --background\n  \
+        layerctl push app edge1 --lazy      it can be mounted there at once\n  \
         layerctl push app oci://registry.example.org/team/app:1.0"
 )]
 pub struct Push {
@@ -32,6 +33,9 @@ pub struct Push {
     /// For registries
     #[command(flatten)]
     pub registry: PushOptions,
+    /// Send what a mount needs first; the files' data follows in the background, and when it is read there
+    #[arg(long)]
+    pub lazy: bool,
 }
 
 /// Fetch layers from a peer, or an image from a registry, only what is lacking here.
@@ -41,7 +45,8 @@ pub struct Push {
 #[derive(Debug, Args)]
 #[command(
     override_usage = "layerctl pull [OPTIONS] <NAME>... <PEER>",
-    after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force\n  layerctl pull nginx oci://docker.io/library/nginx:1.27"
+    after_help = "Examples:\n  layerctl pull app central\n  layerctl pull debian app central --force\n  layerctl pull nginx oci://docker.io/library/nginx:1.27\n  \
+        layerctl pull app central --lazy && layerctl mount app /mnt"
 )]
 pub struct Pull {
     /// The layers' names, then the peer's
@@ -56,6 +61,9 @@ pub struct Pull {
     /// For registries
     #[command(flatten)]
     pub registry: PullOptions,
+    /// Fetch what a mount needs first; the files' data follows in the background, and when it is read
+    #[arg(long)]
+    pub lazy: bool,
 }
 
 /// Add, list and remove peers, the hosts to exchange layers with.

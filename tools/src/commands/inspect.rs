@@ -3,11 +3,12 @@
 use serde_json::Value;
 
 use super::Session;
-use crate::api::PathText;
 use crate::api::layers::{
     ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, ImageInfo, InspectRequest, InspectResult,
+    TraceInfo, TraceList, TracesRemoveRequest,
 };
 use crate::api::storage::{LayerRef, Origin, WhyRequest, WhyResult};
+use crate::api::{Empty, PathText};
 use crate::cli::{layers as args, storage};
 use crate::failure::{Failure, Result};
 use crate::output::{Color, Paint, Table, facts, short};
@@ -47,6 +48,41 @@ pub fn inspect(session: &Session, mut args: args::Inspect) -> Result<()> {
     session.output.answer(&result, |_| if table.is_empty() { text } else { format!("{text}\n{table}") })
 }
 
+/// `layerctl trace`.
+pub fn trace(session: &Session, args: args::Trace) -> Result<()> {
+    if let args::TraceAction::Remove { layers, all } = args.action {
+        let removed: TraceList = session.call("traces-remove", &TracesRemoveRequest { layers, all })?;
+        return session.output.answer(&removed, |list| {
+            list.traces.iter().map(|trace| format!("removed the trace of {}\n", trace_subject(trace))).collect()
+        });
+    }
+    let list: TraceList = session.call("traces", &Empty {})?;
+    session.output.answer(&list, |list| {
+        if list.traces.is_empty() {
+            return String::new();
+        }
+        let now = units::now();
+        let mut table = Table::new(&["LAYER", "NAMES", "CHUNKS>", "RECORDED"]);
+        for trace in &list.traces {
+            table.colored([
+                (short(&trace.layer), Some(Color::Dim)),
+                (trace.names.join(", "), Some(Color::Cyan)),
+                (units::count(trace.chunks), None),
+                (units::age(trace.recorded.0, now), Some(Color::Dim)),
+            ]);
+        }
+        table.render(session.output.paint())
+    })?;
+    if list.traces.is_empty() && !session.output.json {
+        session.output.note("no traces; a mount leaves one when something is read through it");
+    }
+    Ok(())
+}
+
+fn trace_subject(trace: &TraceInfo) -> String {
+    if trace.names.is_empty() { short(&trace.layer) } else { trace.names.join(", ") }
+}
+
 fn layer_text(result: &InspectResult, paint: Paint) -> String {
     let layer = &result.layer;
     let names = if layer.names.is_empty() { "-".to_owned() } else { paint.cyan(&layer.names.join(", ")) };
@@ -67,6 +103,11 @@ fn layer_text(result: &InspectResult, paint: Paint) -> String {
         ("tables", units::size(result.table_bytes)),
         ("next inode", units::count(result.next_ino)),
     ];
+    list.extend(layer.partial.as_ref().map(|partial| ("here", partial.text())));
+    if let Some(trace) = &result.trace {
+        let age = units::age(trace.recorded.0, units::now());
+        list.push(("trace", format!("{}, {age}", units::plural(trace.chunks, "chunk"))));
+    }
     if let Some(image) = &result.image {
         list.extend(image_facts(image, &layer.id, paint));
     }

@@ -172,7 +172,13 @@ fn layer_table(layers: &[LayerInfo], paint: Paint) -> String {
             (layer.created.map_or_else(|| "-".to_owned(), |created| units::age(created.0, now)), Some(Color::Dim)),
         ]);
     }
-    table.render(paint)
+    let mut text = table.render(paint);
+    for layer in layers {
+        if let Some(partial) = &layer.partial {
+            text.push_str(&format!("{}: {}\n", layer.names.join(", "), partial.text()));
+        }
+    }
+    text
 }
 
 /// `layerctl log`.

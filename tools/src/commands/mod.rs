@@ -65,6 +65,7 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Log(args) => layers::log(session, args)?,
         Command::Inspect(args) => inspect::inspect(session, args)?,
         Command::Diff(args) => inspect::diff(session, args)?,
+        Command::Trace(args) => inspect::trace(session, args)?,
         Command::Mount(args) => mounts::mount(session, args)?,
         Command::Umount(args) => mounts::umount(session, args)?,
         Command::Seal(args) => mounts::seal(session, args)?,

@@ -25,7 +25,8 @@ pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
     let paint = session.output.paint();
     session.output.answer(&info, |info| {
         let what = info.layer_name.clone().unwrap_or_else(|| short(&info.layer));
-        format!("{} on {}, {}\n", paint.cyan(&what), info.dir.display(), top(info))
+        let partial = info.partial.as_ref().map(|partial| format!("; {}", partial.text())).unwrap_or_default();
+        format!("{} on {}, {}{partial}\n", paint.cyan(&what), info.dir.display(), top(info))
     })
 }
 
@@ -118,7 +119,13 @@ pub fn list(session: &Session) -> Result<()> {
                 (units::age(info.since.0, now), Some(Color::Dim)),
             ]);
         }
-        table.render(session.output.paint())
+        let mut text = table.render(session.output.paint());
+        for info in &list.mounts {
+            if let Some(partial) = &info.partial {
+                text.push_str(&format!("{}: {}\n", info.dir.display(), partial.text()));
+            }
+        }
+        text
     })?;
     if list.mounts.is_empty() && !session.output.json {
         session.output.note("no mounts; `layerctl mount NAME DIR` makes one");

@@ -27,9 +27,13 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
     }
     args.registry.check_unused()?;
     let label = format!("pushing to {peer}");
-    let request = request(names, peer, args.force, args.manner);
+    let request = TransferRequest { lazy: args.lazy, ..request(names, peer, args.force, args.manner) };
     let result: TransferResult = session.work("push", &request, &label)?;
-    session.output.answer(&result, |result| transferred(result, "sent to"))
+    session.output.answer(&result, |result| transferred(result, "sent to"))?;
+    if args.lazy && !session.output.json {
+        session.output.note("it can be mounted there; the rest follows in the background");
+    }
+    Ok(())
 }
 
 /// `layerctl pull`.
@@ -41,10 +45,16 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     }
     args.registry.check_unused()?;
     let mut display = Display::new(session.output, format!("pulling from {peer}"));
-    let request = request(names, peer, args.force, args.manner);
+    let request = TransferRequest { lazy: args.lazy, ..request(names, peer, args.force, args.manner) };
     let client = session.client_of_new_store()?;
     let result: TransferResult = client.work("pull", &request, &mut display, &mut |_| Ok(()))?;
-    session.output.answer(&result, |result| transferred(result, "fetched from"))
+    session.output.answer(&result, |result| transferred(result, "fetched from"))?;
+    if args.lazy && !session.output.json {
+        session
+            .output
+            .note("it can be mounted; the rest follows in the background, `layerctl list` shows how far it is");
+    }
+    Ok(())
 }
 
 /// Registries are no peers: nothing schedules what goes there.
@@ -61,7 +71,7 @@ fn split(names_and_peer: Vec<String>) -> Result<(Vec<String>, String)> {
 
 fn request(names: Vec<String>, peer: String, force: bool, manner: Manner) -> TransferRequest {
     let Manner { limit, priority, background } = manner;
-    TransferRequest { names, peer, force, limit: limit.map_or(0, |rate| rate.0), priority, background }
+    TransferRequest { names, peer, force, limit: limit.map_or(0, |rate| rate.0), priority, background, lazy: false }
 }
 
 fn transferred(result: &TransferResult, verb: &str) -> String {

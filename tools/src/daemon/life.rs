@@ -69,6 +69,7 @@ async fn until_signal(daemon: &Arc<Daemon>) {
         _ = interrupt.recv() => tracing::info!("SIGINT"),
     }
     daemon.works.close();
+    daemon.peering.stop_lazy();
     daemon.works.cancel_all(None);
     daemon.works.wait_until_done(None).await;
     let daemon = daemon.clone();
@@ -83,7 +84,7 @@ async fn until_idle(daemon: &Arc<Daemon>) {
     let mut ticker = tokio::time::interval((limit / 4).clamp(Duration::from_millis(100), Duration::from_secs(15)));
     loop {
         ticker.tick().await;
-        let is_free = daemon.mounts.count() == 0 && !daemon.peering.is_listening();
+        let is_free = daemon.mounts.count() == 0 && !daemon.peering.is_listening() && !daemon.peering.is_moving();
         let idle_since = daemon.works.idle_since(daemon.started);
         let is_long_enough = idle_since.is_some_and(|since| Instant::now().duration_since(since) >= limit);
         if is_free && is_long_enough && daemon.works.close_if_idle() {
@@ -102,6 +103,9 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
         return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));
     }
     daemon.works.close();
+    if !request.hand_over {
+        daemon.peering.stop_lazy();
+    }
     let own = context.reporter.work().number;
     daemon.works.cancel_all(Some(own));
     context.block_on(daemon.works.wait_until_done(Some(own)));
@@ -109,6 +113,7 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
         daemon.life.is_handed_over.store(true, Ordering::SeqCst);
     } else if let Err(failure) = daemon.mounts.unmount_all(request.force) {
         daemon.works.reopen();
+        daemon.peering.start_lazy();
         return Err(failure);
     }
     daemon.life.end();

@@ -25,6 +25,7 @@ use crate::config::{Listen, Settings};
 use crate::failure::{Class, Failure, Result};
 use crate::{autostart, units};
 use life::Life;
+use migrator::LazyOptions;
 use ops::mounts::Mounts;
 use ops::peers::Peering;
 use ops::tier::TierState;
@@ -32,6 +33,8 @@ use work::Works;
 
 /// How long a starting daemon waits for the last one to let go of the store.
 const PREDECESSOR: Duration = Duration::from_secs(15);
+/// How often it is looked whether the mounts have read something new.
+const TRACES_EVERY: Duration = Duration::from_secs(15);
 /// The exit code by which systemd, if it started this daemon, knows that another one is wanted.
 const EXIT_HANDED_OVER: i32 = 75;
 
@@ -166,7 +169,7 @@ fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
 
 async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &DaemonStart) -> Result<()> {
     let (mounts, left) = Mounts::new(&store, &settings, start)?;
-    let peering = Peering::new(&store, listen)?;
+    let peering = Peering::new(&store, listen, LazyOptions { timeout: settings.lazy_timeout })?;
     let daemon = Arc::new(Daemon {
         works: Arc::new(Works::default()),
         mounts,
@@ -185,6 +188,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     let bringing_back = daemon.clone();
     let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
     daemon.peering.start().await?;
+    tokio::spawn(keep_traces(daemon.clone()));
     let socket = Socket::bind(&daemon.settings.store)?;
     tracing::info!(store = %daemon.settings.store.display(), pid = std::process::id(), "ready");
     if start.detached {
@@ -226,6 +230,16 @@ fn hand_over(daemon: &Daemon) -> ! {
     #[allow(unsafe_code)]
     unsafe {
         libc::_exit(status)
+    }
+}
+
+/// Keeps what the mounts have read, so that a crash costs only the latest of it.
+async fn keep_traces(daemon: Arc<Daemon>) {
+    let mut ticker = tokio::time::interval(TRACES_EVERY);
+    loop {
+        ticker.tick().await;
+        let daemon = daemon.clone();
+        let _ = tokio::task::spawn_blocking(move || daemon.mounts.save_traces()).await;
     }
 }
 

@@ -34,6 +34,7 @@ use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
 use crate::id::Ino;
 use crate::inode::{Inode, Node, Target};
 use crate::readahead::{FetchPool, FileReader};
+use crate::store::trace::Recorder;
 use crate::upper::Upper;
 use crate::upper::table::{Tables, UpperInode};
 use crate::view::View;
@@ -119,7 +120,8 @@ impl Fs {
     }
 
     fn new(view: Arc<View>, upper: Option<Upper>, tables: Tables) -> Fs {
-        let pool = FetchPool::new(view.chunks().clone(), AHEAD_THREADS, AHEAD_BYTES);
+        let recorder = Some(Arc::new(Recorder::default()));
+        let pool = FetchPool::with_recorder(view.chunks().clone(), AHEAD_THREADS, AHEAD_BYTES, recorder);
         Fs {
             state: RwLock::new(State { view, tables }),
             upper,
@@ -134,6 +136,11 @@ impl Fs {
             written_bytes: AtomicU64::new(0),
             is_resumed: false,
         }
+    }
+
+    /// The chunks of the sealed layers that were read through it.
+    pub fn recorder(&self) -> Option<&Arc<Recorder>> {
+        self.pool.recorder()
     }
 
     /// Whether it can be written to.

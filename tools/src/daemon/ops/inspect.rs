@@ -1,33 +1,38 @@
 //! Looking into layers: inspect, diff.
 
-use layerfs::Ino;
 use layerfs::attr::FileKind;
 use layerfs::content::{Content, Extent, Extents};
 use layerfs::diff::{Change, Differences, What};
 use layerfs::image_config::ImageConfig;
 use layerfs::inode::{Inode, Node};
+use layerfs::store::Store;
 use layerfs::view::View;
+use layerfs::{Ino, LayerId};
 
 use super::layers::{Catalog, resolve};
-use crate::api::PathText;
 use crate::api::layers::{
     ChangeItem, ChunkItem, DiffRequest, DiffSummary, EntryInfo, FolderItem, ImageInfo, InspectRequest, InspectResult,
+    TraceInfo, TraceList, TracesRemoveRequest,
 };
+use crate::api::{Empty, PathText};
 use crate::daemon::http::Context;
-use crate::failure::Result;
+use crate::failure::{Class, Failure, Result};
 
 /// `/v1/inspect`.
 pub fn inspect(context: &Context, request: InspectRequest) -> Result<InspectResult> {
     let store = &context.daemon.store;
     let layer = resolve(store, &request.layer)?;
     context.label(format!("inspect {}", request.layer));
-    let (info, manifest) = Catalog::read(store)?.info(layer)?;
+    let catalog = Catalog::read(store)?;
+    let (mut info, manifest) = catalog.info(layer)?;
+    info.partial = catalog.partial(layer, &context.daemon.peering.sources())?;
     let mut result = InspectResult {
         layer: info,
         next_ino: manifest.next_ino.0,
         table_bytes: manifest.inodes.len() + manifest.dentries.len(),
         entry: None,
         image: None,
+        trace: trace_info(store, layer)?,
     };
     let image = ImageConfig::of_stack(&**store, layer)?;
     result.image = image.filter(|_| request.path.is_none()).map(|(layer, config)| ImageInfo {
@@ -52,6 +57,50 @@ pub fn inspect(context: &Context, request: InspectRequest) -> Result<InspectResu
     }
     result.entry = Some(entry(path.clone(), &inode));
     Ok(result)
+}
+
+fn trace_info(store: &Store, layer: LayerId) -> Result<Option<TraceInfo>> {
+    Ok(store.traces()?.into_iter().find(|trace| trace.layer == layer).map(|trace| TraceInfo {
+        layer: layer.to_string(),
+        names: Vec::new(),
+        chunks: trace.chunks,
+        recorded: trace.recorded.into(),
+    }))
+}
+
+/// `/v1/traces`.
+pub fn traces(context: &Context, _: Empty) -> Result<TraceList> {
+    let catalog = Catalog::read(&context.daemon.store)?;
+    context.daemon.mounts.save_traces();
+    let info = |trace: layerfs::store::trace::TraceInfo| TraceInfo {
+        layer: trace.layer.to_string(),
+        names: catalog.names_of(trace.layer),
+        chunks: trace.chunks,
+        recorded: trace.recorded.into(),
+    };
+    Ok(TraceList { traces: context.daemon.store.traces()?.into_iter().map(info).collect() })
+}
+
+/// `/v1/traces-remove`.
+pub fn traces_remove(context: &Context, request: TracesRemoveRequest) -> Result<TraceList> {
+    let all = traces(context, Empty {})?.traces;
+    let mut chosen: Vec<TraceInfo> = Vec::new();
+    for text in &request.layers {
+        // A trace may outlive its layer, so that only its id is left.
+        let is_meant = |trace: &&TraceInfo| {
+            trace.names.contains(text) || (text.len() >= 8 && trace.layer.starts_with(text.as_str()))
+        };
+        let found: Vec<&TraceInfo> = all.iter().filter(is_meant).collect();
+        if found.is_empty() {
+            let failure = Failure::new(Class::NotFound, format!("there is no trace of {text:?}"));
+            return Err(failure.hint("`layerctl trace list` shows those that there are"));
+        }
+        chosen.extend(found.into_iter().cloned());
+    }
+    let chosen = if request.all { all } else { chosen };
+    let layers = chosen.iter().map(|trace| Ok(trace.layer.parse()?)).collect::<Result<Vec<LayerId>>>()?;
+    context.daemon.store.remove_traces(&layers)?;
+    Ok(TraceList { traces: chosen })
 }
 
 fn entry(path: PathText, inode: &Inode) -> EntryInfo {

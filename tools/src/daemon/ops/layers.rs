@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use layerfs::manifest::Manifest;
-use layerfs::store::{Expect, NameRecord, Store};
+use layerfs::store::{Expect, NameRecord, Presence, Store};
 use layerfs::{LayerId, LayerName};
+use migrator::lazy::SourceStatus;
 
 use crate::api::layers::{
-    InspectRequest, LayerInfo, LayerList, ListRequest, Named, RemoveRequest, RemoveResult, TagRequest,
+    InspectRequest, LayerInfo, LayerList, ListRequest, Named, PartialInfo, RemoveRequest, RemoveResult, TagRequest,
 };
 use crate::daemon::http::Context;
 use crate::failure::{Failure, Result};
@@ -62,8 +63,34 @@ impl Catalog {
             dentries: manifest.dentry_count,
             file_bytes: manifest.file_bytes,
             created: first.map(|index| self.names[*index].1.created.into()),
+            partial: None,
         };
         Ok((info, manifest))
+    }
+
+    /// What of the stack of `top` is still on its way, as `lazy` has it.
+    pub fn partial(&self, top: LayerId, sources: &[SourceStatus]) -> Result<Option<PartialInfo>> {
+        let partials = self.store.partials_of_stack(top)?;
+        if partials.is_empty() {
+            return Ok(None);
+        }
+        let mut sum = Presence::default();
+        let mut peers: Vec<String> = Vec::new();
+        for (layer, partial) in &partials {
+            let presence = self.store.presence(*layer)?;
+            sum.here_bytes += presence.here_bytes;
+            sum.total_bytes += presence.total_bytes;
+            peers.extend(partial.sources.iter().filter(|peer| !peers.contains(peer)).cloned().collect::<Vec<_>>());
+        }
+        let status = sources.iter().filter(|status| peers.contains(&status.peer));
+        Ok(Some(PartialInfo {
+            percent: sum.percent(),
+            here_bytes: sum.here_bytes,
+            total_bytes: sum.total_bytes,
+            error: status.filter_map(|status| status.error.clone()).next(),
+            sources: peers,
+            pushed: partials.iter().all(|(_, partial)| partial.pushed),
+        }))
     }
 
     /// The layers from `top` to its base.
@@ -132,6 +159,7 @@ pub fn expect(force: bool) -> Expect {
 /// `/v1/list`.
 pub fn list(context: &Context, request: ListRequest) -> Result<LayerList> {
     let catalog = Catalog::read(&context.daemon.store)?;
+    let sources = context.daemon.peering.sources();
     let kind = request.kind.map(layerfs::manifest::LayerKind::from);
     let mut layers = Vec::new();
     for (name, record) in catalog.names() {
@@ -140,7 +168,9 @@ pub fn list(context: &Context, request: ListRequest) -> Result<LayerList> {
         }
         let (info, manifest) = catalog.info(record.layer)?;
         if kind.is_none_or(|kind| manifest.kind == kind) {
-            layers.push(LayerInfo { names: vec![name.to_string()], created: Some(record.created.into()), ..info });
+            let partial = catalog.partial(record.layer, &sources)?;
+            let names = vec![name.to_string()];
+            layers.push(LayerInfo { names, created: Some(record.created.into()), partial, ..info });
         }
     }
     Ok(LayerList { layers })

@@ -34,6 +34,8 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/tag", operation("tag", Short, layers::tag))
         .route("/v1/remove", operation("remove", Short, layers::remove))
         .route("/v1/inspect", operation("inspect", Long, inspect::inspect))
+        .route("/v1/traces", operation("traces", Short, inspect::traces))
+        .route("/v1/traces-remove", operation("traces-remove", Short, inspect::traces_remove))
         .route("/v1/diff", operation("diff", Long, inspect::diff))
         .route("/v1/mount", operation("mount", Short, mounts::mount))
         .route("/v1/umount", operation("umount", Short, mounts::umount))

@@ -150,6 +150,11 @@ impl Mounts {
         table.values().map(|served| served.mount.clone()).collect()
     }
 
+    /// Keeps what the mounts have read, for later lazy transfers.
+    pub fn save_traces(&self) {
+        self.all().iter().for_each(|mount| mount.save_trace());
+    }
+
     fn get(&self, dir: &Path) -> Result<Arc<Mount>> {
         let found = self.table.lock().get(dir).map(|served| served.mount.clone());
         found.filter(|mount| !mount.has_ended()).ok_or_else(|| {
@@ -209,7 +214,7 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
     daemon.mounts.serve(mount.clone(), None, false);
-    describe(&Catalog::read(&daemon.store)?, &mount)
+    describe(context, &Catalog::read(&daemon.store)?, &mount)
 }
 
 /// A mount that was brought back and is now asked for in the same way, as fstab does after a crash.
@@ -228,7 +233,7 @@ fn claim(context: &Context, request: &MountRequest, layer: LayerId) -> Result<Op
     if let Some(served) = mounts.table.lock().get_mut(&request.dir) {
         served.is_unclaimed = false;
     }
-    Ok(Some(describe(&Catalog::read(&context.daemon.store)?, &served.mount)?))
+    Ok(Some(describe(context, &Catalog::read(&context.daemon.store)?, &served.mount)?))
 }
 
 fn upper_choice(store: &Arc<Store>, request: &MountRequest) -> Result<UpperChoice> {
@@ -263,13 +268,15 @@ fn with_ways_out(failure: Failure, request: &MountRequest) -> Failure {
     failure
 }
 
-fn describe(catalog: &Catalog, mount: &Mount) -> Result<MountInfo> {
+fn describe(context: &Context, catalog: &Catalog, mount: &Mount) -> Result<MountInfo> {
     let record = mount.record();
     let info = mount.info().ok_or_else(|| Failure::new(Class::NotFound, "the mount has ended meanwhile"))?;
     let layer_name = info.base.and_then(|base| {
         let names = catalog.names_of(base);
         if names.contains(&record.source) { Some(record.source.clone()) } else { names.into_iter().next() }
     });
+    let sources = context.daemon.peering.sources();
+    let partial = info.base.map(|base| catalog.partial(base, &sources)).transpose()?.flatten();
     Ok(MountInfo {
         dir: record.dir.clone(),
         layer: info.base.map(|base| base.to_string()).unwrap_or_default(),
@@ -278,6 +285,7 @@ fn describe(catalog: &Catalog, mount: &Mount) -> Result<MountInfo> {
         upper: record.upper.map(|id| id.0),
         upper_name: info.upper_record.and_then(|record| record.name).map(|name| name.to_string()),
         since: Timestamp(units::now() - info.seconds as i64),
+        partial,
     })
 }
 
@@ -286,7 +294,7 @@ pub fn list(context: &Context, _: Empty) -> Result<MountList> {
     let catalog = Catalog::read(&context.daemon.store)?;
     let mounts = context.daemon.mounts.all();
     // One that ends just now is no mount.
-    Ok(MountList { mounts: mounts.iter().filter_map(|mount| describe(&catalog, mount).ok()).collect() })
+    Ok(MountList { mounts: mounts.iter().filter_map(|mount| describe(context, &catalog, mount).ok()).collect() })
 }
 
 /// `/v1/umount`.

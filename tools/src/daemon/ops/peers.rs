@@ -6,13 +6,17 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use layerfs::LayerName;
 use layerfs::monitor::Monitor;
 use layerfs::store::Store;
+use layerfs::{LayerId, LayerName};
 use migrator::TransferReport;
+use migrator::lazy::SourceStatus;
 use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
-use migrator::{Fingerprint, Listener, Node, NodeOptions, Peer, PeerName, PublicKey, PullOptions, PushOptions, Rights};
+use migrator::{
+    Fingerprint, Lazy, LazyOptions, Listener, Node, NodeOptions, Peer, PeerName, PublicKey, PullOptions, PushOptions,
+    Rights,
+};
 use tokio::sync::Mutex;
 
 use super::layers::{layer_name, resolve, with_force_hint};
@@ -40,6 +44,9 @@ pub struct Peering {
     node: Node,
     listen: Listen,
     listener: Mutex<Option<Listener>>,
+    /// Brings what partial layers lack. None while the daemon stops.
+    lazy: parking_lot::Mutex<Option<Lazy>>,
+    lazy_options: LazyOptions,
     status: parking_lot::Mutex<ListenStatus>,
 }
 
@@ -54,9 +61,12 @@ pub struct ListenStatus {
 
 impl Peering {
     /// No listener yet.
-    pub fn new(store: &Arc<Store>, listen: Listen) -> Result<Peering> {
+    pub fn new(store: &Arc<Store>, listen: Listen, lazy_options: LazyOptions) -> Result<Peering> {
         let node = Node::open(store.clone(), NodeOptions::default())?;
-        Ok(Peering { node, listen, listener: Mutex::default(), status: parking_lot::Mutex::default() })
+        let (listener, status, lazy) = Default::default();
+        let peering = Peering { node, listen, listener, lazy, lazy_options, status };
+        peering.start_lazy();
+        Ok(peering)
     }
 
     /// Listens, if there is reason to and it doesn't yet.
@@ -108,6 +118,38 @@ impl Peering {
         }
     }
 
+    /// Brings what partial layers lack, from now on.
+    pub fn start_lazy(&self) {
+        let mut lazy = self.lazy.lock();
+        if lazy.is_none() {
+            *lazy = Some(Lazy::start(&self.node, self.lazy_options));
+        }
+    }
+
+    /// Gives that up, so that nobody waits for another host any more.
+    pub fn stop_lazy(&self) {
+        *self.lazy.lock() = None;
+    }
+
+    /// Whether layers come or go in the background.
+    pub fn is_moving(&self) -> bool {
+        self.lazy.lock().as_ref().is_some_and(Lazy::is_busy)
+    }
+
+    /// The peers that partial layers come from.
+    pub fn sources(&self) -> Vec<SourceStatus> {
+        self.lazy.lock().as_ref().map(Lazy::sources).unwrap_or_default()
+    }
+
+    /// Sends what was pushed lazily in the background.
+    pub async fn push_rest(&self, layers: Vec<LayerId>, peer: String) -> migrator::Result<()> {
+        let rest = self.lazy.lock().as_ref().map(|lazy| lazy.push_rest_later(&layers, &peer));
+        match rest {
+            Some(rest) => rest.await,
+            None => Err(layerfs::Error::Busy("the daemon is about to exit; try again in a moment".to_owned()).into()),
+        }
+    }
+
     /// Whether it listens.
     pub fn is_listening(&self) -> bool {
         self.status().listening.is_some()
@@ -133,9 +175,21 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
     }
     let names = names(&request)?;
     let node = context.daemon.peering.node().clone();
-    let options = PushOptions { force: request.force, manner: manner(&node, &request)?, ..Default::default() };
-    let peer = request.peer.clone();
-    let push = |monitor| async move { node.push(&names, &peer, options, monitor).await };
+    let options = PushOptions {
+        force: request.force,
+        lazy: request.lazy,
+        manner: manner(&node, &request)?,
+        ..Default::default()
+    };
+    let (peer, daemon) = (request.peer.clone(), context.daemon.clone());
+    let push = |monitor| async move {
+        let report = node.push(&names, &peer, options, monitor).await?;
+        if options.lazy {
+            let layers = names.iter().filter_map(|name| Some(daemon.store.name(name).ok()??.layer)).collect();
+            daemon.peering.push_rest(layers, peer).await?;
+        }
+        Ok(report)
+    };
     run(context, label, &request, options.manner, "--force replaces it there", push)
 }
 
@@ -144,7 +198,12 @@ pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResul
     let label = format!("pull {} from {}", request.names.join(" "), request.peer);
     let names = names(&request)?;
     let node = context.daemon.peering.node().clone();
-    let options = PullOptions { force: request.force, manner: manner(&node, &request)?, ..Default::default() };
+    let options = PullOptions {
+        force: request.force,
+        lazy: request.lazy,
+        manner: manner(&node, &request)?,
+        ..Default::default()
+    };
     let peer = request.peer.clone();
     let pull = |monitor| async move { node.pull(&names, &peer, options, monitor).await };
     run(context, label, &request, options.manner, "--force replaces it", pull)

@@ -1,0 +1,113 @@
+//! What was pushed lazily and isn't all there yet: sent in the background, tried again until it is, also by the next
+//! daemon. FORMAT.md, "Pushes under way".
+//!
+//! Invariant: a layer that is still to be sent isn't collected here, whatever becomes of its name.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use layerfs::LayerId;
+use layerfs::error::ErrorClass;
+use layerfs::store::db::{Batch, Cf, Sync};
+use layerfs::store::{Pin, Store};
+use tokio::task::spawn_blocking;
+
+use super::{FIRST_PAUSE, Inner, LAST_PAUSE, Watched};
+use crate::error::{Error, Result};
+use crate::send::joined;
+
+const PREFIX: &[u8] = b"pushing/";
+const VERSION: u8 = 1;
+
+fn key(layer: LayerId, peer: &str) -> Vec<u8> {
+    [PREFIX, &layer.0.0, peer.as_bytes()].concat()
+}
+
+/// Remembers that `layers` are to be sent to `peer`. Blocks.
+pub(super) fn add(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
+    let mut batch = Batch::new();
+    layers.iter().for_each(|layer| batch.put(Cf::Transfers, key(*layer, peer), [VERSION]));
+    Ok(store.db().write(batch, Sync::Yes)?)
+}
+
+fn forget(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
+    let mut batch = Batch::new();
+    layers.iter().for_each(|layer| batch.delete(Cf::Transfers, key(*layer, peer)));
+    Ok(store.db().write(batch, Sync::Yes)?)
+}
+
+/// All that is still to be sent, by peer. Blocks.
+pub(super) fn list(store: &Store) -> Result<BTreeMap<String, Vec<LayerId>>> {
+    let mut all: BTreeMap<String, Vec<LayerId>> = BTreeMap::new();
+    for entry in store.db().iter(Cf::Transfers, PREFIX)? {
+        let (key, _) = entry?;
+        let malformed = || layerfs::Error::corrupt("push record", "its key is no layer's and peer's");
+        let rest = key.get(PREFIX.len()..).ok_or_else(malformed)?;
+        let (id, peer) = rest.split_first_chunk::<32>().ok_or_else(malformed)?;
+        let peer = std::str::from_utf8(peer).map_err(|_| malformed())?;
+        all.entry(peer.to_owned()).or_default().push(LayerId(layerfs::ChunkId(*id)));
+    }
+    Ok(all)
+}
+
+/// Sends to `peer` what it lacks, again and again until it lacks nothing.
+pub(super) async fn run(inner: Arc<Inner>, peer: String) {
+    let mut pause = FIRST_PAUSE;
+    while !inner.is_stopped() {
+        let (store, to) = (inner.node.store().clone(), peer.clone());
+        let look = move || {
+            let layers = list(&store)?.remove(&to).unwrap_or_default();
+            let (mut pins, mut left, mut gone) = (Vec::<Pin>::new(), Vec::new(), Vec::new());
+            for layer in layers {
+                match store.pin(layer) {
+                    Ok(pin) => {
+                        pins.push(pin);
+                        left.push(layer);
+                    }
+                    Err(_) => gone.push(layer),
+                }
+            }
+            forget(&store, &gone, &to)?;
+            Ok((pins, left))
+        };
+        let (_pins, layers) = match joined(spawn_blocking(look).await) {
+            Ok((_, layers)) if layers.is_empty() => break,
+            Ok(found) => found,
+            Err(error) => {
+                tracing::error!(peer, %error, "what is to be pushed cannot be read");
+                break;
+            }
+        };
+        let watched = Arc::new(Watched::default());
+        let transfer = inner.node.push_rest(&layers, &peer, watched.clone());
+        tokio::pin!(transfer);
+        let result = tokio::select! {
+            result = &mut transfer => result,
+            () = inner.stopped() => {
+                watched.cancel();
+                transfer.await
+            }
+        };
+        let is_over = match &result {
+            Ok(_) => true,
+            Err(Error::Store(layerfs::Error::Cancelled)) => !inner.is_stopped(),
+            // The other side lacks nothing any more, or doesn't want it.
+            Err(error) => matches!(error.class(), ErrorClass::NotFound | ErrorClass::Invalid | ErrorClass::Denied),
+        };
+        if is_over {
+            let (store, to, layers) = (inner.node.store().clone(), peer.clone(), layers.clone());
+            if let Err(error) = joined(spawn_blocking(move || forget(&store, &layers, &to)).await) {
+                tracing::error!(peer, %error, "what was pushed cannot be recorded");
+                break;
+            }
+            tracing::info!(peer, ok = result.is_ok(), "the rest of what was pushed lazily is through");
+            continue;
+        }
+        if let Err(error) = result {
+            tracing::warn!(peer, %error, "the rest of what was pushed lazily does not go; it is tried again");
+        }
+        inner.pause(std::future::pending(), pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+    inner.pushes.lock().remove(&peer);
+}

@@ -1,0 +1,219 @@
+//! Two hosts: what is read before it has come, who brings it, and what happens when nobody can.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use layerfs::chunk::ChunkRead;
+use layerfs::error::ErrorClass;
+use layerfs::store::{FsckOptions, GcOptions, Store};
+use layerfs::{ChunkId, LayerId};
+
+use super::{Lazy, LazyOptions};
+use crate::access::Access;
+use crate::peers::{Rights, Visible};
+use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, silent, tree};
+use crate::{PullOptions, PushOptions};
+
+fn push_options() -> PushOptions {
+    PushOptions { lazy: true, ..PushOptions::default() }
+}
+
+async fn pull_lazily(pair: &Pair, called: &str) -> crate::Result<crate::TransferReport> {
+    pair.here.node.pull(&[name(called)], "there", PullOptions { lazy: true, ..PullOptions::default() }, silent()).await
+}
+
+/// The ids of `layer`'s data, in order.
+fn data(store: &Store, layer: LayerId) -> Vec<ChunkId> {
+    let mut ids = Vec::new();
+    store.data_in_order(layer, &mut |id, _| Ok(ids.push(id))).unwrap();
+    ids
+}
+
+async fn read(store: &Arc<Store>, id: ChunkId) -> layerfs::Result<usize> {
+    let store = store.clone();
+    tokio::task::spawn_blocking(move || store.get(&id).map(|plain| plain.len())).await.unwrap()
+}
+
+async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    for _ in 0..2000 {
+        if is_so() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{what} did not happen");
+}
+
+fn patient(milliseconds: u64) -> LazyOptions {
+    LazyOptions { timeout: Duration::from_millis(milliseconds) }
+}
+
+fn assert_clean(host: &Host) {
+    let report = host.store().fsck(&layerfs::monitor::Silent, FsckOptions::default()).unwrap();
+    assert!(report.is_clean(), "{:?}", report.problems);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
+    let pair = Pair::new().await;
+    let base = add_layer(pair.there.store(), "base", &tree(400, 6 << 20));
+    let top = add_layer_over(pair.there.store(), "app", &tree(50, 1 << 20), base, 10_000);
+    let report = pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store().clone();
+    assert_eq!(store.name(&name("app")).unwrap().unwrap().layer, top);
+    let partials = store.partials_of_stack(top).unwrap();
+    assert_eq!(partials.iter().map(|(layer, _)| *layer).collect::<Vec<_>>(), [top, base]);
+    assert!(partials.iter().all(|(_, partial)| partial.sources == ["there"] && !partial.pushed));
+    let ids = data(&store, base);
+    let presence = store.presence(base).unwrap();
+    assert!(presence.here_bytes == 0 && presence.total_bytes > 6 << 20, "{presence:?}");
+    assert!(report.bytes_received < presence.total_bytes / 10, "{} bytes for the structure", report.bytes_received);
+    // It is what it is: no damage, nothing to collect, nothing to hand on.
+    assert_clean(&pair.here);
+    store.gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
+    assert!(!Access::new(&store, &Visible::All).unwrap().holds(&base), "a partial layer is held by nobody");
+    let onward = pair.here.node.push(&[name("app")], "there", PushOptions::default(), silent()).await.unwrap_err();
+    assert_eq!(onward.class(), ErrorClass::Busy, "{onward}");
+    assert!(read(&store, ids[0]).await.is_err(), "nobody fetches yet");
+
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    assert!(read(&store, *ids.last().unwrap()).await.unwrap() > 0);
+    until("the rest", || !store.has_partials()).await;
+    assert!(lazy.sources().is_empty());
+    assert!(pair.here.has_whole("app", top));
+    assert_eq!(store.presence(base).unwrap().percent(), 100);
+    assert_clean(&pair.here);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
+    let mut pair = Pair::new().await;
+    let layer = add_layer(pair.there.store(), "app", &tree(10, 4 << 20));
+    pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store().clone();
+    let ids = data(&store, layer);
+    let address: SocketAddr = pair.listens();
+    let elsewhere = pair.there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+    std::mem::replace(&mut pair.listener, elsewhere).close().await;
+
+    let lazy = Lazy::start(&pair.here.node, patient(400));
+    for _ in 0..2 {
+        let error = read(&store, ids[3]).await.unwrap_err();
+        assert!(matches!(error, layerfs::Error::Absent { .. }), "{error}");
+        assert_eq!(error.errno(), 5, "EIO");
+    }
+    assert!(lazy.sources()[0].error.is_some());
+    // A chunk that no partial layer has is missing at once, not after a while.
+    let error = read(&store, ChunkId::of(b"nowhere")).await.unwrap_err();
+    assert!(matches!(error, layerfs::Error::ChunkMissing(_)), "{error}");
+
+    let back = pair.there.node.listen(address).await.unwrap();
+    let mut outcome = read(&store, ids[3]).await;
+    while outcome.is_err() {
+        outcome = read(&store, ids[3]).await;
+        tokio::task::yield_now().await;
+    }
+    until("the rest", || !store.has_partials()).await;
+    assert!(pair.here.has_whole("app", layer));
+    drop(lazy);
+    back.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_pushed_lazily_waits_for_the_stream_or_asks_back() {
+    for asks_back in [false, true] {
+        let pair = Pair::new().await;
+        let back = pair.here.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+        if asks_back {
+            pair.there.node.peers().remove("here").unwrap();
+            let address = Some(back.address().to_string());
+            pair.there.know("here", pair.here.node.public_key(), address, Rights::default());
+        }
+        let layer = add_layer(pair.here.store(), "app", &tree(20, 3 << 20));
+        let run = data(pair.here.store(), layer);
+        pair.here.store().add_trace(layer, &run[..2]).unwrap();
+        pair.here.node.push(&[name("app")], "there", push_options(), silent()).await.unwrap();
+        let store = pair.there.store().clone();
+        assert!(store.partial(layer).unwrap().pushed);
+        let lazy = Lazy::start(&pair.there.node, patient(if asks_back { 30_000 } else { 200 }));
+        let outcome = read(&store, run[5]).await;
+        assert_eq!(outcome.is_ok(), asks_back, "{outcome:?}");
+        assert!(store.has_partials(), "only the pusher brings the rest");
+        pair.here.node.push_rest(&[layer], "there", silent()).await.unwrap();
+        assert!(pair.there.has_whole("app", layer) && !store.has_partials());
+        assert_eq!(store.trace(layer).unwrap(), run[..2], "the trace came along");
+        assert!(read(&store, run[6]).await.is_ok());
+        let again = pair.here.node.push_rest(&[layer], "there", silent()).await.unwrap_err();
+        assert_eq!(again.class(), ErrorClass::NotFound, "{again}");
+        drop(lazy);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_of_the_source_comes_along_and_an_own_one_outlives_the_layer() {
+    let pair = Pair::new().await;
+    let layer = add_layer(pair.there.store(), "app", &tree(20, 3 << 20));
+    let run: Vec<ChunkId> = data(pair.there.store(), layer).into_iter().rev().take(5).collect();
+    pair.there.store().add_trace(layer, &run).unwrap();
+    pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store().clone();
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    until("the trace", || store.trace(layer).unwrap() == run).await;
+    until("the rest", || !store.has_partials()).await;
+    drop(lazy);
+    store.remove_name(&name("app")).unwrap();
+    // What a connection that is just ending has brought stays until it has ended.
+    until("the collection", || {
+        store.gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
+        !store.contains(&run[0]).unwrap()
+    })
+    .await;
+    assert_eq!(store.trace(layer).unwrap(), run);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_partial_layer_is_given_up() {
+    let mut pair = Pair::new().await;
+    let layer = add_layer(pair.there.store(), "app", &tree(10, 3 << 20));
+    pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store().clone();
+    let elsewhere = pair.there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+    std::mem::replace(&mut pair.listener, elsewhere).close().await;
+    let lazy = Lazy::start(&pair.here.node, patient(200));
+    store.remove_name(&name("app")).unwrap();
+    until("the mark going", || store.partial(layer).is_none()).await;
+    store.gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
+    assert!(!store.contains(&layer.0).unwrap());
+    assert_clean(&pair.here);
+    drop(lazy);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partial_layers_are_completed_by_any_whole_transfer_and_survive_a_restart() {
+    let pair = Pair::new().await;
+    let layer = add_layer(pair.there.store(), "app", &tree(10, 3 << 20));
+    pull_lazily(&pair, "app").await.unwrap();
+    pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store();
+    assert_eq!(store.partial(layer).unwrap().sources, ["there"]);
+    pair.pull("app").await.unwrap();
+    assert!(store.partial(layer).is_none() && pair.here.has_whole("app", layer));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_cannot_come_by_others_chunks_lazily() {
+    let visible = Visible::Matching(vec!["mine/*".to_owned()]);
+    let pair = Pair::with_rights(Rights { visible, ..Rights::default() }).await;
+    add_layer(pair.here.store(), "mine/app", &tree(10, 1 << 20));
+    let refused = pair.here.node.push(&[name("mine/app")], "there", push_options(), silent()).await.unwrap_err();
+    assert_eq!(refused.class(), ErrorClass::Denied, "{refused}");
+    // To look at what may be seen is another thing.
+    let layer = add_layer(pair.there.store(), "mine/other", &tree(12, 1 << 20));
+    let secret = add_layer(pair.there.store(), "secret", &tree(1, 2 << 20));
+    pull_lazily(&pair, "mine/other").await.unwrap();
+    let error = pair.here.node.complete(&[secret], "there", silent()).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::NotFound, "{error}");
+    pair.here.node.complete(&[layer], "there", silent()).await.unwrap();
+    assert!(pair.here.has_whole("mine/other", layer));
+}
