@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod lazy;
 mod measure;
 mod peers;
 mod storage;
@@ -25,7 +26,7 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --tree DIR    measure on this tree [default: a Debian root, or a made-up tree]\
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
-    \n  --only WORD   only the parts whose name holds WORD: speed, wire, storage, memory";
+    \n  --only WORD   only the parts whose name holds WORD: speed, wire, lazy, storage, memory";
 
 /// What is measured, and how.
 pub struct Plan {
@@ -90,8 +91,13 @@ fn run(options: &Options) -> anyhow::Result<bool> {
     eprintln!("measuring on {} ({} MB), {} runs each", plan.tree.display(), tree_bytes / 1_000_000, plan.runs);
 
     let mut table = Table::new(&plan)?;
-    let parts: [(&str, Part); 4] =
-        [("speed", peers::speed), ("wire", wire::rows), ("storage", storage::rows), ("memory", storage::memory)];
+    let parts: [(&str, Part); 5] = [
+        ("speed", peers::speed),
+        ("wire", wire::rows),
+        ("lazy", lazy::rows),
+        ("storage", storage::rows),
+        ("memory", storage::memory),
+    ];
     for (name, part) in parts.iter().filter(|(name, _)| name.contains(&options.only)) {
         eprintln!("… {name}");
         if let Err(error) = part(&plan, &mut table) {

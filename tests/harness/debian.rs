@@ -20,12 +20,20 @@ pub fn cache_folder() -> PathBuf {
 /// The Debian root (minbase), made if it isn't there yet.
 pub fn root() -> anyhow::Result<&'static Path> {
     static ROOT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let made = ROOT.get_or_init(|| make(&cache_folder()).map_err(|error| format!("{error:#}")));
+    let made = ROOT.get_or_init(|| make(&cache_folder(), None).map_err(|error| format!("{error:#}")));
     made.as_deref().map_err(|reason| anyhow::Error::msg(reason.clone()))
 }
 
-fn make(cache: &Path) -> anyhow::Result<PathBuf> {
-    let done = cache.join(format!("debian-{SUITE}"));
+/// The same with python3 in it.
+pub fn python_root() -> anyhow::Result<&'static Path> {
+    static ROOT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let made = ROOT.get_or_init(|| make(&cache_folder(), Some("python3")).map_err(|error| format!("{error:#}")));
+    made.as_deref().map_err(|reason| anyhow::Error::msg(reason.clone()))
+}
+
+fn make(cache: &Path, package: Option<&str>) -> anyhow::Result<PathBuf> {
+    let suffix = package.map(|package| format!("-{package}")).unwrap_or_default();
+    let done = cache.join(format!("debian-{SUITE}{suffix}"));
     if done.join("bin/sh").exists() {
         return Ok(done);
     }
@@ -41,12 +49,13 @@ fn make(cache: &Path) -> anyhow::Result<PathBuf> {
     if done.join("bin/sh").exists() {
         return Ok(done);
     }
-    let growing = cache.join(format!("debian-{SUITE}.part"));
+    let growing = cache.join(format!("debian-{SUITE}{suffix}.part"));
     if growing.exists() {
         std::fs::remove_dir_all(&growing)?;
     }
     let mut debootstrap = Command::new("debootstrap");
-    debootstrap.args(["--variant=minbase", SUITE]).arg(&growing);
+    debootstrap.arg("--variant=minbase");
+    debootstrap.args(package.map(|package| format!("--include={package}"))).arg(SUITE).arg(&growing);
     if let Err(error) = output_of(&mut debootstrap) {
         let _ = std::fs::remove_dir_all(&growing);
         let last = format!("{error:#}").lines().last().unwrap_or_default().to_owned();

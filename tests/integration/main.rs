@@ -9,6 +9,7 @@ mod dedup;
 mod export;
 mod guests;
 mod judges;
+mod lazy;
 mod outlive;
 mod paths;
 mod push;
@@ -29,6 +30,7 @@ fn main() -> std::process::ExitCode {
         registry::cases(),
         tier::cases(),
         paths::cases(),
+        lazy::cases(),
         archives::cases(),
         damage::cases(),
         crash::cases(),

@@ -265,6 +265,8 @@ pub struct TraceInfo {
     pub names: Vec<String>,
     /// How many chunks.
     pub chunks: u64,
+    /// What those of them that are here take, in bytes.
+    pub stored_bytes: u64,
     /// When it was last added to.
     pub recorded: Timestamp,
 }

@@ -26,13 +26,15 @@ pub fn inspect(context: &Context, request: InspectRequest) -> Result<InspectResu
     let catalog = Catalog::read(store)?;
     let (mut info, manifest) = catalog.info(layer)?;
     info.partial = catalog.partial(layer, &context.daemon.peering.sources())?;
+    let trace = store.traces()?.into_iter().find(|trace| trace.layer == layer);
+    let trace = trace.map(|trace| trace_info(store, info.names.clone(), &trace)).transpose()?;
     let mut result = InspectResult {
         layer: info,
         next_ino: manifest.next_ino.0,
         table_bytes: manifest.inodes.len() + manifest.dentries.len(),
         entry: None,
         image: None,
-        trace: trace_info(store, layer)?,
+        trace,
     };
     let image = ImageConfig::of_stack(&**store, layer)?;
     result.image = image.filter(|_| request.path.is_none()).map(|(layer, config)| ImageInfo {
@@ -59,26 +61,25 @@ pub fn inspect(context: &Context, request: InspectRequest) -> Result<InspectResu
     Ok(result)
 }
 
-fn trace_info(store: &Store, layer: LayerId) -> Result<Option<TraceInfo>> {
-    Ok(store.traces()?.into_iter().find(|trace| trace.layer == layer).map(|trace| TraceInfo {
-        layer: layer.to_string(),
-        names: Vec::new(),
+fn trace_info(store: &Store, names: Vec<String>, trace: &layerfs::store::trace::TraceInfo) -> Result<TraceInfo> {
+    let here = store.info_many(&store.trace(trace.layer).unwrap_or_default())?;
+    Ok(TraceInfo {
+        layer: trace.layer.to_string(),
+        names,
         chunks: trace.chunks,
+        stored_bytes: here.iter().flatten().map(|info| u64::from(info.stored_bytes)).sum(),
         recorded: trace.recorded.into(),
-    }))
+    })
 }
 
 /// `/v1/traces`.
 pub fn traces(context: &Context, _: Empty) -> Result<TraceList> {
     let catalog = Catalog::read(&context.daemon.store)?;
     context.daemon.mounts.save_traces();
-    let info = |trace: layerfs::store::trace::TraceInfo| TraceInfo {
-        layer: trace.layer.to_string(),
-        names: catalog.names_of(trace.layer),
-        chunks: trace.chunks,
-        recorded: trace.recorded.into(),
-    };
-    Ok(TraceList { traces: context.daemon.store.traces()?.into_iter().map(info).collect() })
+    let store = &context.daemon.store;
+    let traces = store.traces()?;
+    let infos = traces.iter().map(|trace| trace_info(store, catalog.names_of(trace.layer), trace));
+    Ok(TraceList { traces: infos.collect::<Result<_>>()? })
 }
 
 /// `/v1/traces-remove`.
