@@ -26,6 +26,7 @@ pub fn cases() -> Vec<Case> {
             &[Root, Tool("docker-registry"), Tool("skopeo"), Tool("umoci"), Tool("curl"), Tool("rsync")],
             images_come_with_their_configuration,
         ),
+        Case::new("registry::packs_go_both_ways", &[Root, Tool("docker-registry"), Tool("rsync")], packs_go_both_ways),
         Case::new("registry::logins", &[Root, Tool("docker-registry")], logins),
         Case::new("registry::failures_say_what_failed", &[Root, Tool("docker-registry")], failures),
     ]
@@ -76,6 +77,60 @@ fn skopeo_takes_what_is_pushed() -> anyhow::Result<()> {
         ensure!(number(&pulled, "layers")? == 2, "{pulled}");
     }
     host.fsck()
+}
+
+fn packs_go_both_ways() -> anyhow::Result<()> {
+    let (host, other) = (Host::new()?, Host::new()?);
+    let registry = Registry::start(&host.path("registry"), false)?;
+    let source = host.path("source");
+    tree::fill(&source, 73, 200, 4000)?;
+    tree::big_file(&source.join("big"), 73, 30_000_000)?;
+    zoo::set_time(&source, 1_700_000_000, 0)?;
+    host.import(&source, "base", &[])?;
+    let added = host.new_folder("added")?;
+    fs::write(added.join("added"), noise(100_000))?;
+    host.import(&added, "app", &["--parent", "base"])?;
+    // Another version: a little at the front of a large file, and everything else.
+    let mut big = fs::read(source.join("big"))?;
+    big.splice(1000..1000, noise(5000));
+    fs::write(source.join("big"), &big)?;
+    zoo::set_time(&source, 1_700_000_000, 0)?;
+    host.import(&source, "base:2", &["--like", "base"])?;
+    let place = format!("oci://{}/stacks", registry.host());
+    let push = |name: &str, tag: &str| {
+        host.ctl.json(["push", name, &format!("{place}:{tag}"), "--plain-http", "--as", "packs"])
+    };
+    let pull = |name: &str, tag: &str| other.ctl.json(["pull", name, &format!("{place}:{tag}"), "--plain-http"]);
+    let first = push("base", "1")?;
+    let (app, second) = (push("app", "app")?, push("base:2", "2")?);
+    let bytes = |answer: &Value| number(answer, "bytes_sent");
+    ensure!(bytes(&first)? > 30_000_000 && bytes(&app)? < 300_000, "{first} {app}");
+    ensure!(bytes(&second)? < bytes(&first)? / 2, "{first} {second}");
+    ensure!(number(&push("base", "1-again")?, "blobs_sent")? == 0);
+    // There, each pull fetches what is lacking, and layers are the same layers.
+    let all = number(&pull("base", "1")?, "bytes_received")?;
+    let got = pull("app", "app")?;
+    ensure!(number(&got, "bytes_received")? < all / 50, "{all} {got}");
+    let got = pull("two", "2")?;
+    ensure!(number(&got, "bytes_received")? < all / 2, "{all} {got}");
+    let (here, there) = (host.names()?, other.names()?);
+    ensure!(here["app"] == there["app"] && here["base:2"] == there["two"], "{here:?} {there:?}");
+    other.export("two", &other.path("out"), &[])?;
+    compare::same_by_rsync(&source, &other.path("out"))?;
+    other.fsck()?;
+    // Wrong bytes are never taken.
+    let blobs =
+        output_of(Command::new("find").arg(host.path("registry/data")).args(["-size", "+1M", "-name", "data"]))?;
+    for blob in blobs.lines() {
+        let mut bytes = fs::read(blob)?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(blob, &bytes)?;
+    }
+    let third = Host::new()?;
+    third.ctl.run(["pull", "x", &format!("{place}:1"), "--plain-http"])?.failed_with(6)?;
+    ensure!(third.names()?.is_empty(), "half a stack got a name");
+    Ok(())
 }
 
 fn noise(bytes: usize) -> Vec<u8> {

@@ -282,6 +282,11 @@ impl Hash {
     }
 }
 
+/// The digest of `bytes`, as descriptors have it.
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex(&sha2::Sha256::digest(bytes)))
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -18,6 +18,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::client::{Descriptor, Remote, is_digest};
+use super::parcels::STACK_TYPE;
 use super::{PullFrom, Pulled, Pushed, blocking};
 use crate::error::{Error, Result};
 
@@ -25,7 +26,7 @@ use crate::error::{Error, Result};
 const AT_A_TIME: usize = 3;
 /// Indexes may refer to indexes so deep.
 const MAX_INDEXES: usize = 4;
-const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -35,11 +36,11 @@ struct Index {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Manifest {
+pub(super) struct Manifest {
     #[serde(default)]
     artifact_type: Option<String>,
-    config: Descriptor,
-    layers: Vec<Descriptor>,
+    pub config: Descriptor,
+    pub layers: Vec<Descriptor>,
 }
 
 /// A layout's folder, which goes when this is dropped.
@@ -104,14 +105,14 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|e| layerfs::Error::file("read", path, e).into())
 }
 
-/// Pulls an image.
+/// Pulls the image that `found` is.
 pub(super) async fn pull(
     store: &Arc<Store>,
     from: &PullFrom,
+    found: Found,
     remote: &Remote,
     monitor: Arc<dyn Monitor>,
 ) -> Result<Pulled> {
-    let found = find(remote, from.platform.as_ref()).await?;
     let layout = Layout::new(store)?;
     let mut blobs: Vec<&Descriptor> = Vec::new();
     for blob in found.manifest.layers.iter().chain([&found.manifest.config]) {
@@ -153,16 +154,24 @@ pub(super) async fn pull(
     })
 }
 
-/// An image that was chosen.
-struct Found {
-    digest: String,
+/// An image or stack that was chosen.
+pub(super) struct Found {
+    pub digest: String,
     document: Vec<u8>,
-    manifest: Manifest,
+    pub manifest: Manifest,
     /// As an index said it.
     platform: Option<Platform>,
 }
 
-async fn find(remote: &Remote, wanted: Option<&Platform>) -> Result<Found> {
+impl Found {
+    /// Whether it is a stack that was pushed as packs.
+    pub fn is_stack(&self) -> bool {
+        self.manifest.artifact_type.as_deref() == Some(STACK_TYPE)
+    }
+}
+
+/// Looks what there is at the address.
+pub(super) async fn find(remote: &Remote, wanted: Option<&Platform>) -> Result<Found> {
     let (mut document, mut digest) = remote.manifest(None).await?;
     let mut platform = None;
     for _ in 0..MAX_INDEXES {
@@ -185,7 +194,7 @@ async fn find(remote: &Remote, wanted: Option<&Platform>) -> Result<Found> {
 
 fn check_kind(remote: &Remote, manifest: &Manifest) -> Result<()> {
     let is_image = manifest.artifact_type.is_none() && manifest.config.media_type.contains("image");
-    if is_image {
+    if is_image || manifest.artifact_type.as_deref() == Some(STACK_TYPE) {
         return Ok(());
     }
     let kind = manifest.artifact_type.as_ref().unwrap_or(&manifest.config.media_type);

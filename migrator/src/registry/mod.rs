@@ -7,6 +7,7 @@
 mod address;
 mod client;
 mod image;
+mod parcels;
 
 use std::sync::Arc;
 
@@ -92,6 +93,8 @@ pub struct PushTo {
 pub enum Form {
     /// An image that every container engine can run: an archive for each layer, compressed so.
     Image(layerfs::export::Compression),
+    /// An artifact of our own: its chunks in packs, of which only those with lacking chunks go either way.
+    Packs,
 }
 
 /// How to pull.
@@ -118,10 +121,11 @@ pub async fn push(store: &Arc<Store>, layer: LayerId, to: &PushTo, monitor: Arc<
     let remote = Remote::open(&to.address, &to.access, monitor.clone(), client::Right::Push).await?;
     match to.form {
         Form::Image(compression) => image::push(store, layer, compression, &remote, monitor).await,
+        Form::Packs => parcels::push(store, layer, &remote, monitor).await,
     }
 }
 
-/// Pulls an image, and gives it a name.
+/// Pulls an image, or a stack that was pushed as packs, and gives it a name.
 ///
 /// # Errors
 /// [`Error::Registry`]; [`layerfs::Error::Exists`] if the name is taken; those of an import.
@@ -130,7 +134,11 @@ pub async fn pull(store: &Arc<Store>, from: &PullFrom, monitor: Arc<dyn Monitor>
         return Err(layerfs::Error::Exists { what: "layer", name: from.name.to_string() }.into());
     }
     let remote = Remote::open(&from.address, &from.access, monitor.clone(), client::Right::Pull).await?;
-    image::pull(store, from, &remote, monitor).await
+    let found = image::find(&remote, from.platform.as_ref()).await?;
+    if found.is_stack() {
+        return parcels::pull(store, from, found, &remote, monitor).await;
+    }
+    image::pull(store, from, found, &remote, monitor).await
 }
 
 /// Runs what blocks on a thread for that.

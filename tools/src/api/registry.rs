@@ -32,7 +32,7 @@ pub struct RegistryPushRequest {
     /// Without TLS.
     #[serde(default)]
     pub plain_http: bool,
-    /// What to make of the stack: "image" (the default), "image-zstd".
+    /// What to make of the stack: "image" (the default), "image-zstd", "packs".
     #[serde(default)]
     pub form: Option<String>,
 }

@@ -11,6 +11,8 @@ pub enum Form {
     Image,
     /// An image with zstd layers
     ImageZstd,
+    /// The chunks in packs: smaller, and only what is lacking goes either way; for layerctl only
+    Packs,
 }
 
 /// How to reach a registry.

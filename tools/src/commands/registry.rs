@@ -79,6 +79,7 @@ fn form_text(form: Form) -> &'static str {
     match form {
         Form::Image => "image",
         Form::ImageZstd => "image-zstd",
+        Form::Packs => "packs",
     }
 }
 

@@ -26,7 +26,8 @@ pub fn push(context: &Context, request: RegistryPushRequest) -> Result<RegistryP
     let form = match request.form.as_deref() {
         None | Some("image") => Form::Image(Compression::Gzip),
         Some("image-zstd") => Form::Image(Compression::Zstd),
-        Some(other) => return Err(Failure::invalid(format!("{other:?} is no form: image or image-zstd"))),
+        Some("packs") => Form::Packs,
+        Some(other) => return Err(Failure::invalid(format!("{other:?} is no form: image, image-zstd or packs"))),
     };
     let to = PushTo { address, access: access(request.login, request.plain_http), form };
     let pushed = context.block_on(registry::push(store, layer, &to, context.reporter.clone()))?;
