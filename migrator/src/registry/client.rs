@@ -3,6 +3,7 @@
 //! It hides which failures pass by themselves, and how a cut download goes on where it was. Invariants: a blob's file
 //! is complete and has the right digest when this says so; every wait ends.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -212,7 +213,7 @@ impl Remote {
         }
         file.flush().await?;
         match at.cmp(&blob.size) {
-            std::cmp::Ordering::Less => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+            std::cmp::Ordering::Less => Err(std::io::Error::from(ErrorKind::UnexpectedEof).into()),
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => Err(OciDistributionError::SpecViolationError(format!(
                 "blob {} is longer than it should be",
@@ -349,7 +350,12 @@ fn judge(error: OciDistributionError) -> (ErrorClass, bool, String) {
         }
         E::ImageManifestNotFoundError(detail) => (ErrorClass::NotFound, false, detail),
         E::DigestError(error) => (ErrorClass::Corrupt, false, error.to_string()),
-        E::IoError(error) => (ErrorClass::Network, true, error.to_string()),
+        // The link's errors come so, and those of writing what it brings.
+        E::IoError(error) => match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => (ErrorClass::NoSpace, false, error.to_string()),
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => (ErrorClass::Io, false, error.to_string()),
+            _ => (ErrorClass::Network, true, error.to_string()),
+        },
         E::UnsupportedMediaTypeError(detail) => (ErrorClass::Unsupported, false, detail),
         other => (ErrorClass::Corrupt, false, other.to_string()),
     }

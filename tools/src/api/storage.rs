@@ -25,6 +25,12 @@ pub struct StatResult {
     pub packs: u64,
     /// Their size on disk, in bytes.
     pub pack_bytes: u64,
+    /// Packs that are only in the second tier.
+    #[serde(default)]
+    pub remote_packs: u64,
+    /// Their sizes added up, in bytes.
+    #[serde(default)]
+    pub remote_bytes: u64,
     /// Bytes in packs that no chunk of the index uses any more.
     pub dead_bytes: u64,
     /// Bytes of file data in the named stacks, each time that it is referred to.
@@ -209,8 +215,11 @@ pub struct FsckResult {
     pub layers: u64,
     /// Chunks in the index that have their record.
     pub chunks: u64,
-    /// Packs.
+    /// Packs here.
     pub packs: u64,
+    /// Packs that are only in the second tier, of which the length was compared.
+    #[serde(default)]
+    pub remote_packs: u64,
     /// What is wrong; the first of them, if there are very many.
     pub problems: Vec<ProblemInfo>,
     /// How many problems there are.

@@ -22,19 +22,22 @@ pub fn stat(session: &Session) -> Result<()> {
 
 fn stat_text(result: &StatResult, paint: Paint) -> String {
     let times = |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}×"));
-    let mut text = facts(
-        paint,
-        [
-            ("store", result.store.display().to_string()),
-            ("names", units::count(result.names)),
-            ("layers", units::count(result.layers)),
-            ("file sizes", format!("{} in all named stacks", units::size(result.referenced_bytes))),
-            ("dedup", times(result.dedup_ratio)),
-            ("compression", times(result.compression_ratio)),
-            ("packs", format!("{} in {}", units::size(result.pack_bytes), units::plural(result.packs, "file"))),
-            ("dead", format!("{} in packs that gc has not rewritten", units::size(result.dead_bytes))),
-        ],
-    );
+    let packs =
+        |bytes: u64, packs: u64, what: &str| format!("{} in {}", units::size(bytes), units::plural(packs, what));
+    let mut list = vec![
+        ("store", result.store.display().to_string()),
+        ("names", units::count(result.names)),
+        ("layers", units::count(result.layers)),
+        ("file sizes", format!("{} in all named stacks", units::size(result.referenced_bytes))),
+        ("dedup", times(result.dedup_ratio)),
+        ("compression", times(result.compression_ratio)),
+        ("packs", packs(result.pack_bytes, result.packs, "file")),
+        ("dead", format!("{} in packs that gc has not rewritten", units::size(result.dead_bytes))),
+    ];
+    if result.remote_packs > 0 {
+        list.push(("only in tier", packs(result.remote_bytes, result.remote_packs, "pack")));
+    }
+    let mut text = facts(paint, list);
     let mut table = Table::new(&["CHUNKS", "COUNT>", "PLAIN>", "STORED>"]);
     for class in &result.classes {
         let (plain, stored) = (units::size(class.plain_bytes), units::size(class.stored_bytes));
@@ -169,7 +172,12 @@ fn fsck_text(result: &FsckResult, paint: Paint) -> String {
         0 => paint.green("clean"),
         count => paint.red(&units::plural(count, "problem")),
     };
-    text.push_str(&format!("{verdict}: {names}, {layers}, {chunks}, {packs}, {}\n", units::duration(result.seconds)));
+    let remote = match result.remote_packs {
+        0 => String::new(),
+        count => format!(", {} only in the second tier", units::plural(count, "pack")),
+    };
+    let time = units::duration(result.seconds);
+    text.push_str(&format!("{verdict}: {names}, {layers}, {chunks}, {packs}{remote}, {time}\n"));
     text
 }
 
