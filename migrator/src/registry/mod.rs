@@ -118,6 +118,12 @@ pub struct PullFrom {
 /// [`Error::Registry`]; those of the store.
 pub async fn push(store: &Arc<Store>, layer: LayerId, to: &PushTo, monitor: Arc<dyn Monitor>) -> Result<Pushed> {
     to.address.check_tag()?;
+    if to.form == Form::Packs && !store.partials_of_stack(layer)?.is_empty() {
+        return Err(Error::refused(
+            layerfs::error::ErrorClass::Busy,
+            "not all chunks of the stack are here yet; try again when `layerctl list` says that it is whole",
+        ));
+    }
     let remote = Remote::open(&to.address, &to.access, monitor.clone(), client::Right::Push).await?;
     match to.form {
         Form::Image(compression) => image::push(store, layer, compression, &remote, monitor).await,

@@ -22,7 +22,7 @@ use crate::units;
 pub fn push(session: &Session, args: args::Push) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     if Address::is_meant(&peer) {
-        check_manner(&args.manner)?;
+        check_manner(&args.manner, args.lazy)?;
         return registry::push(session, names, &peer, args.registry);
     }
     args.registry.check_unused()?;
@@ -40,7 +40,7 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
 pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     if Address::is_meant(&peer) {
-        check_manner(&args.manner)?;
+        check_manner(&args.manner, args.lazy)?;
         return registry::pull(session, names, &peer, args.force, args.registry);
     }
     args.registry.check_unused()?;
@@ -58,9 +58,9 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
 }
 
 /// Registries are no peers: nothing schedules what goes there.
-fn check_manner(manner: &Manner) -> Result<()> {
-    if manner.limit.is_some() || manner.background {
-        return Err(Failure::invalid("--limit and --background are for peers, not for registries (oci://…)"));
+fn check_manner(manner: &Manner, lazy: bool) -> Result<()> {
+    if manner.limit.is_some() || manner.background || lazy {
+        return Err(Failure::invalid("--limit, --background and --lazy are for peers, not for registries (oci://…)"));
     }
     Ok(())
 }
