@@ -16,13 +16,14 @@ COMPLETIONS ?= $(PREFIX)/share
 LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
 CARGO_FLAGS := --release --locked
 
-.PHONY: help build demo test bench lint install uninstall setup
+.PHONY: help build demo test bench lint fuzz install uninstall setup
 
 help:
 	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
 	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
 	@echo 'make test       every test; those that cannot run here say why'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
+	@echo 'make fuzz       look for inputs that break a decoder, SECONDS_EACH=60 for each target (TARGETS="message import" for some)'
 	@echo 'make lint       formatting and clippy'
 	@echo 'make install    layerctl, mount.layerfs, man pages, completions, systemd unit (PREFIX=$(PREFIX))'
 
@@ -44,6 +45,9 @@ test: build
 bench: build
 	@scripts/setup bench || true
 	cargo run $(CARGO_FLAGS) -p layerfs-tests --bin layerfs-bench -- $(BENCH_FLAGS)
+
+fuzz:
+	@scripts/fuzz $(or $(SECONDS_EACH),60) $(TARGETS)
 
 lint:
 	cargo fmt --all --check

@@ -33,6 +33,15 @@ pub(crate) enum Job<'a> {
     Pull(Message, Terms),
 }
 
+impl Job<'_> {
+    fn is_dry(&self) -> bool {
+        match self {
+            Job::Push(prepared, ..) => prepared.is_dry(),
+            Job::Pull(request, _) => matches!(request, Message::Fetch { dry_run: true, .. }),
+        }
+    }
+}
+
 /// What all attempts at one transfer have in common.
 struct Call<'a> {
     node: &'a Node,
@@ -65,7 +74,8 @@ pub(crate) async fn transfer(
         entry,
         dialer: node.dialer(peer.name.as_str(), Some(peer.key), paths),
         routes: node.routes(peer)?,
-        choice: paths.connections.unwrap_or_default(),
+        // What carries nothing needs one connection.
+        choice: if job.is_dry() { Connections::Exactly(1) } else { paths.connections.unwrap_or_default() },
         token: Token::random()?,
         job,
         tally: Arc::new(Tally::new()),
@@ -75,7 +85,10 @@ pub(crate) async fn transfer(
     loop {
         let chunks_before = call.tally.chunks.load(Relaxed);
         let error = match call.attempt(&mut backoff).await {
-            Ok((names, changed)) => return Ok(report(&call.tally, &call.dialer.counters, peer, names, changed)),
+            Ok((names, changed)) => {
+                let report = report(&call.tally, &call.dialer.counters, peer, names, changed);
+                return Ok(TransferReport { dry_run: call.job.is_dry(), ..report });
+            }
             Err(error) => error,
         };
         if call.tally.chunks.load(Relaxed) > chunks_before {

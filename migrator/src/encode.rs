@@ -57,6 +57,8 @@ pub(crate) struct Work {
     pub outbox: Outbox,
     pub tally: Arc<Tally>,
     pub monitor: Arc<dyn Monitor>,
+    /// Frames are counted instead of sent.
+    pub is_dry: bool,
     /// Bytes of frames with chunks that nobody asked for.
     pub sent_ahead: Arc<AtomicU64>,
 }
@@ -153,6 +155,7 @@ fn send_all(
     level: &Level,
 ) -> Result<()> {
     let mut early = BTreeMap::new();
+    let mut would_send = 0;
     let mut next = 0;
     let mut link_waited_since = Instant::now();
     for one in made {
@@ -175,8 +178,18 @@ fn send_all(
                     FrameBytes::Message(_) => 0,
                 };
                 let sent = match frame.bytes {
+                    FrameBytes::Encoded(bytes) if work.is_dry => {
+                        would_send += bytes.len() as u64;
+                        Ok(())
+                    }
                     FrameBytes::Encoded(bytes) => work.outbox.blocking_send_frame(bytes),
-                    FrameBytes::Message(message) => {
+                    FrameBytes::Message(mut message) => {
+                        if let Message::End { chunks } = &mut message
+                            && work.is_dry
+                        {
+                            work.tally.would_send_bytes.store(would_send, Relaxed);
+                            *chunks = would_send;
+                        }
                         work.tally.phase("commit");
                         work.monitor.phase("verifying", None);
                         work.outbox.blocking_send(message)
@@ -203,7 +216,10 @@ fn send_all(
                     }
                 }
             }
-            gauge.note(cost, level);
+            // Nothing is learnt of a link that carries nothing.
+            if !work.is_dry {
+                gauge.note(cost, level);
+            }
             let _ = tickets.recv();
             link_waited_since = Instant::now();
         }

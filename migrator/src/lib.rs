@@ -10,7 +10,7 @@
 pub mod access;
 mod align;
 pub mod attempt;
-mod bundle;
+pub mod bundle;
 pub mod check;
 pub mod dial;
 mod encode;
@@ -37,6 +37,7 @@ pub mod receive;
 pub mod registry;
 pub mod retry;
 pub mod send;
+pub mod slots;
 pub mod socket;
 pub mod structure;
 #[cfg(test)]

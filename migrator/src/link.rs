@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::error::{Error, Result};
-use crate::governor::{Gate, Way};
+use crate::governor::{Gate, Rate, Way};
 use crate::group::Trunk;
 use crate::outbox::{self, Numbered, Outgoing, Takes};
 use crate::socket::Probe;
@@ -500,9 +500,14 @@ async fn read_frame<S: AsyncRead + Unpin>(
     let gate = gate.get();
     gate.count(Way::In, HEADER_BYTES);
     let mut body = BytesMut::with_capacity(header.body_bytes);
+    // Who sends a byte now and then is no better than who sends none.
+    let mut left = idle + Duration::from_secs(header.body_bytes as u64 / Rate::MIN);
     while body.len() < header.body_bytes {
+        let began = Instant::now();
         let mut rest = (&mut *stream).take((header.body_bytes - body.len()) as u64);
-        match timeout(idle, rest.read_buf(&mut body)).await.map_err(late)? {
+        let read = timeout(idle.min(left), rest.read_buf(&mut body)).await.map_err(late)?;
+        left = left.saturating_sub(began.elapsed());
+        match read {
             Ok(0) => return Err(closed()),
             // Answers are small and urgent: only what carries chunks waits.
             Ok(count) if header.is_bulk() => drop(gate.ready(Way::In, count).await),

@@ -26,6 +26,7 @@ use crate::peers::{Peer, Visible};
 use crate::progress::Tally;
 use crate::receive::{self, Terms};
 use crate::send;
+use crate::slots::{MAX_OF_PEER, Slot, Slots};
 use crate::socket::{self, Probe};
 use crate::tls;
 use crate::transfers::{Entry, Origin, Plan, Role};
@@ -74,12 +75,12 @@ impl Drop for Listener {
 }
 
 async fn accept_all(node: Node, socket: TcpListener, acceptor: TlsAcceptor, mut stopped: watch::Receiver<bool>) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let (room, slots) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), Slots::default());
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let slot = tokio::select! {
             _ = stopped.changed() => break,
-            slot = slots.clone().acquire_owned() => slot,
+            slot = room.clone().acquire_owned() => slot,
         };
         let Ok(slot) = slot else { break };
         let (stream, from) = tokio::select! {
@@ -95,9 +96,13 @@ async fn accept_all(node: Node, socket: TcpListener, acceptor: TlsAcceptor, mut 
             },
         };
         while connections.try_join_next().is_some() {}
+        let Some(place) = slots.enter(from.ip()) else {
+            tracing::warn!(%from, "too many callers from there have not shown their keys; turned away");
+            continue;
+        };
         let (node, acceptor) = (node.clone(), acceptor.clone());
         connections.spawn(async move {
-            if let Err(error) = serve(node, acceptor, stream, from).await {
+            if let Err(error) = serve(node, acceptor, stream, from, place).await {
                 tracing::info!(%from, error = error_chain(&error), "a connection failed");
             }
             drop(slot);
@@ -116,7 +121,7 @@ fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: SocketAddr) -> Result<()> {
+async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: SocketAddr, place: Slot) -> Result<()> {
     let patience = node.options().patience;
     let address = from.to_string();
     let set_up = |e| Error::link("setting up", &address, e);
@@ -133,6 +138,12 @@ async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: Socke
     let Some(peer) = peer else {
         node.note_stranger(key, from);
         let error = stranger_error(&key);
+        link::turn_away(stream, &error, patience).await;
+        return Err(error);
+    };
+    let Some(_seat) = place.sit(key) else {
+        let message = format!("{MAX_OF_PEER} connections of this key are open here; close some, or wait");
+        let error = Error::refused(ErrorClass::Busy, message);
         link::turn_away(stream, &error, patience).await;
         return Err(error);
     };
@@ -167,7 +178,7 @@ fn stranger_error(key: &PublicKey) -> Error {
 }
 
 /// Does what the peer asks for until it leaves. Gives the transfer that the connection is to join, if so.
-async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<Option<Arc<Trunk>>> {
+pub(crate) async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<Option<Arc<Trunk>>> {
     let mut membership = None;
     let answerer = get::Answerer::new(node.store(), peer);
     while let Some(request) = link.recv_or_end().await? {
@@ -191,10 +202,10 @@ async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Result<Option<
                 let result = take(node, peer, link, offer, &entry).await;
                 entry.end(result)?;
             }
-            Message::Fetch { names } => {
+            Message::Fetch { names, dry_run } => {
                 require(peer.rights.pull, "pull from")?;
                 let entry = begin(node, peer, Role::Sending, names.clone(), link)?;
-                let result = give(node, peer, link, Wanted::Whole(names), &entry).await;
+                let result = give(node, peer, link, Wanted::Whole(names, dry_run), &entry).await;
                 entry.end(result)?;
             }
             Message::Get { ids } => {
@@ -259,7 +270,8 @@ async fn take(node: &Node, peer: &Peer, link: &mut Link, offer: Offer, entry: &E
 
 /// What a peer pulls.
 enum Wanted {
-    Whole(Vec<LayerName>),
+    /// All, or only what that would cost.
+    Whole(Vec<LayerName>, bool),
     /// Without the data.
     Structure(Vec<LayerName>),
     /// The data of what it has the structure of.
@@ -278,7 +290,7 @@ async fn give(node: &Node, peer: &Peer, link: &mut Link, wanted: Wanted, entry: 
     let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
     let (store, visible) = (node.store().clone(), peer.rights.visible.clone());
     let prepare = move || match wanted {
-        Wanted::Whole(names) => send::prepare(&store, &names, &visible, false),
+        Wanted::Whole(names, is_dry) => Ok(send::prepare(&store, &names, &visible, false)?.dry_run(is_dry)),
         Wanted::Structure(names) => Ok(send::prepare(&store, &names, &visible, false)?.lazily()),
         Wanted::Rest(layers) => send::prepare_layers(&store, &layers, &visible),
     };

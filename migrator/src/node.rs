@@ -61,6 +61,8 @@ pub struct PushOptions {
     pub paths: PathOptions,
     /// How the transfer is to go.
     pub manner: Manner,
+    /// Only what it would cost is worked out: nothing is stored or named there.
+    pub dry_run: bool,
 }
 
 /// How a transfer that is begun here goes. All of it can be changed while it runs, by [`Node::transfers`].
@@ -85,6 +87,8 @@ pub struct PullOptions {
     pub paths: PathOptions,
     /// How the transfer is to go.
     pub manner: Manner,
+    /// Only what it would cost is worked out: nothing is stored or named here.
+    pub dry_run: bool,
 }
 
 /// A host that called and isn't a peer.
@@ -240,7 +244,10 @@ impl Node {
         entry: &Entry,
     ) -> Result<TransferReport> {
         let (store, wanted) = (self.store().clone(), names.to_vec());
-        let prepare = move || send::prepare(&store, &wanted, &Visible::All, options.force);
+        let prepare = move || {
+            let prepared = send::prepare(&store, &wanted, &Visible::All, options.force)?;
+            Ok(prepared.dry_run(options.dry_run))
+        };
         let prepared = joined(spawn_blocking(prepare).await)?;
         let prepared = if options.lazy { prepared.lazily() } else { prepared };
         let job = Job::Push(&prepared, names, Vec::new());
@@ -278,7 +285,7 @@ impl Node {
     ) -> Result<TransferReport> {
         let request = match options.lazy {
             true => Message::Look { names: names.to_vec(), layers: Vec::new() },
-            false => Message::Fetch { names: names.to_vec() },
+            false => Message::Fetch { names: names.to_vec(), dry_run: options.dry_run },
         };
         let terms = Terms { lazy: options.lazy, ..Terms::of_pull(self, peer, names, options.force) };
         let job = Job::Pull(request, terms);

@@ -38,6 +38,10 @@ pub struct TransferReport {
     pub retries: u64,
     /// Bytes of frames that went out again because one of several connections was lost.
     pub resent_bytes: u64,
+    /// Nothing was moved: the chunks are those that would have been.
+    pub dry_run: bool,
+    /// In a dry run: the bytes that would have gone over, TLS not included.
+    pub would_send_bytes: u64,
     /// How long it took, in seconds.
     pub seconds: f64,
     /// How long each phase took.
@@ -68,6 +72,7 @@ pub(crate) struct Tally {
     pub plain_bytes: AtomicU64,
     pub stored_bytes: AtomicU64,
     pub reused: AtomicU64,
+    pub would_send_bytes: AtomicU64,
     pub layers: AtomicU64,
     pub layers_lacking: AtomicU64,
     pub connections: AtomicU64,
@@ -85,6 +90,7 @@ impl Tally {
             plain_bytes: count(),
             stored_bytes: count(),
             reused: count(),
+            would_send_bytes: count(),
             layers: count(),
             layers_lacking: count(),
             connections: AtomicU64::new(1),
@@ -118,6 +124,7 @@ impl Tally {
             connections: get(&self.connections),
             retries: get(&self.retries),
             resent_bytes: get(&self.resent_bytes),
+            would_send_bytes: get(&self.would_send_bytes),
             seconds: seconds(self.started.elapsed()),
             phases: all,
             ..TransferReport::default()

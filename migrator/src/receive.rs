@@ -212,6 +212,9 @@ impl Driver<'_> {
             Event::Checked(present) => {
                 let reused = present.iter().filter(|present| **present).count();
                 self.tally.reused.fetch_add(reused as u64, Relaxed);
+                if self.is_dry() {
+                    self.tally.chunks.fetch_add((present.len() - reused) as u64, Relaxed);
+                }
                 self.check_next();
                 return Ok(self.machine.have_checked(&present));
             }
@@ -354,7 +357,13 @@ impl Driver<'_> {
         }));
     }
 
+    /// Whether only what the transfer would cost is to be known.
+    fn is_dry(&self) -> bool {
+        self.accepted.as_ref().is_some_and(|accepted| accepted.offer.dry_run)
+    }
+
     async fn commit(&mut self) -> Result<Vec<ReceiverStep>> {
+        self.tally.would_send_bytes.store(self.machine.would_send().unwrap_or_default(), Relaxed);
         self.tally.phase("commit");
         self.monitor.phase("verifying", None);
         if let Some(appending) = self.appending.take() {
@@ -451,9 +460,22 @@ fn layers_lacking(accepted: &Accepted) -> impl Iterator<Item = LayerId> {
     accepted.offer.layers.iter().zip(&accepted.lacking).filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.id)
 }
 
-/// Makes the chunks durable, verifies the layers, sets the names. Blocks. Returns how many names have changed.
+/// How many of the names refer to other layers here, or to none.
+fn would_change(store: &Store, accepted: &Accepted) -> Result<u16> {
+    let mut changed = 0;
+    for (name, top) in &accepted.offer.names {
+        changed += u16::from(store.name(name)?.is_none_or(|record| record.layer != accepted.layer_of(*top)));
+    }
+    Ok(changed)
+}
+
+/// Makes the chunks durable, verifies the layers, sets the names. Blocks. Returns how many names have changed; in a dry
+/// run, how many would.
 fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
     let Context { store, session, .. } = context;
+    if accepted.offer.dry_run {
+        return would_change(store, accepted);
+    }
     session.commit()?;
     failpoint::hit("receive.staged");
     let extent = if accepted.offer.lazy { Extent::Structure } else { Extent::Whole };

@@ -45,6 +45,17 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
+    /// Only what it would cost is to be known.
+    pub fn is_dry(&self) -> bool {
+        self.offer.dry_run
+    }
+
+    /// The same, dry or not.
+    pub fn dry_run(mut self, is_dry: bool) -> Prepared {
+        self.offer.dry_run = is_dry;
+        self
+    }
+
     /// How many names it has.
     pub fn names(&self) -> usize {
         self.offer.names.len()
@@ -291,6 +302,7 @@ impl Driver<'_> {
             outbox: self.link.outbox()?,
             tally: self.tally.clone(),
             monitor: self.monitor.clone(),
+            is_dry: self.offer.dry_run,
             sent_ahead,
         };
         self.encoder = Some(Encoder::start(work, Sender::WINDOW / MAX_ASK + 2 * PLANNED_BATCHES));

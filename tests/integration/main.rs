@@ -7,6 +7,7 @@ mod crash;
 mod damage;
 mod dedup;
 mod export;
+mod fuzz;
 mod guests;
 mod judges;
 mod lazy;
@@ -34,6 +35,7 @@ fn main() -> std::process::ExitCode {
         archives::cases(),
         damage::cases(),
         crash::cases(),
+        fuzz::cases(),
         guests::cases(),
         outlive::cases(),
     ];

@@ -9,6 +9,7 @@
 //! host's files.
 
 mod acl;
+mod ahead;
 pub mod builder;
 mod bundle;
 mod decode;
@@ -169,6 +170,9 @@ pub fn import(
         SourceSpec::Path(path) => detect::open_path(&path, options.format, &store.tmp_folder())?,
         SourceSpec::Stream(input) => detect::open_stream(input, options.format, &store.tmp_folder())?,
     };
+    if let Some(total) = ahead::bytes(&opened, options.one_filesystem) {
+        monitor.phase("reading", Some(total));
+    }
     let format = opened.format();
     let session = Arc::new(store.session("import"));
     let mut import = Import { session, options, monitor, layers: Vec::new(), taken: Taken::default() };

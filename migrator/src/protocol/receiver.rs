@@ -32,7 +32,7 @@ pub enum ReceiverStep {
     Finish,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
     AwaitOffer,
     CheckingOffer,
@@ -42,7 +42,7 @@ enum State {
 }
 
 /// The receiving side of one transfer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Receiver {
     state: State,
     next_seq: u32,
@@ -52,6 +52,10 @@ pub struct Receiver {
     /// Wanted and not come.
     awaited: HashSet<ChunkId>,
     received: u64,
+    /// Nothing is to come.
+    is_dry: bool,
+    /// What the sender of a dry run says that it would have sent, in bytes.
+    would_send: Option<u64>,
     /// Bundles that are being opened.
     opening: usize,
     /// The sender's count, if it has said End before all bundles were open, or before all had come.
@@ -69,6 +73,8 @@ impl Default for Receiver {
             checking_ids: 0,
             awaited: HashSet::new(),
             received: 0,
+            is_dry: false,
+            would_send: None,
             opening: 0,
             ended: None,
             is_grouped: false,
@@ -91,12 +97,21 @@ impl Receiver {
             (Message::Alive, _) => Ok(Vec::new()),
             (Message::Offer(offer), State::AwaitOffer) => {
                 self.state = State::CheckingOffer;
+                self.is_dry = offer.dry_run;
                 Ok(vec![ReceiverStep::CheckOffer(offer)])
             }
             (other, State::Receiving) if self.ended.is_some() && !(self.is_grouped && other.is_bulk()) => {
                 Err(Violation(format!("{} after End", other.kind())))
             }
             (Message::Ask { seq, ids }, State::Receiving) => self.on_ask(seq, ids),
+            (Message::Chunks(_) | Message::Bundle(_), State::Receiving) if self.is_dry => {
+                Err(Violation("chunks in a dry run".to_owned()))
+            }
+            (Message::End { chunks }, State::Receiving) if self.is_dry && self.checking.is_empty() => {
+                self.would_send = Some(chunks);
+                self.state = State::Committing;
+                Ok(vec![ReceiverStep::Commit])
+            }
             (Message::Chunks(chunks), State::Receiving) => self.on_chunks(chunks),
             (Message::Bundle(bundle), State::Receiving) => {
                 self.opening += 1;
@@ -143,7 +158,7 @@ impl Receiver {
             return Vec::new();
         };
         self.checking_ids -= ids.len();
-        let want = |(id, present): (ChunkId, &bool)| !*present && self.awaited.insert(id);
+        let want = |(id, present): (ChunkId, &bool)| !*present && (self.is_dry || self.awaited.insert(id));
         let wanted = ids.into_iter().zip(present).map(want).collect();
         vec![ReceiverStep::Send(Message::Want { seq, wanted })]
     }
@@ -193,6 +208,11 @@ impl Receiver {
         debug_assert_eq!(self.state, State::Committing);
         self.state = State::Finished;
         vec![ReceiverStep::Send(Message::Done { changed }), ReceiverStep::Finish]
+    }
+
+    /// How many bytes the sender of a dry run would have sent, once it has said so.
+    pub fn would_send(&self) -> Option<u64> {
+        self.would_send
     }
 
     /// How many chunks have come.

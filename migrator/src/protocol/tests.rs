@@ -24,6 +24,7 @@ fn offer(layers: usize, hints: usize) -> Offer {
     Offer {
         force: false,
         lazy: false,
+        dry_run: false,
         layers: (0..layers).map(|n| OfferedLayer { id: layer(n), file_bytes: 1 }).collect(),
         names: vec![(LayerName::new("name").unwrap(), layers as u16 - 1)],
         hints: (0..hints).map(|n| layer(layers + n)).collect(),
@@ -251,7 +252,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         })),
         (0u64..4).prop_map(|chunks| Message::End { chunks }),
         Just(Message::Done { changed: 1 }),
-        Just(Message::Fetch { names: vec![LayerName::new("x").unwrap()] }),
+        Just(Message::Fetch { names: vec![LayerName::new("x").unwrap()], dry_run: false }),
     ]
 }
 
@@ -307,6 +308,23 @@ fn the_end_waits_for_open_bundles() {
     assert_eq!(receiver.on_message(Message::End { chunks: 1 }), Ok(Vec::new()));
     assert!(receiver.on_message(Message::Bundle(bundle)).is_err());
     assert_eq!(receiver.opened([id(1)]), Ok(vec![ReceiverStep::Commit]));
+}
+
+#[test]
+fn a_dry_run_goes_as_a_real_one_but_nothing_comes() {
+    let mut receiver = Receiver::default();
+    receiver.on_message(Message::Offer(Offer { dry_run: true, ..offer(1, 0) })).unwrap();
+    receiver.offer_checked(vec![true], vec![]);
+    let ids: Vec<ChunkId> = (0..MAX_ASK as u32).map(id).collect();
+    // More than could be outstanding.
+    for seq in 0..100 {
+        receiver.on_message(Message::Ask { seq, ids: ids.clone() }).unwrap();
+        receiver.have_checked(&vec![false; MAX_ASK]);
+    }
+    let mut cheating = receiver.clone();
+    assert!(cheating.on_message(Message::Chunks(vec![chunk(id(1))])).is_err());
+    assert_eq!(receiver.on_message(Message::End { chunks: 12_345 }), Ok(vec![ReceiverStep::Commit]));
+    assert_eq!(receiver.would_send(), Some(12_345));
 }
 
 #[test]

@@ -102,6 +102,33 @@ async fn what_takes_the_place_of_something_held_goes_as_its_difference() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_says_what_a_real_one_sends_and_changes_nothing() {
+    let pair = Pair::new().await;
+    let layer = add_layer(pair.here.store(), "base", &tree(300, 3 << 20));
+    let chunks_there = pair.there.store().stat(&layerfs::monitor::Silent).unwrap().chunks;
+    let options = crate::PushOptions { dry_run: true, ..Default::default() };
+    let dry = pair.here.node.push(&[name("base")], "there", options, silent()).await.unwrap();
+    assert!(dry.dry_run && dry.names_changed == 1 && dry.layers_sent == 1);
+    assert!(dry.bytes_sent < 64 << 10, "{dry:?}");
+    assert!(pair.there.store().name(&name("base")).unwrap().is_none());
+    assert_eq!(pair.there.store().stat(&layerfs::monitor::Silent).unwrap().chunks, chunks_there);
+    let real = pair.push("base").await.unwrap();
+    assert!(pair.there.has_whole("base", layer));
+    assert_eq!(dry.chunks_sent, real.chunks_sent);
+    let ratio = real.bytes_sent as f64 / (dry.would_send_bytes + dry.bytes_sent) as f64;
+    assert!((0.9..=1.1).contains(&ratio), "{dry:?} {real:?}");
+
+    let layer = add_layer(pair.there.store(), "other", &tree(200, 1 << 20));
+    let options = crate::PullOptions { dry_run: true, ..Default::default() };
+    let dry = pair.here.node.pull(&[name("other")], "there", options, silent()).await.unwrap();
+    assert!(pair.here.store().name(&name("other")).unwrap().is_none());
+    let real = pair.pull("other").await.unwrap();
+    assert!(pair.here.has_whole("other", layer));
+    let ratio = real.bytes_received as f64 / (dry.would_send_bytes + dry.bytes_received) as f64;
+    assert!((0.85..=1.15).contains(&ratio), "{dry:?} {real:?}");
+}
+
 /// Every chunk of `tree`'s layer in `host`.
 fn chunks_of(host: &Host, layer: layerfs::LayerId) -> Vec<ChunkId> {
     let mut ids = Vec::new();

@@ -40,6 +40,7 @@ const PART: u8 = 0x21;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
+const FLAG_DRY_RUN: u8 = 2;
 const FLAG_LAZY: u8 = 4;
 
 /// Appends the frame of `message` to `out`.
@@ -54,8 +55,9 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             out.put_bytes16(text.as_bytes());
         }
         Message::Alive => out.put_u8(ALIVE),
-        Message::Fetch { names } => {
+        Message::Fetch { names, dry_run } => {
             out.put_u8(FETCH);
+            out.put_u8(if *dry_run { FLAG_DRY_RUN } else { 0 });
             out.put_u16(names.len() as u16);
             names.iter().for_each(|name| out.put_bytes16(name.as_str().as_bytes()));
         }
@@ -145,7 +147,8 @@ fn encode_hello(hello: &Hello, out: &mut Vec<u8>) {
 
 fn encode_offer(offer: &Offer, out: &mut Vec<u8>) {
     out.put_u8(OFFER);
-    out.put_u8(if offer.force { FLAG_FORCE } else { 0 } | if offer.lazy { FLAG_LAZY } else { 0 });
+    let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
+    out.put_u8(flag(offer.force, FLAG_FORCE) | flag(offer.dry_run, FLAG_DRY_RUN) | flag(offer.lazy, FLAG_LAZY));
     out.put_u16(offer.layers.len() as u16);
     for layer in &offer.layers {
         out.put_id(&layer.id.0);
@@ -219,7 +222,7 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         HELLO => Message::Hello(decode_hello(reader)?),
         ERROR => decode_error(reader)?,
         ALIVE => Message::Alive,
-        FETCH => Message::Fetch { names: list(reader, "names", 1, MAX_NAMES, decode_name)? },
+        FETCH => decode_fetch(reader)?,
         GET => Message::Get { ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
         PACE => Message::Pace(decode_pace(reader)?),
         LOOK => decode_look(reader)?,
@@ -305,9 +308,18 @@ fn decode_look(reader: &mut Reader<'_>) -> Result<Message> {
     Ok(Message::Look { names, layers })
 }
 
+fn decode_fetch(reader: &mut Reader<'_>) -> Result<Message> {
+    let flags = reader.u8()?;
+    if flags & !FLAG_DRY_RUN != 0 {
+        return Err(Error::Unsupported { what: "fetch", detail: format!("flags {flags:#04x}") });
+    }
+    let names = list(reader, "names", 1, MAX_NAMES, decode_name)?;
+    Ok(Message::Fetch { names, dry_run: flags & FLAG_DRY_RUN != 0 })
+}
+
 fn decode_offer(reader: &mut Reader<'_>) -> Result<Offer> {
     let flags = reader.u8()?;
-    if flags & !(FLAG_FORCE | FLAG_LAZY) != 0 {
+    if flags & !(FLAG_FORCE | FLAG_DRY_RUN | FLAG_LAZY) != 0 {
         return Err(Error::Unsupported { what: "offer", detail: format!("flags {flags:#04x}") });
     }
     let layer = |r: &mut Reader<'_>| Ok(OfferedLayer { id: LayerId(r.id()?), file_bytes: r.u64()? });
@@ -318,7 +330,8 @@ fn decode_offer(reader: &mut Reader<'_>) -> Result<Offer> {
         return Err(reader.error(format!("name {name} has layer {top} of {}", layers.len())));
     }
     let hints = list(reader, "hints", 0, MAX_HINTS, |r| Ok(LayerId(r.id()?)))?;
-    Ok(Offer { force: flags & FLAG_FORCE != 0, lazy, layers, names, hints })
+    let (force, dry_run) = (flags & FLAG_FORCE != 0, flags & FLAG_DRY_RUN != 0);
+    Ok(Offer { force, dry_run, lazy, layers, names, hints })
 }
 
 fn decode_name(reader: &mut Reader<'_>) -> Result<LayerName> {

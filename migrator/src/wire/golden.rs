@@ -29,10 +29,11 @@ fn golden() -> Vec<(Message, &'static str)> {
         (Message::Hello(Hello::OURS), "13000000014c4657500100010001000000000000000000"),
         (Message::error(ErrorClass::Exists, "taken"), "090000000203050074616b656e"),
         (Message::Alive, "0100000003"),
-        (Message::Fetch { names: vec![name("a"), name("b/c")] }, "0b0000001002000100610300622f63"),
+        (Message::Fetch { names: vec![name("a"), name("b/c")], dry_run: true }, "0c000000100202000100610300622f63"),
         (
             Message::Offer(Offer {
                 force: true,
+                dry_run: true,
                 lazy: true,
                 layers: vec![
                     OfferedLayer { id: LayerId(id(1)), file_bytes: 5 },
@@ -42,7 +43,7 @@ fn golden() -> Vec<(Message, &'static str)> {
                 hints: vec![LayerId(id(9))],
             }),
             concat!(
-                "7f0000001105020001010101010101010101010101010101010101010101010101010101010101010500000000000000",
+                "7f0000001107020001010101010101010101010101010101010101010101010101010101010101010500000000000000",
                 "020202020202020202020202020202020202020202020202020202020202020208070605040302010100030061707001",
                 "0001000909090909090909090909090909090909090909090909090909090909090909",
             ),
@@ -123,6 +124,16 @@ fn golden() -> Vec<(Message, &'static str)> {
         (Message::Part { number: 4 }, "09000000210400000000000000"),
         (Message::Got { frames: 3 }, "090000001c0300000000000000"),
     ]
+}
+
+/// The frames of all of them.
+pub(crate) fn golden_frames() -> Vec<Vec<u8>> {
+    let frame = |(message, _)| {
+        let mut frame = Vec::new();
+        encode(&message, &mut frame);
+        frame
+    };
+    golden().into_iter().map(frame).collect()
 }
 
 fn hex(bytes: &[u8]) -> String {

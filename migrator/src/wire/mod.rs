@@ -5,7 +5,7 @@
 
 mod codec;
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;
 
 use bytes::Bytes;
 use layerfs::chunk::{Class, StoredChunk};
@@ -64,6 +64,8 @@ pub enum Message {
     Fetch {
         /// What is wanted.
         names: Vec<LayerName>,
+        /// Only what it would cost is wanted.
+        dry_run: bool,
     },
     /// Please send me these chunks, as far as they are there. Answered by [`Message::Chunks`] and [`Message::End`].
     Get {
@@ -122,7 +124,7 @@ pub enum Message {
     Bundle(Bundle),
     /// Everything that was wanted has been sent.
     End {
-        /// How many chunks were sent in all.
+        /// How many chunks were sent in all; in a dry run how many bytes of frames would have been sent.
         chunks: u64,
     },
     /// Other connections may join the transfer that is asked for next, with this token.
@@ -187,6 +189,8 @@ pub struct OfferedLayer {
 pub struct Offer {
     /// Whether names that are taken are to be changed.
     pub force: bool,
+    /// Only what it would cost is to be known: no chunks follow.
+    pub dry_run: bool,
     /// Whether only the layers' structure is to be sent now, and their names set as partial.
     pub lazy: bool,
     /// Every layer of every named stack, once, parents before children.

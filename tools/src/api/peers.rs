@@ -27,6 +27,9 @@ pub struct TransferRequest {
     /// Only what a mount needs first; the data follows in the background, and when it is read.
     #[serde(default)]
     pub lazy: bool,
+    /// Move nothing, and say what it would cost.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// What a transfer did.
@@ -42,6 +45,18 @@ pub struct TransferResult {
     /// It has only begun: the numbers that follow are 0.
     #[serde(default)]
     pub background: bool,
+    /// Nothing was moved: what follows is what would be.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// In a dry run: the bytes that would go over.
+    #[serde(default)]
+    pub would_send_bytes: u64,
+    /// In a dry run: how long that would take, if the link was ever measured.
+    #[serde(default)]
+    pub estimated_seconds: Option<f64>,
+    /// In a dry run: what that is worked out from, in bytes per second.
+    #[serde(default)]
+    pub estimated_rate: Option<u64>,
     /// Layers that went over.
     pub layers_sent: u64,
     /// Chunks that went over.

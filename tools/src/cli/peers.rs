@@ -18,6 +18,7 @@ use super::transfers::Manner;
     after_help = "Examples:\n  layerctl push app edge1\n  layerctl push debian app web:state edge1\n  \
         layerctl push app edge1 --limit 20Mbit --priority low --background\n  \
         layerctl push app edge1 --lazy      it can be mounted there at once\n  \
+        layerctl push app edge1 --dry-run\n  \
         layerctl push app oci://registry.example.org/team/app:1.0\n  \
         layerctl push app oci://registry.example.org/team/app:packs --as packs"
 )]

@@ -124,4 +124,7 @@ pub struct Manner {
     /// Come back at once; `layerctl transfers` shows how it goes
     #[arg(long)]
     pub background: bool,
+    /// Move nothing; say what would go over, and how long it would take
+    #[arg(long, short = 'n', conflicts_with = "background")]
+    pub dry_run: bool,
 }

@@ -59,8 +59,10 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
 
 /// Registries are no peers: nothing schedules what goes there.
 fn check_manner(manner: &Manner, lazy: bool) -> Result<()> {
-    if manner.limit.is_some() || manner.background || lazy {
-        return Err(Failure::invalid("--limit, --background and --lazy are for peers, not for registries (oci://…)"));
+    if manner.limit.is_some() || manner.background || manner.dry_run || lazy {
+        return Err(Failure::invalid(
+            "--limit, --background, --dry-run and --lazy are for peers, not for registries (oci://…)",
+        ));
     }
     Ok(())
 }
@@ -70,13 +72,17 @@ fn split(names_and_peer: Vec<String>) -> Result<(Vec<String>, String)> {
 }
 
 fn request(names: Vec<String>, peer: String, force: bool, manner: Manner) -> TransferRequest {
-    let Manner { limit, priority, background } = manner;
-    TransferRequest { names, peer, force, limit: limit.map_or(0, |rate| rate.0), priority, background, lazy: false }
+    let Manner { limit, priority, background, dry_run } = manner;
+    let limit = limit.map_or(0, |rate| rate.0);
+    TransferRequest { names, peer, force, limit, priority, background, dry_run, lazy: false }
 }
 
 fn transferred(result: &TransferResult, verb: &str) -> String {
     if result.background {
         return format!("transfer {} runs; `layerctl transfers` shows how it goes\n", result.transfer);
+    }
+    if result.dry_run {
+        return would_transfer(result);
     }
     let moved = result.bytes_sent + result.bytes_received;
     let mut text = format!("{} {verb} {}: ", result.names.join(", "), result.peer);
@@ -91,6 +97,27 @@ fn transferred(result: &TransferResult, verb: &str) -> String {
     }
     let rate = units::rate(moved, result.seconds);
     text.push_str(&format!("\n{} on the wire, {}, {rate}\n", units::size(moved), units::duration(result.seconds)));
+    text
+}
+
+fn would_transfer(result: &TransferResult) -> String {
+    let mut text = format!("{} and {}: ", result.names.join(", "), result.peer);
+    if result.layers_sent == 0 {
+        text.push_str("it is all there already\n");
+        return text;
+    }
+    let (layers, chunks) = (units::plural(result.layers_sent, "layer"), units::plural(result.chunks_sent, "chunk"));
+    text.push_str(&format!("{layers}, {chunks} would go over, {}", units::size(result.would_send_bytes)));
+    if result.chunks_reused > 0 {
+        text.push_str(&format!(" ({} chunks are there)", units::count(result.chunks_reused)));
+    }
+    match (result.estimated_seconds, result.estimated_rate) {
+        (Some(seconds), Some(rate)) => {
+            let (duration, rate) = (units::duration(seconds), units::rate(rate, 1.0));
+            text.push_str(&format!("\nthat takes about {duration} at {rate}\n"));
+        }
+        _ => text.push_str("\nhow long it takes is unknown: no transfer was long enough yet to measure the link\n"),
+    }
     text
 }
 

@@ -170,5 +170,6 @@ pub fn filters() -> Vec<(&'static str, &'static str)> {
             r#""$1": [bytes]"#,
         ),
         (r"\b(\d+ (B|KiB|MiB)|\d+\.\d (KiB|MiB))( on the wire)", "[size]$4"),
+        (r"(would go over, )\S+ [KMG]?i?B", "$1[size]"),
     ]
 }

@@ -50,27 +50,29 @@ fn transfers_are_watched_and_changed() {
     let (central, edge) = acquainted();
     central.make_tree("tree");
     central.json(&["import", "tree", "base"]);
+    hold!("push_dry_run", central.run(&["push", "base", "edge", "--dry-run"]));
+    assert!(edge.json(&["list"])["layers"].as_array().unwrap().is_empty());
     hold!("push_background", central.run(&["push", "base", "edge", "--limit", "1k", "--background"]));
-    let running = transfer(&central, 1, "running");
+    let running = transfer(&central, 2, "running");
     assert_eq!(
         (&running["role"], &running["origin"], &running["limit"]),
         (&"sending".into(), &"here".into(), &1024.into())
     );
-    assert_eq!(edge.json(&["transfers"])["transfers"][0]["origin"], "peer");
+    assert_eq!(edge.json(&["transfers"])["transfers"][1]["origin"], "peer");
     let quiet = central.session(&[
-        &["transfers", "pause", "1"],
-        &["transfers", "priority", "high", "1"],
-        &["transfers", "limit", "2k", "1"],
-        &["transfers", "limit", "5", "1"],
-        &["transfers", "pause", "1", "99"],
+        &["transfers", "pause", "2"],
+        &["transfers", "priority", "high", "2"],
+        &["transfers", "limit", "2k", "2"],
+        &["transfers", "limit", "5", "2"],
+        &["transfers", "pause", "2", "99"],
     ]);
     hold!("transfers_changed", quiet);
-    let paused = transfer(&central, 1, "paused");
+    let paused = transfer(&central, 2, "paused");
     assert_eq!((&paused["priority"], &paused["limit"]), (&"high".into(), &2048.into()));
-    transfer(&edge, 1, "running");
-    central.json(&["transfers", "resume", "1"]);
-    central.json(&["transfers", "limit", "none", "1"]);
-    transfer(&central, 1, "done");
+    transfer(&edge, 2, "running");
+    central.json(&["transfers", "resume", "2"]);
+    central.json(&["transfers", "limit", "none", "2"]);
+    transfer(&central, 2, "done");
     let shown = central.run(&["transfers"]);
     assert!(shown.contains("push to edge  base   done   100.0%") && shown.contains("high"), "{shown}");
     central.json(&["push", "base", "edge"]);

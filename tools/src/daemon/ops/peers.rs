@@ -10,6 +10,7 @@ use layerfs::monitor::Monitor;
 use layerfs::store::Store;
 use layerfs::{LayerId, LayerName};
 use migrator::TransferReport;
+use migrator::governor::Way;
 use migrator::lazy::SourceStatus;
 use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
@@ -178,6 +179,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
     let options = PushOptions {
         force: request.force,
         lazy: request.lazy,
+        dry_run: request.dry_run,
         manner: manner(&node, &request)?,
         ..Default::default()
     };
@@ -191,6 +193,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
         Ok(report)
     };
     run(context, label, &request, options.manner, "--force replaces it there", push)
+        .and_then(|done| estimate(context, done, Way::Out, &request))
 }
 
 /// `/v1/pull`.
@@ -201,12 +204,14 @@ pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResul
     let options = PullOptions {
         force: request.force,
         lazy: request.lazy,
+        dry_run: request.dry_run,
         manner: manner(&node, &request)?,
         ..Default::default()
     };
     let peer = request.peer.clone();
     let pull = |monitor| async move { node.pull(&names, &peer, options, monitor).await };
     run(context, label, &request, options.manner, "--force replaces it", pull)
+        .and_then(|done| estimate(context, done, Way::In, &request))
 }
 
 fn names(request: &TransferRequest) -> Result<Vec<LayerName>> {
@@ -252,6 +257,32 @@ where
     Ok(TransferResult { names, peer, transfer: id, background: true, ..TransferResult::default() })
 }
 
+/// Round trips that a transfer takes once its connection is there.
+const ROUND_TRIPS: f64 = 4.0;
+
+/// Adds to what a dry run found how long the transfer would take: by the link as last measured, and the limits.
+fn estimate(
+    context: &Context,
+    mut result: TransferResult,
+    way: Way,
+    request: &TransferRequest,
+) -> Result<TransferResult> {
+    if !result.dry_run {
+        return Ok(result);
+    }
+    let node = context.daemon.peering.node();
+    let measured = context.block_on(node.measured(&request.peer))?;
+    let common = node.transfers().governor().limit().map(migrator::Rate::bytes_per_second);
+    let limits = [Some(request.limit).filter(|limit| *limit > 0), common];
+    let round_trip = measured.round_trip_micros.unwrap_or_default() as f64 / 1e6;
+    if let Some(rate) = measured.rate(way) {
+        let rate = limits.into_iter().flatten().fold(rate, u64::min);
+        result.estimated_rate = Some(rate);
+        result.estimated_seconds = Some(ROUND_TRIPS * round_trip + result.would_send_bytes as f64 / rate.max(1) as f64);
+    }
+    Ok(result)
+}
+
 fn finish(
     outcome: migrator::Result<TransferReport>,
     request: &TransferRequest,
@@ -268,6 +299,10 @@ fn finish(
         peer: request.peer.clone(),
         transfer,
         background: false,
+        dry_run: report.dry_run,
+        would_send_bytes: report.would_send_bytes,
+        estimated_seconds: None,
+        estimated_rate: None,
         layers_sent: report.layers_sent,
         chunks_sent: report.chunks_sent,
         chunks_reused: report.chunks_reused,

@@ -1,0 +1,108 @@
+//! Tenants kept apart: whatever a peer with restricted rights says, it hears of what it may not see as of what isn't there.
+
+use layerfs::chunk::Class;
+use layerfs::{ChunkId, LayerId};
+
+use super::pair::*;
+use crate::Error;
+use crate::link::{Link, Patience};
+use crate::listener::serve_peer;
+use crate::peers::{Rights, Visible};
+use crate::wire::{Bundle, Message, Offer, OfferedLayer};
+
+/// A host with `secret`, which its peer "here" may not see, and a chunk of that.
+fn host_with_secret() -> (Host, LayerId, ChunkId) {
+    let host = Host::new();
+    let secret = add_layer(host.store(), "secret", &tree(5, 30_000));
+    add_layer(host.store(), "mine/a", &[("a".to_owned(), noise(3, 2000))].into());
+    let visible = Visible::Matching(vec!["mine/*".to_owned()]);
+    host.know("here", Host::new().node.public_key(), None, Rights { visible, ..Rights::default() });
+    let mut ids = Vec::new();
+    let mut add = |candidate: crate::plan::Candidate| {
+        ids.push(candidate.id);
+        Ok(())
+    };
+    crate::plan::candidates(host.store().as_ref(), &[secret], &[], &mut add).unwrap();
+    (host, secret, ids.pop().unwrap())
+}
+
+/// A link to `host` as its peer "here".
+fn call(host: &Host) -> Link {
+    let (caller, listener) = tokio::io::duplex(1 << 20);
+    let (node, peer) = (host.node.clone(), host.node.peers().get("here").unwrap());
+    tokio::spawn(async move {
+        let mut link = Link::start(listener, "here", Patience::default());
+        match serve_peer(&node, &peer, &mut link).await {
+            Ok(_) => link.close().await,
+            Err(error) => link.close_with(&error).await,
+        }
+    });
+    Link::start(caller, "there", Patience::default())
+}
+
+/// What `host` answers to `messages`: its messages up to its first error, which is the last, or `count` of them.
+async fn answers(host: &Host, messages: Vec<Message>, count: usize) -> Vec<String> {
+    let mut link = call(host);
+    for message in messages {
+        link.send(message).await.unwrap();
+    }
+    let mut heard = Vec::new();
+    while heard.len() < count {
+        match link.recv().await {
+            Ok(message) => heard.push(format!("{message:?}")),
+            Err(Error::Remote { class, message, .. }) => {
+                heard.push(format!("{class:?}: {message}"));
+                break;
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    heard
+}
+
+fn offer(layer: LayerId, called: &str, hint: LayerId, dry_run: bool) -> Message {
+    let layers = vec![OfferedLayer { id: layer, file_bytes: 1 }];
+    Message::Offer(Offer { layers, names: vec![(name(called), 0)], hints: vec![hint], dry_run, ..Offer::default() })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hidden_name_is_as_one_that_does_not_exist() {
+    let (host, secret, _) = host_with_secret();
+    let without = |heard: Vec<String>, called: &str| heard.join("\n").replace(called, "NAME");
+    for dry_run in [false, true] {
+        let fetch = |called: &str| vec![Message::Fetch { names: vec![name(called)], dry_run }];
+        let (hidden, absent) = (answers(&host, fetch("secret"), 1).await, answers(&host, fetch("absent"), 1).await);
+        assert!(hidden[0].starts_with("NotFound"), "{hidden:?}");
+        assert_eq!(without(hidden, "secret"), without(absent, "absent"));
+        let offer = |called: &str| vec![offer(secret, called, secret, dry_run)];
+        let (hidden, absent) = (answers(&host, offer("secret"), 1).await, answers(&host, offer("absent"), 1).await);
+        assert!(hidden[0].starts_with("Denied"), "{hidden:?}");
+        assert_eq!(without(hidden, "secret"), without(absent, "absent"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_layers_and_chunks_are_as_such_that_do_not_exist() {
+    let (host, secret, chunk) = host_with_secret();
+    let absent = (LayerId(ChunkId([7; 32])), ChunkId([8; 32]));
+    let mut heard = Vec::new();
+    for (layer, chunk) in [(secret, chunk), absent] {
+        for dry_run in [false, true] {
+            let ask = Message::Ask { seq: 0, ids: vec![chunk, layer.0] };
+            heard.push(answers(&host, vec![offer(layer, "mine/x", layer, dry_run), ask], 2).await.join("\n"));
+        }
+        heard.push(answers(&host, vec![Message::Get { ids: vec![chunk, layer.0] }], 1).await.join("\n"));
+        let mut base = [0; 8];
+        base.copy_from_slice(&chunk.0[..8]);
+        let frame = crate::bundle::pack(b"", b"x", 3).unwrap().into();
+        let bundle = Message::Bundle(Bundle { bases: vec![base], chunks: vec![(Class::Data, 1)], frame });
+        let refused = answers(&host, vec![offer(layer, "mine/x", layer, false), bundle], 2).await.join("\n");
+        let hex: String = base.iter().map(|byte| format!("{byte:02x}")).collect();
+        heard.push(refused.replace(&hex, "BASE"));
+    }
+    let (hidden, unknown) = heard.split_at(heard.len() / 2);
+    assert_eq!(hidden, unknown);
+    assert!(hidden[0].contains("wanted: [true, true]") && hidden[0].contains("held: [false]"), "{hidden:?}");
+    assert!(hidden[2].contains("End { chunks: 0 }"), "{hidden:?}");
+    assert!(hidden[3].contains("the base BASE of a bundle is not to be had"), "{hidden:?}");
+}
