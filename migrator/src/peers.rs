@@ -21,6 +21,8 @@ pub const DEFAULT_PORT: u16 = 7440;
 
 const RECORD_VERSION: u8 = 1;
 const MAX_ADDRESS: usize = 300;
+/// The longest name that DNS has.
+const MAX_HOST: usize = 253;
 const MAX_ADDRESSES: usize = 16;
 const MAX_PATTERNS: usize = 1000;
 
@@ -320,10 +322,15 @@ fn normalize_one(text: &str) -> Result<String> {
     if let Ok(address) = text.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>() {
         return Ok(std::net::SocketAddr::new(address, DEFAULT_PORT).to_string());
     }
-    match text.split_once(':') {
-        None => Ok(format!("{text}:{DEFAULT_PORT}")),
-        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(text.to_owned()),
-        Some(_) => Err(wrong()),
+    let (host, port) = text.split_once(':').unwrap_or((text, ""));
+    let is_host = !host.is_empty()
+        && host.len() <= MAX_HOST
+        && host.chars().all(|c| c.is_alphanumeric() || matches!(c, '.' | '-' | '_'));
+    match port {
+        _ if !is_host => Err(wrong()),
+        "" if !text.ends_with(':') => Ok(format!("{host}:{DEFAULT_PORT}")),
+        port if port.parse::<u16>().is_ok() => Ok(text.to_owned()),
+        _ => Err(wrong()),
     }
 }
 
@@ -356,7 +363,7 @@ mod tests {
         ] {
             assert_eq!(normalize_address(text).unwrap(), expected);
         }
-        for wrong in ["", "a,,b", "a b", "host:", ":1", "host:99999", "http://x"] {
+        for wrong in ["", "a,,b", "a b", "host:", ":1", "host:99999", "http://x", "a\0b", "a:1:2", &"x".repeat(254)] {
             assert!(normalize_address(wrong).is_err(), "{wrong}");
         }
     }
