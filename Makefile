@@ -16,12 +16,13 @@ COMPLETIONS ?= $(PREFIX)/share
 LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
 CARGO_FLAGS := --release --locked
 
-.PHONY: help build demo test bench lint fuzz install uninstall setup
+.PHONY: help build demo test faults bench lint fuzz install uninstall setup
 
 help:
 	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
 	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
 	@echo 'make test       every test; those that cannot run here say why'
+	@echo 'make faults     1,000 transfers over links on which everything goes wrong'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
 	@echo 'make fuzz       look for inputs that break a decoder, SECONDS_EACH=60 for each target (TARGETS="message import" for some)'
 	@echo 'make lint       formatting and clippy'
@@ -41,6 +42,9 @@ demo: build
 test: build
 	@scripts/setup test || true
 	cargo test $(CARGO_FLAGS) --workspace --lib --bins --tests
+
+faults:
+	LAYERFS_FAULT_RUNS=1000 cargo test $(CARGO_FLAGS) -p migrator --lib -- --nocapture whatever_happens_to_the_link
 
 bench: build
 	@scripts/setup bench || true

@@ -4,8 +4,8 @@
 //! Invariants: each attempt is a transfer of its own for the protocol, so that nothing depends on how the last one
 //! ended; what an attempt has brought over is there for the next.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use layerfs::LayerName;
@@ -14,7 +14,7 @@ use layerfs::monitor::Monitor;
 use crate::dial::{Dialer, Route};
 use crate::error::Result;
 use crate::group::Token;
-use crate::link::{Counters, Link};
+use crate::link::{Counted, Counters, Link};
 use crate::node::Node;
 use crate::paths::{Connections, Manager, PathOptions};
 use crate::peers::Peer;
@@ -22,6 +22,7 @@ use crate::progress::{Tally, TransferReport};
 use crate::receive::{self, Terms};
 use crate::retry::{Backoff, is_transient};
 use crate::send::{self, CANCEL_CHECK, Prepared};
+use crate::streams::Arrivals;
 use crate::transfers::Entry;
 use crate::wire::Message;
 
@@ -49,6 +50,8 @@ struct Call<'a> {
     entry: &'a Entry,
     dialer: Dialer,
     routes: Vec<Route>,
+    /// Where connections come from that aren't dialled.
+    arrivals: Option<Arrivals>,
     choice: Connections,
     token: Token,
     job: Job<'a>,
@@ -73,9 +76,14 @@ pub(crate) async fn transfer(
         peer,
         entry,
         dialer: node.dialer(peer.name.as_str(), Some(peer.key), paths),
-        routes: node.routes(peer)?,
-        // What carries nothing needs one connection.
-        choice: if job.is_dry() { Connections::Exactly(1) } else { paths.connections.unwrap_or_default() },
+        routes: if paths.stream.is_some() { Vec::new() } else { node.routes(peer)? },
+        arrivals: paths.stream.map(|id| node.streams().open(id)),
+        choice: match paths.stream {
+            Some(_) => Connections::Exactly(1),
+            // What carries nothing needs one connection.
+            None if job.is_dry() => Connections::Exactly(1),
+            None => paths.connections.unwrap_or_default(),
+        },
         token: Token::random()?,
         job,
         tally: Arc::new(Tally::new()),
@@ -109,10 +117,20 @@ impl Call<'_> {
     async fn attempt(&self, backoff: &mut Backoff) -> Result<(Vec<LayerName>, u16)> {
         self.tally.phase("connect");
         self.monitor.phase("connecting", None);
-        let (route, dialled) = self.dialer.any(&self.routes).await?;
+        let (peer, patience) = (self.peer.name.as_str(), self.dialer.patience);
+        let (mut link, first) = match &self.arrivals {
+            Some(arrivals) => {
+                let stream = arrivals.next(peer).await?;
+                let counted = Counted::new(stream, self.dialer.counters.clone());
+                (Link::start(counted, peer, patience), (0, Weak::new()))
+            }
+            None => {
+                let (route, dialled) = self.dialer.any(&self.routes).await?;
+                self.node.remember_link(self.peer, dialled.measured).await;
+                (Link::start(dialled.stream, peer, patience), (route, dialled.probe))
+            }
+        };
         backoff.connected();
-        self.node.remember_link(self.peer, dialled.measured).await;
-        let mut link = Link::start(dialled.stream, self.peer.name.as_str(), self.dialer.patience);
         self.entry.transfer().set_connections(1);
         link.govern(self.entry.transfer().gate().clone());
         let several = self.choice != Connections::Exactly(1);
@@ -123,7 +141,7 @@ impl Call<'_> {
                 trunk: trunk.clone(),
                 token: self.token,
                 routes: self.routes.clone(),
-                first: (route, dialled.probe),
+                first,
                 choice: self.choice,
                 is_sending: matches!(self.job, Job::Push(..)),
                 transfer: self.entry.transfer().clone(),

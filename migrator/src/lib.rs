@@ -39,6 +39,7 @@ pub mod retry;
 pub mod send;
 pub mod slots;
 pub mod socket;
+pub mod streams;
 pub mod structure;
 #[cfg(test)]
 pub(crate) mod tests;

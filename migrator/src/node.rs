@@ -11,6 +11,7 @@ use layerfs::monitor::Monitor;
 use layerfs::store::Store;
 use layerfs::{ChunkId, LayerName};
 use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
@@ -23,13 +24,14 @@ use crate::grants::Grants;
 use crate::group::Groups;
 use crate::identity::{Fingerprint, Identity, PublicKey};
 use crate::link::{Link, Patience};
-use crate::listener::Listener;
+use crate::listener::{self, Listener};
 use crate::measured::{self, Measured};
 use crate::paths::{Connections, PathOptions};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
 use crate::progress::TransferReport;
 use crate::receive::Terms;
 use crate::send::{self, joined};
+use crate::streams::{self, Streams, TRUSTED_KEY};
 use crate::transfers::{Entry, Origin, Plan, Role, Transfer, Transfers};
 use crate::wire::{MAX_NAMES, Message};
 
@@ -113,6 +115,7 @@ struct Inner {
     strangers: Mutex<VecDeque<Stranger>>,
     groups: Groups,
     grants: Grants,
+    streams: Streams,
 }
 
 impl Node {
@@ -132,6 +135,7 @@ impl Node {
             strangers: Mutex::default(),
             groups: Groups::default(),
             grants: Grants::default(),
+            streams: Streams::default(),
         };
         Ok(Node(Arc::new(inner)))
     }
@@ -190,6 +194,22 @@ impl Node {
         &self.0.groups
     }
 
+    /// Where connections are brought that others make.
+    pub fn streams(&self) -> &Streams {
+        &self.0.streams
+    }
+
+    /// Serves whoever is at the other end of `stream`, with all rights, until it leaves.
+    ///
+    /// # Errors
+    /// Of any kind; the other side has been told.
+    pub async fn serve_stream<S>(&self, stream: S, label: &str) -> Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        listener::serve_trusted(self, stream, &streams::trusted_peer(label)?).await
+    }
+
     /// What restricted peers have sent in broken attempts.
     pub(crate) fn grants(&self) -> &Grants {
         &self.0.grants
@@ -229,7 +249,7 @@ impl Node {
         options: PushOptions,
         monitor: Arc<dyn Monitor>,
     ) -> Result<TransferReport> {
-        let peer = self.peer(peer).await?;
+        let peer = self.other_side(peer, options.paths).await?;
         let entry = self.begin(Role::Sending, names, &peer, options.manner, monitor)?;
         let result = self.push_listed(names, &peer, options, &entry).await;
         self.remember(&peer, entry.transfer()).await;
@@ -269,7 +289,7 @@ impl Node {
         if names.is_empty() || names.len() > MAX_NAMES {
             return Err(layerfs::Error::invalid(format!("1 to {MAX_NAMES} names can be moved at once")).into());
         }
-        let peer = self.peer(peer).await?;
+        let peer = self.other_side(peer, options.paths).await?;
         let entry = self.begin(Role::Receiving, names, &peer, options.manner, monitor)?;
         let result = self.pull_listed(names, &peer, options, &entry).await;
         self.remember(&peer, entry.transfer()).await;
@@ -335,6 +355,9 @@ impl Node {
     }
 
     pub(crate) async fn remember_link(&self, peer: &Peer, new: Measured) {
+        if peer.key == TRUSTED_KEY {
+            return;
+        }
         let (store, key) = (self.store().clone(), peer.key);
         let kept = joined(spawn_blocking(move || Ok(measured::remember(&store, &key, new)?)).await);
         if let Err(error) = kept {
@@ -354,6 +377,10 @@ impl Node {
     pub(crate) async fn peer(&self, name: &str) -> Result<Peer> {
         let (peers, name) = (self.peers().clone(), name.to_owned());
         joined(spawn_blocking(move || Ok(peers.get(&name)?)).await)
+    }
+
+    async fn other_side(&self, name: &str, paths: PathOptions) -> Result<Peer> {
+        if paths.stream.is_some() { streams::trusted_peer(name) } else { self.peer(name).await }
     }
 
     /// One connection to `peer`, over any of its addresses.

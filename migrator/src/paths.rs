@@ -62,6 +62,8 @@ pub struct PathOptions {
     pub connect: Option<Duration>,
     /// After so long without a word, a link is dead.
     pub idle: Option<Duration>,
+    /// Not to call at all, but to use what is brought as this ([`crate::streams::Streams::bring`]).
+    pub stream: Option<u64>,
 }
 
 impl PathOptions {
@@ -72,10 +74,12 @@ impl PathOptions {
             retry_for: self.retry_for.or(below.retry_for),
             connect: self.connect.or(below.connect),
             idle: self.idle.or(below.idle),
+            stream: self.stream.or(below.stream),
         }
     }
 
-    pub(crate) fn patience(&self, below: Patience) -> Patience {
+    /// The patience that this asks for, and `below` where it says nothing.
+    pub fn patience(&self, below: Patience) -> Patience {
         let idle = self.idle.unwrap_or(below.idle);
         Patience { connect: self.connect.unwrap_or(below.connect), idle, keep_alive: below.keep_alive.min(idle / 3) }
     }

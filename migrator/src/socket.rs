@@ -181,8 +181,8 @@ mod tests {
                 assert!(probe.info().unwrap().round_trip < Duration::from_secs(1));
             }
         }
-        let from = Some(IpAddr::from([127, 0, 0, 2]));
-        let (near, _) = tokio::join!(connect(address, from, Kind::Tcp), listener.accept());
-        assert_eq!(near.unwrap().local_addr().unwrap().ip(), from.unwrap());
+        let from = IpAddr::from([127, 0, 0, 2]);
+        let (near, _) = tokio::join!(connect(address, Some(from), Kind::Tcp), listener.accept());
+        assert_eq!(near.unwrap().local_addr().unwrap().ip(), from);
     }
 }

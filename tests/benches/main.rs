@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod lazy;
+mod link;
 mod measure;
 mod peers;
 mod storage;
@@ -26,6 +27,7 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --tree DIR    measure on this tree [default: a Debian root, or a made-up tree]\
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
+    \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths\
     \n  --only WORD   only the parts whose name holds WORD: speed, wire, lazy, storage, memory";
 
 /// What is measured, and how.
@@ -50,6 +52,16 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("link") {
+        return match link::run(words.next().as_deref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("layerfs-bench: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match parse().and_then(|options| run(&options)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {

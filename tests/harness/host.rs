@@ -104,6 +104,8 @@ pub struct Host {
     /// `layerctl` for this host's store.
     pub ctl: Ctl,
     end: Option<End>,
+    /// Where the daemon listens, if not at its end of the link.
+    listen: Option<String>,
     folder: TempDir,
 }
 
@@ -117,7 +119,7 @@ impl Host {
     pub fn cold() -> anyhow::Result<Host> {
         let folder = tempfile::Builder::new().prefix("lfst").tempdir()?;
         let ctl = Ctl::new(&folder.path().join("store"), None)?;
-        Ok(Host { daemon: None, ctl, end: None, folder })
+        Ok(Host { daemon: None, ctl, end: None, listen: None, folder })
     }
 
     fn within(end: Option<End>, args: &[&str]) -> anyhow::Result<Host> {
@@ -131,7 +133,7 @@ impl Host {
     /// Starts the daemon with further arguments.
     pub fn start(&mut self, args: &[&str]) -> anyhow::Result<()> {
         ensure!(self.daemon.is_none(), "the daemon runs already");
-        let listen = self.end.as_ref().map(|end| format!("{}:{PORT}", end.address));
+        let listen = self.listen.clone().or_else(|| self.end.as_ref().map(|end| format!("{}:{PORT}", end.address)));
         // What these daemons leave when they are killed is what a dead machine leaves.
         let mut all = vec!["--no-keeper"];
         if let Some(listen) = &listen {
@@ -306,6 +308,18 @@ impl TwoHosts {
     /// Two hosts that know each other on a link that was made for them, by its first path.
     pub fn on(link: Link) -> anyhow::Result<TwoHosts> {
         let hosts = TwoHosts::strangers_on(link)?;
+        hosts.introduce()?;
+        Ok(hosts)
+    }
+
+    /// Two hosts that know each other and listen on all their addresses.
+    pub fn everywhere(link: Link) -> anyhow::Result<TwoHosts> {
+        let mut hosts = TwoHosts::strangers_on(link)?;
+        for host in [&mut hosts.a, &mut hosts.b] {
+            host.stop()?;
+            host.listen = Some(format!("0.0.0.0:{PORT}"));
+            host.start(&[])?;
+        }
         hosts.introduce()?;
         Ok(hosts)
     }

@@ -150,6 +150,29 @@ impl Link {
         Ok(())
     }
 
+    /// Lets MPTCP use all paths: the first host opens a subflow from each address to each that the second tells of.
+    pub fn add_mptcp_endpoints(&self) -> anyhow::Result<()> {
+        for end in [&self.a, &self.b] {
+            ip(&["-n", &end.namespace, "mptcp", "limits", "set", "subflow", "4", "add_addr_accepted", "4"])?;
+        }
+        for (a, b) in &self.more {
+            ip(&[
+                "-n",
+                &a.namespace,
+                "mptcp",
+                "endpoint",
+                "add",
+                &a.address,
+                "dev",
+                &a.interface,
+                "subflow",
+                "fullmesh",
+            ])?;
+            ip(&["-n", &b.namespace, "mptcp", "endpoint", "add", &b.address, "dev", &b.interface, "signal"])?;
+        }
+        Ok(())
+    }
+
     /// Cuts or mends the first path.
     pub fn set_up(&self, up: bool) -> anyhow::Result<()> {
         self.set_path_up(0, up)

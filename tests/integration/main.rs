@@ -16,6 +16,7 @@ mod paths;
 mod push;
 mod registry;
 mod roundtrip;
+mod ssh;
 mod tier;
 
 use layerfs_tests::case::Case;
@@ -32,6 +33,7 @@ fn main() -> std::process::ExitCode {
         tier::cases(),
         paths::cases(),
         lazy::cases(),
+        ssh::cases(),
         archives::cases(),
         damage::cases(),
         crash::cases(),

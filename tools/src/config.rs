@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::api::peers::NetworkRequest;
 use crate::failure::{Failure, Result};
 use crate::units;
 
@@ -95,6 +96,12 @@ struct ConfigFile {
     log: Option<String>,
     tier_credentials: Option<PathBuf>,
     tier_profile: Option<String>,
+    connections: Option<String>,
+    transport: Option<String>,
+    retry_for: Option<String>,
+    connect_timeout: Option<String>,
+    idle_timeout: Option<String>,
+    connect_from: Option<Vec<std::net::IpAddr>>,
 }
 
 impl ConfigFile {
@@ -124,6 +131,12 @@ impl ConfigFile {
             log: self.log.or(below.log),
             tier_credentials: self.tier_credentials.or(below.tier_credentials),
             tier_profile: self.tier_profile.or(below.tier_profile),
+            connections: self.connections.or(below.connections),
+            transport: self.transport.or(below.transport),
+            retry_for: self.retry_for.or(below.retry_for),
+            connect_timeout: self.connect_timeout.or(below.connect_timeout),
+            idle_timeout: self.idle_timeout.or(below.idle_timeout),
+            connect_from: self.connect_from.or(below.connect_from),
         }
     }
 }
@@ -192,6 +205,10 @@ pub struct Settings {
     pub tier_credentials: Option<PathBuf>,
     /// Its profile.
     pub tier_profile: Option<String>,
+    /// How transfers use the network, unless they say otherwise.
+    pub network: NetworkRequest,
+    /// The local addresses to call from.
+    pub connect_from: Vec<std::net::IpAddr>,
 }
 
 impl Settings {
@@ -234,7 +251,25 @@ impl Settings {
                 ))
             })?),
         };
+        let time = |name: &str, text: &Option<String>| match text {
+            None => Ok(None),
+            Some(text) => units::parse_time(text).map(Some).ok_or_else(|| {
+                Failure::invalid(format!("{name} = {text:?} in the config file is no time; write it like \"30s\""))
+            }),
+        };
+        let connections = file.connections.as_deref().map(str::parse::<crate::cli::transfers::Connections>);
+        let wrong = |why| Failure::invalid(format!("connections in the config file: {why}"));
+        let network = NetworkRequest {
+            connections: connections.transpose().map_err(wrong)?.map(|count| count.0),
+            transport: file.transport,
+            retry_for_seconds: time("retry_for", &file.retry_for)?,
+            connect_seconds: time("connect_timeout", &file.connect_timeout)?,
+            idle_seconds: time("idle_timeout", &file.idle_timeout)?,
+            stream: None,
+        };
         Ok(Settings {
+            network,
+            connect_from: file.connect_from.unwrap_or_default(),
             store: std::path::absolute(&store).map_err(|e| Failure::file("find", &store, e))?,
             store_chosen_by,
             listen: file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse())?,

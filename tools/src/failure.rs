@@ -77,6 +77,23 @@ impl Class {
     }
 }
 
+impl From<Class> for ErrorClass {
+    fn from(class: Class) -> ErrorClass {
+        match class {
+            Class::Invalid => ErrorClass::Invalid,
+            Class::NotFound => ErrorClass::NotFound,
+            Class::Exists => ErrorClass::Exists,
+            Class::Busy | Class::Interrupted => ErrorClass::Busy,
+            Class::Corrupt => ErrorClass::Corrupt,
+            Class::Unsupported => ErrorClass::Unsupported,
+            Class::NoSpace => ErrorClass::NoSpace,
+            Class::Denied => ErrorClass::Denied,
+            Class::Network => ErrorClass::Network,
+            Class::Failure => ErrorClass::Io,
+        }
+    }
+}
+
 impl From<ErrorClass> for Class {
     fn from(class: ErrorClass) -> Class {
         match class {

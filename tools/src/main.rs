@@ -18,6 +18,7 @@ mod keeper;
 mod mount_helper;
 mod output;
 mod progress;
+mod ssh;
 mod units;
 
 use std::ffi::OsStr;

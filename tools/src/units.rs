@@ -116,6 +116,20 @@ pub fn rfc3339(seconds: i64) -> String {
     format!("{}T{:02}:{:02}:{:02}Z", date(seconds), second / 3600, second % 3600 / 60, second % 60)
 }
 
+/// Seconds as people write them: `30s`, `10m`, `2h`, or a bare number.
+pub fn parse_time(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor = match unit.trim() {
+        "" | "s" => 1,
+        "m" | "min" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(factor)
+}
+
 /// The reverse of [`rfc3339`].
 pub fn parse_rfc3339(text: &str) -> Option<i64> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;

@@ -2,6 +2,7 @@
 
 mod control;
 mod damage;
+mod faults;
 pub mod pair;
 mod paths;
 mod recorded;

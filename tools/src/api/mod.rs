@@ -23,6 +23,8 @@ use crate::units;
 pub const API_VERSION: u32 = 1;
 /// Operations that clients of every version may ask for: a daemon of another version must be seen and stopped.
 pub const TIMELESS: [&str; 2] = ["status", "stop"];
+/// For whom a connection becomes a stream: `serve`, or the number of the stream that a transfer awaits.
+pub const HEADER_STREAM: &str = "layerfs-stream";
 /// Both sides tell [`API_VERSION`] in this header.
 pub const HEADER_API: &str = "layerfs-api";
 /// The request of an operation whose body is a stream of bytes, as JSON in ASCII.

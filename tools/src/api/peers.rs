@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::transfers::Priority;
+use crate::failure::Failure;
 
 /// `/v1/push`, `/v1/pull`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -24,12 +25,43 @@ pub struct TransferRequest {
     /// Answer at once.
     #[serde(default)]
     pub background: bool,
+    /// How to use the network.
+    #[serde(default)]
+    pub network: NetworkRequest,
     /// Only what a mount needs first; the data follows in the background, and when it is read.
     #[serde(default)]
     pub lazy: bool,
     /// Move nothing, and say what it would cost.
     #[serde(default)]
     pub dry_run: bool,
+}
+
+/// How a transfer uses the network. What isn't given is as the daemon's config has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetworkRequest {
+    /// So many connections; 0 for as many as it takes.
+    pub connections: Option<u8>,
+    /// `auto`, `tcp` or `mptcp`.
+    pub transport: Option<String>,
+    /// For how long a failed link is tried again.
+    pub retry_for_seconds: Option<u64>,
+    /// For connecting, and for the handshake.
+    pub connect_seconds: Option<u64>,
+    /// After so long without a word a link is dead.
+    pub idle_seconds: Option<u64>,
+    /// Not to call anybody, but to use the connections brought to `/v1/stream` with this number.
+    pub stream: Option<u64>,
+}
+
+/// `/v1/stream-failed`: there will be no connection for the transfer that awaits it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamFailed {
+    /// The stream's number.
+    pub stream: u64,
+    /// Why.
+    pub failure: Failure,
 }
 
 /// What a transfer did.
@@ -63,6 +95,12 @@ pub struct TransferResult {
     pub chunks_sent: u64,
     /// Chunks that were there already.
     pub chunks_reused: u64,
+    /// The most connections at a time.
+    #[serde(default)]
+    pub connections: u64,
+    /// How often it began again because the link had failed.
+    #[serde(default)]
+    pub retries: u64,
     /// Bytes written to the connection, TLS included where known.
     pub bytes_sent: u64,
     /// Bytes read from the connection.

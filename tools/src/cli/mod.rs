@@ -108,6 +108,8 @@ pub enum Command {
     Transfers(transfers::Transfers),
     Limit(transfers::Limit),
     Peer(peers::Peer),
+    #[command(hide = true)]
+    Stdio(peers::Stdio),
 
     Stat(storage::Stat),
     Du(storage::Du),

@@ -12,6 +12,9 @@ use super::transfers::Manner;
 ///
 /// With oci://HOST/REPOSITORY[:TAG] as peer, one NAME goes to an OCI registry, as an image that every container engine can
 /// run.
+///
+/// With ssh://[USER@]HOST[:PORT][/STORE] as peer, your own ssh starts layerctl on that host, which needs nothing but
+/// the program.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "layerctl push [OPTIONS] <NAME>... <PEER>",
@@ -20,7 +23,8 @@ use super::transfers::Manner;
         layerctl push app edge1 --lazy      it can be mounted there at once\n  \
         layerctl push app edge1 --dry-run\n  \
         layerctl push app oci://registry.example.org/team/app:1.0\n  \
-        layerctl push app oci://registry.example.org/team/app:packs --as packs"
+        layerctl push app oci://registry.example.org/team/app:packs --as packs\n  \
+        layerctl push app ssh://me@edge1.example.org"
 )]
 pub struct Push {
     /// The layers' names, then the peer's
@@ -67,6 +71,11 @@ pub struct Pull {
     #[arg(long)]
     pub lazy: bool,
 }
+
+/// Serve whoever is at the other end of stdin and stdout: what `push` and `pull` with ssh:// start on the other side
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  ssh host layerctl stdio      as push and pull do it by themselves")]
+pub struct Stdio {}
 
 /// Add, list and remove peers, the hosts to exchange layers with.
 ///

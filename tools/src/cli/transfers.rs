@@ -113,7 +113,7 @@ fn parse_limit(text: &str) -> Result<NewLimit, String> {
 }
 
 /// How a transfer is to go.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Manner {
     /// The most to take of the network: 10M (MiB per second), 100Mbit
     #[arg(long, value_name = "RATE")]
@@ -127,4 +127,42 @@ pub struct Manner {
     /// Move nothing; say what would go over, and how long it would take
     #[arg(long, short = 'n', conflicts_with = "background")]
     pub dry_run: bool,
+    /// How many connections: `auto` for as many as it takes, or a number up to 32
+    #[arg(long, value_name = "N")]
+    pub connections: Option<Connections>,
+    /// What carries it; auto takes MPTCP if this host has several networks
+    #[arg(long, value_name = "WHAT", value_parser = ["auto", "tcp", "mptcp", "ssh"])]
+    pub transport: Option<String>,
+    /// For how long a link that fails is tried again, such as 30s, 10m, 0 [default: 2m once it has begun]
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub retry_for: Option<u64>,
+    /// How long connecting may take
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub connect_timeout: Option<u64>,
+    /// After how long without a word a link is dead
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub idle_timeout: Option<u64>,
+    /// With an ssh:// peer: where layerctl is there [default: layerctl, on the user's path]
+    #[arg(long, value_name = "PATH")]
+    pub remote_layerctl: Option<String>,
+}
+
+/// A number of connections; 0 stands for auto.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections(pub u8);
+
+impl std::str::FromStr for Connections {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Connections, String> {
+        match text.parse() {
+            Ok(count @ 1..=32) => Ok(Connections(count)),
+            _ if text == "auto" => Ok(Connections(0)),
+            _ => Err("give auto, or a number from 1 to 32".to_owned()),
+        }
+    }
+}
+
+fn time(text: &str) -> Result<u64, String> {
+    units::parse_time(text).ok_or_else(|| "write it like 30s, 10m or 2h".to_owned())
 }

@@ -76,6 +76,7 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Transfers(args) => transfers::transfers(session, args)?,
         Command::Limit(args) => transfers::limit(session, args)?,
         Command::Peer(args) => peers::peer(session, args)?,
+        Command::Stdio(_) => peers::stdio(session)?,
         Command::Stat(_) => storage::stat(session)?,
         Command::Du(args) => storage::du(session, args)?,
         Command::Why(args) => inspect::why(session, args)?,

@@ -7,8 +7,8 @@ use migrator::registry::Address;
 use super::{Session, registry};
 use crate::api::Empty;
 use crate::api::peers::{
-    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest, ProbeResult,
-    StrangerInfo, TransferRequest, TransferResult,
+    Identity, NetworkRequest, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest,
+    ProbeResult, StrangerInfo, TransferRequest, TransferResult,
 };
 use crate::cli::peers as args;
 use crate::cli::transfers::Manner;
@@ -16,6 +16,7 @@ use crate::client::Client;
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Table, facts};
 use crate::progress::Display;
+use crate::ssh::{self, Sessions, Target};
 use crate::units;
 
 /// `layerctl push`.
@@ -27,7 +28,11 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
     }
     args.registry.check_unused()?;
     let label = format!("pushing to {peer}");
-    let request = TransferRequest { lazy: args.lazy, ..request(names, peer, args.force, args.manner) };
+    check_lazy(args.lazy, &peer)?;
+    let client = session.client()?;
+    let (request, _sessions) = request(session, names, peer, args.force, args.manner)?;
+    drop(client);
+    let request = TransferRequest { lazy: args.lazy, ..request };
     let result: TransferResult = session.work("push", &request, &label)?;
     session.output.answer(&result, |result| transferred(result, "sent to"))?;
     if args.lazy && !session.output.json {
@@ -45,8 +50,10 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     }
     args.registry.check_unused()?;
     let mut display = Display::new(session.output, format!("pulling from {peer}"));
-    let request = TransferRequest { lazy: args.lazy, ..request(names, peer, args.force, args.manner) };
     let client = session.client_of_new_store()?;
+    check_lazy(args.lazy, &peer)?;
+    let (request, _sessions) = request(session, names, peer, args.force, args.manner)?;
+    let request = TransferRequest { lazy: args.lazy, ..request };
     let result: TransferResult = client.work("pull", &request, &mut display, &mut |_| Ok(()))?;
     session.output.answer(&result, |result| transferred(result, "fetched from"))?;
     if args.lazy && !session.output.json {
@@ -71,10 +78,49 @@ fn split(names_and_peer: Vec<String>) -> Result<(Vec<String>, String)> {
     args::split_names(names_and_peer).ok_or_else(|| Failure::invalid("give the layers' names, then the peer's"))
 }
 
-fn request(names: Vec<String>, peer: String, force: bool, manner: Manner) -> TransferRequest {
-    let Manner { limit, priority, background, dry_run } = manner;
+/// What follows later needs a connection then.
+fn check_lazy(is_lazy: bool, peer: &str) -> Result<()> {
+    if is_lazy && Target::is_meant(peer) {
+        return Err(Failure::invalid("--lazy is not for ssh:// peers: the rest would have no way to come by")
+            .hint("add the host with `layerctl peer add`"));
+    }
+    Ok(())
+}
+
+/// The request, and the ssh that it needs, which must live until it is done.
+fn request(
+    session: &Session,
+    names: Vec<String>,
+    peer: String,
+    force: bool,
+    manner: Manner,
+) -> Result<(TransferRequest, Option<Sessions>)> {
+    let Manner { limit, priority, background, dry_run, .. } = manner;
+    let remote = manner.remote_layerctl.as_deref();
+    let sessions = if Target::is_meant(&peer) && !background {
+        Some(Sessions::start(&session.settings, &Target::parse(&peer)?, remote))
+    } else {
+        None
+    };
+    let network = NetworkRequest {
+        connections: manner.connections.map(|count| count.0),
+        transport: manner.transport,
+        retry_for_seconds: manner.retry_for,
+        connect_seconds: manner.connect_timeout,
+        idle_seconds: manner.idle_timeout,
+        stream: sessions.as_ref().map(|sessions| sessions.stream),
+    };
+    if Target::is_meant(&peer) && background {
+        return Err(Failure::invalid("--background is not for ssh:// peers: the transfer is this command's own ssh"));
+    }
     let limit = limit.map_or(0, |rate| rate.0);
-    TransferRequest { names, peer, force, limit, priority, background, dry_run, lazy: false }
+    Ok((TransferRequest { names, peer, force, limit, priority, background, dry_run, network, lazy: false }, sessions))
+}
+
+/// `layerctl stdio`.
+pub fn stdio(session: &Session) -> Result<()> {
+    drop(session.client_of_new_store()?);
+    ssh::stdio(&session.settings)
 }
 
 fn transferred(result: &TransferResult, verb: &str) -> String {

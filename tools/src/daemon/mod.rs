@@ -7,6 +7,7 @@ pub mod http;
 pub mod life;
 pub mod memory;
 pub mod ops;
+pub mod streams;
 pub mod work;
 
 use std::io::Write;
@@ -169,7 +170,8 @@ fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
 
 async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &DaemonStart) -> Result<()> {
     let (mounts, left) = Mounts::new(&store, &settings, start)?;
-    let peering = Peering::new(&store, listen, LazyOptions { timeout: settings.lazy_timeout })?;
+    let lazy = LazyOptions { timeout: settings.lazy_timeout };
+    let peering = Peering::new(&store, listen, lazy, &settings)?;
     let daemon = Arc::new(Daemon {
         works: Arc::new(Works::default()),
         mounts,

@@ -44,6 +44,8 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/uppers", operation("uppers", Short, mounts::uppers))
         .route("/v1/uppers-remove", operation("uppers-remove", Short, mounts::uppers_remove))
         .route("/v1/push", operation("push", Long, peers::push))
+        .route("/v1/stream", super::streams::route())
+        .route("/v1/stream-failed", operation("stream-failed", Short, peers::stream_failed))
         .route("/v1/pull", operation("pull", Long, peers::pull))
         .route("/v1/transfers", operation("transfers", Short, transfers::list))
         .route("/v1/transfer-set", operation("transfer-set", Short, transfers::set))

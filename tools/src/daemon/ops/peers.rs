@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use layerfs::monitor::Monitor;
 use layerfs::store::Store;
@@ -12,21 +13,22 @@ use layerfs::{LayerId, LayerName};
 use migrator::TransferReport;
 use migrator::governor::Way;
 use migrator::lazy::SourceStatus;
+use migrator::link::Patience;
 use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
 use migrator::{
-    Fingerprint, Lazy, LazyOptions, Listener, Node, NodeOptions, Peer, PeerName, PublicKey, PullOptions, PushOptions,
-    Rights,
+    Connections, Fingerprint, Lazy, LazyOptions, Listener, Node, NodeOptions, PathOptions, Peer, PeerName, PublicKey,
+    PullOptions, PushOptions, RetryFor, Rights, Transport,
 };
 use tokio::sync::Mutex;
 
 use super::layers::{layer_name, resolve, with_force_hint};
 use crate::api::Empty;
 use crate::api::peers::{
-    Identity, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest, ProbeResult,
-    StrangerInfo, TransferRequest, TransferResult,
+    Identity, NetworkRequest, PeerAddRequest, PeerInfo, PeerList, PeerRemoveRequest, PeerSetRequest, ProbeRequest,
+    ProbeResult, StrangerInfo, StreamFailed, TransferRequest, TransferResult,
 };
-use crate::config::{DEFAULT_PORT, Listen};
+use crate::config::{DEFAULT_PORT, Listen, Settings};
 use crate::daemon::http::Context;
 use crate::daemon::work::Reporter;
 use crate::failure::{Class, Failure, Result, describe};
@@ -62,8 +64,12 @@ pub struct ListenStatus {
 
 impl Peering {
     /// No listener yet.
-    pub fn new(store: &Arc<Store>, listen: Listen, lazy_options: LazyOptions) -> Result<Peering> {
-        let node = Node::open(store.clone(), NodeOptions::default())?;
+    pub fn new(store: &Arc<Store>, listen: Listen, lazy_options: LazyOptions, settings: &Settings) -> Result<Peering> {
+        let paths = paths(&settings.network)?;
+        let sources = settings.connect_from.clone();
+        let below = Patience::default();
+        let patience = paths.patience(below);
+        let node = Node::open(store.clone(), NodeOptions { patience, paths, sources })?;
         let (listener, status, lazy) = Default::default();
         let peering = Peering { node, listen, listener, lazy, lazy_options, status };
         peering.start_lazy();
@@ -181,7 +187,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
         lazy: request.lazy,
         dry_run: request.dry_run,
         manner: manner(&node, &request)?,
-        ..Default::default()
+        paths: paths(&request.network)?,
     };
     let (peer, daemon) = (request.peer.clone(), context.daemon.clone());
     let push = |monitor| async move {
@@ -206,12 +212,48 @@ pub fn pull(context: &Context, request: TransferRequest) -> Result<TransferResul
         lazy: request.lazy,
         dry_run: request.dry_run,
         manner: manner(&node, &request)?,
-        ..Default::default()
+        paths: paths(&request.network)?,
     };
     let peer = request.peer.clone();
     let pull = |monitor| async move { node.pull(&names, &peer, options, monitor).await };
     run(context, label, &request, options.manner, "--force replaces it", pull)
         .and_then(|done| estimate(context, done, Way::In, &request))
+}
+
+/// As the library has it.
+pub fn paths(request: &NetworkRequest) -> Result<PathOptions> {
+    let seconds = |seconds: Option<u64>| seconds.map(Duration::from_secs);
+    let transport = match request.transport.as_deref() {
+        None => None,
+        Some("auto") => Some(Transport::Auto),
+        Some("tcp") => Some(Transport::Tcp),
+        Some("mptcp") => Some(Transport::Mptcp),
+        Some("ssh") if request.stream.is_some() => None,
+        Some("ssh") => return Err(Failure::invalid("SSH needs an address: give ssh://USER@HOST as the peer")),
+        Some(other) => return Err(Failure::invalid(format!("{other:?} is no transport: use auto, tcp, mptcp or ssh"))),
+    };
+    if request.idle_seconds.is_some_and(|idle| idle < 3) || request.connect_seconds == Some(0) {
+        return Err(Failure::invalid("an idle timeout has 3 s at least, and a connect timeout 1 s"));
+    }
+    Ok(PathOptions {
+        connections: request.connections.map(|count| match count {
+            0 => Connections::Auto,
+            count => Connections::Exactly(count.min(32)),
+        }),
+        transport,
+        retry_for: seconds(request.retry_for_seconds).map(RetryFor::Time),
+        connect: seconds(request.connect_seconds),
+        idle: seconds(request.idle_seconds),
+        stream: request.stream,
+    })
+}
+
+/// `/v1/stream-failed`.
+pub fn stream_failed(context: &Context, request: StreamFailed) -> Result<Empty> {
+    let StreamFailed { stream, failure } = request;
+    let error = migrator::Error::Refused { class: failure.class.into(), message: failure.message };
+    context.block_on(context.daemon.peering.node().streams().bring(stream, Err(error)));
+    Ok(Empty {})
 }
 
 fn names(request: &TransferRequest) -> Result<Vec<LayerName>> {
@@ -240,6 +282,9 @@ where
         context.label(label);
         let report = context.block_on(transfer(context.reporter.clone()));
         return finish(report, request, id, force_hint);
+    }
+    if request.network.stream.is_some() {
+        return Err(Failure::invalid("an ssh:// transfer can't go on in the background: it is this command's own ssh"));
     }
     context.daemon.peering.node().peers().get(&request.peer)?;
     let entry = context.daemon.works.begin(label.clone(), true)?;
@@ -303,6 +348,8 @@ fn finish(
         would_send_bytes: report.would_send_bytes,
         estimated_seconds: None,
         estimated_rate: None,
+        connections: report.connections,
+        retries: report.retries,
         layers_sent: report.layers_sent,
         chunks_sent: report.chunks_sent,
         chunks_reused: report.chunks_reused,

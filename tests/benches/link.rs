@@ -1,0 +1,187 @@
+//! How much of a link a push uses, beside iperf3 with one and with eight connections and rsync, on the same link in turn.
+//!
+//! Delay and loss are the harness' emulated link's, each half of the round trip and the loss each way; the rate is TBF's.
+//! Every cell has bytes for some seconds of its rate, of noise, so that nothing can be compressed. What counts is the
+//! bytes of chunks, or of rsync's file, over the time from the command's start to its end; iperf3 says its own.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use layerfs_tests::ctl::number;
+use layerfs_tests::emulator::Conditions;
+use layerfs_tests::host::{Host, TwoHosts, run_in};
+use layerfs_tests::network::Link;
+use layerfs_tests::tree;
+
+/// Seconds that a cell's bytes take at its full rate.
+const SECONDS: u64 = 10;
+const IPERF_SECONDS: &str = "6";
+
+/// One row of the table, by name: `100/20/1` is 100 Mbit/s, 20 ms, 1% loss.
+struct Cell {
+    megabits: u64,
+    millis: u64,
+    loss: f64,
+}
+
+impl Cell {
+    fn all() -> Vec<Cell> {
+        let mut cells = Vec::new();
+        for megabits in [10, 100, 1000] {
+            for millis in [0, 20, 200] {
+                cells.extend([0.0, 1.0].map(|loss| Cell { megabits, millis, loss }));
+            }
+        }
+        cells
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}/{}", self.megabits, self.millis, self.loss)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.megabits * 125_000 * SECONDS
+    }
+
+    /// Without delay and loss a veth pair does; it costs less.
+    fn hosts(&self) -> anyhow::Result<TwoHosts> {
+        let conditions = Conditions { round_trip: Duration::from_millis(self.millis), loss_percent: self.loss };
+        let link = if conditions == Conditions::default() { Link::new()? } else { Link::emulated(&[conditions])? };
+        link.shape(self.megabits as u32)?;
+        TwoHosts::on(link)
+    }
+
+    fn percent(&self, bytes: u64, seconds: f64) -> f64 {
+        bytes as f64 * 8.0 / seconds / (self.megabits as f64 * 1e6) * 100.0
+    }
+}
+
+/// A server in a host's network, ended when dropped.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn server(host: &Host, arguments: &[&str]) -> anyhow::Result<Server> {
+    let namespace = format!("--net=/run/netns/{}", host.end()?.namespace);
+    let mut command = Command::new("nsenter");
+    command.arg(namespace).arg("--").args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(Server(command.spawn()?))
+}
+
+/// Prints the table, row by row. With `only`, the rows of that name and `paths`.
+pub fn run(only: Option<&str>) -> anyhow::Result<()> {
+    println!("use of the link in %; {SECONDS} s of its rate in bytes, delay is the round trip's, loss each way");
+    println!(
+        "{:>14} {:>9} {:>12} {:>12} {:>8}  connections",
+        "Mbit/ms/loss%", "layerfs", "iperf3 -P1", "iperf3 -P8", "rsync"
+    );
+    for cell in Cell::all().iter().filter(|cell| only.is_none_or(|only| only == cell.name())) {
+        match measure(cell) {
+            Ok(row) => println!("{row}"),
+            Err(error) => println!("{:>14} not measured: {error:#}", cell.name()),
+        }
+    }
+    if only.is_none_or(|only| only == "paths") {
+        two_paths()?;
+    }
+    Ok(())
+}
+
+fn measure(cell: &Cell) -> anyhow::Result<String> {
+    let hosts = cell.hosts()?;
+    let file = hosts.a.new_folder("tree")?.join("noise");
+    tree::big_file(&file, 11, cell.bytes())?;
+    hosts.a.import(&hosts.a.path("tree"), "noise", &[])?;
+    let single = iperf(&hosts, cell, 1)?;
+    let several = iperf(&hosts, cell, 8)?;
+    let started = Instant::now();
+    let report = hosts.push(&["noise"])?;
+    let ours = cell.percent(cell.bytes(), started.elapsed().as_secs_f64());
+    let connections = number(&report, "connections")?;
+    let rsync = rsync(&hosts, cell).map_or_else(|_| "-".to_owned(), |percent| format!("{percent:.1}"));
+    let name = cell.name();
+    Ok(format!("{name:>14} {ours:>9.1} {single:>12.1} {several:>12.1} {rsync:>8}  {connections}"))
+}
+
+fn iperf(hosts: &TwoHosts, cell: &Cell, streams: u8) -> anyhow::Result<f64> {
+    let _server = server(&hosts.b, &["iperf3", "-s", "-1"])?;
+    let streams = streams.to_string();
+    let address = hosts.b.end()?.address.clone();
+    let arguments = ["-J", "-c", &address, "-P", &streams, "-t", IPERF_SECONDS];
+    let started = Instant::now();
+    let text = loop {
+        match run_in(&hosts.a, "iperf3", &arguments) {
+            Ok(text) => break text,
+            Err(error) if started.elapsed() > Duration::from_secs(20) => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    };
+    let value: serde_json::Value = serde_json::from_str(&text)?;
+    let rate = value["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3 tells no rate")?;
+    Ok(rate / (cell.megabits as f64 * 1e6) * 100.0)
+}
+
+/// rsync's daemon gets the same file, within thrice the time that it should take.
+fn rsync(hosts: &TwoHosts, cell: &Cell) -> anyhow::Result<f64> {
+    let (config, target) = (hosts.b.path("rsyncd.conf"), hosts.b.new_folder("target")?);
+    let text = format!("use chroot = no\nuid = 0\ngid = 0\n[t]\nread only = no\npath = {}\n", target.display());
+    std::fs::write(&config, text)?;
+    let address = hosts.b.end()?.address.clone();
+    let config = config.display().to_string();
+    let _server = server(&hosts.b, &["rsync", "--daemon", "--no-detach", "--address", &address, "--config", &config])?;
+    let url = format!("rsync://{address}/t/");
+    let ready = Instant::now();
+    while run_in(&hosts.a, "rsync", &[&url]).is_err() {
+        ensure!(ready.elapsed() < Duration::from_secs(20), "the rsync daemon does not answer");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let file = hosts.a.path("tree").join("noise").display().to_string();
+    let limit = (SECONDS * 3).to_string();
+    let started = Instant::now();
+    // What has come by then is what counts.
+    let _ = run_in(&hosts.a, "timeout", &[&limit, "rsync", "-W", "--inplace", &file, &url]);
+    let seconds = started.elapsed().as_secs_f64();
+    let bytes = std::fs::metadata(target.join("noise")).map_or(0, |metadata| metadata.len());
+    Ok(cell.percent(bytes, seconds))
+}
+
+/// Two paths of 50 Mbit/s against one, by MPTCP and by connections to both addresses.
+fn two_paths() -> anyhow::Result<()> {
+    const MEGABITS: u64 = 50;
+    let bytes = MEGABITS * 125_000 * SECONDS;
+    let ten = Conditions { round_trip: Duration::from_millis(10), loss_percent: 0.0 };
+    let seconds = |name: &str, transport: &str, addresses: usize, subflows: bool| -> anyhow::Result<f64> {
+        let link = Link::emulated(&[ten, ten])?;
+        link.shape(MEGABITS as u32)?;
+        if subflows {
+            link.add_mptcp_endpoints()?;
+        }
+        let second = link.more[0].1.address.clone();
+        let hosts = TwoHosts::everywhere(link)?;
+        if addresses > 1 {
+            let both = format!("{},{second}", hosts.b.end()?.address);
+            hosts.a.ctl.ok(["peer", "set", "b", "--address", &both])?;
+        }
+        tree::big_file(&hosts.a.new_folder("tree")?.join("noise"), 12, bytes)?;
+        hosts.a.import(&hosts.a.path("tree"), "noise", &[])?;
+        let started = Instant::now();
+        hosts.a.ctl.json(["push", "noise", "b", "--transport", transport])?;
+        let seconds = started.elapsed().as_secs_f64();
+        println!("{name:>34}: {:.1} Mbit/s", bytes as f64 * 8e-6 / seconds);
+        Ok(seconds)
+    };
+    let one = seconds("one path of 50 Mbit/s", "tcp", 1, false)?;
+    for (name, transport, addresses, subflows) in
+        [("two, by parallel connections", "tcp", 2, false), ("two, by MPTCP", "mptcp", 1, true)]
+    {
+        let two = seconds(name, transport, addresses, subflows)?;
+        println!("{name:>34}: {:.2} times one (goal 1.85)", one / two);
+    }
+    Ok(())
+}
