@@ -125,7 +125,8 @@ fn names_stay_within_the_tree() {
     let tree = bench.tree(bench.top(&report));
     let paths: Vec<&[u8]> = tree.keys().map(Vec::as_slice).collect();
     assert_eq!(paths, [&b""[..], b"b", b"b/c", b"etc", b"etc/a", b"out", b"tmp", b"tmp/x"]);
-    assert!(!Path::new("/tmp/x").exists() || fs::read("/tmp/x").unwrap() != b"3");
+    // Whatever else lies there.
+    assert!(fs::read("/tmp/x").ok().as_deref() != Some(b"3"));
 }
 
 #[test]
