@@ -61,7 +61,7 @@ fn key_of(peer: &PublicKey) -> Vec<u8> {
 
 /// How fast `peer` was. Blocks.
 pub fn load(store: &Store, peer: &PublicKey) -> Measured {
-    let record = store.db().get(Cf::Meta, &key_of(peer)).ok().flatten();
+    let record = store.db().get(Cf::Meta, key_of(peer)).ok().flatten();
     record.and_then(|record| Measured::decode(&record).ok()).unwrap_or_default()
 }
 

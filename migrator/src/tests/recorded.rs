@@ -86,6 +86,7 @@ fn expected(layer: layerfs::LayerId, tree: &Tree) -> Value {
 }
 
 /// Runs the decoder over `recording`; `None` if it can't run here.
+#[allow(clippy::print_stderr)] // A test that cannot run says so.
 fn decode(recording: &Recording) -> Option<Value> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), &*recording.0.lock()).unwrap();
