@@ -86,7 +86,7 @@ impl Answerer {
 
     /// Keeps the trace of a layer that is partial here and comes from the peer; what others say of it isn't kept.
     pub async fn learn(&self, layer: LayerId, ids: Vec<ChunkId>) -> Result<()> {
-        if self.store.partial(layer).is_some_and(|partial| partial.sources.iter().any(|source| *source == self.peer)) {
+        if self.store.partial(layer).is_some_and(|partial| partial.sources.contains(&self.peer)) {
             let store = self.store.clone();
             let keep = move || Ok(store.extend_trace(layer, &ids)?);
             joined(spawn_blocking(keep).await)?;

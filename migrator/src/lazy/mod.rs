@@ -265,11 +265,9 @@ impl Inner {
             return Err(layerfs::Error::ChunkMissing(*id));
         }
         let (flight, is_new) = self.flights.join(id);
-        if is_new {
-            if let Some(source) = sources.first() {
-                source.want(id);
-                source.guess(self.neighbours(id));
-            }
+        if is_new && let Some(source) = sources.first() {
+            source.want(id);
+            source.guess(self.neighbours(id));
         }
         let outcome = self.wait(id, &flight, &peers, &sources, began);
         self.flights.leave(id, &flight);

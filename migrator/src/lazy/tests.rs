@@ -26,7 +26,11 @@ async fn pull_lazily(pair: &Pair, called: &str) -> crate::Result<crate::Transfer
 /// The ids of `layer`'s data, in order.
 fn data(store: &Store, layer: LayerId) -> Vec<ChunkId> {
     let mut ids = Vec::new();
-    store.data_in_order(layer, &mut |id, _| Ok(ids.push(id))).unwrap();
+    let mut keep = |id, _| {
+        ids.push(id);
+        Ok(())
+    };
+    store.data_in_order(layer, &mut keep).unwrap();
     ids
 }
 
