@@ -145,7 +145,8 @@ fn tcp_info(socket: &OwnedFd) -> Option<Info> {
     let small = |at: usize| bytes[at..at + 4].first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
     let large = |at: usize| bytes[at..at + 8].first_chunk().map_or(0, |eight| u64::from_ne_bytes(*eight));
     Some(Info {
-        round_trip: Duration::from_micros(u64::from(small(68))),
+        // The shortest there was: the others have waited in queues, which more connections make no shorter.
+        round_trip: Duration::from_micros(u64::from(if small(148) > 0 { small(148) } else { small(68) })),
         segments_again: u64::from(small(100)),
         segments_out: u64::from(small(136)),
         busy: Duration::from_micros(large(168)),
