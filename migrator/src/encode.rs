@@ -9,7 +9,7 @@
 //! are in memory; a base is used only if the planner names it; a bundle that isn't smaller than the chunks as stored
 //! isn't sent.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use crossbeam::channel;
 use layerfs::ChunkId;
-use layerfs::chunk::{self, ChunkRead, Codec, StoredChunk};
+use layerfs::chunk::{self, ChunkRead, Class, Codec, StoredChunk};
 use layerfs::monitor::Monitor;
 use layerfs::store::Store;
 use tokio::sync::mpsc;
@@ -28,9 +28,12 @@ use crate::bundle;
 use crate::error::Result;
 use crate::level::{Cost, Effort, Gauge, Level};
 use crate::link::Outbox;
-use crate::plan::Candidate;
+use crate::plan::{Base, Candidate};
 use crate::progress::Tally;
-use crate::wire::{Bundle, ChunksWriter, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, Message, encode_bundle};
+use crate::similar::{self, Similar};
+use crate::wire::{
+    BaseName, Bundle, ChunksWriter, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, Message, encode_bundle,
+};
 
 /// Groups that are under way, per thread.
 const GROUPS_PER_THREAD: usize = 3;
@@ -61,6 +64,8 @@ pub(crate) struct Work {
     pub is_dry: bool,
     /// Bytes of frames with chunks that nobody asked for.
     pub sent_ahead: Arc<AtomicU64>,
+    /// Finds bases for what the planner has none for.
+    pub similar: Arc<Similar>,
 }
 
 /// The threads that make frames.
@@ -138,10 +143,20 @@ fn run(work: &Work, jobs: mpsc::Receiver<Job>, report: &mpsc::UnboundedSender<us
             let level = &level;
             move || send_all(work, take_made, take_ticket, report, Gauge::new(threads), level)
         });
-        Dispatcher { groups: give_group, tickets: give_ticket, next: 0, target: FIRST_GROUP_BYTES }.run(jobs);
-        sender
-            .join()
-            .unwrap_or_else(|_| Err(crate::Error::refused(layerfs::error::ErrorClass::Io, "the sending thread failed")))
+        let dispatcher = Dispatcher {
+            groups: give_group,
+            tickets: give_ticket,
+            next: 0,
+            target: FIRST_GROUP_BYTES,
+            level: &level,
+            similar: &work.similar,
+        };
+        dispatcher.run(jobs);
+        let result = sender.join().unwrap_or_else(|_| {
+            Err(crate::Error::refused(layerfs::error::ErrorClass::Io, "the sending thread failed"))
+        });
+        work.similar.give_up();
+        result
     })
 }
 
@@ -219,6 +234,9 @@ fn send_all(
             // Nothing is learnt of a link that carries nothing.
             if !work.is_dry {
                 gauge.note(cost, level);
+                if let Some(rate) = gauge.link_rate() {
+                    work.similar.set_link_rate(rate);
+                }
             }
             let _ = tickets.recv();
             link_waited_since = Instant::now();
@@ -228,14 +246,16 @@ fn send_all(
 }
 
 /// Cuts the stream of chunks into groups.
-struct Dispatcher {
+struct Dispatcher<'a> {
     groups: channel::Sender<Group>,
     tickets: channel::Sender<()>,
     next: u64,
     target: usize,
+    level: &'a Level,
+    similar: &'a Arc<Similar>,
 }
 
-impl Dispatcher {
+impl Dispatcher<'_> {
     fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         while let Some(job) = jobs.blocking_recv() {
             let is_open = match job {
@@ -253,6 +273,9 @@ impl Dispatcher {
         let mut group: Vec<Candidate> = Vec::new();
         let mut plain = 0;
         let mut bases: HashMap<ChunkId, u32> = HashMap::new();
+        if self.level.get().searches() {
+            chunks.iter().filter(|chunk| is_searched_for(chunk)).for_each(|chunk| self.similar.expect(chunk.bytes));
+        }
         for chunk in chunks {
             let bytes = if chunk.bytes == 0 { UNKNOWN_BYTES } else { chunk.bytes } as usize;
             let fresh = |bases: &HashMap<ChunkId, u32>| {
@@ -294,6 +317,11 @@ impl Dispatcher {
     }
 }
 
+/// Whether bases for it are looked for by content.
+fn is_searched_for(chunk: &Candidate) -> bool {
+    chunk.bases.is_none() && chunk.class == Class::Data
+}
+
 /// Runs on one of the threads.
 fn make(work: &Work, group: Group, effort: Effort) -> Made {
     let Group { number, content } = group;
@@ -306,42 +334,143 @@ fn make(work: &Work, group: Group, effort: Effort) -> Made {
             stored_bytes: 0,
             is_ahead: false,
         }]),
-        Content::Chunks(chunks) => catch_unwind(AssertUnwindSafe(|| encode(&work.store, &chunks, effort)))
-            .unwrap_or_else(|_| Err(layerfs::Error::Index("a thread that compresses panicked".to_owned()))),
+        Content::Chunks(chunks) => {
+            catch_unwind(AssertUnwindSafe(|| encode(&work.store, &work.similar, &chunks, effort)))
+                .unwrap_or_else(|_| Err(layerfs::Error::Index("a thread that compresses panicked".to_owned())))
+        }
     };
     Made { number, frames, effort, work: started.elapsed() }
 }
 
+/// Chunks that go into one bundle.
+#[derive(Default)]
+struct Together {
+    chunks: Vec<StoredChunk>,
+    plain: Vec<u8>,
+    bases: Vec<BaseName>,
+    prefix: Vec<u8>,
+    known: HashSet<ChunkId>,
+}
+
+impl Together {
+    /// Adds those of `bases` that aren't there yet, as far as they fit.
+    fn add_bases(&mut self, store: &Store, bases: &[Base]) {
+        for base in bases {
+            if self.bases.len() == MAX_BASES || !self.known.insert(base.id) {
+                continue;
+            }
+            // What is damaged here may be whole there, but can't help.
+            let Ok(plain) = store.get(&base.id) else { continue };
+            if self.prefix.len() + plain.len() <= MAX_BUNDLE_BYTES {
+                let mut name = [0; 8];
+                name.copy_from_slice(&base.id.0[..8]);
+                self.bases.push(name);
+                self.prefix.extend_from_slice(&plain);
+            }
+        }
+    }
+
+    /// Whether bases for another chunk might not fit.
+    fn is_full(&self) -> bool {
+        self.prefix.len() > MAX_BUNDLE_BYTES - MAX_BUNDLE_BYTES / 4
+    }
+}
+
+/// Held chunks like `plain`, wherever they lie.
+fn search(similar: &Arc<Similar>, candidate: &Candidate, plain: &[u8]) -> Vec<Base> {
+    if !is_searched_for(candidate) {
+        // Of the others it was known before.
+        similar.expect(candidate.bytes);
+    }
+    similar.find(plain)
+}
+
+/// Whether `bases` are what the chunk comes from.
+fn is_near(store: &Store, plain: &[u8], bases: &[Base]) -> bool {
+    let mut all = Vec::new();
+    // As if it weren't there.
+    bases.iter().filter_map(|base| store.get(&base.id).ok()).for_each(|base| all.extend_from_slice(&base));
+    !bases.is_empty() && similar::resembles(plain, &all)
+}
+
 /// The frames for `group`.
-fn encode(store: &Store, group: &[Candidate], effort: Effort) -> layerfs::Result<Vec<Frame>> {
+fn encode(store: &Store, similar: &Arc<Similar>, group: &[Candidate], effort: Effort) -> layerfs::Result<Vec<Frame>> {
     // Nobody waits for these ids, so they go by their bytes alone.
     let is_ahead = group.first().is_some_and(|first| first.is_certain);
     let mut as_stored = Vec::new();
-    let mut together = Vec::new();
-    let mut bases: Vec<ChunkId> = Vec::new();
+    let mut together = Together::default();
+    let mut frames = Vec::new();
     for candidate in group {
         let stored = store.read_stored(&candidate.id)?;
-        let own_bases = candidate.bases.as_deref().filter(|_| effort.uses_bases()).unwrap_or_default();
         // What didn't compress in the pack won't now.
-        let repack = stored.codec != Codec::Raw || stored.plain_bytes < 512;
-        if !is_ahead && own_bases.is_empty() && !(repack && effort.repacks(stored.plain_bytes as usize)) {
+        let repacks =
+            (stored.codec != Codec::Raw || stored.plain_bytes < 512) && effort.repacks(stored.plain_bytes as usize);
+        let has_bases = effort.uses_bases() && candidate.bases.is_some();
+        let searches = effort.searches() && candidate.class == Class::Data;
+        if !(is_ahead || repacks || searches || has_bases) {
             as_stored.push(stored);
             continue;
         }
-        own_bases.iter().for_each(|base| {
-            if !bases.contains(&base.id) {
-                bases.push(base.id);
-            }
-        });
-        together.push(stored);
-    }
-    let mut frames = Vec::new();
-    if !together.is_empty() {
-        match bundle(store, &bases, &together, effort.level(), is_ahead)? {
-            Some(frame) => frames.push(Frame { is_ahead, ..frame }),
-            None => as_stored.extend(together),
+        let plain = chunk::verify(stored.clone())?.0;
+        let named = candidate.bases.as_deref().filter(|_| has_bases).unwrap_or_default();
+        let found = match searches && !is_near(store, &plain, named) {
+            true => search(similar, candidate, &plain),
+            false => Vec::new(),
+        };
+        if !(is_ahead || repacks || has_bases) && found.is_empty() {
+            as_stored.push(stored);
+            continue;
         }
+        if together.is_full() || together.plain.len() + plain.len() > MAX_BUNDLE_BYTES {
+            close(&mut together, effort, is_ahead, &mut frames, &mut as_stored)?;
+        }
+        together.add_bases(store, &found);
+        // What stands in the same place is of no use where something else was found to be.
+        if found.is_empty() {
+            together.add_bases(store, named);
+        }
+        together.plain.extend_from_slice(&plain);
+        together.chunks.push(stored);
     }
+    close(&mut together, effort, is_ahead, &mut frames, &mut as_stored)?;
+    frames.extend(stored_frames(&as_stored));
+    Ok(frames)
+}
+
+/// Makes a bundle of what is `together`; unless it must go so (as nobody knows the ids), only if that is a gain.
+fn close(
+    together: &mut Together,
+    effort: Effort,
+    must: bool,
+    frames: &mut Vec<Frame>,
+    as_stored: &mut Vec<StoredChunk>,
+) -> layerfs::Result<()> {
+    let Together { chunks, plain, bases, prefix, .. } = std::mem::take(together);
+    if chunks.is_empty() {
+        return Ok(());
+    }
+    let no_memory = || layerfs::Error::Index("zstd found no memory".to_owned());
+    let frame = bundle::pack(&prefix, &plain, effort.level()).ok_or_else(no_memory)?;
+    let stored: usize = chunks.iter().map(|chunk| chunk.stored.len() + ChunksWriter::CHUNK_HEADER_BYTES).sum();
+    let around = bases.len() * 8 + chunks.len() * 5;
+    if !must && (frame.len() + around) * (WORTHWHILE + 1) > stored * WORTHWHILE {
+        as_stored.extend(chunks);
+        return Ok(());
+    }
+    let lengths: Vec<_> = chunks.iter().map(|chunk| (chunk.class, chunk.plain_bytes)).collect();
+    frames.push(Frame {
+        chunks: chunks.len(),
+        plain_bytes: plain.len() as u64,
+        stored_bytes: frame.len() as u64,
+        bytes: FrameBytes::Encoded(encode_bundle(&Bundle { bases, chunks: lengths, frame: frame.into() })),
+        is_ahead: must,
+    });
+    Ok(())
+}
+
+/// Frames with chunks as they lie in the packs.
+fn stored_frames(as_stored: &[StoredChunk]) -> Vec<Frame> {
+    let mut frames = Vec::new();
     let mut writer = ChunksWriter::default();
     let mut waiting: Vec<&StoredChunk> = Vec::new();
     for (at, chunk) in as_stored.iter().enumerate() {
@@ -353,54 +482,53 @@ fn encode(store: &Store, group: &[Candidate], effort: Effort) -> layerfs::Result
                 chunks: waiting.len(),
                 plain_bytes: waiting.iter().map(|chunk| u64::from(chunk.plain_bytes)).sum(),
                 stored_bytes: waiting.iter().map(|chunk| chunk.stored.len() as u64).sum(),
-                is_ahead,
+                is_ahead: false,
             });
             waiting.clear();
         }
     }
-    Ok(frames)
+    frames
 }
 
-/// `chunks` as one bundle over `bases`; unless they `must` go so, only if that is a gain.
-fn bundle(
-    store: &Store,
-    bases: &[ChunkId],
-    chunks: &[StoredChunk],
-    level: i32,
-    must: bool,
-) -> layerfs::Result<Option<Frame>> {
-    let mut prefix = Vec::new();
-    let mut names = Vec::new();
-    for id in bases {
-        // What is damaged here may be whole there, but can't help.
-        let Ok(base) = store.get(id) else { continue };
-        if prefix.len() + base.len() <= MAX_BUNDLE_BYTES && names.len() < MAX_BASES {
-            let mut name = [0; 8];
-            name.copy_from_slice(&id.0[..8]);
-            names.push(name);
-            prefix.extend_from_slice(&base);
-        }
+#[cfg(test)]
+mod tests {
+    use layerfs::LayerId;
+
+    use super::*;
+    use crate::tests::pair::{Host, Tree, add_layer, noise, tree};
+
+    /// The bytes that the groups of a transfer of `new` take for a receiver that holds `old`.
+    fn bytes_of(host: &Host, old: LayerId, new: LayerId) -> (usize, usize) {
+        let similar = Similar::new(host.store().clone(), vec![new], vec![old]);
+        let mut all = Vec::new();
+        crate::plan::candidates(host.store().as_ref(), &[new], &[old], &mut |candidate| {
+            all.push(candidate);
+            Ok(())
+        })
+        .unwrap();
+        all.iter().filter(|one| is_searched_for(one)).for_each(|one| similar.expect(one.bytes));
+        let frames = all.chunks(8).flat_map(|group| encode(host.store(), &similar, group, Effort::FIRST).unwrap());
+        let length = |frame: &Frame| match &frame.bytes {
+            FrameBytes::Encoded(bytes) => bytes.len(),
+            FrameBytes::Message(_) => 0,
+        };
+        let plain = all.iter().map(|one| one.bytes as usize).sum();
+        (plain, frames.map(|frame| length(&frame)).sum())
     }
-    let mut plain = Vec::new();
-    let mut stored_bytes = 0;
-    for chunk in chunks {
-        stored_bytes += chunk.stored.len() + ChunksWriter::CHUNK_HEADER_BYTES;
-        plain.extend_from_slice(&chunk::verify(chunk.clone())?.0);
+
+    #[test]
+    fn what_was_renamed_and_rebuilt_is_found_by_its_content() {
+        let host = Host::new();
+        let mut files: Tree = tree(300, 1 << 20);
+        files.insert("libfoo.so.1.2".to_owned(), noise(77, 3 << 20));
+        let old = add_layer(host.store(), "one", &files);
+        let mut library = files.remove("libfoo.so.1.2").unwrap();
+        (0..library.len()).step_by(5000).for_each(|at| library[at] ^= 1);
+        // Another name and with it another inode number, and its parts in another order.
+        library.rotate_left(1_000_000);
+        files.insert("zz-libfoo.so.1.3".to_owned(), library);
+        let new = add_layer(host.store(), "two", &files);
+        let (plain, sent) = bytes_of(&host, old, new);
+        assert!(plain > 3 << 20 && sent < 100_000, "{plain} {sent}");
     }
-    let no_memory = || layerfs::Error::Index("zstd found no memory".to_owned());
-    let frame = bundle::pack(&prefix, &plain, level).ok_or_else(no_memory)?;
-    let around = names.len() * 8 + chunks.len() * 5;
-    if !must && (frame.len() + around) * (WORTHWHILE + 1) > stored_bytes * WORTHWHILE {
-        return Ok(None);
-    }
-    let stored = frame.len() as u64;
-    let lengths = chunks.iter().map(|chunk| (chunk.class, chunk.plain_bytes)).collect();
-    let encoded = encode_bundle(&Bundle { bases: names, chunks: lengths, frame: frame.into() });
-    Ok(Some(Frame {
-        bytes: FrameBytes::Encoded(encoded),
-        chunks: chunks.len(),
-        plain_bytes: plain.len() as u64,
-        stored_bytes: stored,
-        is_ahead: false,
-    }))
 }

@@ -20,6 +20,8 @@ const SPEEDS: [f64; 8] = [1e9, 150e6, 120e6, 60e6, 30e6, 14e6, 5e6, 2.5e6];
 impl Effort {
     /// What a transfer begins with: good enough if it is small, and left at once if the link is quick.
     pub const FIRST: Effort = Effort(5);
+    /// The least that looks at what the receiver has.
+    const LEAST_BASES: Effort = Effort(1);
     const MOST: Effort = Effort(LEVELS.len() as u8 - 1);
 
     /// zstd's level.
@@ -30,6 +32,11 @@ impl Effort {
     /// Whether chunks are compared with what the receiver has.
     pub fn uses_bases(self) -> bool {
         self.0 >= 1
+    }
+
+    /// Whether bases are looked for by content.
+    pub fn searches(self) -> bool {
+        self.0 >= 2
     }
 
     /// Whether chunks of so many plain bytes are compressed anew, together, without bases.
@@ -91,15 +98,25 @@ pub(crate) struct Gauge {
     threads: f64,
     speeds: [f64; LEVELS.len()],
     sum: Option<Cost>,
+    link_rate: Option<f64>,
+    /// The most bytes a second that have gone out.
+    proven_rate: f64,
 }
 
+/// A link that has taken so many bytes a second carries whole chunks faster than two threads make differences.
+const WHOLE_RATE: f64 = 150e6;
 /// A decision needs so long a look, or so many plain bytes.
 const WINDOW: Duration = Duration::from_millis(40);
 const WINDOW_BYTES: u64 = 8 << 20;
 
 impl Gauge {
     pub fn new(threads: usize) -> Gauge {
-        Gauge { threads: threads as f64, speeds: SPEEDS, sum: None }
+        Gauge { threads: threads as f64, speeds: SPEEDS, sum: None, link_rate: None, proven_rate: 0.0 }
+    }
+
+    /// Bytes a second that the link took when it was the slower side.
+    pub fn link_rate(&self) -> Option<f64> {
+        self.link_rate
     }
 
     /// Notes what a frame has cost, and turns `level` once enough is known.
@@ -137,15 +154,19 @@ impl Gauge {
             *speed = 0.5 * *speed + 0.5 * sum.plain_bytes as f64 / sum.work.as_secs_f64();
         }
         let (idle, full) = (sum.link_waited.as_secs_f64(), sum.waited_for_link.as_secs_f64());
+        self.proven_rate = self.proven_rate.max(sum.wire_bytes as f64 / (idle + full).max(1e-3));
         if full > 2.0 * idle {
             let rate = sum.wire_bytes as f64 / (idle + full).max(1e-6);
+            self.link_rate = Some(rate);
             let next = current.raised();
             let ratio = sum.wire_bytes as f64 / sum.plain_bytes.max(1) as f64;
             let possible = self.threads * self.speeds[usize::from(next.0)] * ratio;
             return if possible >= rate { next } else { current };
         }
         if idle > 2.0 * full {
-            return current.lowered(if idle > 8.0 * full { 2 } else { 1 });
+            let next = current.lowered(if idle > 8.0 * full { 2 } else { 1 });
+            // That a link waits for differences says nothing of how long it would take for the whole.
+            return if self.proven_rate < WHOLE_RATE { next.max(Effort::LEAST_BASES).min(current) } else { next };
         }
         current
     }

@@ -37,6 +37,7 @@ pub mod receive;
 pub mod registry;
 pub mod retry;
 pub mod send;
+mod similar;
 pub mod slots;
 pub mod socket;
 pub mod streams;

@@ -25,6 +25,7 @@ use crate::peers::Visible;
 use crate::plan::{self, Candidate};
 use crate::progress::Tally;
 use crate::protocol::{Sender, SenderStep};
+use crate::similar::Similar;
 use crate::structure;
 use crate::wire::{MAX_ASK, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer};
 
@@ -296,6 +297,7 @@ impl Driver<'_> {
         self.tally.phase("send");
         self.monitor.phase("sending", Some(total));
         let sent_ahead = Arc::new(AtomicU64::new(0));
+        let similar = Similar::new(self.store.clone(), lacks.clone(), held.clone());
         self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), self.offer.lazy));
         let work = Work {
             store: self.store.clone(),
@@ -304,6 +306,7 @@ impl Driver<'_> {
             monitor: self.monitor.clone(),
             is_dry: self.offer.dry_run,
             sent_ahead,
+            similar,
         };
         self.encoder = Some(Encoder::start(work, Sender::WINDOW / MAX_ASK + 2 * PLANNED_BATCHES));
         Ok(())

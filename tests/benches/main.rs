@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bytes;
 mod lazy;
 mod link;
 mod measure;
@@ -28,7 +29,7 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
     \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths\
-    \n  --only WORD   only the parts whose name holds WORD: speed, wire, lazy, storage, memory";
+    \n  --only WORD   only the parts whose name holds WORD: speed, wire, bytes, lazy, storage, memory";
 
 /// What is measured, and how.
 pub struct Plan {
@@ -103,9 +104,10 @@ fn run(options: &Options) -> anyhow::Result<bool> {
     eprintln!("measuring on {} ({} MB), {} runs each", plan.tree.display(), tree_bytes / 1_000_000, plan.runs);
 
     let mut table = Table::new(&plan)?;
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 6] = [
         ("speed", peers::speed),
         ("wire", wire::rows),
+        ("bytes", bytes::rows),
         ("lazy", lazy::rows),
         ("storage", storage::rows),
         ("memory", storage::memory),

@@ -62,15 +62,18 @@ impl Drop for Rsyncd {
 }
 
 /// Two hosts on a link of their own, with an rsync daemon on the second.
-struct RsyncPair {
+pub struct RsyncPair {
     _daemon: Rsyncd,
     target: PathBuf,
-    address: String,
-    hosts: TwoHosts,
+    /// Where rsync finds the target.
+    pub address: String,
+    /// The hosts, without layers.
+    pub hosts: TwoHosts,
 }
 
 impl RsyncPair {
-    fn new() -> anyhow::Result<RsyncPair> {
+    /// Starts the daemon and waits until it answers.
+    pub fn new() -> anyhow::Result<RsyncPair> {
         let hosts = TwoHosts::strangers()?;
         let (config, target) = (hosts.b.path("rsyncd.conf"), hosts.b.new_folder("target")?);
         let text = "use chroot = no\nuid = 0\ngid = 0\n[tree]\nread only = no\npath = ";
@@ -125,7 +128,7 @@ fn shaped_push(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
 }
 
 /// Pushes `name`; bytes at the interface in both directions.
-fn pushed_bytes(hosts: &TwoHosts, name: &str) -> anyhow::Result<u64> {
+pub fn pushed_bytes(hosts: &TwoHosts, name: &str) -> anyhow::Result<u64> {
     let count = || anyhow::Ok(hosts.link.a.sent_bytes()? + hosts.link.a.received_bytes()?);
     let before = count()?;
     let report = hosts.push(&[name])?;
