@@ -36,7 +36,7 @@ impl Effort {
 
     /// Whether bases are looked for by content.
     pub fn searches(self) -> bool {
-        self.0 >= 2
+        self.uses_bases()
     }
 
     /// Whether chunks of so many plain bytes are compressed anew, together, without bases.

@@ -296,7 +296,9 @@ impl Driver<'_> {
         self.tally.layers_lacking.store(lacks.len() as u64, Relaxed);
         self.tally.phase("send");
         self.monitor.phase("sending", Some(total));
-        let sent_ahead = Arc::new(AtomicU64::new(0));
+        // What was sent before a link failed is there: it shall be asked for.
+        let is_again = self.tally.chunks.load(Relaxed) > 0;
+        let sent_ahead = Arc::new(AtomicU64::new(if is_again { MAX_BYTES_AHEAD } else { 0 }));
         let similar = Similar::new(self.store.clone(), lacks.clone(), held.clone());
         self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), self.offer.lazy));
         let work = Work {
