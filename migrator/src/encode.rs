@@ -83,7 +83,7 @@ impl Encoder {
     pub fn start(work: Work, queue: usize) -> Encoder {
         let (jobs, jobs_queue) = mpsc::channel(queue);
         let (report, sent) = mpsc::unbounded_channel();
-        let thread = tokio::task::spawn_blocking(move || run(&work, jobs_queue, &report));
+        let thread = tokio::task::spawn_blocking(move || run(&work, jobs_queue, report));
         Encoder { jobs, sent, thread }
     }
 }
@@ -121,7 +121,7 @@ enum FrameBytes {
     Message(Message),
 }
 
-fn run(work: &Work, jobs: mpsc::Receiver<Job>, report: &mpsc::UnboundedSender<usize>) -> Result<()> {
+fn run(work: &Work, jobs: mpsc::Receiver<Job>, report: mpsc::UnboundedSender<usize>) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
     let level = Level::new(Effort::FIRST);
     let (give_group, take_group) = channel::bounded::<Group>(threads);
@@ -141,7 +141,8 @@ fn run(work: &Work, jobs: mpsc::Receiver<Job>, report: &mpsc::UnboundedSender<us
         drop((take_group, give_made));
         let sender = scope.spawn({
             let level = &level;
-            move || send_all(work, take_made, take_ticket, report, Gauge::new(threads), level)
+            // That this sender goes when it ends tells the driver, which then closes the queue of jobs.
+            move || send_all(work, take_made, take_ticket, &report, Gauge::new(threads), level)
         });
         let dispatcher = Dispatcher {
             groups: give_group,
