@@ -4,7 +4,7 @@
 //! pair, hears our INIT there, and then its descriptor is replaced by the real one. The kernel is told to send again what it
 //! sent to the old daemon and had no answer to (RESEND, since Linux 6.9); such requests have a bit set in their number.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -45,7 +45,10 @@ pub(super) fn greeting() -> std::io::Result<(OwnedFd, OwnedFd)> {
 /// wasn't answered.
 pub(super) fn replace(session: BorrowedFd<'_>, greeted: OwnedFd, device: &OwnedFd) -> std::io::Result<()> {
     let mut answer = [0; 4096];
-    std::fs::File::from(greeted).read(&mut answer)?;
+    if rustix::io::read(&greeted, &mut answer)? == 0 {
+        return Err(std::io::ErrorKind::UnexpectedEof.into());
+    }
+    drop(greeted);
     // SAFETY: both descriptors are open and owned: `session` stays open, as its owner thinks, and refers to another file.
     #[allow(unsafe_code)]
     let result = unsafe { libc::dup3(device.as_raw_fd(), session.as_raw_fd(), libc::O_CLOEXEC) };

@@ -247,8 +247,8 @@ pub struct Stop {
     /// Cancel work, and detach mounts that are in use.
     #[serde(default)]
     pub force: bool,
-    /// Leave the mounts to a successor, which is started.
-    #[serde(default)]
+    /// Leave the mounts to a successor, which is started. Not sent unless wanted: older daemons don't know it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hand_over: bool,
 }
 
