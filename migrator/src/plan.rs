@@ -102,6 +102,9 @@ impl Held {
     }
 }
 
+/// One of a manifest's tables.
+type TableOf = fn(&Manifest) -> &Content;
+
 /// The walk over one lacking layer.
 struct LayerPlan<'a> {
     chunks: &'a dyn ChunkRead,
@@ -136,7 +139,7 @@ impl<'a> LayerPlan<'a> {
             let old: Vec<&Content> = nearest.iter().filter_map(|(_, manifest)| manifest.image.as_ref()).collect();
             align(self.chunks, Class::Data, image, &old, &is_known, self.sink)?;
         }
-        let tables: [(&Content, fn(&Manifest) -> &Content); 2] =
+        let tables: [(&Content, TableOf); 2] =
             [(&manifest.dentries, |m| &m.dentries), (&manifest.inodes, |m| &m.inodes)];
         for (table, of) in tables {
             let old: Vec<&Content> = nearest.iter().map(|(_, manifest)| of(manifest)).collect();

@@ -1,6 +1,7 @@
 //! The keeper's process: what it holds, and what it does when the daemon goes.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Child;
@@ -31,7 +32,8 @@ const PROVEN: Duration = Duration::from_secs(30);
 pub fn run(store: &Path) -> Result<()> {
     life::leave_terminal();
     let (listener, paths) = listen(store)?;
-    println!("ready");
+    // Who started it waits for this.
+    let _ = writeln!(std::io::stdout(), "ready");
     life::leave_stdout();
     let mut keeper = Keeper {
         listener,
