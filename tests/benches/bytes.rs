@@ -39,6 +39,11 @@ const UPGRADE: [[&str; 2]; 8] = [
     ["libpython3.11-stdlib=3.11.2-6+deb12u8", "libpython3.11-stdlib=3.11.2-6+deb12u9"],
 ];
 
+/// Makes a change in a folder.
+type Make = fn(&Path) -> anyhow::Result<Change>;
+/// How many bytes another tool sends for a change, with a folder to work in.
+type Measure = fn(&Change, &Path) -> anyhow::Result<u64>;
+
 /// One change: a thing before and after, a folder or a file.
 struct Change {
     what: &'static str,
@@ -54,7 +59,7 @@ pub fn rows(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
     for tool in ["rsync", "casync", "borg", "xdelta3"].into_iter().filter(|tool| !has_tool(tool)) {
         table.skipped(tool, "not installed: run scripts/setup bench");
     }
-    let changes: [(&str, fn(&Path) -> anyhow::Result<Change>); 5] = [
+    let changes: [(&str, Make); 5] = [
         ("package", package),
         ("disk image", disk_image),
         ("memory image", memory_image),
@@ -77,7 +82,7 @@ pub fn rows(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
 fn row(change: &Change, work: &Path) -> anyhow::Result<Row> {
     let ours = ours(change)? as f64;
     let mut peers = Vec::new();
-    let tools: [(&'static str, fn(&Change, &Path) -> anyhow::Result<u64>); 4] =
+    let tools: [(&'static str, Measure); 4] =
         [("rsync", rsync), ("casync", casync), ("borg", borg), ("xdelta3", xdelta)];
     for (name, tool) in tools.into_iter().filter(|(name, _)| has_tool(name)) {
         peers.push((name, tool(change, work).context(name)? as f64));
