@@ -269,7 +269,7 @@ async fn whatever_happens_to_the_link_nothing_is_lost_and_nothing_wrong_accepted
         wanted += ids.values().sum::<u64>();
         let mut tries = 0;
         loop {
-            let fault = (tries < 4 && random.next(4) > 0 || tries == 0).then(|| random.fault(800_000));
+            let fault = (tries < 4 && random.next(4) > 0 || tries == 0).then(|| random.fault(350_000));
             let before = lacking(&there, &ids);
             let outcome = attempt(&here, &there, &called, fault).await;
             sent += outcome.sent_bytes;
@@ -294,7 +294,7 @@ async fn whatever_happens_to_the_link_nothing_is_lost_and_nothing_wrong_accepted
     assert_eq!(named, runs, "names that nobody pushed, or too few");
     // What a side had when it failed or died was in flight; what the receiver had kept is not sent again.
     assert!(again * 100 <= sent, "{again} of {sent} bytes were sent though the receiver had them");
-    assert!(failures * 3 > runs, "only {failures} attempts of {runs} transfers failed: the faults have no effect");
+    assert!(failures * 8 > runs, "only {failures} attempts of {runs} transfers failed: the faults have no effect");
     eprint_summary(runs, failures, wanted, sent, again);
 }
 
