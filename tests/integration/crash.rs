@@ -218,7 +218,7 @@ fn receive() -> anyhow::Result<()> {
     hosts.b.stop()?;
     for step in RECEIVE_STEPS {
         hosts.b.start(&["--crash-at", step])?;
-        let answer = hosts.a.ctl.run(["push", "second", "b"])?;
+        let answer = hosts.a.ctl.run(["push", "second", "b", "--retry-for", "0"])?;
         ensure!(
             answer.code == 10,
             "a push to a host that dies at {step}: exit code {}\n{}",
