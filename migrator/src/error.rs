@@ -105,6 +105,16 @@ pub enum Error {
         /// What happened, and what the user can do.
         detail: String,
     },
+    /// A guest, or the runtime that runs it, failed.
+    #[error("cannot {action} guest {guest}: {detail}")]
+    Guest {
+        /// The verb: "start", "dump", "restore".
+        action: &'static str,
+        /// The guest's name.
+        guest: String,
+        /// What happened, and what the user can do.
+        detail: String,
+    },
     /// No version in common.
     #[error(
         "{peer} speaks the protocol's versions {lowest} to {highest}, this program {ours}; use a newer layerfs on the older side"
@@ -134,6 +144,7 @@ impl Error {
             Error::WrongKey { .. } => ErrorClass::Denied,
             Error::Remote { class, .. } => *class,
             Error::Version { .. } => ErrorClass::Unsupported,
+            Error::Guest { .. } => ErrorClass::Io,
         }
     }
 
@@ -143,6 +154,11 @@ impl Error {
             return Error::Closed { peer: peer.to_owned() };
         }
         Error::Link { action, peer: peer.to_owned(), source }
+    }
+
+    /// A guest that fails.
+    pub fn guest(action: &'static str, guest: &crate::guest::GuestName, detail: impl Into<String>) -> Error {
+        Error::Guest { action, guest: guest.to_string(), detail: detail.into() }
     }
 
     /// This side says no.

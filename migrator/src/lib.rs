@@ -19,6 +19,7 @@ pub mod get;
 pub mod governor;
 pub mod grants;
 pub mod group;
+pub mod guest;
 pub mod identity;
 pub mod lazy;
 mod level;

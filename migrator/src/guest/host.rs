@@ -1,0 +1,61 @@
+//! What a guest, and whoever moves one, needs of the host: mounts and layers.
+//!
+//! Mounts belong to the daemon; tests put plain folders behind this.
+
+use std::path::PathBuf;
+
+use layerfs::{LayerId, LayerName};
+
+use super::GuestName;
+use crate::error::Result;
+
+/// What a host does for its guests. All calls block.
+pub trait Host: Send + Sync {
+    /// Where the guest's root is mounted, or would be.
+    fn root(&self, guest: &GuestName) -> PathBuf;
+
+    /// A folder for what the guest's driver keeps of it (process numbers, sockets, logs). It is there, survives the
+    /// daemon, and goes with the guest.
+    ///
+    /// # Errors
+    /// If it can't be made.
+    fn run_folder(&self, guest: &GuestName) -> Result<PathBuf>;
+
+    /// An empty folder for a state that is being written, on memory if there is enough of it. The caller removes it.
+    ///
+    /// # Errors
+    /// If it can't be made.
+    fn scratch(&self, guest: &GuestName, bytes: u64) -> Result<PathBuf>;
+
+    /// Mounts the stack whose top is `stack` at [`Host::root`], with the guest's own upper, which is made if there is none.
+    /// Fine if it is mounted so.
+    ///
+    /// # Errors
+    /// Those of mounting; [`layerfs::Error::Busy`] if the upper lies on another stack.
+    fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf>;
+
+    /// Makes what the guest's upper holds a layer called `name`, whatever that name was before; the mount goes on over it.
+    /// Returns the layer on top of which the mount is now: the one below if the upper held nothing.
+    ///
+    /// # Errors
+    /// Those of sealing; nothing has changed then.
+    fn seal(&self, guest: &GuestName, name: &LayerName) -> Result<LayerId>;
+
+    /// Unmounts the guest's root, and drops its upper with all that isn't sealed if `discard`. Fine if it isn't mounted.
+    ///
+    /// # Errors
+    /// [`layerfs::Error::Busy`].
+    fn unmount(&self, guest: &GuestName, discard: bool) -> Result<()>;
+
+    /// Makes the files of a layer readable: mounts it read-only. Data may still be on its way.
+    ///
+    /// # Errors
+    /// Those of mounting.
+    fn open_layer(&self, guest: &GuestName, layer: LayerId) -> Result<PathBuf>;
+
+    /// Ends what [`Host::open_layer`] began. Fine if there is nothing.
+    ///
+    /// # Errors
+    /// [`layerfs::Error::Busy`].
+    fn close_layer(&self, guest: &GuestName) -> Result<()>;
+}

@@ -1,0 +1,192 @@
+//! Guests: what a container or a virtual machine is on one host, and what can be asked of it.
+//!
+//! ```text
+//! Created ──start──▶ Running ──dump──▶ Stopped ──discard──▶ Away
+//!    ▲                 ▲  │              │
+//!    └──────stop───────┼──┘◀───resume────┘        Created | Away ──restore──▶ Running
+//! ```
+//!
+//! Hides the runtimes: everything above [`Guest`] knows no driver, and the drivers never see a chunk; they write and
+//! read files. What a guest needs of its host (mounts, layers) it gets by [`Host`]. A guest is a stack (base,
+//! application, instance) and a *state*, a folder of checkpoint files that [`state`] makes an ordinary layer of.
+//!
+//! Invariants: after [`Guest::dump`] the guest stands still and answers nobody, whatever becomes of this process, until
+//! [`Guest::resume`] or [`Guest::discard`]; no method starts a second one of a guest that runs or stands still.
+//! All calls block.
+
+pub mod fake;
+mod host;
+mod name;
+mod records;
+pub mod state;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use host::Host;
+pub use name::GuestName;
+pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
+
+use crate::error::Result;
+
+/// For which part of a move something is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// It is only to be run here.
+    Run,
+    /// It runs here and is to be dumped.
+    Source,
+    /// It is to be restored here.
+    Destination,
+}
+
+/// What is in the way, and how to get it out of the way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Obstacle {
+    /// What is missing or can't be dumped.
+    pub what: String,
+    /// What the user can do.
+    pub fix: String,
+}
+
+impl Obstacle {
+    /// Something in the way.
+    pub fn new(what: impl Into<String>, fix: impl Into<String>) -> Obstacle {
+        Obstacle { what: what.into(), fix: fix.into() }
+    }
+}
+
+/// What a guest does at the moment, as its runtime sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activity {
+    /// There is none of it here.
+    Absent,
+    /// It runs.
+    Running,
+    /// It stands still and may go on.
+    Frozen,
+}
+
+/// What a look at a guest says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// What it does.
+    pub activity: Activity,
+    /// The host's number of its first process, if it is one.
+    pub pid: Option<u32>,
+    /// Memory that it has in use, in bytes, as far as known.
+    pub memory_bytes: Option<u64>,
+}
+
+/// What a command inside of a guest did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecOutput {
+    /// Its exit code; that of a shell (128 + signal) if it was killed.
+    pub code: i32,
+    /// What it wrote.
+    pub stdout: Vec<u8>,
+    /// What it complained about.
+    pub stderr: Vec<u8>,
+}
+
+/// What was written into a state's folder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Everything else, in bytes.
+    pub other_bytes: u64,
+    /// How long the guest has stood still for it; none after a scan.
+    pub frozen: Duration,
+}
+
+/// How a state comes to life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Manner {
+    /// All of the memory is read first.
+    Whole,
+    /// It runs at once, and memory is read when it is touched (post-copy). Drivers that can't do it do [`Manner::Whole`].
+    Lazily,
+}
+
+/// One guest on one host.
+pub trait Guest: Send + Sync {
+    /// What stands in the way of running it, dumping it or restoring it here; empty if nothing does. Changes nothing.
+    ///
+    /// # Errors
+    /// If it can't be found out.
+    fn preflight(&self, side: Side) -> Result<Vec<Obstacle>>;
+
+    /// Starts it anew on the root that [`Host::root`] names, which is mounted.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`]; nothing of it runs then.
+    fn start(&self) -> Result<()>;
+
+    /// Ends it, with all its processes. Fine if there is none.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`] if something of it goes on.
+    fn stop(&self) -> Result<()>;
+
+    /// Runs a command inside of it and waits for its end.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`] if it isn't running, or if the driver can't.
+    fn exec(&self, argv: &[OsString]) -> Result<ExecOutput>;
+
+    /// What it does. Asks the runtime, not the records.
+    ///
+    /// # Errors
+    /// If it can't be found out; then it may run.
+    fn status(&self) -> Result<Status>;
+
+    /// Reads the memory of the running guest, without stopping it, into files in the empty folder `into` that
+    /// [`state::import`] cuts into the same chunks as the files of a dump. It need not be consistent.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`]; the guest runs on.
+    fn scan(&self, into: &Path) -> Result<Written>;
+
+    /// Freezes it, holds back what comes for it over the network, and writes its state into the empty folder `into`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`]; the guest runs on then, or, if the message says so, stands still and can be resumed.
+    fn dump(&self, into: &Path) -> Result<Written>;
+
+    /// Lets it go on after a dump, as if nothing had been. Fine if it runs.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`].
+    fn resume(&self) -> Result<()>;
+
+    /// Removes what a dumped guest has left here, without a word to its clients; it goes on elsewhere or later. Fine if
+    /// there is nothing left.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`] if something of it is still there.
+    fn discard(&self) -> Result<()>;
+
+    /// Goes on from the state in `from` (which may be a read-only mount whose data is still on its way), on the root that
+    /// [`Host::root`] names. Returns when it runs.
+    ///
+    /// # Errors
+    /// [`crate::Error::Guest`]; nothing of it runs then, and it can be tried again.
+    fn restore(&self, from: &Path, manner: Manner) -> Result<()>;
+}
+
+/// Makes guests out of their records: the seam at which tests put fakes.
+pub trait Drivers: Send + Sync {
+    /// The guest with this record, with `host` to serve it. It need not run.
+    ///
+    /// # Errors
+    /// [`layerfs::Error::Invalid`] if its driver isn't known here, or its options aren't what the driver knows.
+    fn guest(&self, record: &GuestRecord, host: Arc<dyn Host>) -> Result<Arc<dyn Guest>>;
+}
