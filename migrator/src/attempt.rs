@@ -145,6 +145,7 @@ impl Call<'_> {
                 choice: self.choice,
                 is_sending: matches!(self.job, Job::Push(..)),
                 transfer: self.entry.transfer().clone(),
+                tally: self.tally.clone(),
             };
             // Ends by itself when the group is closed or the link dropped.
             tokio::spawn(manager.run());

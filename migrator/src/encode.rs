@@ -32,7 +32,8 @@ use crate::plan::{Base, Candidate};
 use crate::progress::Tally;
 use crate::similar::{self, Similar};
 use crate::wire::{
-    BaseName, Bundle, ChunksWriter, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, Message, encode_bundle,
+    BaseName, Bundle, CHUNKS_TARGET_BYTES, ChunksWriter, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, Message,
+    encode_bundle,
 };
 
 /// Groups that are under way, per thread.
@@ -41,6 +42,8 @@ const GROUPS_PER_THREAD: usize = 3;
 /// level is noticed early.
 const FIRST_GROUP_BYTES: usize = 128 * 1024;
 const GROUP_BYTES: usize = 768 * 1024;
+/// Frames with chunks as stored are so large at least.
+const LEAST_FRAME_BYTES: usize = 64 * 1024;
 /// What is taken for the length of a chunk that the structure doesn't tell.
 const UNKNOWN_BYTES: u32 = 21 * 1024;
 /// A bundle has to be smaller than the stored chunks by this part.
@@ -336,7 +339,9 @@ fn make(work: &Work, group: Group, effort: Effort) -> Made {
             is_ahead: false,
         }]),
         Content::Chunks(chunks) => {
-            catch_unwind(AssertUnwindSafe(|| encode(&work.store, &work.similar, &chunks, effort)))
+            // The last of several connections shall not be busy with its frame long after the others.
+            let frame_bytes = (CHUNKS_TARGET_BYTES / work.outbox.connections()).max(LEAST_FRAME_BYTES);
+            catch_unwind(AssertUnwindSafe(|| encode(&work.store, &work.similar, &chunks, effort, frame_bytes)))
                 .unwrap_or_else(|_| Err(layerfs::Error::Index("a thread that compresses panicked".to_owned())))
         }
     };
@@ -394,8 +399,14 @@ fn is_near(store: &Store, plain: &[u8], bases: &[Base]) -> bool {
     !bases.is_empty() && similar::resembles(plain, &all)
 }
 
-/// The frames for `group`.
-fn encode(store: &Store, similar: &Arc<Similar>, group: &[Candidate], effort: Effort) -> layerfs::Result<Vec<Frame>> {
+/// The frames for `group`; those with chunks as stored have about `frame_bytes`.
+fn encode(
+    store: &Store,
+    similar: &Arc<Similar>,
+    group: &[Candidate],
+    effort: Effort,
+    frame_bytes: usize,
+) -> layerfs::Result<Vec<Frame>> {
     // Nobody waits for these ids, so they go by their bytes alone.
     let is_ahead = group.first().is_some_and(|first| first.is_certain);
     let mut as_stored = Vec::new();
@@ -434,7 +445,7 @@ fn encode(store: &Store, similar: &Arc<Similar>, group: &[Candidate], effort: Ef
         together.chunks.push(stored);
     }
     close(&mut together, effort, is_ahead, &mut frames, &mut as_stored)?;
-    frames.extend(stored_frames(&as_stored));
+    frames.extend(stored_frames(&as_stored, frame_bytes));
     Ok(frames)
 }
 
@@ -469,15 +480,15 @@ fn close(
     Ok(())
 }
 
-/// Frames with chunks as they lie in the packs.
-fn stored_frames(as_stored: &[StoredChunk]) -> Vec<Frame> {
+/// Frames of about `frame_bytes` with chunks as they lie in the packs.
+fn stored_frames(as_stored: &[StoredChunk], frame_bytes: usize) -> Vec<Frame> {
     let mut frames = Vec::new();
     let mut writer = ChunksWriter::default();
     let mut waiting: Vec<&StoredChunk> = Vec::new();
     for (at, chunk) in as_stored.iter().enumerate() {
         writer.push(chunk);
         waiting.push(chunk);
-        if writer.is_full() || at + 1 == as_stored.len() {
+        if writer.is_full_at(frame_bytes) || at + 1 == as_stored.len() {
             frames.push(Frame {
                 bytes: FrameBytes::Encoded(std::mem::take(&mut writer).finish()),
                 chunks: waiting.len(),
@@ -508,7 +519,9 @@ mod tests {
         })
         .unwrap();
         all.iter().filter(|one| is_searched_for(one)).for_each(|one| similar.expect(one.bytes));
-        let frames = all.chunks(8).flat_map(|group| encode(host.store(), &similar, group, Effort::FIRST).unwrap());
+        let frames = all
+            .chunks(8)
+            .flat_map(|group| encode(host.store(), &similar, group, Effort::FIRST, CHUNKS_TARGET_BYTES).unwrap());
         let length = |frame: &Frame| match &frame.bytes {
             FrameBytes::Encoded(bytes) => bytes.len(),
             FrameBytes::Message(_) => 0,

@@ -158,6 +158,11 @@ impl Outbox {
         (state.items.len() + state.returned.len(), state.room)
     }
 
+    /// How many connections take from it.
+    pub fn connections(&self) -> usize {
+        self.0.state.lock().room.saturating_sub(ROOM) + 1
+    }
+
     /// The end for connections that join.
     pub(crate) fn shares(&self) -> Shares {
         Shares(self.0.clone())

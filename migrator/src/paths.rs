@@ -5,6 +5,7 @@
 //! transfer faster. Invariants: a connection that fails costs nothing but what it carried; its route is tried again
 //! later, ever more seldom.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use crate::dial::{Dialer, Route, Transport};
 use crate::error::Result;
 use crate::group::{Token, Trunk};
 use crate::link::{Link, Patience};
+use crate::progress::Tally;
 use crate::retry::RetryFor;
 use crate::socket::{Info, Probe};
 use crate::transfers::Transfer;
@@ -33,6 +35,11 @@ const BETTER_PERCENT: u64 = 112;
 /// From this round trip on a single connection takes long to get up to speed.
 const LONG_ROUND_TRIP: Duration = Duration::from_millis(40);
 const SOME_ROUND_TRIP: Duration = Duration::from_millis(4);
+/// With a long round trip, from so much to carry on, several connections are opened before the first has shown what it
+/// can do: by then they are up to speed together.
+const MUCH_BYTES: u64 = 4 << 20;
+/// A connection keeps so much under way without effort; without losses more of them are of no use.
+const EASY_BYTES: u64 = 128 << 10;
 /// After a round that brought nothing, so long until the next try.
 const REST: Duration = Duration::from_secs(15);
 /// After a connection failed, so long until its route is tried again; doubled each time.
@@ -92,7 +99,21 @@ struct Sample {
     bytes: u64,
     /// Whether frames wait for a connection with room. Unknown to a receiver.
     is_backed_up: Option<bool>,
+    /// What is to be carried at most, as far as is known.
+    expected_bytes: u64,
     info: Info,
+}
+
+impl Sample {
+    /// How many connections to begin with.
+    fn first_target(&self, routes: usize) -> usize {
+        let few = match (self.info.round_trip >= LONG_ROUND_TRIP, self.expected_bytes >= 4 * MUCH_BYTES) {
+            (true, true) => 8,
+            (true, false) => 4,
+            (false, _) => 1,
+        };
+        routes.max(few)
+    }
 }
 
 /// Decides how many connections there should be. Pure.
@@ -136,12 +157,14 @@ impl Chooser {
         self.round.samples += 1;
         self.round.backed_up += u32::from(sample.is_backed_up.unwrap_or(true));
         let bytes = sample.bytes - self.round.bytes;
-        if !self.has_spread && bytes > ENOUGH_BYTES && self.is_busy() {
+        let is_far = sample.info.round_trip >= LONG_ROUND_TRIP;
+        let is_worth_it = bytes > ENOUGH_BYTES && self.is_busy() || is_far && sample.expected_bytes >= MUCH_BYTES;
+        if !self.has_spread && is_worth_it {
             self.has_spread = true;
             // There is something to carry: every route shall do its part, and a long one gets up to speed by several.
-            let few = if sample.info.round_trip >= LONG_ROUND_TRIP { 4 } else { 1 };
-            if self.routes.max(few) > 1 {
-                self.grow_to(self.routes.max(few), now, sample.bytes);
+            let first = sample.first_target(self.routes);
+            if first > 1 {
+                self.grow_to(first, now, sample.bytes);
                 return self.target;
             }
         }
@@ -171,7 +194,9 @@ impl Chooser {
             return;
         }
         let info = &sample.info;
-        let wants = info.round_trip >= SOME_ROUND_TRIP || info.is_lossy() || info.is_window_limited();
+        let under_way = (u128::from(rate) * info.round_trip.as_micros() / 1_000_000) as u64;
+        let is_far = info.round_trip >= SOME_ROUND_TRIP && under_way > self.target as u64 * EASY_BYTES;
+        let wants = is_far || info.is_lossy() || info.is_window_limited();
         if self.is_busy() && wants && rate > 0 && self.target < MAX_AUTO {
             self.before = Some(rate);
             self.grow_to(self.target * 2, now, sample.bytes);
@@ -237,6 +262,8 @@ pub(crate) struct Manager {
     pub is_sending: bool,
     /// Where the number of connections is shown.
     pub transfer: Arc<Transfer>,
+    /// Knows what is still to come.
+    pub tally: Arc<Tally>,
 }
 
 impl Manager {
@@ -278,6 +305,7 @@ impl Manager {
         Sample {
             bytes: counters.written() + counters.read(),
             is_backed_up: self.is_sending.then(|| self.trunk.is_backed_up()),
+            expected_bytes: self.tally.expected_bytes.load(Relaxed),
             info: probe.and_then(|probe| probe.info()).unwrap_or_default(),
         }
     }
@@ -320,7 +348,7 @@ mod tests {
         let (mut bytes, mut target) = (0, 1);
         for tick in 0..seconds * 10 {
             bytes += rate(target) / 10;
-            let sample = Sample { bytes, is_backed_up: Some(true), info };
+            let sample = Sample { bytes, is_backed_up: Some(true), info, ..Sample::default() };
             target = chooser.look(start + TICK * (tick as u32 + 1), sample);
         }
         target
@@ -332,7 +360,8 @@ mod tests {
         let short = Info { round_trip: Duration::from_micros(200), ..Info::default() };
         assert_eq!(play(1, long, 60, |count| count as u64 * MIB), MAX_AUTO);
         assert_eq!(play(1, short, 60, |count| count as u64 * MIB), 1);
-        assert_eq!(play(1, long, 10, |_| MIB), 8, "four at once, then one try");
+        assert_eq!(play(1, long, 10, |_| 8 * MIB), 8, "four at once, then one try");
+        assert_eq!(play(1, long, 10, |_| MIB), 4, "four at once; so little is under way that they do");
         assert_eq!(play(3, short, 10, |_| MIB), 3, "one for each route");
         let lossy = Info { segments_out: 10_000, segments_again: 100, ..short };
         assert!(play(1, lossy, 60, |count| count.min(4) as u64 * MIB) >= 4);

@@ -78,6 +78,8 @@ pub(crate) struct Tally {
     pub connections: AtomicU64,
     pub retries: AtomicU64,
     pub resent_bytes: AtomicU64,
+    /// Plain bytes of what was asked for or sent unasked: the most that is still to come, as far as is known.
+    pub expected_bytes: AtomicU64,
 }
 
 impl Tally {
@@ -96,6 +98,7 @@ impl Tally {
             connections: AtomicU64::new(1),
             retries: count(),
             resent_bytes: count(),
+            expected_bytes: count(),
         }
     }
 

@@ -224,8 +224,15 @@ impl Driver<'_> {
                     let violation = |v: crate::protocol::Violation| Error::protocol(self.link.peer(), v.0);
                     self.machine.on_message(message).map_err(violation)?
                 }
-                Event::Planned(Some(Planned::Ask(batch))) => vec![self.machine.ask(batch)],
-                Event::Planned(Some(Planned::Ahead(batch))) => vec![self.machine.send_ahead(batch)],
+                Event::Planned(Some(planned)) => {
+                    let (Planned::Ask(batch) | Planned::Ahead(batch)) = &planned;
+                    let bytes = batch.iter().map(|candidate| u64::from(candidate.bytes)).sum();
+                    self.tally.expected_bytes.fetch_add(bytes, Relaxed);
+                    vec![match planned {
+                        Planned::Ask(batch) => self.machine.ask(batch),
+                        Planned::Ahead(batch) => self.machine.send_ahead(batch),
+                    }]
+                }
                 Event::Planned(None) => {
                     self.finish_planner().await?;
                     self.machine.plan_finished()

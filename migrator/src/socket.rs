@@ -14,6 +14,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 /// So much that could not be sent yet lies in a socket at most: what the link can't take stays with us, so that whoever
 /// makes frames sees how fast it is, and little is lost with a connection.
 const MAX_UNSENT_BYTES: u32 = 256 * 1024;
+/// The same for a long path, which several connections share: the last of them shall not be busy long after the first.
+const MAX_UNSENT_BYTES_FAR: u32 = 64 * 1024;
 /// Below this round trip losses are repaired so fast that the kernel's default does as well, for less work.
 const LONG_ROUND_TRIP: Duration = Duration::from_millis(2);
 /// The congestion control for long or lossy paths: it doesn't take every loss for congestion.
@@ -98,6 +100,7 @@ impl Probe {
         if info.round_trip < LONG_ROUND_TRIP && !info.is_lossy() {
             return;
         }
+        let _ = socket2::SockRef::from(&self.0).set_tcp_notsent_lowat(MAX_UNSENT_BYTES_FAR);
         if sockopt::tcp_congestion(&self.0).is_ok_and(|name| name != FOR_LOSS)
             && sockopt::set_tcp_congestion(&self.0, FOR_LOSS).is_err()
         {

@@ -1,22 +1,27 @@
 //! How much of a link a push uses, beside iperf3 with one and with eight connections and rsync, on the same link in turn.
 //!
 //! Delay and loss are the harness' emulated link's, each half of the round trip and the loss each way; the rate is TBF's.
-//! Every cell has bytes for some seconds of its rate, of noise, so that nothing can be compressed. What counts is the
-//! bytes of chunks, or of rsync's file, over the time from the command's start to its end; iperf3 says its own.
+//! Every cell has bytes for some seconds of its rate, of noise, so that nothing can be compressed; more seconds where the round
+//! trip is long, for everybody, as the begin of a connection is what costs there. What counts is the bytes of chunks, or of
+//! rsync's file, over the time from the command's start to its end, commit and all; iperf3 says its own.
 
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use layerfs_tests::ctl::number;
 use layerfs_tests::emulator::Conditions;
 use layerfs_tests::host::{Host, TwoHosts, run_in};
-use layerfs_tests::network::Link;
+use layerfs_tests::network::{End, Link};
 use layerfs_tests::tree;
 
-/// Seconds that a cell's bytes take at its full rate.
+/// Seconds that a cell's bytes take at its full rate, with a short round trip and with a long one.
 const SECONDS: u64 = 10;
-const IPERF_SECONDS: &str = "6";
+const SECONDS_FAR: u64 = 40;
+/// The most bytes of a cell: they lie on the disk three times.
+const MAX_BYTES: u64 = 2_500_000_000;
 
 /// One row of the table, by name: `100/20/1` is 100 Mbit/s, 20 ms, 1% loss.
 struct Cell {
@@ -40,8 +45,13 @@ impl Cell {
         format!("{}/{}/{}", self.megabits, self.millis, self.loss)
     }
 
+    fn seconds(&self) -> u64 {
+        let seconds = if self.millis >= 100 { SECONDS_FAR } else { SECONDS };
+        seconds.min(MAX_BYTES / (self.megabits * 125_000))
+    }
+
     fn bytes(&self) -> u64 {
-        self.megabits * 125_000 * SECONDS
+        self.megabits * 125_000 * self.seconds()
     }
 
     /// Without delay and loss a veth pair does; it costs less.
@@ -76,10 +86,16 @@ fn server(host: &Host, arguments: &[&str]) -> anyhow::Result<Server> {
 
 /// Prints the table, row by row. With `only`, the rows of that name and `paths`.
 pub fn run(only: Option<&str>) -> anyhow::Result<()> {
-    println!("use of the link in %; {SECONDS} s of its rate in bytes, delay is the round trip's, loss each way");
     println!(
-        "{:>14} {:>9} {:>12} {:>12} {:>8}  connections",
-        "Mbit/ms/loss%", "layerfs", "iperf3 -P1", "iperf3 -P8", "rsync"
+        "use of the link in %: {SECONDS} s of its rate in bytes, {SECONDS_FAR} s from 100 ms on, {MAX_BYTES} bytes at most;"
+    );
+    println!(
+        "delay is the round trip's, loss each way; wire is all that our side sent, with headers and what went twice,"
+    );
+    println!("and middle the same for the second and third quarter of the time");
+    println!(
+        "{:>14} {:>9} {:>6} {:>6} {:>12} {:>12} {:>8}  connections",
+        "Mbit/ms/loss%", "layerfs", "wire", "middle", "iperf3 -P1", "iperf3 -P8", "rsync"
     );
     for cell in Cell::all().iter().filter(|cell| only.is_none_or(|only| only == cell.name())) {
         match measure(cell) {
@@ -93,6 +109,33 @@ pub fn run(only: Option<&str>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Looks at what an end sends, several times a second.
+struct Watch {
+    stop: Sender<()>,
+    thread: JoinHandle<anyhow::Result<Vec<(Instant, u64)>>>,
+}
+
+impl Watch {
+    fn start(end: End) -> anyhow::Result<Watch> {
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let mut samples = vec![(Instant::now(), end.shaped_bytes()?)];
+        let watch = move || loop {
+            let is_last = stopped.recv_timeout(Duration::from_millis(250)) != Err(RecvTimeoutError::Timeout);
+            samples.push((Instant::now(), end.shaped_bytes()?));
+            if is_last {
+                return Ok(samples);
+            }
+        };
+        Ok(Watch { stop, thread: std::thread::spawn(watch) })
+    }
+
+    /// All samples: the first from the start, the last from now.
+    fn stop(self) -> anyhow::Result<Vec<(Instant, u64)>> {
+        drop(self.stop);
+        self.thread.join().map_err(|_| anyhow!("the thread that watches the link panicked"))?
+    }
+}
+
 fn measure(cell: &Cell) -> anyhow::Result<String> {
     let hosts = cell.hosts()?;
     let file = hosts.a.new_folder("tree")?.join("noise");
@@ -100,20 +143,31 @@ fn measure(cell: &Cell) -> anyhow::Result<String> {
     hosts.a.import(&hosts.a.path("tree"), "noise", &[])?;
     let single = iperf(&hosts, cell, 1)?;
     let several = iperf(&hosts, cell, 8)?;
-    let started = Instant::now();
+    let watch = Watch::start(hosts.a.end()?.clone())?;
     let report = hosts.push(&["noise"])?;
-    let ours = cell.percent(cell.bytes(), started.elapsed().as_secs_f64());
+    let samples = watch.stop()?;
+    let ((first, from), (last, to)) = (samples[0], samples[samples.len() - 1]);
+    let ours = cell.percent(cell.bytes(), (last - first).as_secs_f64());
+    let wire = cell.percent(to - from, (last - first).as_secs_f64());
+    let quarter = (last - first) / 4;
+    let inner: Vec<_> = samples.iter().filter(|(at, _)| *at >= first + quarter && *at <= last - quarter).collect();
+    let middle = match inner[..] {
+        [(first, from), .., (last, to)] => cell.percent(to - from, (*last - *first).as_secs_f64()),
+        _ => wire,
+    };
     let connections = number(&report, "connections")?;
     let rsync = rsync(&hosts, cell).map_or_else(|_| "-".to_owned(), |percent| format!("{percent:.1}"));
     let name = cell.name();
-    Ok(format!("{name:>14} {ours:>9.1} {single:>12.1} {several:>12.1} {rsync:>8}  {connections}"))
+    Ok(format!(
+        "{name:>14} {ours:>9.1} {wire:>6.1} {middle:>6.1} {single:>12.1} {several:>12.1} {rsync:>8}  {connections}"
+    ))
 }
 
 fn iperf(hosts: &TwoHosts, cell: &Cell, streams: u8) -> anyhow::Result<f64> {
     let _server = server(&hosts.b, &["iperf3", "-s", "-1"])?;
-    let streams = streams.to_string();
+    let (streams, seconds) = (streams.to_string(), cell.seconds().to_string());
     let address = hosts.b.end()?.address.clone();
-    let arguments = ["-J", "-c", &address, "-P", &streams, "-t", IPERF_SECONDS];
+    let arguments = ["-J", "-c", &address, "-P", &streams, "-t", &seconds];
     let started = Instant::now();
     let text = loop {
         match run_in(&hosts.a, "iperf3", &arguments) {
@@ -123,11 +177,13 @@ fn iperf(hosts: &TwoHosts, cell: &Cell, streams: u8) -> anyhow::Result<f64> {
         }
     };
     let value: serde_json::Value = serde_json::from_str(&text)?;
-    let rate = value["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3 tells no rate")?;
+    let rate = value["end"]["sum_received"]["bits_per_second"]
+        .as_f64()
+        .with_context(|| format!("iperf3 tells no rate: {}", value["error"]))?;
     Ok(rate / (cell.megabits as f64 * 1e6) * 100.0)
 }
 
-/// rsync's daemon gets the same file, within thrice the time that it should take.
+/// rsync's daemon gets the same file, within twice the time that it should take.
 fn rsync(hosts: &TwoHosts, cell: &Cell) -> anyhow::Result<f64> {
     let (config, target) = (hosts.b.path("rsyncd.conf"), hosts.b.new_folder("target")?);
     let text = format!("use chroot = no\nuid = 0\ngid = 0\n[t]\nread only = no\npath = {}\n", target.display());
@@ -142,7 +198,7 @@ fn rsync(hosts: &TwoHosts, cell: &Cell) -> anyhow::Result<f64> {
         std::thread::sleep(Duration::from_millis(50));
     }
     let file = hosts.a.path("tree").join("noise").display().to_string();
-    let limit = (SECONDS * 3).to_string();
+    let limit = (cell.seconds() * 2).to_string();
     let started = Instant::now();
     // What has come by then is what counts.
     let _ = run_in(&hosts.a, "timeout", &[&limit, "rsync", "-W", "--inplace", &file, &url]);

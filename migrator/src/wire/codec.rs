@@ -432,15 +432,20 @@ impl ChunksWriter {
     /// The bytes of a chunk's record in front of its stored bytes.
     pub const CHUNK_HEADER_BYTES: usize = 32 + 1 + 1 + 4 + 4;
 
-    /// Appends a chunk. The caller takes the frame when [`ChunksWriter::is_full`] says so.
+    /// Appends a chunk. The caller takes the frame when it [is full](ChunksWriter::is_full_at).
     pub fn push(&mut self, chunk: &StoredChunk) {
         put_chunk(chunk, &mut self.frame);
         self.count += 1;
     }
 
+    /// Whether a frame of about `bytes` should go now.
+    pub fn is_full_at(&self, bytes: usize) -> bool {
+        self.frame.len() + ChunksWriter::CHUNK_HEADER_BYTES >= bytes.min(CHUNKS_TARGET_BYTES) || self.count == u16::MAX
+    }
+
     /// Whether the frame should go.
     pub fn is_full(&self) -> bool {
-        self.frame.len() + ChunksWriter::CHUNK_HEADER_BYTES >= CHUNKS_TARGET_BYTES || self.count == u16::MAX
+        self.is_full_at(CHUNKS_TARGET_BYTES)
     }
 
     /// Whether there is nothing in it.
