@@ -35,6 +35,8 @@ pub const NAMES: &[&str] = &[
     "tier.before-evict",
     "tier.after-evict",
     "tier.dead",
+    "move.journal",
+    "move.journalled",
 ];
 
 static ARMED: AtomicBool = AtomicBool::new(false);

@@ -20,6 +20,7 @@ pub mod governor;
 pub mod grants;
 pub mod group;
 pub mod guest;
+pub mod handover;
 pub mod identity;
 pub mod lazy;
 mod level;

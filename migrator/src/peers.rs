@@ -118,13 +118,15 @@ pub struct Rights {
     pub push: bool,
     /// It may pull layers from this host.
     pub pull: bool,
+    /// It may move guests to this host, which then runs what it sends.
+    pub guests: bool,
     /// Which names it may see and set.
     pub visible: Visible,
 }
 
 impl Default for Rights {
     fn default() -> Rights {
-        Rights { push: true, pull: true, visible: Visible::All }
+        Rights { push: true, pull: true, guests: false, visible: Visible::All }
     }
 }
 
@@ -147,7 +149,8 @@ impl Peer {
         let mut out = vec![RECORD_VERSION];
         out.extend_from_slice(&self.key.0);
         out.put_bytes16(self.address.as_deref().unwrap_or("").as_bytes());
-        out.put_u8(u8::from(self.rights.push) | u8::from(self.rights.pull) << 1);
+        let rights = &self.rights;
+        out.put_u8(u8::from(rights.push) | u8::from(rights.pull) << 1 | u8::from(rights.guests) << 2);
         match &self.rights.visible {
             Visible::All => out.put_u8(0),
             Visible::Matching(patterns) => {
@@ -183,11 +186,11 @@ impl Peer {
             }
             other => return Err(reader.error(format!("visibility {other}"))),
         };
-        if flags & !3 != 0 {
+        if flags & !7 != 0 {
             return Err(reader.error(format!("rights {flags:#x}")));
         }
         reader.finish()?;
-        let rights = Rights { push: flags & 1 != 0, pull: flags & 2 != 0, visible };
+        let rights = Rights { push: flags & 1 != 0, pull: flags & 2 != 0, guests: flags & 4 != 0, visible };
         Ok(Peer { name: PeerName::new(&text(name)?)?, address, key, rights })
     }
 }
@@ -374,7 +377,7 @@ mod tests {
             name: PeerName::new("edge").unwrap(),
             address: Some("10.0.0.1:7440".to_owned()),
             key: PublicKey([7; 32]),
-            rights: Rights { push: true, pull: false, visible: Visible::Matching(vec!["a/*".to_owned()]) },
+            rights: Rights { pull: false, visible: Visible::Matching(vec!["a/*".to_owned()]), ..Rights::default() },
         };
         let record = peer.encode();
         assert_eq!(Peer::decode(b"edge", &record).unwrap(), peer);

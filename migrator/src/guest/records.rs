@@ -158,12 +158,12 @@ impl Guests {
     /// # Errors
     /// [`Error::Exists`], [`Error::Invalid`] if it is too long.
     pub fn add(&self, record: &GuestRecord) -> Result<()> {
-        let _changing = self.changing.lock();
         let name = &record.spec.name;
-        if self.find(name)?.is_some() {
-            return Err(Error::Exists { what: "guest", name: name.to_string() });
-        }
-        self.write(record)
+        let changed = self.change_with(name, Batch::new(), |old| match old {
+            Some(_) => Err(Error::Exists { what: "guest", name: name.to_string() }),
+            None => Ok(Some(record.clone())),
+        });
+        changed.map(drop)
     }
 
     /// Changes the guest called `name` by `change`, durably, and returns what it is now.
@@ -171,15 +171,39 @@ impl Guests {
     /// # Errors
     /// [`Error::NotFound`], and those of `change`: nothing has changed then.
     pub fn update(&self, name: &GuestName, change: impl FnOnce(&mut GuestRecord) -> Result<()>) -> Result<GuestRecord> {
+        let not_found = || Error::NotFound { what: "guest", name: name.to_string() };
+        let changed = self.change_with(name, Batch::new(), |old| {
+            let mut record = old.ok_or_else(not_found)?;
+            change(&mut record)?;
+            Ok(Some(record))
+        })?;
+        changed.ok_or_else(not_found)
+    }
+
+    /// Makes of the guest called `name`, if there is one, what `change` says (nothing: it is forgotten), and applies
+    /// `also`, in one durable write. Returns what it is now.
+    ///
+    /// # Errors
+    /// Those of `change` and of the index; nothing has changed then.
+    pub fn change_with(
+        &self,
+        name: &GuestName,
+        mut also: Batch,
+        change: impl FnOnce(Option<GuestRecord>) -> Result<Option<GuestRecord>>,
+    ) -> Result<Option<GuestRecord>> {
         let _changing = self.changing.lock();
-        let old = self.get(name)?;
-        let mut record = old.clone();
-        change(&mut record)?;
-        if record.epoch < old.epoch || record.spec.name != *name {
-            return Err(Error::invalid(format!("guest {name} cannot go back to epoch {}", record.epoch)));
+        let old = self.find(name)?;
+        let least = old.as_ref().map_or(0, |record| record.epoch);
+        let new = change(old)?;
+        match &new {
+            Some(record) if record.epoch < least || record.spec.name != *name => {
+                return Err(Error::invalid(format!("guest {name} cannot go back to epoch {}", record.epoch)));
+            }
+            Some(record) => also.put(Cf::Meta, key(name), checked(record)?),
+            None => also.delete(Cf::Meta, key(name)),
         }
-        self.write(&record)?;
-        Ok(record)
+        self.store.db().write(also, Sync::Yes)?;
+        Ok(new)
     }
 
     /// Forgets the guest called `name`. Fine if there is none.
@@ -192,16 +216,14 @@ impl Guests {
         batch.delete(Cf::Meta, key(name));
         self.store.db().write(batch, Sync::Yes)
     }
+}
 
-    fn write(&self, record: &GuestRecord) -> Result<()> {
-        let bytes = record.encode();
-        if bytes.len() > MAX_RECORD {
-            return Err(Error::invalid(format!("guest {} has too many options", record.spec.name)));
-        }
-        let mut batch = Batch::new();
-        batch.put(Cf::Meta, key(&record.spec.name), bytes);
-        self.store.db().write(batch, Sync::Yes)
+fn checked(record: &GuestRecord) -> Result<Vec<u8>> {
+    let bytes = record.encode();
+    if bytes.len() > MAX_RECORD {
+        return Err(Error::invalid(format!("guest {} has too many options", record.spec.name)));
     }
+    Ok(bytes)
 }
 
 fn key(name: &GuestName) -> Vec<u8> {

@@ -79,7 +79,7 @@ async fn a_taken_name_is_kept_unless_forced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rights_are_kept() {
-    let rights = Rights { push: false, pull: true, visible: Visible::Matching(vec!["pub/*".to_owned()]) };
+    let rights = Rights { push: false, visible: Visible::Matching(vec!["pub/*".to_owned()]), ..Rights::default() };
     let pair = Pair::with_rights(rights).await;
     add_layer(pair.here.store(), "pub/x", &tree(3, 10));
     add_layer(pair.there.store(), "secret", &tree(4, 10));

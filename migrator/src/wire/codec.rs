@@ -8,10 +8,13 @@ use layerfs::{ChunkId, Error, LayerId, LayerName, Result};
 
 use crate::governor::{Pace, Priority, Rate};
 use crate::group::Token;
+use crate::guest::Obstacle;
+use crate::handover::{Fate, MoveId};
 
 use super::{
     Bundle, CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS,
-    MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer,
+    MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, MAX_OBSTACLE_TEXT, MAX_OBSTACLES, MAX_SPEC, Message, Offer,
+    OfferedLayer, Prepare,
 };
 
 const HELLO: u8 = 0x01;
@@ -37,11 +40,19 @@ const GROUP: u8 = 0x1a;
 const JOIN: u8 = 0x1b;
 const GOT: u8 = 0x1c;
 const PART: u8 = 0x21;
+const PREPARE: u8 = 0x30;
+const PREPARED: u8 = 0x31;
+const STAGE: u8 = 0x32;
+const COMMIT: u8 = 0x33;
+const ABORT: u8 = 0x34;
+const INQUIRE: u8 = 0x35;
+const FATE: u8 = 0x36;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
 const FLAG_DRY_RUN: u8 = 2;
 const FLAG_LAZY: u8 = 4;
+const FLAG_GIVES_BACK: u8 = 8;
 
 /// Appends the frame of `message` to `out`.
 pub fn encode(message: &Message, out: &mut Vec<u8>) {
@@ -127,8 +138,46 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
             out.put_u8(GOT);
             out.put_u64(*frames);
         }
+        Message::Prepare(prepare) => encode_prepare(prepare, out),
+        Message::Prepared { obstacles } => {
+            out.put_u8(PREPARED);
+            out.put_u16(obstacles.len() as u16);
+            for obstacle in obstacles {
+                out.put_bytes16(obstacle.what.as_bytes());
+                out.put_bytes16(obstacle.fix.as_bytes());
+            }
+        }
+        Message::Stage { id, instance, state, lazily } => {
+            put_move(STAGE, id, out);
+            out.put_id(&instance.0);
+            out.put_id(&state.0);
+            out.put_u8(if *lazily { FLAG_LAZY } else { 0 });
+        }
+        Message::Commit { id } => put_move(COMMIT, id, out),
+        Message::Abort { id } => put_move(ABORT, id, out),
+        Message::Inquire { id } => put_move(INQUIRE, id, out),
+        Message::Fate { fate, micros, text } => {
+            out.put_u8(FATE);
+            out.put_u8(*fate as u8);
+            out.put_u64(*micros);
+            out.put_bytes16(text.as_bytes());
+        }
     }
     close(start, out);
+}
+
+fn put_move(kind: u8, id: &MoveId, out: &mut Vec<u8>) {
+    out.put_u8(kind);
+    out.extend_from_slice(&id.0);
+}
+
+fn encode_prepare(prepare: &Prepare, out: &mut Vec<u8>) {
+    put_move(PREPARE, &prepare.id, out);
+    out.put_u64(prepare.epoch);
+    let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
+    out.put_u8(flag(prepare.dry_run, FLAG_DRY_RUN) | flag(prepare.gives_back, FLAG_GIVES_BACK));
+    out.put_id(&prepare.stack.0);
+    out.put_bytes16(prepare.spec.as_bytes());
 }
 
 fn close(start: usize, out: &mut [u8]) {
@@ -240,6 +289,13 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         JOIN => Message::Join { token: token(reader)? },
         PART => Message::Part { number: reader.u64()? },
         GOT => Message::Got { frames: reader.u64()? },
+        PREPARE => Message::Prepare(decode_prepare(reader)?),
+        PREPARED => Message::Prepared { obstacles: list(reader, "obstacles", 0, MAX_OBSTACLES, decode_obstacle)? },
+        STAGE => decode_stage(reader)?,
+        COMMIT => Message::Commit { id: move_id(reader)? },
+        ABORT => Message::Abort { id: move_id(reader)? },
+        INQUIRE => Message::Inquire { id: move_id(reader)? },
+        FATE => decode_fate(reader)?,
         other => return Err(Error::Unsupported { what: "message", detail: format!("type {other:#04x}") }),
     };
     reader.finish()?;
@@ -250,6 +306,52 @@ fn token(reader: &mut Reader<'_>) -> Result<Token> {
     let mut token = [0; 16];
     token.copy_from_slice(reader.take(16)?);
     Ok(Token(token))
+}
+
+fn move_id(reader: &mut Reader<'_>) -> Result<MoveId> {
+    token(reader).map(|Token(id)| MoveId(id))
+}
+
+/// Text for people or for a parser of its own; nothing that moves a terminal's cursor.
+fn decode_text(reader: &mut Reader<'_>, what: &str, most: usize) -> Result<String> {
+    let bytes = reader.bytes16()?;
+    let text = std::str::from_utf8(bytes).map_err(|_| reader.error(format!("{what} is not text")))?;
+    if text.len() > most || text.chars().any(char::is_control) {
+        return Err(reader.error(format!("{what} of {} bytes, or with control characters", text.len())));
+    }
+    Ok(text.to_owned())
+}
+
+fn decode_obstacle(reader: &mut Reader<'_>) -> Result<Obstacle> {
+    let what = decode_text(reader, "an obstacle", MAX_OBSTACLE_TEXT)?;
+    Ok(Obstacle { what, fix: decode_text(reader, "a fix", MAX_OBSTACLE_TEXT)? })
+}
+
+fn decode_prepare(reader: &mut Reader<'_>) -> Result<Prepare> {
+    let (id, epoch, flags) = (move_id(reader)?, reader.u64()?, reader.u8()?);
+    if flags & !(FLAG_DRY_RUN | FLAG_GIVES_BACK) != 0 {
+        return Err(Error::Unsupported { what: "prepare", detail: format!("flags {flags:#04x}") });
+    }
+    let stack = LayerId(reader.id()?);
+    let spec = decode_text(reader, "a guest's description", MAX_SPEC)?;
+    let (dry_run, gives_back) = (flags & FLAG_DRY_RUN != 0, flags & FLAG_GIVES_BACK != 0);
+    Ok(Prepare { id, epoch, dry_run, gives_back, stack, spec })
+}
+
+fn decode_stage(reader: &mut Reader<'_>) -> Result<Message> {
+    let (id, instance, state) = (move_id(reader)?, LayerId(reader.id()?), LayerId(reader.id()?));
+    match reader.u8()? {
+        flags @ (0 | FLAG_LAZY) => Ok(Message::Stage { id, instance, state, lazily: flags != 0 }),
+        flags => Err(Error::Unsupported { what: "stage", detail: format!("flags {flags:#04x}") }),
+    }
+}
+
+fn decode_fate(reader: &mut Reader<'_>) -> Result<Message> {
+    let code = reader.u8()?;
+    let found = Fate::ALL.into_iter().find(|fate| *fate as u8 == code);
+    let fate = found.ok_or_else(|| reader.error(format!("fate {code}")))?;
+    let micros = reader.u64()?;
+    Ok(Message::Fate { fate, micros, text: decode_text(reader, "a fate's text", MAX_ERROR_TEXT)? })
 }
 
 fn decode_hello(reader: &mut Reader<'_>) -> Result<Hello> {

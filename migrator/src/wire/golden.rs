@@ -8,11 +8,13 @@ use proptest::prelude::*;
 
 use crate::governor::{Pace, Priority, Rate};
 use crate::group::Token;
+use crate::guest::Obstacle;
+use crate::handover::{Fate, MoveId};
 
 use super::codec::round_trip;
 use super::{
     Bundle, ChunksWriter, FrameHeader, HEADER_BYTES, Hello, MAX_FRAME_BYTES, MAX_SMALL_FRAME_BYTES, Message, Offer,
-    OfferedLayer, decode, encode, encode_bundle,
+    OfferedLayer, Prepare, decode, encode, encode_bundle,
 };
 
 fn id(byte: u8) -> ChunkId {
@@ -123,6 +125,39 @@ fn golden() -> Vec<(Message, &'static str)> {
         (Message::Join { token: Token([11; 16]) }, "110000001b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b"),
         (Message::Part { number: 4 }, "09000000210400000000000000"),
         (Message::Got { frames: 3 }, "090000001c0300000000000000"),
+        (
+            Message::Prepare(Prepare {
+                id: MoveId([12; 16]),
+                epoch: 3,
+                dry_run: true,
+                gives_back: true,
+                stack: LayerId(id(1)),
+                spec: "{}".to_owned(),
+            }),
+            concat!(
+                "3e00000030",
+                "0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c",
+                "0300000000000000",
+                "0a",
+                "0101010101010101010101010101010101010101010101010101010101010101",
+                "02007b7d",
+            ),
+        ),
+        (Message::prepared(vec![Obstacle::new("a", "bc")]), "0a00000031010001006102006263"),
+        (
+            Message::Stage { id: MoveId([12; 16]), instance: LayerId(id(1)), state: LayerId(id(2)), lazily: true },
+            concat!(
+                "5200000032",
+                "0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c",
+                "0101010101010101010101010101010101010101010101010101010101010101",
+                "0202020202020202020202020202020202020202020202020202020202020202",
+                "04",
+            ),
+        ),
+        (Message::Commit { id: MoveId([12; 16]) }, "11000000330c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c"),
+        (Message::Abort { id: MoveId([12; 16]) }, "11000000340c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c"),
+        (Message::Inquire { id: MoveId([12; 16]) }, "11000000350c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c"),
+        (Message::fate(Fate::Restored, 258, "ok"), "0e0000003604020100000000000002006f6b"),
     ]
 }
 
@@ -209,7 +244,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn nothing_panics_and_what_decodes_encodes_alike(kind in 0u8..0x28, body in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn nothing_panics_and_what_decodes_encodes_alike(kind in 0u8..0x38, body in prop::collection::vec(any::<u8>(), 0..200)) {
         check_decoding(kind, body)?;
     }
 

@@ -14,6 +14,8 @@ use layerfs::{ChunkId, LayerId, LayerName};
 
 use crate::governor::Pace;
 use crate::group::Token;
+use crate::guest::Obstacle;
+use crate::handover::{Fate, MoveId};
 
 pub use codec::{ChunksWriter, decode, encode, encode_bundle};
 
@@ -43,6 +45,12 @@ pub const MAX_BUNDLE_CHUNKS: usize = 1024;
 pub const MAX_BASES: usize = 256;
 /// The most bytes of an error's text.
 pub const MAX_ERROR_TEXT: usize = 2000;
+/// The most bytes of a guest's description in a [`Message::Prepare`].
+pub const MAX_SPEC: usize = 60_000;
+/// The most obstacles in a [`Message::Prepared`].
+pub const MAX_OBSTACLES: usize = 64;
+/// The most bytes of an obstacle's text, and of its fix.
+pub const MAX_OBSTACLE_TEXT: usize = 900;
 /// Below this many bytes a sender goes on filling a [`Message::Chunks`].
 pub const CHUNKS_TARGET_BYTES: usize = 512 * 1024;
 
@@ -152,6 +160,65 @@ pub enum Message {
         /// How many names were changed; the others were there already.
         changed: u16,
     },
+    /// A guest is to move here. Answered by [`Message::Prepared`].
+    Prepare(Prepare),
+    /// What stands in the way of it; if nothing does, the guest is expected.
+    Prepared {
+        /// Up to [`MAX_OBSTACLES`].
+        obstacles: Vec<Obstacle>,
+    },
+    /// These layers are the guest's: do all that can fail before it is restored. Answered by [`Message::Fate`].
+    Stage {
+        /// The move.
+        id: MoveId,
+        /// What its root lies on.
+        instance: LayerId,
+        /// Its state.
+        state: LayerId,
+        /// Whether it is to run before all of its state is there.
+        lazily: bool,
+    },
+    /// The guest is yours. Answered by [`Message::Fate`] when it runs, or can't.
+    Commit {
+        /// The move.
+        id: MoveId,
+    },
+    /// The guest stays where it was. Answered by [`Message::Fate`].
+    Abort {
+        /// The move.
+        id: MoveId,
+    },
+    /// What became of it? Either side may ask. Answered by [`Message::Fate`].
+    Inquire {
+        /// The move.
+        id: MoveId,
+    },
+    /// What a side's journal says of a move.
+    Fate {
+        /// What became of it there.
+        fate: Fate,
+        /// How long the last step took (staging, restoring), in microseconds.
+        micros: u64,
+        /// Why it isn't further; for people.
+        text: String,
+    },
+}
+
+/// What a destination has to know of a guest before anything is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prepare {
+    /// The move.
+    pub id: MoveId,
+    /// The guest's epoch once it has moved.
+    pub epoch: u64,
+    /// Only the obstacles are to be known.
+    pub dry_run: bool,
+    /// If it can't be restored, it goes back by itself.
+    pub gives_back: bool,
+    /// The layer that its stack's name stands for at the source.
+    pub stack: LayerId,
+    /// Its [`crate::guest::GuestSpec`] as JSON.
+    pub spec: String,
 }
 
 /// The first message of either side.
@@ -240,6 +307,13 @@ impl Message {
             Message::Join { .. } => "Join",
             Message::Got { .. } => "Got",
             Message::Part { .. } => "Part",
+            Message::Prepare(_) => "Prepare",
+            Message::Prepared { .. } => "Prepared",
+            Message::Stage { .. } => "Stage",
+            Message::Commit { .. } => "Commit",
+            Message::Abort { .. } => "Abort",
+            Message::Inquire { .. } => "Inquire",
+            Message::Fate { .. } => "Fate",
         }
     }
 
@@ -250,13 +324,34 @@ impl Message {
 
     /// An error's message, its text cut to what fits.
     pub fn error(class: ErrorClass, text: impl Into<String>) -> Message {
-        let mut text: String = text.into();
-        if text.len() > MAX_ERROR_TEXT {
-            let end = (0..=MAX_ERROR_TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-            text.truncate(end);
-        }
-        Message::Error { class, text }
+        Message::Error { class, text: cut(text, MAX_ERROR_TEXT) }
     }
+
+    /// A fate's message, its text cut to what fits.
+    pub fn fate(fate: Fate, micros: u64, text: impl Into<String>) -> Message {
+        Message::Fate { fate, micros, text: cut(text, MAX_ERROR_TEXT) }
+    }
+
+    /// The message of these obstacles, as many as fit, their texts cut likewise.
+    pub fn prepared(obstacles: Vec<Obstacle>) -> Message {
+        let fits = |obstacle: Obstacle| {
+            Obstacle::new(cut(obstacle.what, MAX_OBSTACLE_TEXT), cut(obstacle.fix, MAX_OBSTACLE_TEXT))
+        };
+        Message::Prepared { obstacles: obstacles.into_iter().take(MAX_OBSTACLES).map(fits).collect() }
+    }
+}
+
+/// At most `bytes` of `text`, with blanks for control characters.
+fn cut(text: impl Into<String>, bytes: usize) -> String {
+    let mut text: String = text.into();
+    if text.contains(char::is_control) {
+        text = text.replace(char::is_control, " ");
+    }
+    if text.len() > bytes {
+        let end = (0..=bytes).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(end);
+    }
+    text
 }
 
 /// A frame's header, checked.

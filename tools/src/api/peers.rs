@@ -128,6 +128,9 @@ pub struct PeerAddRequest {
     /// It may pull from this host.
     #[serde(default = "yes")]
     pub allow_pull: bool,
+    /// It may move guests to this host.
+    #[serde(default)]
+    pub allow_guests: bool,
     /// The names that it may see; none given means all.
     #[serde(default)]
     pub visible: Vec<String>,
@@ -155,6 +158,9 @@ pub struct PeerInfo {
     pub allow_push: bool,
     /// It may pull from this host.
     pub allow_pull: bool,
+    /// It may move guests to this host.
+    #[serde(default)]
+    pub allow_guests: bool,
     /// The names that it may see; empty means all.
     pub visible: Vec<String>,
 }
@@ -211,6 +217,9 @@ pub struct PeerSetRequest {
     /// It may pull from this host.
     #[serde(default)]
     pub allow_pull: Option<bool>,
+    /// It may move guests to this host.
+    #[serde(default)]
+    pub allow_guests: Option<bool>,
     /// The names that it may see; an empty list means all.
     #[serde(default)]
     pub visible: Option<Vec<String>>,

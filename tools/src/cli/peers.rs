@@ -142,8 +142,8 @@ pub struct PeerAdd {
     /// Its fingerprint: the key is taken from the host itself if it has this fingerprint
     #[arg(long, value_name = "FINGERPRINT", conflicts_with = "key")]
     pub fingerprint: Option<String>,
-    /// What it may do here [default: push,pull]
-    #[arg(long, value_delimiter = ',', value_name = "WHAT", value_parser = ["push", "pull", "none"])]
+    /// What it may do here; guests: move guests to this host, which then runs what it sends [default: push,pull]
+    #[arg(long, value_delimiter = ',', value_name = "WHAT", value_parser = ["push", "pull", "guests", "none"])]
     pub allow: Vec<String>,
     /// The names that it may see; * stands for anything [default: all]
     #[arg(long, value_delimiter = ',', value_name = "PATTERN")]
@@ -172,6 +172,12 @@ pub struct PeerSet {
     /// It may not pull from this host
     #[arg(long, group = "change", conflicts_with = "allow_pull")]
     pub no_pull: bool,
+    /// It may move guests to this host, which then runs what it sends
+    #[arg(long, group = "change")]
+    pub allow_guests: bool,
+    /// It may not move guests to this host
+    #[arg(long, group = "change", conflicts_with = "allow_guests")]
+    pub no_guests: bool,
     /// The names that it may see, instead of those until now; `*` alone means all, and all chunks
     #[arg(long, group = "change", value_delimiter = ',', value_name = "PATTERN")]
     pub visible: Vec<String>,

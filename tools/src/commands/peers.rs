@@ -194,6 +194,7 @@ fn add(session: &Session, args: args::PeerAdd) -> Result<()> {
     let request = PeerAddRequest {
         allow_push: allows("push"),
         allow_pull: allows("pull"),
+        allow_guests: args.allow.iter().any(|allowed| allowed == "guests"),
         address: (args.address != "-").then(|| args.address.clone()),
         name: args.name,
         key,
@@ -218,6 +219,7 @@ fn set(session: &Session, args: args::PeerSet) -> Result<()> {
         address: args.address.map(|address| if address == "-" { String::new() } else { address }),
         allow_push: choice(args.allow_push, args.no_push),
         allow_pull: choice(args.allow_pull, args.no_pull),
+        allow_guests: choice(args.allow_guests, args.no_guests),
         visible: match args.visible {
             none if none.is_empty() => None,
             all if all == ["*"] => Some(Vec::new()),
@@ -232,13 +234,10 @@ fn set(session: &Session, args: args::PeerSet) -> Result<()> {
 }
 
 /// What a peer may do, in words.
-fn may(peer: &PeerInfo) -> &'static str {
-    match (peer.allow_push, peer.allow_pull) {
-        (true, true) => "push, pull",
-        (true, false) => "push",
-        (false, true) => "pull",
-        (false, false) => "nothing",
-    }
+fn may(peer: &PeerInfo) -> String {
+    let rights = [(peer.allow_push, "push"), (peer.allow_pull, "pull"), (peer.allow_guests, "move guests here")];
+    let granted: Vec<&str> = rights.iter().filter(|(granted, _)| *granted).map(|(_, what)| *what).collect();
+    if granted.is_empty() { "nothing".to_owned() } else { granted.join(", ") }
 }
 
 /// The names that a peer sees, in words.
@@ -285,7 +284,7 @@ fn list(session: &Session) -> Result<()> {
             table.colored([
                 (peer.name.clone(), Some(Color::Cyan)),
                 (peer.address.clone().unwrap_or_else(|| "-".to_owned()), None),
-                (may(peer).to_owned(), None),
+                (may(peer), None),
                 (sees(peer), None),
                 (peer.fingerprint.clone(), Some(Color::Dim)),
             ]);

@@ -374,7 +374,7 @@ pub fn add(context: &Context, request: PeerAddRequest) -> Result<PeerInfo> {
         name: name.clone(),
         address: request.address.as_deref().map(normalize_address).transpose()?,
         key,
-        rights: Rights { push: request.allow_push, pull: request.allow_pull, visible },
+        rights: Rights { push: request.allow_push, pull: request.allow_pull, guests: request.allow_guests, visible },
     };
     if request.force && peers.get(name.as_str()).is_ok() {
         peers.remove(name.as_str())?;
@@ -394,6 +394,7 @@ pub fn set(context: &Context, request: PeerSetRequest) -> Result<PeerInfo> {
         }
         peer.rights.push = request.allow_push.unwrap_or(peer.rights.push);
         peer.rights.pull = request.allow_pull.unwrap_or(peer.rights.pull);
+        peer.rights.guests = request.allow_guests.unwrap_or(peer.rights.guests);
         if let Some(patterns) = request.visible {
             peer.rights.visible = if patterns.is_empty() { Visible::All } else { Visible::Matching(patterns) };
         }
@@ -457,6 +458,7 @@ fn info(peer: &Peer) -> PeerInfo {
         fingerprint: peer.key.fingerprint().to_string(),
         allow_push: peer.rights.push,
         allow_pull: peer.rights.pull,
+        allow_guests: peer.rights.guests,
         visible: match &peer.rights.visible {
             Visible::All => Vec::new(),
             Visible::Matching(patterns) => patterns.clone(),
