@@ -272,6 +272,9 @@ impl Driver<'_> {
         self.tally.phase("receive");
         let total = lacks().fold(0u64, |sum, (layer, _)| sum.saturating_add(layer.file_bytes));
         self.monitor.phase("receiving", Some(total));
+        if let Some(layer) = layers_lacking(&accepted).last().filter(|_| !accepted.offer.dry_run) {
+            self.context.session.stage_for(layer);
+        }
         self.accepted = Some(accepted);
         failpoint::hit("receive.offered");
         Ok(self.machine.offer_checked(lacking, held))
@@ -510,6 +513,8 @@ fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
         }
         store.clear_partial(&fresh)?;
     }
+    // From here on names keep what has come.
+    store.unstage(&fresh)?;
     failpoint::hit("receive.named");
     Ok(changed)
 }

@@ -2,7 +2,8 @@
 //!
 //! 1. *Mark*: every chunk of every root's stack goes into a filter. Roots: names, pins, root sources.
 //! 2. *Sweep*: index entries that are in no filter (nor in that of any session that lived meanwhile) are removed,
-//!    manifests before all others: a layer whose manifest is there is whole.
+//!    manifests before all others: a layer whose manifest is there is whole. What lies in packs that an unfinished
+//!    transfer has filled stays ([`super::staged`]), but manifests.
 //! 3. *Packs*: dead ones are unlinked, mostly dead and small ones are rewritten first.
 //!
 //! Why nothing that is wanted goes: a session says that it wants a chunk *before* it looks whether it is there, and
@@ -34,6 +35,8 @@ use crate::store::{Store, Uncached};
 pub struct GcOptions {
     /// Only tell what would go.
     pub dry_run: bool,
+    /// What unfinished transfers have brought goes too.
+    pub unfinished: bool,
 }
 
 /// What was collected.
@@ -47,6 +50,8 @@ pub struct GcReport {
     pub dead_chunks: u64,
     /// What those took, in bytes.
     pub dead_bytes: u64,
+    /// What stays in packs only because transfers that haven't ended well may go on, in bytes.
+    pub staged_bytes: u64,
     /// Packs removed (or that would be) without copying anything.
     pub packs_removed: u64,
     /// Packs whose live chunks were copied to new ones (or would be).
@@ -147,10 +152,10 @@ impl Store {
             *self.collector.active.lock() = Some(run.clone());
             self.named_layers()
         };
-        let collection = Collection { store: self, run: &run, monitor, options };
         let result = named.and_then(|mut roots| {
             roots.extend(self.in_use()?);
-            collection.collect(&roots)
+            let staged = if options.unfinished { HashSet::new() } else { self.staged_packs(Time::now())? };
+            Collection { store: self, run: &run, monitor, options, staged }.collect(&roots)
         });
         *self.collector.active.lock() = None;
         result
@@ -187,6 +192,8 @@ struct Collection<'a> {
     run: &'a Run,
     monitor: &'a dyn Monitor,
     options: GcOptions,
+    /// Packs with chunks for layers that are still to come.
+    staged: HashSet<PackId>,
 }
 
 /// What of a pack is live.
@@ -263,7 +270,12 @@ impl Collection<'_> {
             if !concerns(&location) {
                 continue;
             }
-            if self.is_live(&id, &location) || touched.iter().any(|touched| touched.contains(&id)) {
+            let is_live = self.is_live(&id, &location) || touched.iter().any(|touched| touched.contains(&id));
+            let is_staged = !is_live && self.is_staged(&location);
+            if is_staged {
+                report.staged_bytes += location.record_bytes();
+            }
+            if is_live || is_staged {
                 report.live_chunks += 1;
                 live.entry(location.pack).or_default().bytes += location.record_bytes();
                 continue;
@@ -284,6 +296,10 @@ impl Collection<'_> {
     fn is_live(&self, id: &ChunkId, location: &Location) -> bool {
         self.run.live.contains(id)
             && (location.class != Class::Manifest || self.run.layers.read().contains(&LayerId(*id)))
+    }
+
+    fn is_staged(&self, location: &Location) -> bool {
+        location.class != Class::Manifest && self.staged.contains(&location.pack)
     }
 
     fn sweep_batch(
@@ -334,7 +350,7 @@ impl Collection<'_> {
                         self.store.unlink_pack(id)?;
                     }
                 }
-                _ if remote.contains(&id) => {}
+                _ if remote.contains(&id) || self.staged.contains(&id) => {}
                 live if live * 2 < bytes => rewrite.push((id, bytes, live)),
                 live if bytes < SMALL_PACK_BYTES => small.push((id, bytes, live)),
                 _ => {}

@@ -29,6 +29,7 @@ mod scrub;
 mod session;
 mod source;
 mod space;
+mod staged;
 mod stat;
 mod suspects;
 #[cfg(test)]

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use crate::chunk::{self, ChunkRead, ChunkWrite, Class, MAX_CHUNK_BYTES, StoredChunk, Verified};
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::id::ChunkId;
+use crate::id::{ChunkId, LayerId};
 use crate::store::Store;
 use crate::store::filter::Touched;
 use crate::store::index::Location;
@@ -56,6 +56,8 @@ pub(crate) struct Inner {
 
 #[derive(Debug, Default)]
 struct State {
+    /// What its chunks are for, if they are to be kept for that though the session ends.
+    staged_for: Option<LayerId>,
     writer: Option<PackWriter>,
     /// Chunks in `writer`'s pack that the index doesn't know yet.
     pending: HashMap<ChunkId, Location>,
@@ -137,6 +139,12 @@ impl Session {
             *has = found.next().flatten().is_some() && !self.inner.store.suspects.contains(id);
         }
         Ok(has)
+    }
+
+    /// From now on chunks are for `layer`: should the session end before that is here, they are kept from collection
+    /// for a day, until [`Store::unstage`]. Call it before the first chunk.
+    pub fn stage_for(&self, layer: LayerId) {
+        self.inner.state.lock().staged_for = Some(layer);
     }
 
     /// Syncs the packs and adds their chunks to the index.
@@ -239,7 +247,13 @@ impl Inner {
     fn append_locked(&self, state: &mut State, chunk: &StoredChunk) -> Result<()> {
         let writer = match &mut state.writer {
             Some(writer) => writer,
-            none => none.insert(self.store.packs.take()?),
+            none => {
+                let writer = none.insert(self.store.packs.take()?);
+                if let Some(layer) = state.staged_for {
+                    self.store.stage(layer, writer.id())?;
+                }
+                writer
+            }
         };
         let location = writer.append(chunk)?;
         state.pending.insert(chunk.id, location);

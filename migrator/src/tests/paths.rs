@@ -7,6 +7,7 @@ use std::time::Duration;
 use layerfs::LayerId;
 use layerfs::error::ErrorClass;
 use layerfs::monitor::Counting;
+use layerfs::store::GcOptions;
 
 use super::pair::*;
 use super::relay::Relay;
@@ -15,6 +16,7 @@ use crate::link::Patience;
 use crate::paths::Connections;
 use crate::peers::{Rights, Visible};
 use crate::retry::RetryFor;
+use crate::transfers::State;
 use crate::{NodeOptions, PathOptions, PullOptions, PushOptions, TransferReport};
 
 /// Two hosts, with relays between them.
@@ -128,6 +130,27 @@ async fn a_transfer_whose_first_connection_is_lost_goes_on_by_itself() {
         assert!(report.chunk_plain_bytes < 88 << 20, "{report:?}");
         assert!(report.chunks_reused > 0, "{report:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collection_leaves_what_a_broken_transfer_brought() {
+    let paths = Paths::new(1, Rights::default()).await;
+    let layer = add_layer(paths.here.store(), "x", &tree(200, 60 << 20));
+    paths.relays[0].cut_at(40 << 20);
+    let never = PathOptions { retry_for: Some(RetryFor::Time(Duration::ZERO)), ..exactly(1) };
+    paths.push("x", never).await.unwrap_err();
+    // The other side notices by itself.
+    let transfers = paths.there.node.transfers();
+    while transfers.list().iter().any(|transfer| transfer.state == State::Running) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let report = paths.there.store().gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
+    assert!(report.staged_bytes > 10 << 20, "{report:?}");
+    let again = paths.push("x", never).await.unwrap();
+    assert!(paths.there.has_whole("x", layer));
+    assert!(again.chunk_plain_bytes < 50 << 20 && again.chunks_reused > 100, "{again:?}");
+    let after = paths.there.store().gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
+    assert_eq!((after.staged_bytes, after.dead_chunks), (0, 0), "it is whole now");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -170,6 +170,9 @@ pub struct GcRequest {
     /// Only tell.
     #[serde(default)]
     pub dry_run: bool,
+    /// What unfinished transfers have brought goes too.
+    #[serde(default)]
+    pub unfinished: bool,
 }
 
 /// What was freed.
@@ -185,6 +188,8 @@ pub struct GcResult {
     pub freed_chunks: u64,
     /// What they took, in bytes; packs that are mostly alive keep it until they aren't.
     pub dead_bytes: u64,
+    /// What stays only because transfers that haven't ended well may go on, in bytes.
+    pub unfinished_bytes: u64,
     /// Bytes by which the packs shrank.
     pub freed_bytes: u64,
     /// Packs that were removed.

@@ -46,13 +46,19 @@ pub struct Why {
 
 /// Free what nothing refers to.
 ///
-/// Names, mounts, uppers and transfers under way refer to layers. Everything else goes on meanwhile.
+/// Names, mounts, uppers and transfers under way refer to layers. Everything else goes on meanwhile. What a transfer
+/// that was cut off has brought stays for a day, so that it can go on.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  layerctl gc --dry-run\n  layerctl gc")]
+#[command(
+    after_help = "Examples:\n  layerctl gc --dry-run\n  layerctl gc\n  layerctl gc --unfinished      also what broken transfers left"
+)]
 pub struct Gc {
     /// Only tell what would be freed
     #[arg(long, short = 'n')]
     pub dry_run: bool,
+    /// Also free what unfinished transfers have brought, instead of keeping it for a day
+    #[arg(long)]
+    pub unfinished: bool,
 }
 
 /// Check the store's structure.

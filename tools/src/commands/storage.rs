@@ -89,7 +89,8 @@ fn du_text(result: &DuResult, paint: Paint) -> String {
 
 /// `layerctl gc`.
 pub fn gc(session: &Session, args: args::Gc) -> Result<()> {
-    let result: GcResult = session.work("gc", &GcRequest { dry_run: args.dry_run }, "collecting garbage")?;
+    let result: GcResult =
+        session.work("gc", &GcRequest { dry_run: args.dry_run, unfinished: args.unfinished }, "collecting garbage")?;
     session.output.answer(&result, |result| {
         let would = if result.dry_run { "would be " } else { "" };
         let (chunks, dead) = (units::plural(result.freed_chunks, "chunk"), units::size(result.dead_bytes));
@@ -99,7 +100,14 @@ pub fn gc(session: &Session, args: args::Gc) -> Result<()> {
             let (removed, rewritten) = (units::count(result.packs_removed), units::count(result.packs_rewritten));
             text.push_str(&format!(" (packs: {removed} removed, {rewritten} rewritten)"));
         }
-        format!("{text}; {}\n", units::duration(result.seconds))
+        text.push_str(&format!("; {}\n", units::duration(result.seconds)));
+        if result.unfinished_bytes > 0 {
+            let kept = units::size(result.unfinished_bytes);
+            text.push_str(&format!(
+                "{kept} of unfinished transfers stay for a day; `layerctl gc --unfinished` removes them\n"
+            ));
+        }
+        text
     })
 }
 

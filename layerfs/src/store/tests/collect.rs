@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
+use crate::chunk::ChunkRead;
 use crate::monitor::Silent;
 use crate::store::{FsckOptions, GcOptions, GcReport};
 
@@ -28,7 +29,7 @@ fn what_is_named_stays_and_the_rest_goes() {
     let idle = gc(&store);
     assert_eq!((idle.dead_chunks, idle.live_layers, idle.packs_removed), (0, 2, 0));
     store.remove_name(&name("b")).unwrap();
-    let dry = store.gc(&Silent, GcOptions { dry_run: true }).unwrap();
+    let dry = store.gc(&Silent, GcOptions { dry_run: true, ..GcOptions::default() }).unwrap();
     assert_eq!(pack_bytes(&store), before);
     let report = gc(&store);
     assert_eq!((report.dead_chunks, report.dead_bytes), (dry.dead_chunks, dry.dead_bytes));
@@ -42,6 +43,63 @@ fn what_is_named_stays_and_the_rest_goes() {
     gc(&store);
     assert_eq!(store.stat(&Silent).unwrap().chunks, 0);
     assert_eq!(store.packs.list().unwrap(), []);
+}
+
+#[test]
+fn what_an_unfinished_transfer_brought_waits_for_a_day() {
+    use crate::attr::Time;
+    use crate::store::staged::KEPT_FOR;
+
+    let (folder, store) = store();
+    named_layer(&store, "a", &[1], 100_000);
+    let coming = LayerId(ChunkId([7; 32]));
+    let session = store.session("receive");
+    session.stage_for(coming);
+    let ids: Vec<_> = [2, 3].iter().map(|seed| session.put(Class::Data, &noise(*seed, 100_000)).unwrap()).collect();
+    drop(session);
+    let session = store.session("receive");
+    session.stage_for(coming);
+    let unflushed = session.put(Class::Data, &noise(4, 100_000)).unwrap();
+    session.flush().unwrap();
+    drop(session);
+    drop(store);
+    let store = Store::open(&folder.path().join("store"), StoreOptions::default()).unwrap();
+    let is_here = |id: &ChunkId| store.get(id).is_ok();
+    let all = [ids.clone(), vec![unflushed]].concat();
+    let here = all.iter().filter(|id| is_here(id)).count();
+    assert!(here >= 1, "what was flushed is here");
+    // Twice, as the first time might move what is small to where nobody knows it.
+    for _ in 0..2 {
+        let report = gc(&store);
+        assert!(report.staged_bytes > 100_000 && report.dead_chunks == 0, "{report:?}");
+        assert_eq!(all.iter().filter(|id| is_here(id)).count(), here);
+    }
+    assert_clean(&store);
+    let later = Time { seconds: Time::now().seconds + KEPT_FOR.as_secs() as i64, nanos: 0 };
+    assert!(!store.staged_packs(Time::now()).unwrap().is_empty());
+    assert!(store.staged_packs(later).unwrap().is_empty(), "it is void after a day");
+    assert!(store.staged_packs(Time::now()).unwrap().is_empty(), "and its rows are gone");
+    assert_eq!(gc(&store).dead_chunks, here as u64);
+}
+
+#[test]
+fn nothing_is_kept_for_what_has_come_or_is_given_up() {
+    let (_folder, store) = store();
+    let coming = LayerId(ChunkId([7; 32]));
+    for end in ["come", "given up"] {
+        let session = store.session("receive");
+        session.stage_for(coming);
+        let id = session.put(Class::Data, &noise(5, 100_000)).unwrap();
+        session.flush().unwrap();
+        drop(session);
+        assert_eq!(gc(&store).dead_chunks, 0);
+        match end {
+            "come" => store.unstage(&[coming]).unwrap(),
+            _ => drop(store.gc(&Silent, GcOptions { unfinished: true, ..GcOptions::default() }).unwrap()),
+        }
+        gc(&store);
+        assert!(store.get(&id).is_err(), "{end}");
+    }
 }
 
 #[test]

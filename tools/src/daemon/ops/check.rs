@@ -56,13 +56,15 @@ fn known(ratio: f64) -> Option<f64> {
 /// `/v1/gc`.
 pub fn gc(context: &Context, request: GcRequest) -> Result<GcResult> {
     let started = Instant::now();
-    let report = context.daemon.store.gc(&*context.reporter, GcOptions { dry_run: request.dry_run })?;
+    let options = GcOptions { dry_run: request.dry_run, unfinished: request.unfinished };
+    let report = context.daemon.store.gc(&*context.reporter, options)?;
     Ok(GcResult {
         dry_run: request.dry_run,
         live_layers: report.live_layers,
         live_chunks: report.live_chunks,
         freed_chunks: report.dead_chunks,
         dead_bytes: report.dead_bytes,
+        unfinished_bytes: report.staged_bytes,
         freed_bytes: report.freed_bytes,
         packs_removed: report.packs_removed,
         packs_rewritten: report.packs_rewritten,
