@@ -84,16 +84,31 @@ pub struct Cutter {
     hole: u64,
     /// The begin of the block that is not complete yet.
     partial: Vec<u8>,
+    /// So many bytes are left of the block that the cutter began in, which is data whatever they are.
+    block_left: usize,
 }
 
 impl Cutter {
     /// A cutter at the start of a file.
     pub fn new(chunker: Chunker) -> Cutter {
-        Cutter { chunker, offset: 0, run: Vec::new(), hole: 0, partial: Vec::new() }
+        Cutter::at(chunker, 0)
+    }
+
+    /// A cutter at a place where a piece of the file ends. If that is within a block, the block holds data.
+    pub fn at(chunker: Chunker, offset: u64) -> Cutter {
+        let within = (offset % HOLE_BLOCK as u64) as usize;
+        let block_left = if within == 0 { 0 } else { HOLE_BLOCK - within };
+        Cutter { chunker, offset, run: Vec::new(), hole: 0, partial: Vec::new(), block_left }
     }
 
     /// Feeds `data`; finished pieces go to `emit`.
     pub fn data<E>(&mut self, mut data: &[u8], emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        if self.block_left > 0 {
+            let (now, later) = data.split_at(data.len().min(self.block_left));
+            self.run.extend_from_slice(now);
+            self.block_left -= now.len();
+            data = later;
+        }
         if !self.partial.is_empty() {
             let (now, later) = data.split_at(data.len().min(HOLE_BLOCK - self.partial.len()));
             self.partial.extend_from_slice(now);
@@ -111,6 +126,11 @@ impl Cutter {
 
     /// Feeds `bytes` zero bytes.
     pub fn hole<E>(&mut self, mut bytes: u64, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
+        if self.block_left > 0 {
+            let now = bytes.min(self.block_left as u64);
+            self.data(&ZEROS[..now as usize], emit)?;
+            bytes -= now;
+        }
         if !self.partial.is_empty() {
             let now = bytes.min((HOLE_BLOCK - self.partial.len()) as u64);
             self.data(&ZEROS[..now as usize], emit)?;

@@ -33,6 +33,7 @@ pub mod platform;
 pub mod readahead;
 pub mod refs;
 pub mod seal;
+pub mod splice;
 pub mod store;
 pub mod table;
 pub mod upper;

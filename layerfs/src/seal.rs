@@ -20,11 +20,15 @@ use crate::id::{Ino, LayerId, LayerName};
 use crate::inode::{Dentry, Inode, Node};
 use crate::manifest::{LayerKind, LayerWriter, Manifest};
 use crate::monitor::{Monitor, check};
-use crate::mount::fs::{Frozen, FrozenState, Fs};
+use crate::mount::errno::Errno;
+use crate::mount::fs::{ChangedFile, Frozen, FrozenState, Fs};
 use crate::store::db::Batch;
 use crate::store::{Expect, FileSource, NameChange, Session, SessionReport, Store};
 use crate::upper::table::{Change, UpperInode};
 use crate::view::View;
+
+/// A file that was copied up by range is cut again whole if it is smaller than this now.
+const SPLICED_FROM: u64 = 64 << 10;
 
 /// What to seal as what.
 #[derive(Clone, Debug)]
@@ -134,7 +138,8 @@ fn write_layer(session: &Session, frozen: &Frozen<'_>, options: &SealOptions, mo
     inodes.sort_unstable_by_key(|inode| inode.inode.ino);
     let inos: Vec<Ino> = inodes.iter().map(|inode| inode.inode.ino).collect();
     inos.iter().for_each(|ino| dropped.forget_unchecked(*ino));
-    let read_bytes = inodes.iter().filter_map(|inode| inode.backed).map(|backed| backed.bytes).sum();
+    let changed = |inode: &&UpperInode| changed_bytes(frozen, inode);
+    let read_bytes = inodes.iter().map(changed).sum::<Result<u64>>()?;
     monitor.phase("sealing", Some(read_bytes));
     let written = write_inodes(session, frozen, &state, &inodes, &mut writer, monitor)?;
     if written + dentries == 0 && state.view().top().is_some() {
@@ -178,7 +183,7 @@ fn write_inodes(
             writer.inode(&record)?;
             written += 1;
         }
-        monitor.advance(inode.backed.map_or(0, |backed| backed.bytes));
+        monitor.advance(changed_bytes(frozen, inode)?);
         monitor.items(1);
         Ok(())
     });
@@ -186,6 +191,16 @@ fn write_inodes(
         check(monitor)?;
         match inode.backed {
             None => ingest.pass(*inode)?,
+            Some(backed) if backed.base_bytes > 0 => {
+                if let Some(mut file) = changed_file(frozen, inode)? {
+                    if backed.bytes < SPLICED_FROM {
+                        ingest.file(*inode, backed.chunker, &mut file)?;
+                    } else {
+                        let before = file.before().clone();
+                        ingest.changed(*inode, backed.chunker, &before, &mut file)?;
+                    }
+                }
+            }
             Some(backed) => {
                 let (file, path) = frozen.upper().data().reader(inode.inode.ino)?;
                 ingest.file(*inode, backed.chunker, &mut FileSource::new(&file, &path)?)?;
@@ -194,6 +209,21 @@ fn write_inodes(
     }
     ingest.finish()?;
     Ok(written)
+}
+
+fn changed_file(frozen: &Frozen<'_>, inode: &UpperInode) -> Result<Option<ChangedFile>> {
+    let ino = inode.inode.ino;
+    let failed = |errno: Errno| Error::io("reading a changed file", std::io::Error::from_raw_os_error(errno.0));
+    frozen.changed_file(ino).map_err(failed)
+}
+
+/// How much of a file's data has to be read, in bytes.
+fn changed_bytes(frozen: &Frozen<'_>, inode: &UpperInode) -> Result<u64> {
+    match inode.backed {
+        None => Ok(0),
+        Some(backed) if backed.base_bytes == 0 => Ok(backed.bytes),
+        Some(_) => Ok(changed_file(frozen, inode)?.map_or(0, |file| file.changed_bytes())),
+    }
 }
 
 /// Whether the layers below have this inode already, but for its ctime.

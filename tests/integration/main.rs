@@ -14,6 +14,7 @@ mod lazy;
 mod outlive;
 mod paths;
 mod push;
+mod ranges;
 mod registry;
 mod roundtrip;
 mod ssh;
@@ -40,6 +41,7 @@ fn main() -> std::process::ExitCode {
         fuzz::cases(),
         guests::cases(),
         outlive::cases(),
+        ranges::cases(),
     ];
     let trials = cases.into_iter().flatten().map(Case::into_trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()

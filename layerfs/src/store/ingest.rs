@@ -20,6 +20,7 @@ use crate::chunker::{Chunker, Cutter, Piece};
 use crate::content::{Content, ContentBuilder, Extent, INLINE_MAX};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
+use crate::splice::{Changed, Spliced, splice};
 use crate::store::session::{Inner, Session};
 use crate::store::source::{Source, SourcePiece};
 
@@ -36,6 +37,8 @@ enum Event<T> {
     Begin(T, Chunker),
     Data,
     Hole(u64),
+    /// A chunk that the file had before.
+    Kept(Extent),
     End,
     Whole(T, Option<Content>),
 }
@@ -157,6 +160,18 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
         let result = self.read_file(tag, chunker, source, &mut buffer);
         self.buffer = buffer;
         result
+    }
+
+    /// Takes in a file that was `old`, cut by the same chunker, reading little more than what has changed. The layer with
+    /// `old` must be kept by something else, as its chunks are counted on.
+    pub fn changed(&mut self, tag: T, chunker: Chunker, old: &Content, file: &mut dyn Changed) -> Result<()> {
+        self.event(Event::Begin(tag, chunker))?;
+        let store = self.session.store().clone();
+        splice(&*store, old, chunker, file, &mut |piece| match piece {
+            Spliced::Kept(extent) => self.event(Event::Kept(extent)),
+            Spliced::New(piece) => self.piece(piece),
+        })?;
+        self.event(Event::End)
     }
 
     /// Lets something without content of its own keep its place in the order: the sink gets `tag` and `None`.
@@ -314,6 +329,7 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
         match (event, chunk, &mut self.current) {
             (Event::Begin(tag, chunker), ..) => self.current = Some((tag, ContentBuilder::new(chunker))),
             (Event::Whole(tag, content), ..) => (self.sink)(tag, content)?,
+            (Event::Kept(extent), _, Some((_, builder))) => builder.push(extent, self.session)?,
             (Event::Hole(bytes), _, Some((_, builder))) => builder.push(Extent::Hole { bytes }, self.session)?,
             (Event::Data, Some((id, bytes, new)), Some((_, builder))) => {
                 if let Some(chunk) = new {
@@ -327,7 +343,7 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
                     (self.sink)(tag, Some(content))?;
                 }
             }
-            (Event::Hole(_) | Event::Data, ..) => unreachable!("a piece outside of a file"),
+            (Event::Hole(_) | Event::Kept(_) | Event::Data, ..) => unreachable!("a piece outside of a file"),
         }
         Ok(())
     }

@@ -1,9 +1,10 @@
 //! The data files of an upper: plain files `<store>/uppers/<upper>/<inode, hexadecimal>` on the host's filesystem.
 //!
-//! Hides that a file is copied up whole, and how many descriptors are open. Invariants: no descriptor is kept for
-//! an inode beyond a bounded cache; a data file that came from a sealed file is synced before a row refers to it,
-//! so that a crash of the machine can't replace old bytes by none; holes stay holes.
+//! Hides how many descriptors are open; files that were copied up by range have more in [`super::ranged`]. Invariants: no
+//! descriptor is kept for an inode beyond bounded caches; a data file that came from a sealed file is synced before a row
+//! refers to it, so that a crash of the machine can't replace old bytes by none; holes stay holes.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lru::LruCache;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
 
 use crate::attr::Time;
@@ -21,10 +22,13 @@ use crate::chunk::ChunkRead;
 use crate::content::{Content, Extent, Extents, get_sized};
 use crate::error::{Error, Result};
 use crate::id::Ino;
+use crate::upper::ranges::RangeMap;
 use crate::upper::table::Stamp;
 
 /// The most data files that an upper keeps open.
 const OPEN_MAX: NonZeroUsize = NonZeroUsize::new(512).unwrap();
+/// The most map files that it keeps open.
+const OPEN_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
 /// What `stat` tells of a data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,13 +45,16 @@ pub struct DataStat {
 #[derive(Debug)]
 pub struct DataFolder {
     path: PathBuf,
-    folder: OwnedFd,
+    pub(super) folder: OwnedFd,
     open: Mutex<LruCache<Ino, Arc<File>>>,
+    pub(super) open_maps: Mutex<LruCache<Ino, Arc<File>>>,
+    /// Of the files that were copied up by range.
+    pub(super) maps: RwLock<HashMap<Ino, Arc<RangeMap>>>,
     /// Data files were created since the folder was last synced.
     created: AtomicBool,
 }
 
-fn file_name(ino: Ino) -> String {
+pub(super) fn file_name(ino: Ino) -> String {
     format!("{:x}", ino.0)
 }
 
@@ -79,8 +86,14 @@ impl DataFolder {
             }
             Err(errno) => return Err(failed("lock", errno)),
         }
-        let open = Mutex::new(LruCache::new(OPEN_MAX));
-        Ok(DataFolder { path: path.to_owned(), folder, open, created: AtomicBool::new(false) })
+        Ok(DataFolder {
+            path: path.to_owned(),
+            folder,
+            open: Mutex::new(LruCache::new(OPEN_MAX)),
+            open_maps: Mutex::new(LruCache::new(OPEN_MAPS_MAX)),
+            maps: RwLock::default(),
+            created: AtomicBool::new(false),
+        })
     }
 
     /// Where it is.
@@ -88,7 +101,7 @@ impl DataFolder {
         &self.path
     }
 
-    fn failed(&self, action: &'static str, ino: Ino, source: impl Into<std::io::Error>) -> Error {
+    pub(super) fn failed(&self, action: &'static str, ino: Ino, source: impl Into<std::io::Error>) -> Error {
         Error::file(action, self.path.join(file_name(ino)), source)
     }
 
@@ -120,14 +133,11 @@ impl DataFolder {
     /// # Errors
     /// Those of the disk and of `chunks`; no file is left then.
     pub fn create(&self, ino: Ino, chunks: &dyn ChunkRead, content: &Content, limit: u64) -> Result<Arc<File>> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOATIME;
-        let opened = rustix::fs::openat(&self.folder, file_name(ino), flags, Mode::RUSR | Mode::WUSR);
-        let file = File::from(opened.map_err(|e| self.failed("create", ino, e))?);
-        self.created.store(true, Ordering::Release);
+        let file = self.create_empty(ino)?;
         match self.fill(&file, ino, chunks, content, limit) {
             Ok(()) => {
                 let file = Arc::new(file);
-                self.open.lock().put(ino, file.clone());
+                self.keep_open(ino, file.clone());
                 Ok(file)
             }
             Err(error) => {
@@ -135,6 +145,18 @@ impl DataFolder {
                 Err(error)
             }
         }
+    }
+
+    pub(super) fn create_empty(&self, ino: Ino) -> Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&self.folder, file_name(ino), flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(opened.map_err(|e| self.failed("create", ino, e))?);
+        self.created.store(true, Ordering::Release);
+        Ok(file)
+    }
+
+    pub(super) fn keep_open(&self, ino: Ino, file: Arc<File>) {
+        self.open.lock().put(ino, file);
     }
 
     fn fill(&self, file: &File, ino: Ino, chunks: &dyn ChunkRead, content: &Content, limit: u64) -> Result<()> {
@@ -164,6 +186,7 @@ impl DataFolder {
 
     /// Removes the data file of `ino`, if there is one. A failure leaves a file that the next opening removes.
     pub fn remove(&self, ino: Ino) {
+        self.forget_map(ino);
         let mut open = self.open.lock();
         open.pop(&ino);
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
@@ -228,12 +251,17 @@ impl DataFolder {
 
     /// The numbers of all data files.
     pub fn inos(&self) -> Result<Vec<Ino>> {
+        self.numbers(|name| Some(name))
+    }
+
+    /// The numbers in those names of the folder that `digits` finds digits in.
+    pub(super) fn numbers(&self, digits: impl Fn(&str) -> Option<&str>) -> Result<Vec<Ino>> {
         let failed = |e: rustix::io::Errno| Error::file("list", &self.path, e);
         let mut inos = Vec::new();
         for entry in rustix::fs::Dir::read_from(&self.folder).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name().to_str().unwrap_or_default();
-            inos.extend(u64::from_str_radix(name, 16).ok().map(Ino));
+            inos.extend(digits(name).and_then(|digits| u64::from_str_radix(digits, 16).ok()).map(Ino));
         }
         Ok(inos)
     }

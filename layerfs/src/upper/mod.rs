@@ -7,9 +7,11 @@
 
 pub mod data;
 pub mod journal;
+mod ranged;
+pub mod ranges;
 pub mod table;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -154,7 +156,7 @@ pub fn remove(store: &Store, id: UpperId) -> Result<()> {
 
 /// Removes the rows of upper `id`, in batches of bounded size: it has no record any more.
 fn remove_rows(db: &Db, id: UpperId) -> Result<()> {
-    for prefix in [table::inode_prefix(id), table::dentry_prefix(id), journal::prefix(id)] {
+    for prefix in [table::inode_prefix(id), table::dentry_prefix(id), table::leaf_prefix(id), journal::prefix(id)] {
         let mut batch = Batch::new();
         for row in db.iter(Cf::Uppers, &prefix)? {
             batch.delete(Cf::Uppers, row?.0);
@@ -292,16 +294,18 @@ impl Upper {
         let numbers = Mutex::new(Numbers { record, next });
         let upper = Upper { id, store: store.clone(), data, journal, numbers };
         let mut tables = Tables::new();
-        let repairs = upper.load(&mut tables, past)?;
+        let (repairs, outdated_maps) = upper.load(&mut tables, past)?;
         upper.commit(&mut tables, repairs)?;
+        outdated_maps.into_iter().for_each(|ino| upper.data.remove_map_file(ino));
         Ok((upper, tables))
     }
 
     /// Reads the rows. Returns what a crash left to be repaired: files without a name that nobody can have open, times
-    /// of files that were being written.
-    fn load(&self, tables: &mut Tables, past: Past) -> Result<Change> {
+    /// of files that were being written; and whose map files can go once that is done.
+    fn load(&self, tables: &mut Tables, past: Past) -> Result<(Change, Vec<Ino>)> {
         let mut repairs = Change::new();
         let mut backed_inos = HashSet::new();
+        let mut ranged_inos = HashSet::new();
         for row in self.store.db().iter(Cf::Uppers, &table::inode_prefix(self.id))? {
             let (mut inode, stamp) = table::decode_inode(&row?.1)?;
             let ino = inode.inode.ino;
@@ -314,11 +318,26 @@ impl Upper {
                     Ok(stat) => {
                         backed.bytes = stat.bytes;
                         backed_inos.insert(ino);
+                        // A truncation may have been cut off before its row was written.
+                        backed.base_bytes = backed.base_bytes.min(stat.bytes);
+                        if backed.base_bytes > 0 {
+                            ranged_inos.insert(ino);
+                        } else if inode.inode.node != Node::File(Content::empty()) {
+                            inode.inode.node = Node::File(Content::empty());
+                            repairs.inode(inode.clone());
+                        }
                         if (stat.bytes, stat.mtime) != (stamp.bytes, stamp.mtime) {
                             inode.inode.attrs.mtime = stat.mtime;
                             inode.inode.attrs.ctime = stat.mtime;
                             repairs.inode(inode.clone());
                         }
+                    }
+                    Err(error) if error.class() == crate::error::ErrorClass::NotFound && backed.base_bytes > 0 => {
+                        tracing::warn!(upper = %self.id, %ino, "a data file was lost in a crash; the sealed bytes show again");
+                        backed.bytes = backed.base_bytes;
+                        self.data.create_ranged(ino, backed.bytes)?;
+                        backed_inos.insert(ino);
+                        repairs.inode(inode.clone());
                     }
                     Err(error) if error.class() == crate::error::ErrorClass::NotFound => {
                         tracing::warn!(upper = %self.id, %ino, "a data file was lost in a crash; the file is empty now");
@@ -331,6 +350,7 @@ impl Upper {
             }
             tables.load_inode(inode);
         }
+        let outdated_maps = self.load_maps(&ranged_inos, &mut repairs)?;
         for row in self.store.db().iter(Cf::Uppers, &table::dentry_prefix(self.id))? {
             let (key, value) = row?;
             let (folder, name) = table::decode_dentry_key(&key)?;
@@ -339,7 +359,36 @@ impl Upper {
         for ino in self.data.inos()?.into_iter().filter(|ino| !backed_inos.contains(ino)) {
             self.data.remove(ino);
         }
-        Ok(repairs)
+        for ino in self.data.map_inos()?.into_iter().filter(|ino| !ranged_inos.contains(ino)) {
+            self.data.remove_map_file(ino);
+        }
+        Ok((repairs, outdated_maps))
+    }
+
+    /// Takes in the maps of `ranged_inos`, the files that were copied up by range. Returns whose rows have to be written.
+    fn load_maps(&self, ranged_inos: &HashSet<Ino>, repairs: &mut Change) -> Result<Vec<Ino>> {
+        let mut rows: HashMap<Ino, Vec<_>> = HashMap::new();
+        for row in self.store.db().iter(Cf::Uppers, &table::leaf_prefix(self.id))? {
+            let (key, value) = row?;
+            let (ino, index, leaf) = table::decode_leaf(&key, &value)?;
+            if ranged_inos.contains(&ino) {
+                rows.entry(ino).or_default().push((index, leaf));
+            } else {
+                repairs.leaf(ino, index, None);
+            }
+        }
+        let mut outdated = Vec::new();
+        for ino in ranged_inos {
+            let loaded = self.data.load_map(*ino, rows.remove(ino).unwrap_or_default())?;
+            if let Some(map) = self.data.map(*ino).filter(|_| loaded.is_outdated) {
+                for (index, leaf) in map.unsaved() {
+                    map.saved(index, leaf.clone());
+                    repairs.leaf(*ino, index, Some(leaf));
+                }
+                outdated.push(*ino);
+            }
+        }
+        Ok(outdated)
     }
 
     /// Its number.
@@ -386,7 +435,7 @@ impl Upper {
     /// Those of the database; nothing is changed then.
     pub fn commit(&self, tables: &mut Tables, change: Change) -> Result<()> {
         let mut batch = Batch::new();
-        change.rows(self.id, &mut batch, |ino| self.data.stamp(ino))?;
+        change.rows(self.id, &mut batch, &self.data)?;
         let mut numbers = self.numbers.lock();
         let mut reserved = None;
         if numbers.next > numbers.record.next_ino {
@@ -424,7 +473,7 @@ impl Upper {
         let numbers = self.numbers.lock();
         let record = UpperRecord { base: Some(base), next_ino: numbers.next, ..numbers.record.clone() };
         batch.put(Cf::Uppers, record_key(self.id), record.encode());
-        dropped.rows(self.id, batch, |ino| self.data.stamp(ino))?;
+        dropped.rows(self.id, batch, &self.data)?;
         Ok(record)
     }
 

@@ -14,6 +14,8 @@ use crate::error::Result;
 use crate::id::{Ino, UpperId};
 use crate::inode::{Inode, Node, Target};
 use crate::store::db::{Batch, Cf};
+use crate::upper::data::DataFolder;
+use crate::upper::ranges::Leaf;
 
 /// Where a regular file's bytes are that the upper has copied up or made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,12 +24,16 @@ pub struct Backed {
     pub bytes: u64,
     /// What cut the content that it was copied up from; sealing uses it again.
     pub chunker: Chunker,
+    /// How much of the sealed file shows where the upper has nothing, in bytes, if the file was copied up by range; 0 if
+    /// all is the upper's. At most `bytes`; what is behind is the upper's.
+    pub base_bytes: u64,
 }
 
 /// An inode that the upper has made or changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpperInode {
-    /// Attributes and, unless `backed` is set, content. The content of a backed file stands here as empty.
+    /// Attributes and, unless `backed` is set, content. The content of a backed file stands here as empty, or, if it was
+    /// copied up by range, as the content that shows through.
     pub inode: Inode,
     /// Set if the file's bytes are in a data file.
     pub backed: Option<Backed>,
@@ -212,6 +218,7 @@ impl Tables {
 pub struct Change {
     inodes: Vec<(Ino, Option<UpperInode>)>,
     dentries: Vec<(Ino, Box<[u8]>, Option<Slot>)>,
+    leaves: Vec<(Ino, u64, Option<Leaf>)>,
     answer: Option<Ino>,
 }
 
@@ -259,15 +266,31 @@ impl Change {
         self.dentries.push((folder, name.into(), slot));
     }
 
-    /// Appends the rows of upper `id` to `batch`. `stamp` tells a data file's stamp.
-    pub fn rows(&self, id: UpperId, batch: &mut Batch, mut stamp: impl FnMut(Ino) -> Result<Stamp>) -> Result<()> {
+    /// Sets or removes the row of leaf `index` of an inode's map.
+    pub fn leaf(&mut self, ino: Ino, index: u64, leaf: Option<Leaf>) {
+        self.leaves.push((ino, index, leaf));
+    }
+
+    /// Appends the rows of upper `id` to `batch`, whose data files are `data`.
+    pub(super) fn rows(&self, id: UpperId, batch: &mut Batch, data: &DataFolder) -> Result<()> {
         for (ino, inode) in &self.inodes {
             let key = inode_key(id, *ino);
+            let is_ranged = inode.as_ref().and_then(|inode| inode.backed).is_some_and(|backed| backed.base_bytes > 0);
+            if let Some(map) = data.map(*ino).filter(|_| !is_ranged) {
+                map.rows().into_iter().for_each(|index| batch.delete(Cf::Uppers, leaf_key(id, *ino, index)));
+            }
             match inode {
                 Some(inode) => {
-                    let stamp = if inode.backed.is_some() { stamp(*ino)? } else { Stamp::default() };
+                    let stamp = if inode.backed.is_some() { data.stamp(*ino)? } else { Stamp::default() };
                     batch.put(Cf::Uppers, key, encode_inode(inode, stamp));
                 }
+                None => batch.delete(Cf::Uppers, key),
+            }
+        }
+        for (ino, index, leaf) in &self.leaves {
+            let key = leaf_key(id, *ino, *index);
+            match leaf {
+                Some(leaf) => batch.put(Cf::Uppers, key, leaf.encode()),
                 None => batch.delete(Cf::Uppers, key),
             }
         }
@@ -302,6 +325,26 @@ pub fn dentry_key(id: UpperId, folder: Ino, name: &[u8]) -> Vec<u8> {
     [&b"d"[..], &id.0.to_be_bytes(), &folder.0.to_be_bytes(), name].concat()
 }
 
+/// The prefix of the keys of all rows of maps of upper `id`.
+pub fn leaf_prefix(id: UpperId) -> Vec<u8> {
+    [&b"m"[..], &id.0.to_be_bytes()].concat()
+}
+
+/// The key of the row of leaf `index` of an inode's map.
+pub fn leaf_key(id: UpperId, ino: Ino, index: u64) -> Vec<u8> {
+    [&b"m"[..], &id.0.to_be_bytes(), &ino.0.to_be_bytes(), &index.to_be_bytes()].concat()
+}
+
+/// Takes the inode and the leaf's index off the key of a map's row, and decodes the row.
+pub fn decode_leaf(key: &[u8], row: &[u8]) -> Result<(Ino, u64, Leaf)> {
+    let reader = Reader::new("row of an upper's map", row);
+    let number = |bytes: &[u8]| bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
+    match (key.len(), Leaf::decode(row)) {
+        (25, Some(leaf)) => Ok((Ino(number(&key[9..17])), number(&key[17..]), leaf)),
+        _ => Err(reader.error("an impossible key or value")),
+    }
+}
+
 /// Takes the folder and the name off the key of a dentry row.
 pub fn decode_dentry_key(key: &[u8]) -> Result<(Ino, &[u8])> {
     let reader = Reader::new("upper's dentry key", key);
@@ -318,11 +361,14 @@ fn encode_inode(inode: &UpperInode, stamp: Stamp) -> Vec<u8> {
     match inode.backed {
         None => out.put_u8(0),
         Some(backed) => {
-            out.put_u8(1);
+            out.put_u8(if backed.base_bytes > 0 { 2 } else { 1 });
             out.put_u8(backed.chunker as u8);
             out.put_u64(stamp.bytes);
             out.put_i64(stamp.mtime.seconds);
             out.put_u32(stamp.mtime.nanos);
+            if backed.base_bytes > 0 {
+                out.put_u64(backed.base_bytes);
+            }
         }
     }
     inode.inode.encode(&mut out);
@@ -334,17 +380,26 @@ pub fn decode_inode(row: &[u8]) -> Result<(UpperInode, Option<Stamp>)> {
     let mut reader = Reader::new("upper's inode row", row);
     let backed = match reader.u8()? {
         0 => None,
-        1 => {
+        tag @ (1 | 2) => {
             let code = reader.u8()?;
             let chunker = Chunker::from_code(code).ok_or_else(|| reader.error(format!("unknown chunker {code}")))?;
             let bytes = reader.u64()?;
             let mtime = Time { seconds: reader.i64()?, nanos: reader.u32()? };
-            Some((Backed { bytes, chunker }, Stamp { bytes, mtime }))
+            let base_bytes = if tag == 2 { reader.u64()? } else { 0 };
+            if (tag == 2 && base_bytes == 0) || base_bytes > i64::MAX as u64 {
+                return Err(reader.error(format!("{base_bytes} bytes that show through")));
+            }
+            Some((Backed { bytes, chunker, base_bytes }, Stamp { bytes, mtime }))
         }
         other => return Err(reader.error(format!("unknown tag {other}"))),
     };
     let inode = Inode::decode(&mut reader)?;
-    let fits = backed.is_none() || matches!(&inode.node, Node::File(Content::Inline(bytes)) if bytes.is_empty());
+    let fits = match (&backed, &inode.node) {
+        (None, _) => true,
+        (Some((backed, _)), Node::File(content)) if backed.base_bytes > 0 => backed.base_bytes <= content.len(),
+        (Some(_), Node::File(content)) => *content == Content::empty(),
+        _ => false,
+    };
     if !fits {
         return Err(reader.error("a data file for an inode with content"));
     }
@@ -395,7 +450,7 @@ mod tests {
             node: Node::File(Content::empty()),
         };
         let stamp = Stamp { bytes: 99, mtime: Time { seconds: 5, nanos: 6 } };
-        let backed = UpperInode { inode, backed: Some(Backed { bytes: 99, chunker: Chunker::Aligned }) };
+        let backed = UpperInode { inode, backed: Some(Backed { bytes: 99, chunker: Chunker::Aligned, base_bytes: 0 }) };
         assert_eq!(decode_inode(&encode_inode(&backed, stamp)).unwrap(), (backed.clone(), Some(stamp)));
         let sealed = UpperInode { backed: None, ..backed };
         assert_eq!(decode_inode(&encode_inode(&sealed, Stamp::default())).unwrap(), (sealed, None));
@@ -416,10 +471,25 @@ mod tests {
         inode.encode(&mut record);
         let sealed = UpperInode::sealed(inode.clone());
         assert_eq!(hex(&encode_inode(&sealed, Stamp::default())), format!("00{}", hex(&record)));
-        let backed = UpperInode { inode, backed: Some(Backed { bytes: 9, chunker: Chunker::Aligned }) };
+        let backed = UpperInode { inode, backed: Some(Backed { bytes: 9, chunker: Chunker::Aligned, base_bytes: 0 }) };
         let stamp = Stamp { bytes: 9, mtime: Time { seconds: 5, nanos: 6 } };
         let expected = format!("0101{}{}{}{}", "0900000000000000", "0500000000000000", "06000000", hex(&record));
         assert_eq!(hex(&encode_inode(&backed, stamp)), expected);
+        let mut ranged = backed.clone();
+        ranged.inode.node = Node::File(Content::Inline(b"below".to_vec()));
+        ranged.backed = Some(Backed { bytes: 9, chunker: Chunker::Tree, base_bytes: 5 });
+        let mut record = Vec::new();
+        ranged.inode.encode(&mut record);
+        let expected = ["0200", "0900000000000000", "0500000000000000", "06000000", "0500000000000000"].concat();
+        assert_eq!(hex(&encode_inode(&ranged, stamp)), expected + &hex(&record));
+        assert_eq!(decode_inode(&encode_inode(&ranged, stamp)).unwrap(), (ranged.clone(), Some(stamp)));
+        // No more can show through than there is.
+        ranged.backed = Some(Backed { bytes: 9, chunker: Chunker::Tree, base_bytes: 6 });
+        assert!(decode_inode(&encode_inode(&ranged, stamp)).is_err());
+        let key = leaf_key(UpperId(1), Ino(2), 3);
+        assert_eq!(hex(&key), "6d000000000000000100000000000000020000000000000003");
+        assert_eq!(decode_leaf(&key, &[1]).unwrap(), (Ino(2), 3, Leaf::Full));
+        assert!(decode_leaf(&key, &[2]).is_err() && decode_leaf(&key[1..], &[1]).is_err());
         let slot = Slot { target: Target::Inode { ino: Ino(9), kind: FileKind::Fifo }, order: 12 };
         assert_eq!(hex(&encode_slot(slot)), "0900000000000000060c00000000000000");
         assert_eq!(hex(&encode_slot(Slot { target: Target::Whiteout, order: 0 })), "00".repeat(17));

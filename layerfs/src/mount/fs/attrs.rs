@@ -6,7 +6,9 @@ use super::super::errno::FsResult;
 use super::edit::Edit;
 use super::{Fs, Stat, xattrs};
 use crate::attr::{FileKind, Time};
+use crate::content::Content;
 use crate::id::Ino;
+use crate::inode::Node;
 use crate::upper::table::UpperInode;
 
 /// A time to set.
@@ -56,6 +58,10 @@ impl Fs {
         if let Some(size) = set.size {
             if let Some(backed) = &mut inode.backed {
                 backed.bytes = size;
+                backed.base_bytes = backed.base_bytes.min(size);
+                if backed.base_bytes == 0 {
+                    inode.inode.node = Node::File(Content::empty());
+                }
             }
             inode.inode.attrs.mtime = now;
         }
@@ -70,9 +76,14 @@ impl Fs {
         if let Some(mtime) = set.mtime {
             inode.inode.attrs.mtime = time(mtime);
         }
+        let is_whole = inode.backed.is_some_and(|backed| backed.base_bytes == 0);
         let stat = self.stat_upper(&inode)?;
         edit.set(inode);
-        edit.commit().map(|_| stat)
+        let _state = edit.commit()?;
+        if is_whole && set.size.is_some() {
+            upper.data().forget_map(ino);
+        }
+        Ok(stat)
     }
 }
 

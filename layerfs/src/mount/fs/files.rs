@@ -11,6 +11,7 @@ use super::super::caller::Caller;
 use super::super::errno::{Errno, FsResult, fail};
 use super::attrs::clear_privileges;
 use super::edit::Edit;
+use super::ranges::Ranged;
 use super::{Fs, State};
 use crate::attr::Time;
 use crate::chunker::Chunker;
@@ -32,7 +33,11 @@ pub struct Written {
 
 /// Where a file's bytes are.
 enum Source {
+    /// In its data file.
     Backed,
+    /// In its data file where that has them, else below.
+    Ranged(Ranged),
+    /// Below.
     Sealed(Arc<FileReader>),
 }
 
@@ -42,13 +47,29 @@ const COPY_BYTES: usize = 1 << 20;
 impl Fs {
     fn source(&self, state: &State, ino: Ino) -> FsResult<Source> {
         let above = state.tables.inode(ino);
-        if above.is_some_and(|inode| inode.backed.is_some()) {
-            return Ok(Source::Backed);
+        if let Some(backed) = above.and_then(|inode| inode.backed) {
+            let map = if backed.base_bytes > 0 { self.writable_upper()?.data().map(ino) } else { None };
+            let Some(map) = map else { return Ok(Source::Backed) };
+            let base = self.reader(state, ino)?;
+            return Ok(Source::Ranged(Ranged { base, base_bytes: backed.base_bytes, bytes: backed.bytes, map }));
         }
+        self.reader(state, ino).map(Source::Sealed)
+    }
+
+    /// The file `ino`, if it was copied up by range.
+    pub(super) fn ranged(&self, state: &State, ino: Ino) -> FsResult<Option<Ranged>> {
+        match self.source(state, ino)? {
+            Source::Ranged(ranged) => Ok(Some(ranged)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The reader of the sealed file `ino`, or of what lies below it where it was copied up by range.
+    fn reader(&self, state: &State, ino: Ino) -> FsResult<Arc<FileReader>> {
         if let Some(reader) = self.readers.lock().get(&ino) {
-            return Ok(Source::Sealed(reader.clone()));
+            return Ok(reader.clone());
         }
-        let node = match above {
+        let node = match state.tables.inode(ino) {
             Some(inode) => inode.inode.node.clone(),
             None => state.inode_below(ino)?.node,
         };
@@ -56,7 +77,7 @@ impl Fs {
             Node::File(content) => {
                 let reader = Arc::new(FileReader::new(self.pool.clone(), content));
                 self.readers.lock().put(ino, reader.clone());
-                Ok(Source::Sealed(reader))
+                Ok(reader)
             }
             Node::Folder => fail(libc::EISDIR),
             _ => fail(libc::EINVAL),
@@ -103,6 +124,11 @@ impl Fs {
             drop(state);
             match source {
                 Source::Sealed(reader) => return self.read_sealed(ino, &reader, offset, buffer),
+                Source::Ranged(ranged) => {
+                    if let Some(count) = self.read_ranged(self.writable_upper()?, ino, &ranged, offset, buffer)? {
+                        return Ok(count);
+                    }
+                }
                 Source::Backed => match self.writable_upper()?.data().file(ino) {
                     Ok(file) => return read_file(&file, offset, buffer),
                     // A seal has just taken it away.
@@ -139,23 +165,12 @@ impl Fs {
         let _stripe = self.stripe(ino).lock();
         let end =
             offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
-        self.copy_up(upper, ino, u64::MAX)?;
-        let file = upper.data().file(ino)?;
-        let mut written = 0;
-        let mut failure = None;
-        while written < data.len() {
-            match file.write_at(&data[written..], offset + written as u64) {
-                Ok(0) => failure = Some(libc::EIO),
-                Ok(count) => written += count,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => failure = Some(error.raw_os_error().unwrap_or(libc::EIO)),
-            }
-            if failure.is_some() {
-                break;
-            }
-        }
+        let (written, failure) = match self.copy_up(upper, ino, u64::MAX)? {
+            Some(ranged) => self.write_ranged(upper, ino, &ranged, offset, data)?,
+            None => write_file(&*upper.data().file(ino)?, offset, data),
+        };
         if let (0, Some(errno)) = (written, failure) {
-            return fail(errno);
+            return Err(errno);
         }
         self.written_bytes.fetch_add(written as u64, Ordering::Relaxed);
         let end = end - (data.len() - written) as u64;
@@ -182,27 +197,46 @@ impl Fs {
         Ok(cleared)
     }
 
-    /// Makes sure that the upper has the first `limit` bytes of `ino` in a data file. Its stripe is held.
-    fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<()> {
+    /// Makes sure that the upper has the first `limit` bytes of `ino`, whose stripe is held: in a data file, or, if there
+    /// are many, in one where they show through from below. Returns the file if it is of the latter kind.
+    fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<Option<Ranged>> {
         let state = self.state.read();
-        let Source::Sealed(reader) = self.source(&state, ino)? else { return Ok(()) };
+        let reader = match self.source(&state, ino)? {
+            Source::Backed => return Ok(None),
+            Source::Ranged(ranged) => return Ok(Some(ranged)),
+            Source::Sealed(reader) => reader,
+        };
         let view = state.view.clone();
         drop(state);
         let content = reader.content();
-        upper.data().create(ino, &**view.chunks(), content, limit)?;
+        let bytes = content.len().min(limit);
+        let is_ranged = match content {
+            Content::Extents { .. } if bytes >= self.ranges_from => upper.data().create_ranged(ino, bytes)?,
+            _ => false,
+        };
+        if !is_ranged {
+            upper.data().create(ino, &**view.chunks(), content, limit)?;
+        }
         let chunker = match content {
             Content::Extents { chunker, .. } => *chunker,
             Content::Inline(_) => Chunker::Tree,
         };
         let mut edit = Edit::new(self, upper);
         let mut inode = edit.inode(ino)?;
-        inode.inode.node = Node::File(Content::empty());
-        inode.backed = Some(Backed { bytes: content.len().min(limit), chunker });
+        if !is_ranged {
+            inode.inode.node = Node::File(Content::empty());
+        }
+        let base_bytes = if is_ranged { bytes } else { 0 };
+        inode.backed = Some(Backed { bytes, chunker, base_bytes });
         edit.set(inode);
         match edit.commit() {
+            Ok(_) if is_ranged => {
+                let map = upper.data().map(ino).ok_or(Errno(libc::EIO))?;
+                Ok(Some(Ranged { base: reader, base_bytes, bytes, map }))
+            }
             Ok(_) => {
                 self.readers.lock().pop(&ino);
-                Ok(())
+                Ok(None)
             }
             Err(errno) => {
                 upper.data().remove(ino);
@@ -219,13 +253,18 @@ impl Fs {
         let state = self.state.read();
         let source = self.source(&state, ino)?;
         drop(state);
-        if let Source::Sealed(reader) = source {
-            if reader.content().len() == size {
-                return Ok(());
-            }
-            self.copy_up(upper, ino, size)?;
+        let ranged = match source {
+            Source::Sealed(reader) if reader.content().len() == size => return Ok(()),
+            Source::Sealed(_) => self.copy_up(upper, ino, size)?,
+            Source::Ranged(ranged) => Some(ranged),
+            Source::Backed => None,
+        };
+        upper.data().set_len(ino, size)?;
+        if ranged.is_some_and(|ranged| size < ranged.base_bytes) {
+            // The row must not say that less shows through while the disk has the old length.
+            upper.data().sync(ino)?;
         }
-        Ok(upper.data().set_len(ino, size)?)
+        Ok(())
     }
 
     /// `fallocate` with Linux's mode bits.
@@ -237,8 +276,10 @@ impl Fs {
             return fail(libc::EOPNOTSUPP);
         }
         let end = offset.checked_add(bytes).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
-        self.copy_up(upper, ino, u64::MAX)?;
-        upper.data().allocate(ino, mode, offset, bytes)?;
+        match self.copy_up(upper, ino, u64::MAX)? {
+            Some(ranged) => self.allocate_ranged(upper, ino, &ranged, mode, offset..end)?,
+            None => upper.data().allocate(ino, mode, offset, bytes)?,
+        }
         let end = if mode & KEEP_SIZE != 0 { 0 } else { end };
         self.data_changed(upper, ino, end, false).map(drop)
     }
@@ -251,6 +292,10 @@ impl Fs {
         drop(state);
         let reader = match source {
             Source::Backed => return Ok(self.writable_upper()?.data().seek(ino, offset, data)?),
+            Source::Ranged(ranged) => {
+                let file = self.writable_upper()?.data().file(ino)?;
+                return ranged.seek(&**view.chunks(), &file, offset, data);
+            }
             Source::Sealed(reader) => reader,
         };
         let content = reader.content();
@@ -298,8 +343,10 @@ impl Fs {
         }
         let is_backed = state.tables.inode(ino).is_some_and(|inode| inode.backed.is_some());
         drop(state);
-        if is_backed {
-            upper.data().sync(ino)?;
+        match upper.data().map(ino) {
+            Some(map) => self.sync_ranged(upper, ino, &map, || upper.data().sync(ino))?,
+            None if is_backed => upper.data().sync(ino)?,
+            None => {}
         }
         Ok(upper.sync()?)
     }
@@ -326,7 +373,22 @@ impl Fs {
     }
 }
 
-fn read_file(file: &std::fs::File, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+/// Writes `data` at `offset`: how much was written, and what ended it early.
+pub(super) fn write_file(file: &std::fs::File, offset: u64, data: &[u8]) -> (usize, Option<Errno>) {
+    let mut written = 0;
+    while written < data.len() {
+        match file.write_at(&data[written..], offset + written as u64) {
+            Ok(0) => return (written, Some(Errno(libc::EIO))),
+            Ok(count) => written += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return (written, Some(Errno(error.raw_os_error().unwrap_or(libc::EIO)))),
+        }
+    }
+    (written, None)
+}
+
+/// Reads until `buffer` is full or the file ends; returns how much that was.
+pub(super) fn read_file(file: &std::fs::File, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {

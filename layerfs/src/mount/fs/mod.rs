@@ -13,6 +13,7 @@ mod edit;
 mod files;
 mod folders;
 mod names;
+mod ranges;
 mod sealing;
 mod xattrs;
 
@@ -27,6 +28,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 pub use attrs::{SetAttr, SetTime};
 pub use files::Written;
 pub use folders::{FolderHandle, Item};
+pub use ranges::ChangedFile;
 pub use sealing::{Frozen, FrozenState};
 
 use super::errno::{Errno, FsResult, fail};
@@ -66,6 +68,8 @@ const READERS_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 /// What a mount holds of files ahead of those who read them, in bytes, and how many threads fetch it.
 const AHEAD_BYTES: usize = 16 << 20;
 const AHEAD_THREADS: usize = 2;
+/// From this size on a file is copied up by range: copying less than that costs about as much as one sync.
+const RANGES_FROM: u64 = 1 << 20;
 
 /// The filesystem of one mount.
 pub struct Fs {
@@ -84,6 +88,8 @@ pub struct Fs {
     folders: folders::Folders,
     /// How many descriptors for reading and writing each file has.
     mappable: Mutex<HashMap<Ino, u32>>,
+    /// Files of so many bytes are copied up by range, smaller ones whole.
+    ranges_from: u64,
     /// Bytes that programs wrote through this mount.
     written_bytes: AtomicU64,
     /// Whether a daemon before this one served the mount: the kernel may know any inode, and any may be open.
@@ -133,9 +139,16 @@ impl Fs {
             pool,
             folders: folders::Folders::default(),
             mappable: Mutex::default(),
+            ranges_from: RANGES_FROM,
             written_bytes: AtomicU64::new(0),
             is_resumed: false,
         }
+    }
+
+    /// The same, but files of `bytes` bytes or more are copied up by range (normally those of 1 MiB or more).
+    #[must_use]
+    pub fn with_ranges_from(self, bytes: u64) -> Fs {
+        Fs { ranges_from: bytes, ..self }
     }
 
     /// The chunks of the sealed layers that were read through it.
@@ -269,7 +282,12 @@ impl Fs {
         let ino = inode.inode.ino;
         let blocks = match (&inode.inode.node, inode.backed) {
             (Node::File(content), None) => content.data_bytes().div_ceil(512),
-            (Node::File(_), Some(_)) => self.writable_upper()?.data().stat(ino)?.blocks,
+            (Node::File(content), Some(backed)) => {
+                let data = self.writable_upper()?.data();
+                let own = data.stat(ino)?.blocks;
+                let base_bytes = content.data_bytes().min(backed.base_bytes);
+                data.map(ino).map_or(own, |map| ranges::blocks(base_bytes, &map, own))
+            }
             _ => 0,
         };
         let kind = inode.inode.kind();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::super::errno::FsResult;
-use super::{Fs, State};
+use super::{ChangedFile, Fs, State};
 use crate::error::Result;
 use crate::id::Ino;
 use crate::upper::Upper;
@@ -73,6 +73,15 @@ impl Frozen<'_> {
     /// The tables.
     pub fn state(&self) -> FrozenState<'_> {
         FrozenState(self.fs.state.read())
+    }
+
+    /// The file of `ino`, if it was copied up by range.
+    pub fn changed_file(&self, ino: Ino) -> FsResult<Option<ChangedFile>> {
+        // Whoever asks may hold the tables for reading.
+        let state = self.fs.state.read_recursive();
+        let Some(ranged) = self.fs.ranged(&state, ino)? else { return Ok(None) };
+        let data = self.upper.data().reader(ino)?;
+        Ok(Some(ChangedFile::new(ranged, state.view.chunks().clone(), data)))
     }
 
     /// Puts `view` below, which holds all that `dropped` takes out of the upper; the rows have been written. Returns

@@ -11,10 +11,13 @@ use rustix::io::Errno as HostErrno;
 
 use super::*;
 use crate::attr::{FileKind, Time};
+use crate::chunker::Chunker;
 use crate::id::Ino;
+use crate::inode::Node;
 use crate::mount::caller::Caller;
 use crate::mount::errno::{Errno, FsResult, fail};
 use crate::mount::fs::{FolderHandle, SetAttr, SetTime, Stat};
+use crate::store::ReadSource;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -109,6 +112,7 @@ struct Host {
 
 struct Ours {
     fs: Fs,
+    ranges_from: u64,
     open: Vec<Option<Ino>>,
 }
 
@@ -374,7 +378,7 @@ impl Ours {
                 // The old filesystem goes without a word, as when the process dies.
                 let view = Arc::new(View::empty(store().clone()));
                 drop(std::mem::replace(&mut self.fs, Fs::read_only(view)));
-                self.fs = reopen(store(), id);
+                self.fs = reopen(store(), id).with_ranges_from(self.ranges_from);
                 Ok(0)
             }
         }
@@ -569,13 +573,13 @@ fn is_for_the_kernel(host: &Host, op: &Op) -> bool {
     paths.into_iter().any(|path| leads_through_symlink(host, path))
 }
 
-fn run(ops: &[Op]) -> Result<(), TestCaseError> {
+fn run(ops: &[Op], ranges_from: u64) -> Result<(), TestCaseError> {
     let folder = tempfile::Builder::new().prefix("layerfs-reference-").tempdir().unwrap();
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::chmod(folder.path(), Mode::from_raw_mode(0o755)).unwrap();
     let root = rustix::fs::open(folder.path(), flags, Mode::empty()).unwrap();
     let mut host = Host { root, open: Vec::new() };
-    let mut ours = Ours { fs: empty_fs(store()), open: Vec::new() };
+    let mut ours = Ours { fs: empty_fs(store()).with_ranges_from(ranges_from), ranges_from, open: Vec::new() };
     for (number, op) in ops.iter().enumerate() {
         if is_for_the_kernel(&host, op) {
             continue;
@@ -595,6 +599,7 @@ fn run(ops: &[Op]) -> Result<(), TestCaseError> {
     prop_assert_eq!(see_ours(&ours.fs), see_host(&host));
     seal_fs(store(), &ours.fs);
     prop_assert_eq!(see_ours(&ours.fs), see_host(&host), "sealed at the end");
+    compare_contents(&ours.fs)?;
     let read_only = Fs::read_only(ours.fs.view());
     prop_assert_eq!(see_ours(&read_only), see_host(&host), "as a layer");
     let id = ours.fs.upper().unwrap().id();
@@ -619,17 +624,57 @@ fn compare_open(fs: &Fs, ino: Ino, file: &OwnedFd, number: usize, op: &Op) -> Re
     let ours = fs.read(ino, 0, &mut read).unwrap();
     prop_assert_eq!(ours, count);
     prop_assert!(read == wanted, "an open file differs after {}: {:?}", number, op);
+    let mut at = 0;
+    while at < expected.st_size as u64 {
+        let hole = fs.seek(ino, at, false).unwrap();
+        let data = match fs.seek(ino, hole, true) {
+            Err(Errno(libc::ENXIO)) => expected.st_size as u64,
+            found => found.unwrap(),
+        };
+        prop_assert!(data > at, "no way on from {}: {:?}", at, op);
+        prop_assert!(wanted[hole as usize..data as usize].iter().all(|byte| *byte == 0), "data in a hole: {:?}", op);
+        at = data;
+    }
+    Ok(())
+}
+
+/// A file that was sealed by its changes has the content that sealing it whole gives.
+fn compare_contents(fs: &Fs) -> Result<(), TestCaseError> {
+    let mut left = vec![Ino::ROOT];
+    while let Some(ino) = left.pop() {
+        match fs.view().inode(ino).unwrap().unwrap().node {
+            Node::Folder => left.extend(list(fs, ino).into_iter().map(|(_, ino)| ino)),
+            Node::File(content) => {
+                let mut bytes = vec![0; content.len() as usize];
+                fs.read(ino, 0, &mut bytes).unwrap();
+                let session = store().session("test");
+                let mut whole = None;
+                let mut ingest = session.ingest(|(), content| {
+                    whole = content;
+                    Ok(())
+                });
+                ingest.file((), Chunker::Tree, &mut ReadSource(&bytes[..])).unwrap();
+                ingest.finish().unwrap();
+                prop_assert_eq!(Some(content), whole);
+            }
+            _ => {}
+        }
+    }
     Ok(())
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4000, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn does_what_the_host_does(ops in prop::collection::vec(op(), 1..80)) {
+    fn does_what_the_host_does(
+        ops in prop::collection::vec(op(), 1..80),
+        // Copying up whole, all by range, and both.
+        ranges_from in prop::sample::select(vec![u64::MAX, 1, 1, 5000, 100_000]),
+    ) {
         if !rustix::process::geteuid().is_root() {
             eprintln!("NOT RUN: comparing with the host's filesystem needs the superuser (device nodes, owners)");
             return Ok(());
         }
-        run(&ops)?;
+        run(&ops, ranges_from)?;
     }
 }
