@@ -22,6 +22,8 @@ const WHOLE_GAP: u64 = 256 * 1024;
 const MAX_BASE_BYTES: u64 = 512 * 1024;
 /// So many chunks of a gap wait for its end; longer gaps are paired from their begin alone.
 const MAX_GAP_CHUNKS: usize = 64;
+/// A list node gets so many as its bases at most.
+const MAX_BASE_NODES: usize = 16;
 /// About what a list node has, as the structure doesn't tell.
 const NODE_BYTES: u32 = 8 * 1024;
 
@@ -146,11 +148,13 @@ impl Old {
         bases
     }
 
-    /// The node of that depth which lies at `offset`.
-    fn node_at(&self, offset: u64, depth: u8) -> Option<Base> {
+    /// The nodes of that depth which lie in `from..to`: what is the same in the new one may be from any.
+    fn nodes_between(&self, from: u64, to: u64, depth: u8) -> Option<Arc<[Base]>> {
         let nodes = self.nodes.get(usize::from(depth))?;
-        let node = nodes.get(nodes.partition_point(|node| node.offset + node.bytes <= offset))?;
-        (node.offset <= offset).then_some(Base { id: node.id, bytes: NODE_BYTES })
+        let first = nodes.partition_point(|node| node.offset + node.bytes <= from);
+        let found = nodes[first..].iter().take_while(|node| node.offset < to).take(MAX_BASE_NODES);
+        let bases: Vec<Base> = found.map(|node| Base { id: node.id, bytes: NODE_BYTES }).collect();
+        (!bases.is_empty()).then(|| bases.into())
     }
 }
 
@@ -222,7 +226,7 @@ impl Alignment<'_> {
         if spot.depth > 0 {
             // Nodes are wanted before what they refer to, so that nothing has to be looked for twice.
             let at = self.last.old + (spot.offset - self.last.new);
-            let bases = self.old.node_at(at, spot.depth).map(|base| Arc::from([base]));
+            let bases = self.old.nodes_between(at, at.saturating_add(spot.bytes), spot.depth);
             let is_certain = self.is_anchored || self.class == Class::Table;
             return (self.sink)(Candidate { id: spot.id, bytes: 0, class: Class::List, bases, is_certain });
         }

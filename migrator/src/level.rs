@@ -8,6 +8,10 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+/// What resembles its bases is compressed with this level at least: zstd then passes over what is alike as quickly as
+/// with the lower ones, of whose differences a fourth is left, as they look for less.
+const LEAST_NEAR_LEVEL: i32 = 9;
+
 /// How hard to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Effort(u8);
@@ -27,6 +31,11 @@ impl Effort {
     /// zstd's level.
     pub fn level(self) -> i32 {
         LEVELS[usize::from(self.0)]
+    }
+
+    /// zstd's level for what resembles its bases.
+    pub fn level_when_near(self) -> i32 {
+        self.level().max(LEAST_NEAR_LEVEL)
     }
 
     /// Whether chunks are compared with what the receiver has.

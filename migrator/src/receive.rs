@@ -5,7 +5,7 @@
 //! the link's; nothing is named before the layers were verified whole; what arrived before a failure stays, unnamed, for
 //! the next attempt.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ use crate::peers::{Peer, Visible};
 use crate::progress::Tally;
 use crate::protocol::{Receiver, ReceiverStep};
 use crate::send::{CANCEL_CHECK, joined};
-use crate::unbundle;
+use crate::unbundle::{self, Half, Opened, Waiting};
 use crate::wire::{Bundle, Message, Offer};
 
 /// Frames that are being verified or wait to be appended.
@@ -103,6 +103,7 @@ pub(crate) async fn run(
         checking: None,
         to_check: VecDeque::new(),
         verifying: FuturesOrdered::new(),
+        waiting: Waiting::default(),
         appending: None,
         flushed: Instant::now(),
         changed: 0,
@@ -164,15 +165,19 @@ struct Driver<'a> {
     checking: Option<JoinHandle<Result<Vec<bool>>>>,
     to_check: VecDeque<Vec<ChunkId>>,
     verifying: FuturesOrdered<JoinHandle<Result<Batch>>>,
+    /// Bundles with holes.
+    waiting: Waiting,
     appending: Option<JoinHandle<Result<()>>>,
     flushed: Instant,
     changed: u16,
 }
 
-/// Chunks that are verified.
-struct Batch {
-    chunks: Vec<Verified>,
-    is_bundle: bool,
+/// What became of a frame.
+enum Batch {
+    /// Verified chunks.
+    Chunks(Vec<Verified>),
+    /// A bundle.
+    Bundle(Opened),
 }
 
 /// What happened next.
@@ -197,6 +202,9 @@ impl Driver<'_> {
                 self.link.send(Message::Pace(pace)).await?;
             }
             let steps = self.on_event(event)?;
+            if !self.waiting.is_empty() && self.verifying.is_empty() && self.machine.has_all_come() {
+                return Err(Error::protocol(self.link.peer(), "a bundle names chunks that did not come"));
+            }
             if self.perform(steps).await? {
                 return Ok(self.changed);
             }
@@ -296,22 +304,27 @@ impl Driver<'_> {
         self.count(chunks.len(), plain, sum(|chunk| chunk.stored.len() as u64))?;
         self.verifying.push_back(spawn_blocking(move || {
             let verified = chunks.into_iter().map(|chunk| chunk::verify(chunk).map(|(_, verified)| verified));
-            Ok(Batch { chunks: verified.collect::<layerfs::Result<Vec<_>>>()?, is_bundle: false })
+            Ok(Batch::Chunks(verified.collect::<layerfs::Result<Vec<_>>>()?))
         }));
         Ok(())
     }
 
     fn open(&mut self, bundle: Bundle) -> Result<()> {
-        let plain = bundle.chunks.iter().map(|(_, bytes)| u64::from(*bytes)).sum();
-        self.count(bundle.chunks.len(), plain, bundle.frame.len() as u64)?;
+        self.count(usize::from(bundle.chunks), u64::from(bundle.plain_bytes), bundle.frame.len() as u64)?;
         let (context, accepted) = (self.context.clone(), self.accepted.clone());
         let peer = self.link.peer().to_owned();
         self.verifying.push_back(spawn_blocking(move || {
             let Some(accepted) = accepted else { return Err(Error::protocol(&peer, "a bundle before its offer")) };
-            let chunks = unbundle::open(&context.store, &context.session, &accepted.access, &bundle, &peer)?;
-            Ok(Batch { chunks, is_bundle: true })
+            let opened = unbundle::open(&context.store, &context.session, &accepted.access, &bundle, &peer)?;
+            Ok(Batch::Bundle(opened))
         }));
         Ok(())
+    }
+
+    fn fill(&mut self, half: Half, ids: HashMap<u32, ChunkId>) {
+        let (context, peer) = (self.context.clone(), self.link.peer().to_owned());
+        self.verifying
+            .push_back(spawn_blocking(move || unbundle::fill(&context.store, half, &ids, &peer).map(Batch::Bundle)));
     }
 
     fn count(&self, chunks: usize, plain_bytes: u64, stored_bytes: u64) -> Result<()> {
@@ -330,13 +343,22 @@ impl Driver<'_> {
 
     /// Appends what is verified, and tells the machine which chunks a bundle held.
     fn verified(&mut self, batch: Batch) -> Result<Vec<ReceiverStep>> {
-        let ids: Vec<ChunkId> = batch.chunks.iter().map(|chunk| chunk.stored().id).collect();
-        self.append(batch.chunks);
-        if !batch.is_bundle {
-            return Ok(Vec::new());
+        let mut steps = Vec::new();
+        match batch {
+            Batch::Chunks(chunks) => self.append(chunks),
+            Batch::Bundle(Opened::Half(half)) => self.waiting.add(half, self.link.peer())?,
+            Batch::Bundle(Opened::Whole(chunks, first)) => {
+                let ids: Vec<ChunkId> = chunks.iter().map(|chunk| chunk.stored().id).collect();
+                self.append(chunks);
+                self.waiting.arrived(first, &ids);
+                let violation = |v: crate::protocol::Violation| Error::protocol(self.link.peer(), v.0);
+                steps = self.machine.opened(ids).map_err(violation)?;
+            }
         }
-        let violation = |v: crate::protocol::Violation| Error::protocol(self.link.peer(), v.0);
-        self.machine.opened(ids).map_err(violation)
+        while let Some((half, ids)) = self.waiting.next() {
+            self.fill(half, ids);
+        }
+        Ok(steps)
     }
 
     fn append(&mut self, chunks: Vec<Verified>) {
@@ -373,7 +395,9 @@ impl Driver<'_> {
             joined(appending.await)?;
         }
         while let Some(verified) = self.verifying.next().await {
-            self.append(joined(verified)?.chunks);
+            // Of bundles there are none: the machine waits for them.
+            let (Batch::Chunks(chunks) | Batch::Bundle(Opened::Whole(chunks, _))) = joined(verified)? else { continue };
+            self.append(chunks);
             if let Some(appending) = self.appending.take() {
                 joined(appending.await)?;
                 failpoint::hit("receive.chunk");

@@ -1,29 +1,42 @@
 //! Opens bundles at the receiver. PROTOCOL.md, "Bundles".
 //!
 //! Invariants: a base is used only if the peer may take it as being here, and whether it isn't here or isn't the peer's
-//! to know makes no difference; a chunk's id is what its bytes hash to, so no lie about it is possible; memory is at most
-//! the bounds of one bundle.
+//! to know makes no difference; a chunk's id is what its bytes hash to, so no lie about it is possible; holes are filled
+//! with ids of chunks that came in the same transfer, and wait for these; memory is at most the bounds of one bundle, and
+//! for those that wait [`MAX_WAITING`] times that.
+
+use std::collections::HashMap;
 
 use layerfs::chunk::{self, ChunkRead, Verified};
 use layerfs::store::{Session, Store};
 use layerfs::{ChunkId, Error as StoreError};
 
 use crate::access::Access;
-use crate::bundle;
+use crate::bundle::{self, Unpacked};
 use crate::error::{Error, Result};
-use crate::wire::{BaseName, Bundle, MAX_BUNDLE_BYTES};
+use crate::numbers::Arrived;
+use crate::wire::{BaseName, Bundle, MAX_BUNDLE_BYTES, MAX_WAITING};
 
-/// The chunks of `bundle`, encoded for the store. Blocks.
+/// A bundle whose holes aren't filled yet.
+#[derive(Debug)]
+pub(crate) struct Half {
+    unpacked: Unpacked,
+    first: Option<u32>,
+}
+
+/// What became of a bundle.
+pub(crate) enum Opened {
+    /// Its chunks, the first of which has that number.
+    Whole(Vec<Verified>, Option<u32>),
+    /// It wants other chunks' ids.
+    Half(Half),
+}
+
+/// Opens `bundle`. Blocks.
 ///
 /// # Errors
 /// A base that isn't there, or isn't there for this peer; a frame that isn't what it says; those of the store.
-pub(crate) fn open(
-    store: &Store,
-    session: &Session,
-    access: &Access,
-    bundle: &Bundle,
-    peer: &str,
-) -> Result<Vec<Verified>> {
+pub(crate) fn open(store: &Store, session: &Session, access: &Access, bundle: &Bundle, peer: &str) -> Result<Opened> {
     let mut prefix = Vec::new();
     for name in &bundle.bases {
         let base = find(store, session, access, name, peer)?;
@@ -33,11 +46,66 @@ pub(crate) fn open(
         }
         prefix.extend_from_slice(&plain);
     }
-    let lengths = bundle.chunks.iter().map(|(_, bytes)| *bytes);
-    let plain = bundle::unpack(&prefix, &bundle.frame, lengths).map_err(|error| broken(peer, error))?;
+    let unpacked = bundle::unpack(&prefix, &bundle.frame, bundle.chunks, bundle.plain_bytes);
+    let half = Half { unpacked: unpacked.map_err(|error| broken(peer, error))?, first: bundle.first };
+    if half.unpacked.wanted(half.first).next().is_some() {
+        return Ok(Opened::Half(half));
+    }
+    fill(store, half, &HashMap::new(), peer)
+}
+
+/// The chunks of `half`, whose holes are filled with `ids`. Blocks.
+///
+/// # Errors
+/// If a hole wants another.
+pub(crate) fn fill(store: &Store, mut half: Half, ids: &HashMap<u32, ChunkId>, peer: &str) -> Result<Opened> {
     let level = store.options().compression_level;
-    let encoded = plain.iter().zip(&bundle.chunks);
-    Ok(encoded.map(|(plain, (class, _))| chunk::encode(ChunkId::of(plain), *class, plain, level)).collect())
+    let mut chunks = Vec::new();
+    let filled = half.unpacked.visit(half.first, &|number| ids.get(&number).copied(), &mut |id, class, plain| {
+        chunks.push(chunk::encode(id, class, plain, level));
+    });
+    filled.map_err(|error| broken(peer, error))?;
+    Ok(Opened::Whole(chunks, half.first))
+}
+
+/// The bundles that wait for others, and what these have brought.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    arrived: Arrived,
+    halves: Vec<Half>,
+}
+
+impl Waiting {
+    /// These chunks have come, the first with number `first`.
+    pub fn arrived(&mut self, first: Option<u32>, ids: &[ChunkId]) {
+        if let Some(first) = first {
+            self.arrived.insert(first, ids.iter().copied());
+        }
+    }
+
+    /// Keeps `half` until what it wants has come.
+    ///
+    /// # Errors
+    /// If too many wait.
+    pub fn add(&mut self, half: Half, peer: &str) -> Result<()> {
+        self.halves.push(half);
+        if self.halves.len() > MAX_WAITING {
+            return Err(Error::protocol(peer, format!("more than {MAX_WAITING} bundles that wait for others")));
+        }
+        Ok(())
+    }
+
+    /// One that need not wait any longer, with what it wants.
+    pub fn next(&mut self) -> Option<(Half, HashMap<u32, ChunkId>)> {
+        let wants = |half: &Half| self.arrived.find(half.unpacked.wanted(half.first));
+        let (at, ids) = self.halves.iter().enumerate().find_map(|(at, half)| Some((at, wants(half)?)))?;
+        Some((self.halves.remove(at), ids))
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.halves.is_empty()
+    }
 }
 
 fn broken(peer: &str, error: StoreError) -> Error {

@@ -66,10 +66,10 @@ pub fn rows(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
         ("database", database),
         ("tree", tree_again),
     ];
-    for (name, make) in changes {
+    for (name, make) in changes.into_iter().filter(|(name, _)| name.contains(&plan.row)) {
         let folder = plan.work.path().join(format!("bytes-{}", name.replace(' ', "-")));
         std::fs::create_dir_all(&folder)?;
-        let result = make(&folder).and_then(|change| row(&change, &folder));
+        let result = make(&folder).and_then(|change| row(plan, &change, &folder));
         match result {
             Ok(row) => table.add(row),
             Err(error) => table.skipped(name, &format!("{error:#}")),
@@ -79,12 +79,12 @@ pub fn rows(plan: &Plan, table: &mut Table) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn row(change: &Change, work: &Path) -> anyhow::Result<Row> {
+fn row(plan: &Plan, change: &Change, work: &Path) -> anyhow::Result<Row> {
     let ours = ours(change)? as f64;
     let mut peers = Vec::new();
     let tools: [(&'static str, Measure); 4] =
         [("rsync", rsync), ("casync", casync), ("borg", borg), ("xdelta3", xdelta)];
-    for (name, tool) in tools.into_iter().filter(|(name, _)| has_tool(name)) {
+    for (name, tool) in tools.into_iter().filter(|(name, _)| !plan.alone && has_tool(name)) {
         peers.push((name, tool(change, work).context(name)? as f64));
     }
     let met = peers.iter().all(|(name, theirs)| match *name {
@@ -92,7 +92,7 @@ fn row(change: &Change, work: &Path) -> anyhow::Result<Row> {
         _ => ours <= *theirs,
     });
     let goal = format!("no more than any; at most {FLOOR} xdelta3");
-    Ok(Row { what: change.what.into(), unit: "bytes", ours, peers, goal, met: Some(met) })
+    Ok(Row { what: change.what.into(), unit: "bytes", ours, peers, goal, met: Some(met).filter(|_| !plan.alone) })
 }
 
 fn ours(change: &Change) -> anyhow::Result<u64> {

@@ -29,7 +29,9 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
     \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths\
-    \n  --only WORD   only the parts whose name holds WORD: speed, wire, bytes, lazy, storage, memory";
+    \n  --only WORD   only the parts whose name holds WORD: speed, wire, bytes, lazy, storage, memory\
+    \n  --row WORD    of bytes only the rows whose name holds WORD: package, disk image, memory image, database, tree\
+    \n  --alone       of bytes only our own figures";
 
 /// What is measured, and how.
 pub struct Plan {
@@ -39,6 +41,10 @@ pub struct Plan {
     pub tree_bytes: u64,
     /// How many runs count.
     pub runs: usize,
+    /// Only the rows of changes whose name holds this.
+    pub row: String,
+    /// Leave out other tools where a change's bytes are counted.
+    pub alone: bool,
     /// A folder for everything that is made, on a real disk.
     pub work: TempDir,
 }
@@ -50,6 +56,8 @@ struct Options {
     runs: usize,
     json: PathBuf,
     only: String,
+    row: String,
+    alone: bool,
 }
 
 fn main() -> ExitCode {
@@ -77,7 +85,14 @@ fn main() -> ExitCode {
 }
 
 fn parse() -> anyhow::Result<Options> {
-    let mut options = Options { tree: None, runs: 3, json: "bench.json".into(), only: String::new() };
+    let mut options = Options {
+        tree: None,
+        runs: 3,
+        json: "bench.json".into(),
+        only: String::new(),
+        row: String::new(),
+        alone: false,
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().with_context(|| format!("{argument} wants a value\n{USAGE}"));
@@ -86,6 +101,8 @@ fn parse() -> anyhow::Result<Options> {
             "--runs" => options.runs = value()?.parse().context("--runs wants a number")?,
             "--json" => options.json = value()?.into(),
             "--only" => options.only = value()?,
+            "--row" => options.row = value()?,
+            "--alone" => options.alone = true,
             "-h" | "--help" => {
                 println!("{USAGE}");
                 std::process::exit(0);
@@ -100,7 +117,8 @@ fn run(options: &Options) -> anyhow::Result<bool> {
     let work = tempfile::Builder::new().prefix("layerfs-bench").tempdir()?;
     let tree = chosen_tree(options, work.path())?;
     let tree_bytes: u64 = size_of(&tree)?;
-    let plan = Plan { tree, tree_bytes, runs: options.runs.max(1), work };
+    let plan =
+        Plan { tree, tree_bytes, runs: options.runs.max(1), row: options.row.clone(), alone: options.alone, work };
     eprintln!("measuring on {} ({} MB), {} runs each", plan.tree.display(), tree_bytes / 1_000_000, plan.runs);
 
     let mut table = Table::new(&plan)?;

@@ -6,7 +6,7 @@
 SESSION holds what went over one connection inside TLS, in order: for each write a byte for its direction (0 from the
 caller, 1 from the listener), a u32 with its length, and the bytes. Direction 2 is for frames that belong to no session: each
 is only decoded. What may follow what is checked, every chunk is verified, every layer rebuilt. The answer, in JSON on
-stdout, is how many messages of each kind there were, and the tree of every name that was moved.
+stdout, is how many messages of each kind there were, how many ids bundles left out, and the tree of every name that was moved.
 """
 
 import collections
@@ -24,6 +24,7 @@ class Transfer:
         self.sender, self.offer, self.known = sender, offer, known
         self.state, self.asked, self.next_ask = "offered", collections.deque(), 0
         self.awaited, self.sent, self.lacking = set(), 0, []
+        self.numbered, self.holes = {}, 0
         self.is_dry = bool(offer["flags"] & 2)
 
     def on(self, side, name, fields):
@@ -73,10 +74,12 @@ class Transfer:
             need(len(found) == 1, f"base {begin.hex()} isn't known")
             return found[0]
 
-        for id_, plain in open_bundle(fields, base):
+        chunks, holes = open_bundle(fields, base, self.numbered)
+        self.holes += holes
+        for id_, plain in chunks:
             self.known[id_] = plain
             self.awaited.discard(id_)
-        self.sent += len(fields["chunks"])
+        self.sent += fields["chunks"]
 
     def on_end(self, fields):
         need(self.state == "sending" and not self.asked and not self.awaited, "End too early")
@@ -94,7 +97,7 @@ class Session:
         self.streams = [Stream(), Stream(), Stream()]
         self.greeted = [False, False]
         self.counts = collections.Counter()
-        self.known, self.trees = {}, {}
+        self.known, self.trees, self.holes = {}, {}, 0
         self.transfer, self.fetching, self.getting = None, None, None
 
     def feed(self, side, data):
@@ -151,6 +154,7 @@ class Session:
 
     def finish(self):
         offer = self.transfer.offer
+        self.holes += self.transfer.holes
         for name, index in offer["names"]:
             if not self.transfer.is_dry:
                 self.trees[name] = {"layer": offer["layers"][index][0].hex(),
@@ -160,7 +164,7 @@ class Session:
     def end(self):
         need(all(not stream.data for stream in self.streams), "an end inside a frame")
         need(self.transfer is None and self.fetching is None and self.getting is None, "an end inside a transfer")
-        return {"messages": dict(self.counts), "trees": self.trees}
+        return {"messages": dict(self.counts), "holes": self.holes, "trees": self.trees}
 
 
 def main():

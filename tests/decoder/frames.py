@@ -45,6 +45,16 @@ class Reader:
     def id(self):
         return self.take(32)
 
+    def varint(self):
+        value, shift = 0, 0
+        while True:
+            byte = self.u8()
+            need(shift < 28 and (byte or not shift), f"{self.what}: a varint that is too long")
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                return value
+
     def list(self, item, least, most):
         count = self.u16()
         need(least <= count <= most, f"{self.what}: a list of {count}")
@@ -108,12 +118,11 @@ def stored_chunk(r):
 
 def bundle(r):
     bases = r.list(lambda: r.take(8), 0, 256)
-    chunks = r.list(lambda: (r.u8(), r.u32()), 1, 1024)
-    need(all(class_ <= 3 and 1 <= plain <= 262144 for class_, plain in chunks), "Bundle: a chunk")
-    need(sum(plain for _, plain in chunks) <= 1 << 20, "Bundle: plain bytes")
-    frame = r.bytes32()
-    need(1 <= len(frame) <= 1 << 20, "Bundle: frame")
-    return dict(bases=bases, chunks=chunks, frame=frame)
+    first, chunks, plain_bytes, frame = r.u32(), r.u16(), r.u32(), r.bytes32()
+    need(1 <= chunks <= 1024, "Bundle: chunks")
+    need(first == 0xFFFFFFFF or first + chunks <= 65536, "Bundle: numbers")
+    need(1 <= plain_bytes <= 1 << 20 and 1 <= len(frame) <= 1 << 20, "Bundle: frame")
+    return dict(bases=bases, first=None if first == 0xFFFFFFFF else first, chunks=chunks, plain_bytes=plain_bytes, frame=frame)
 
 
 def look(r):

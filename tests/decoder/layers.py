@@ -45,19 +45,50 @@ def open_chunk(fields):
     return plain
 
 
-def open_bundle(fields, base):
-    """The chunks of a bundle as (id, plain bytes); `base` gives the plain bytes of what begins so."""
+def bundle_table(r, count):
+    """The chunks' lengths, and the holes as (place, number)."""
+    need(all(class_ <= 3 for class_ in r.take(count)), "a bundle's classes")
+    lengths = [r.varint() for _ in range(count)]
+    need(all(1 <= length <= 262144 for length in lengths), "a bundle's lengths")
+    holes, end, following = [], 0, 0
+    count = r.varint()
+    need(count <= 8192, "a bundle's holes")
+    for _ in range(count):
+        at, step = end + r.varint(), r.varint()
+        number = following + (step >> 1 if step % 2 == 0 else -(step + 1 >> 1))
+        need(0 <= number < 65536, "a hole's number")
+        holes.append((at, number))
+        end, following = at + 32, number + 1
+    return lengths, holes
+
+
+def open_bundle(fields, base, numbered):
+    """The chunks of a bundle as (id, plain bytes), and how many holes were filled; `base` gives the plain bytes of what
+    begins so, `numbered` is the ids of numbered chunks, to which those of this one are added."""
     prefix = b"".join(base(begin) for begin in fields["bases"])
     need(len(prefix) <= 1 << 20, "a bundle's bases are too long")
-    total = sum(plain for _, plain in fields["chunks"])
+    total = fields["plain_bytes"]
     data = unzstd(fields["frame"], prefix, total)
     need(len(data) == total, f"a bundle of {len(data)} bytes instead of {total}")
-    chunks, at = [], 0
-    for _, plain in fields["chunks"]:
-        piece = data[at:at + plain]
+    reader = Reader(data, "Bundle's table")
+    lengths, holes = bundle_table(reader, fields["chunks"])
+    data = bytearray(data[reader.at:])
+    need(len(data) == sum(lengths), "a bundle's chunks and lengths")
+    chunks, start, filled = [], 0, len(holes)
+    for index, length in enumerate(lengths):
+        end = start + length
+        while holes and holes[0][0] < end:
+            at, number = holes.pop(0)
+            need(at + 32 <= end and number in numbered, f"a hole for {number}")
+            data[at:at + 32] = numbered[number]
+        piece = bytes(data[start:end])
         chunks.append((blake3(piece), piece))
-        at += plain
-    return chunks
+        if fields["first"] is not None:
+            need(fields["first"] + index not in numbered, "a number twice")
+            numbered[fields["first"] + index] = chunks[-1][0]
+        start = end
+    need(not holes, "a hole beyond the end")
+    return chunks, filled
 
 
 def extent(r):

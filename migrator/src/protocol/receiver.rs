@@ -115,7 +115,7 @@ impl Receiver {
             (Message::Chunks(chunks), State::Receiving) => self.on_chunks(chunks),
             (Message::Bundle(bundle), State::Receiving) => {
                 self.opening += 1;
-                self.received += bundle.chunks.len() as u64;
+                self.received += u64::from(bundle.chunks);
                 Ok(vec![ReceiverStep::Open(bundle)])
             }
             (Message::End { chunks }, State::Receiving) => {
@@ -208,6 +208,11 @@ impl Receiver {
         debug_assert_eq!(self.state, State::Committing);
         self.state = State::Finished;
         vec![ReceiverStep::Send(Message::Done { changed }), ReceiverStep::Finish]
+    }
+
+    /// Whether the sender has said End and nothing is on its way any more.
+    pub fn has_all_come(&self) -> bool {
+        self.ended.is_some_and(|chunks| !(self.is_grouped && self.received < chunks))
     }
 
     /// How many bytes the sender of a dry run would have sent, once it has said so.

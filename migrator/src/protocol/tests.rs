@@ -306,8 +306,11 @@ fn ids_of(bundle: &Bundle) -> Vec<ChunkId> {
 /// The frame stands for the ids, which the real one would hash to.
 fn bundle_of(chunks: &[Candidate]) -> Message {
     let frame: Vec<u8> = chunks.iter().flat_map(|candidate| candidate.id.0).collect();
-    let lengths = chunks.iter().map(|_| (Class::Data, 1)).collect();
-    Message::Bundle(Bundle { bases: Vec::new(), chunks: lengths, frame: frame.into() })
+    Message::Bundle(bundle(chunks.len(), frame))
+}
+
+fn bundle(chunks: usize, frame: Vec<u8>) -> Bundle {
+    Bundle { bases: Vec::new(), first: None, chunks: chunks as u16, plain_bytes: 1, frame: frame.into() }
 }
 
 fn any_message() -> impl Strategy<Value = Message> {
@@ -319,11 +322,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         (0u32..3, ids()).prop_map(|(seq, ids)| Message::Ask { seq, ids }),
         (0u32..3, 0usize..5).prop_map(|(seq, count)| Message::Want { seq, wanted: vec![true; count] }),
         ids().prop_map(|ids| Message::Chunks(ids.into_iter().map(chunk).collect())),
-        ids().prop_map(|ids| Message::Bundle(Bundle {
-            bases: Vec::new(),
-            chunks: ids.iter().map(|_| (Class::Data, 1)).collect(),
-            frame: ids.iter().flat_map(|id| id.0).collect(),
-        })),
+        ids().prop_map(|ids| Message::Bundle(bundle(ids.len(), ids.iter().flat_map(|id| id.0).collect()))),
         (0u64..4).prop_map(|chunks| Message::End { chunks }),
         Just(Message::Done { changed: 1 }),
         Just(Message::Fetch { names: vec![LayerName::new("x").unwrap()], dry_run: false }),
@@ -377,7 +376,7 @@ fn the_end_waits_for_open_bundles() {
     let mut receiver = Receiver::default();
     receiver.on_message(Message::Offer(offer(1, 0))).unwrap();
     receiver.offer_checked(vec![true], vec![]);
-    let bundle = Bundle { bases: Vec::new(), chunks: vec![(Class::Data, 1)], frame: Bytes::from_static(b"x") };
+    let bundle = bundle(1, b"x".to_vec());
     receiver.on_message(Message::Bundle(bundle.clone())).unwrap();
     assert_eq!(receiver.on_message(Message::End { chunks: 1 }), Ok(Vec::new()));
     assert!(receiver.on_message(Message::Bundle(bundle)).is_err());

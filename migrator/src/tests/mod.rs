@@ -3,6 +3,7 @@
 mod control;
 mod damage;
 mod faults;
+mod holes;
 pub mod pair;
 mod paths;
 mod recorded;

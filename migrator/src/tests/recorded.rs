@@ -157,6 +157,7 @@ async fn an_independent_decoder_reads_a_session() {
     for kind in ["Hello", "Offer", "Need", "Ask", "Want", "End", "Done", "Fetch", "Get"] {
         assert!(decoded["messages"][kind].as_u64().is_some_and(|count| count > 0), "{kind}: {}", decoded["messages"]);
     }
+    assert!(decoded["holes"].as_u64().is_some_and(|count| count > 0), "no bundle with holes");
     let of_kinds = golden_frames().len() as u64;
     let all: u64 = decoded["messages"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
     assert!(all > of_kinds, "{}", decoded["messages"]);

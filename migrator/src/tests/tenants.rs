@@ -5,6 +5,7 @@ use layerfs::{ChunkId, LayerId};
 
 use super::pair::*;
 use crate::Error;
+use crate::bundle::Table;
 use crate::link::{Link, Patience};
 use crate::listener::serve_peer;
 use crate::peers::{Rights, Visible};
@@ -27,7 +28,7 @@ fn host_with_secret() -> (Host, LayerId, ChunkId) {
 }
 
 /// A link to `host` as its peer "here".
-fn call(host: &Host) -> Link {
+pub(super) fn call(host: &Host) -> Link {
     let (caller, listener) = tokio::io::duplex(1 << 20);
     let (node, peer) = (host.node.clone(), host.node.peers().get("here").unwrap());
     tokio::spawn(async move {
@@ -41,7 +42,7 @@ fn call(host: &Host) -> Link {
 }
 
 /// What `host` answers to `messages`: its messages up to its first error, which is the last, or `count` of them.
-async fn answers(host: &Host, messages: Vec<Message>, count: usize) -> Vec<String> {
+pub(super) async fn answers(host: &Host, messages: Vec<Message>, count: usize) -> Vec<String> {
     let mut link = call(host);
     for message in messages {
         link.send(message).await.unwrap();
@@ -94,8 +95,10 @@ async fn hidden_layers_and_chunks_are_as_such_that_do_not_exist() {
         heard.push(answers(&host, vec![Message::Get { ids: vec![chunk, layer.0] }], 1).await.join("\n"));
         let mut base = [0; 8];
         base.copy_from_slice(&chunk.0[..8]);
-        let frame = crate::bundle::pack(b"", b"x", 3).unwrap().into();
-        let bundle = Message::Bundle(Bundle { bases: vec![base], chunks: vec![(Class::Data, 1)], frame });
+        let table = Table { chunks: vec![(Class::Data, 1)], holes: Vec::new() };
+        let (frame, plain_bytes) = crate::bundle::pack(b"", &table, b"x", 3).unwrap();
+        let bundle = Bundle { bases: vec![base], first: None, chunks: 1, plain_bytes, frame: frame.into() };
+        let bundle = Message::Bundle(bundle);
         let refused = answers(&host, vec![offer(layer, "mine/x", layer, false), bundle], 2).await.join("\n");
         let hex: String = base.iter().map(|byte| format!("{byte:02x}")).collect();
         heard.push(refused.replace(&hex, "BASE"));

@@ -13,8 +13,8 @@ use crate::handover::{Fate, MoveId};
 
 use super::{
     Bundle, CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS,
-    MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, MAX_OBSTACLE_TEXT, MAX_OBSTACLES, MAX_SPEC, Message, Offer,
-    OfferedLayer, Prepare,
+    MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, MAX_NUMBERED, MAX_OBSTACLE_TEXT, MAX_OBSTACLES, MAX_SPEC, Message,
+    Offer, OfferedLayer, Prepare,
 };
 
 const HELLO: u8 = 0x01;
@@ -47,6 +47,9 @@ const COMMIT: u8 = 0x33;
 const ABORT: u8 = 0x34;
 const INQUIRE: u8 = 0x35;
 const FATE: u8 = 0x36;
+
+/// Instead of the number of a bundle's first chunk, if they have none.
+const UNNUMBERED: u32 = u32::MAX;
 
 const MAGIC: &[u8; 4] = b"LFWP";
 const FLAG_FORCE: u8 = 1;
@@ -242,17 +245,15 @@ fn put_bundle(bundle: &Bundle, out: &mut Vec<u8>) {
     out.put_u8(BUNDLE);
     out.put_u16(bundle.bases.len() as u16);
     bundle.bases.iter().for_each(|base| out.extend_from_slice(base));
-    out.put_u16(bundle.chunks.len() as u16);
-    for (class, plain_bytes) in &bundle.chunks {
-        out.put_u8(*class as u8);
-        out.put_u32(*plain_bytes);
-    }
+    out.put_u32(bundle.first.unwrap_or(UNNUMBERED));
+    out.put_u16(bundle.chunks);
+    out.put_u32(bundle.plain_bytes);
     out.put_bytes32(&bundle.frame);
 }
 
 /// The frame of a [`Message::Bundle`].
 pub fn encode_bundle(bundle: &Bundle) -> Bytes {
-    let around = HEADER_BYTES + 8 + bundle.bases.len() * 8 + bundle.chunks.len() * 5;
+    let around = HEADER_BYTES + 16 + bundle.bases.len() * 8;
     let mut out = Vec::with_capacity(around + bundle.frame.len());
     out.put_u32(0);
     put_bundle(bundle, &mut out);
@@ -495,22 +496,21 @@ fn decode_bundle(reader: &mut Reader<'_>, body: &Bytes) -> Result<Bundle> {
         Ok(name)
     };
     let bases = list(reader, "bases", 0, MAX_BASES, base)?;
-    let chunk = |r: &mut Reader<'_>| {
-        let class = r.u8()?;
-        let class = Class::from_code(class).ok_or_else(|| r.error(format!("chunk class {class}")))?;
-        let plain_bytes = r.u32()?;
-        if !(1..=MAX_CHUNK_BYTES).contains(&(plain_bytes as usize)) {
-            return Err(r.error(format!("a chunk of {plain_bytes} plain bytes")));
-        }
-        Ok((class, plain_bytes))
-    };
-    let chunks = list(reader, "chunks", 1, MAX_BUNDLE_CHUNKS, chunk)?;
-    let plain_bytes: usize = chunks.iter().map(|(_, bytes)| *bytes as usize).sum();
+    let first = Some(reader.u32()?).filter(|first| *first != UNNUMBERED);
+    let chunks = reader.u16()?;
+    if !(1..=MAX_BUNDLE_CHUNKS).contains(&usize::from(chunks)) {
+        return Err(reader.error(format!("{chunks} chunks")));
+    }
+    if let Some(first) = first.filter(|first| *first > MAX_NUMBERED - u32::from(chunks)) {
+        return Err(reader.error(format!("{chunks} chunks from number {first} on")));
+    }
+    let plain_bytes = reader.u32()?;
     let frame = reader.bytes32()?;
-    if plain_bytes > MAX_BUNDLE_BYTES || frame.is_empty() || frame.len() > MAX_BUNDLE_BYTES {
+    let fits = |bytes: usize| (1..=MAX_BUNDLE_BYTES).contains(&bytes);
+    if !fits(plain_bytes as usize) || !fits(frame.len()) {
         return Err(reader.error(format!("a bundle of {plain_bytes} plain bytes in {}", frame.len())));
     }
-    Ok(Bundle { bases, chunks, frame: body.slice_ref(frame) })
+    Ok(Bundle { bases, first, chunks, plain_bytes, frame: body.slice_ref(frame) })
 }
 
 /// Fills one [`Message::Chunks`] frame, copying each chunk's bytes once.

@@ -8,7 +8,7 @@ mod codec;
 pub(crate) mod golden;
 
 use bytes::Bytes;
-use layerfs::chunk::{Class, StoredChunk};
+use layerfs::chunk::StoredChunk;
 use layerfs::error::ErrorClass;
 use layerfs::{ChunkId, LayerId, LayerName};
 
@@ -37,12 +37,18 @@ pub const MAX_NAMES: usize = 256;
 pub const MAX_HINTS: usize = 64;
 /// The most ids that may be asked for or wanted and not yet sent at any time.
 pub const MAX_OUTSTANDING: usize = 64 * 1024;
-/// The most plain bytes that the chunks of one [`Message::Bundle`] have together, and the most of its bases.
+/// The most plain bytes of one [`Message::Bundle`]: its table and its chunks together; and the most of its bases.
 pub const MAX_BUNDLE_BYTES: usize = 1024 * 1024;
 /// The most chunks in one [`Message::Bundle`].
 pub const MAX_BUNDLE_CHUNKS: usize = 1024;
 /// The most bases of one [`Message::Bundle`].
 pub const MAX_BASES: usize = 256;
+/// The most holes in the chunks of one [`Message::Bundle`].
+pub const MAX_HOLES: usize = 8192;
+/// So many chunks of a transfer have numbers, for holes to refer to.
+pub const MAX_NUMBERED: u32 = 65_536;
+/// So many bundles with holes may wait for the chunks that these refer to.
+pub const MAX_WAITING: usize = 16;
 /// The most bytes of an error's text.
 pub const MAX_ERROR_TEXT: usize = 2000;
 /// The most bytes of a guest's description in a [`Message::Prepare`].
@@ -276,9 +282,13 @@ pub type BaseName = [u8; 8];
 pub struct Bundle {
     /// Chunks of held layers, whose plain bytes one after the other are the prefix of the frame.
     pub bases: Vec<BaseName>,
-    /// What each chunk holds, and its plain length in bytes.
-    pub chunks: Vec<(Class, u32)>,
-    /// The chunks' plain bytes, one after the other, as one zstd frame.
+    /// The first chunk's number, if they have any: the others have those that follow.
+    pub first: Option<u32>,
+    /// How many chunks there are.
+    pub chunks: u16,
+    /// How many bytes the frame holds.
+    pub plain_bytes: u32,
+    /// The table of the chunks ([`crate::bundle::Table`]), then their plain bytes, one after the other, as one zstd frame.
     pub frame: Bytes,
 }
 

@@ -38,6 +38,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("text", text),
     ("import", import_stream),
     ("bundle", bundle),
+    ("table", table),
 ];
 
 /// A frame: what decodes encodes to the same bytes.
@@ -96,14 +97,32 @@ fn session(data: &[u8]) {
     }
 }
 
-/// A bundle's frame: bytes of prefix, wanted length and prefix, then the frame.
+/// A bundle's frame: bytes of prefix, of what the frame holds, count of chunks, then prefix and frame.
 fn bundle(data: &[u8]) {
-    let Some((head, rest)) = data.split_first_chunk::<4>() else { return };
-    let [a, b, c, d] = *head;
+    let Some((head, rest)) = data.split_first_chunk::<5>() else { return };
+    let [a, b, c, d, count] = *head;
     let (prefix, plain) = (usize::from(u16::from_le_bytes([a, b])), u32::from(u16::from_le_bytes([c, d])));
     let (prefix, frame) = rest.split_at(prefix.min(rest.len()));
-    if let Ok(chunks) = migrator::bundle::unpack(prefix, frame, [plain, 1].into_iter()) {
-        assert_eq!(chunks.iter().map(Bytes::len).collect::<Vec<_>>(), [plain as usize, 1]);
+    let unpacked = migrator::bundle::unpack(prefix, frame, u16::from(count), plain);
+    if let Ok(mut unpacked) = unpacked {
+        let mut chunks = 0;
+        let id = ChunkId([1; 32]);
+        let filled = unpacked.visit(Some(7), &|number| (number % 5 != 0).then_some(id), &mut |id, _, plain| {
+            assert_eq!(id, ChunkId::of(plain));
+            chunks += 1;
+        });
+        assert!(filled.is_err() || chunks == usize::from(count));
+    }
+}
+
+/// The table in front of a bundle's chunks: what decodes encodes to the same bytes.
+fn table(data: &[u8]) {
+    let Some((count, rest)) = data.split_first() else { return };
+    let mut reader = Reader::new("table", rest);
+    if let Ok(table) = migrator::bundle::Table::decode(&mut reader, u16::from(*count)) {
+        let mut bytes = Vec::new();
+        table.encode(&mut bytes);
+        assert_eq!(bytes, rest[..rest.len() - reader.rest().len()]);
     }
 }
 
