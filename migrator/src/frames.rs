@@ -308,8 +308,8 @@ mod tests {
     use layerfs::LayerId;
 
     use super::*;
-    use crate::wire::CHUNKS_TARGET_BYTES;
     use crate::tests::pair::{Host, Tree, add_layer, noise, tree};
+    use crate::wire::CHUNKS_TARGET_BYTES;
 
     /// The bytes that the groups of a transfer of `new` take for a receiver that holds `old`.
     fn bytes_of(host: &Host, old: LayerId, new: LayerId) -> (usize, usize) {

@@ -138,6 +138,24 @@ def pace(r):
     return fields
 
 
+def text(r, most):
+    raw = r.bytes16()
+    need(len(raw) <= most, f"a text of {len(raw)} bytes")
+    return raw.decode()
+
+
+def prepare(r):
+    fields = dict(move=r.take(16), epoch=r.u64(), flags=r.u8(), stack=r.id(), description=text(r, 60000))
+    need(fields["flags"] & ~10 == 0, f"Prepare: flags {fields['flags']}")
+    return fields
+
+
+def stage(r):
+    fields = dict(move=r.take(16), instance=r.id(), state=r.id(), flags=r.u8())
+    need(fields["flags"] & ~4 == 0, f"Stage: flags {fields['flags']}")
+    return fields
+
+
 MESSAGES = {
     0x01: ("Hello", hello),
     0x02: ("Error", error),
@@ -160,6 +178,13 @@ MESSAGES = {
     0x1F: ("Traced", lambda r: dict(layer=r.id(), ids=r.list(r.id, 1, 1024))),
     0x20: ("Pace", pace),
     0x21: ("Part", lambda r: dict(number=r.u64())),
+    0x30: ("Prepare", prepare),
+    0x31: ("Prepared", lambda r: dict(obstacles=r.list(lambda: (text(r, 900), text(r, 900)), 0, 64))),
+    0x32: ("Stage", stage),
+    0x33: ("Commit", lambda r: dict(move=r.take(16))),
+    0x34: ("Abort", lambda r: dict(move=r.take(16))),
+    0x35: ("Inquire", lambda r: dict(move=r.take(16))),
+    0x36: ("Fate", lambda r: dict(fate=r.u8(), micros=r.u64(), text=text(r, 2000))),
 }
 
 
