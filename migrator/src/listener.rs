@@ -247,6 +247,10 @@ pub(crate) async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Res
                 // It stands in front of an offer, and belongs to that transfer.
                 continue;
             }
+            message if message.is_about_guests() => {
+                let answer = node.migrations()?.serve(peer, message).await?;
+                link.send(answer).await?;
+            }
             other => return Err(Error::protocol(link.peer(), format!("{} as a request", other.kind()))),
         }
         link.close_group();

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use layerfs::chunk::Verified;
@@ -26,6 +26,7 @@ use crate::identity::{Fingerprint, Identity, PublicKey};
 use crate::link::{Link, Patience};
 use crate::listener::{self, Listener};
 use crate::measured::{self, Measured};
+use crate::migrate::{self, Migrations};
 use crate::paths::{Connections, PathOptions};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
 use crate::progress::TransferReport;
@@ -116,6 +117,7 @@ struct Inner {
     groups: Groups,
     grants: Grants,
     streams: Streams,
+    guests: Mutex<Weak<migrate::Inner>>,
 }
 
 impl Node {
@@ -136,6 +138,7 @@ impl Node {
             groups: Groups::default(),
             grants: Grants::default(),
             streams: Streams::default(),
+            guests: Mutex::default(),
         };
         Ok(Node(Arc::new(inner)))
     }
@@ -187,6 +190,20 @@ impl Node {
         strangers.retain(|stranger| stranger.key != key);
         strangers.push_front(Stranger { key, address });
         strangers.truncate(MAX_STRANGERS);
+    }
+
+    /// From now on peers' requests about guests are served so.
+    pub(crate) fn serve_guests(&self, migrations: Weak<migrate::Inner>) {
+        *self.0.guests.lock() = migrations;
+    }
+
+    /// Who moves guests here.
+    ///
+    /// # Errors
+    /// [`ErrorClass::Unsupported`] if nobody does.
+    pub(crate) fn migrations(&self) -> Result<Migrations> {
+        let found = Migrations::of(&self.0.guests.lock());
+        found.ok_or_else(|| Error::refused(ErrorClass::Unsupported, "this host takes no guests"))
     }
 
     /// The transfers that connections may join.

@@ -327,6 +327,12 @@ impl Message {
         }
     }
 
+    /// Whether it is a request about a guest.
+    pub fn is_about_guests(&self) -> bool {
+        use Message::{Abort, Commit, Inquire, Prepare, Stage};
+        matches!(self, Prepare(_) | Stage { .. } | Commit { .. } | Abort { .. } | Inquire { .. })
+    }
+
     /// Whether it carries chunks, and may go over any connection of its transfer.
     pub fn is_bulk(&self) -> bool {
         matches!(self, Message::Chunks(_) | Message::Bundle(_))

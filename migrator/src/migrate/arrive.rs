@@ -1,0 +1,355 @@
+//! The destination: prepares what can fail, restores what it was given, gives back what it can't.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use layerfs::error::ErrorClass;
+use layerfs::manifest::Manifest;
+use tokio::task::spawn_blocking;
+
+use super::{Arrival, HookPoint, Migrations, busy};
+use crate::error::{Error, Result};
+use crate::guest::{Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide};
+use crate::handover::destination::{Destination, Event, Found, Phase, Step};
+use crate::handover::journal::{Layers, Row, Side};
+use crate::handover::{Fate, MoveId};
+use crate::peers::{Peer, Visible};
+use crate::send::joined;
+use crate::wire::{Message, Prepare};
+
+/// What came of an event.
+#[derive(Clone, Debug)]
+pub(super) struct Came {
+    pub fate: Fate,
+    /// How long the step took that matters to the source.
+    pub took: Duration,
+    pub text: String,
+}
+
+impl Migrations {
+    /// Answers a request of `peer` about a guest.
+    pub(crate) async fn serve(&self, peer: &Peer, message: Message) -> Result<Message> {
+        let starts = matches!(message, Message::Prepare(_) | Message::Stage { .. } | Message::Commit { .. });
+        if starts && !(peer.rights.guests && peer.rights.visible == Visible::All) {
+            let message = format!(
+                "this key may not move guests to this host; its operator can allow it: `layerctl peer set {} \
+                 --allow-guests`, and all names",
+                peer.name
+            );
+            return Err(Error::refused(ErrorClass::Denied, message));
+        }
+        let (me, peer) = (self.clone(), peer.name.to_string());
+        joined(spawn_blocking(move || me.answer(&peer, message)).await)
+    }
+
+    fn answer(&self, peer: &str, message: Message) -> Result<Message> {
+        #[cfg(test)]
+        self.0.faults.alive()?;
+        let (id, event, layers) = match message {
+            Message::Prepare(prepare) => return self.prepare(peer, &prepare),
+            Message::Stage { id, instance, state, lazily } => {
+                (id, Some(Event::Stage), Some(Layers { instance, state, lazily }))
+            }
+            Message::Commit { id } => (id, Some(Event::Commit), None),
+            Message::Abort { id } => (id, Some(Event::Abort), None),
+            Message::Inquire { id } => (id, None, None),
+            other => return Err(Error::protocol(peer, format!("{} as a request", other.kind()))),
+        };
+        let Some(row) = self.0.journal.get(id)?.filter(|row| row.peer == peer) else {
+            return Ok(Message::fate(Fate::Unknown, 0, ""));
+        };
+        if let Some(arrival) = self.0.arriving.lock().get_mut(&id) {
+            arrival.heard = Instant::now();
+        }
+        let is_destination = matches!(row.side, Side::Destination { .. });
+        // A question is answered at once from the journal, also while a restore takes its time.
+        let Some(event) = event.filter(|_| is_destination) else {
+            return Ok(Message::fate(row.fate(), 0, row.note));
+        };
+        let came = self.arrive_with(id, event, layers)?;
+        #[cfg(test)]
+        self.0.faults.alive()?;
+        Ok(Message::fate(came.fate, came.took.as_micros() as u64, came.text))
+    }
+
+    fn prepare(&self, peer: &str, prepare: &Prepare) -> Result<Message> {
+        let spec: GuestSpec = serde_json::from_str(&prepare.spec)
+            .map_err(|e| Error::protocol(peer, format!("a guest's description: {e}")))?;
+        let lock = self.lock_of(&spec.name);
+        let _held = lock.lock();
+        if let Some(row) = self.0.journal.get(prepare.id)? {
+            let is_same = row.peer == peer && row.spec == spec && row.fate() == Fate::Arriving;
+            let over = || busy(format!("the move {} of guest {} is further already", prepare.id, spec.name));
+            return if is_same { Ok(Message::prepared(Vec::new())) } else { Err(over()) };
+        }
+        if !prepare.dry_run {
+            self.forget_older(peer, &spec)?;
+        }
+        if !prepare.dry_run && self.0.journal.open_of(&spec.name)?.is_some() {
+            let message = format!(
+                "guest {0} has an unfinished move at the destination; there: `layerctl guest resolve {0}`",
+                spec.name
+            );
+            return Err(busy(message));
+        }
+        let obstacles = self.obstacles(prepare, &spec)?;
+        if prepare.dry_run || !obstacles.is_empty() {
+            return Ok(Message::prepared(obstacles));
+        }
+        let was_known = self.0.guests.find(&spec.name)?.is_some();
+        let mut row = Row::destination(prepare.id, spec, peer, prepare.epoch, prepare.gives_back);
+        row.side = Side::Destination { phase: Phase::Arriving, gives_back: prepare.gives_back, was_known };
+        self.write(&row)?;
+        let machine = Destination::new(Phase::Arriving, prepare.gives_back);
+        self.0.arriving.lock().insert(row.id, Arrival { machine, opened: None, heard: Instant::now() });
+        self.watch_lease(prepare.id);
+        Ok(Message::prepared(Vec::new()))
+    }
+
+    /// A source has one move of a guest at a time: that it prepares another says that it runs on what the last one left.
+    fn forget_older(&self, peer: &str, spec: &GuestSpec) -> Result<()> {
+        let older = self.0.journal.open_of(&spec.name)?;
+        match older.filter(|row| row.peer == peer && matches!(row.side, Side::Destination { .. })) {
+            Some(row) => self.arrive_locked(row.id, Event::Abort, None).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn obstacles(&self, prepare: &Prepare, spec: &GuestSpec) -> Result<Vec<Obstacle>> {
+        let mut found = Vec::new();
+        let known = self.0.guests.find(&spec.name)?;
+        let name = &spec.name;
+        match &known {
+            Some(record) if record.epoch >= prepare.epoch => {
+                let what = format!("the destination knows guest {name} in a later epoch ({})", record.epoch);
+                found
+                    .push(Obstacle::new(what, "this copy is old and must not run; remove it: `layerctl guest remove`"));
+            }
+            Some(record) if !matches!(record.state, GuestState::Away) => {
+                let what = format!("the destination has a guest called {name}, which is {}", record.state.as_str());
+                found.push(Obstacle::new(what, format!("there: `layerctl guest remove {name}`, if it isn't needed")));
+            }
+            _ => {}
+        }
+        let named = self.0.guests.store().name(&spec.stack)?;
+        if named.is_some_and(|record| record.layer != prepare.stack) {
+            let what = format!("the name {} stands for another layer at the destination", spec.stack);
+            found.push(Obstacle::new(
+                what,
+                format!("there: `layerctl tag {0} OTHER-NAME` and `layerctl remove {0}`", spec.stack),
+            ));
+        }
+        let record = GuestRecord { epoch: prepare.epoch, ..GuestRecord::new(spec.clone()) };
+        match self.0.drivers.guest(&record, self.0.host.clone()) {
+            Ok(guest) => found.extend(guest.preflight(GuestSide::Destination)?),
+            Err(error) => found.push(Obstacle::new(error.to_string(), "use a driver that the destination has")),
+        }
+        Ok(found)
+    }
+
+    /// Does what follows from `event`.
+    pub(super) fn arrive_on(&self, id: MoveId, event: Event) -> Result<Came> {
+        self.arrive_with(id, event, None)
+    }
+
+    fn arrive_with(&self, id: MoveId, event: Event, layers: Option<Layers>) -> Result<Came> {
+        let row = self.row(id)?;
+        let lock = self.lock_of(row.guest());
+        let _held = lock.lock();
+        self.arrive_locked(id, event, layers)
+    }
+
+    fn row(&self, id: MoveId) -> Result<Row> {
+        let row = self.0.journal.get(id)?;
+        Ok(row.ok_or_else(|| layerfs::Error::NotFound { what: "move", name: id.to_string() })?)
+    }
+
+    fn arrive_locked(&self, id: MoveId, event: Event, layers: Option<Layers>) -> Result<Came> {
+        let mut row = self.row(id)?;
+        let Side::Destination { phase, gives_back, was_known } = row.side else {
+            return Err(Error::protocol(&row.peer, "it asks the source to be the destination"));
+        };
+        let known = self.0.arriving.lock().remove(&id);
+        let mut arrival = known.filter(|known| known.machine.phase == phase).unwrap_or_else(|| Arrival {
+            machine: Destination::new(phase, gives_back),
+            opened: None,
+            heard: Instant::now(),
+        });
+        match (layers, row.layers) {
+            (Some(new), Some(old)) if phase != Phase::Arriving && new != old => {
+                return Err(Error::protocol(&row.peer, "it stages other layers than before"));
+            }
+            (Some(new), _) => row.layers = Some(new),
+            (None, _) => {}
+        }
+        let mut came = Came { fate: row.fate(), took: Duration::ZERO, text: String::new() };
+        let mut todo = arrival.machine.on(event);
+        while !todo.is_empty() {
+            #[cfg(test)]
+            self.0.faults.alive()?;
+            let began = Instant::now();
+            let next = match todo.remove(0) {
+                Step::Journal(phase) => {
+                    row.side = Side::Destination { phase, gives_back, was_known };
+                    self.write(&row)?;
+                    self.told(&row, phase);
+                    None
+                }
+                Step::Make => {
+                    let made = self.make(&row, &mut arrival);
+                    came.took = began.elapsed();
+                    Some(Event::Made(self.note(&mut row, made)))
+                }
+                Step::Restore => {
+                    let found = self.restore(&mut row, &mut arrival);
+                    came.took = began.elapsed();
+                    Some(Event::Tried(found))
+                }
+                Step::Clear => {
+                    let cleared = self.clear(&row, &mut arrival);
+                    if let Err(error) = &cleared {
+                        tracing::warn!(guest = %row.guest(), %error, "what is left of a guest couldn't be removed yet");
+                    }
+                    Some(Event::Cleared(cleared.is_ok()))
+                }
+                Step::Reply(fate) => {
+                    (came.fate, came.text) = (fate, row.note.clone());
+                    None
+                }
+                Step::AskLater | Step::AgainLater => {
+                    self.later(id);
+                    None
+                }
+            };
+            if let Some(event) = next {
+                let mut steps = arrival.machine.on(event);
+                steps.append(&mut todo);
+                todo = steps;
+            }
+        }
+        if !row.is_ended() {
+            self.0.arriving.lock().insert(id, arrival);
+        }
+        Ok(came)
+    }
+
+    /// Keeps why something failed; says whether it didn't.
+    fn note(&self, row: &mut Row, result: Result<()>) -> bool {
+        match result {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(guest = %row.guest(), %error, "a guest can't be taken");
+                row.note = crate::error::chain(&error);
+                false
+            }
+        }
+    }
+
+    /// What comes with a phase and may fail without harm.
+    fn told(&self, row: &Row, phase: Phase) {
+        let point = match phase {
+            Phase::Restored => HookPoint::AfterRestore,
+            Phase::Refused => HookPoint::Abort,
+            _ => return,
+        };
+        if let Err(error) = self.0.hooks.run(point, row) {
+            tracing::warn!(guest = %row.guest(), %error, "a hook failed");
+        }
+    }
+
+    fn guest(&self, row: &Row) -> Result<std::sync::Arc<dyn Guest>> {
+        let record = self.0.guests.get(row.guest())?;
+        self.0.drivers.guest(&GuestRecord { spec: row.spec.clone(), ..record }, self.0.host.clone())
+    }
+
+    /// All that can fail before the restore.
+    fn make(&self, row: &Row, arrival: &mut Arrival) -> Result<()> {
+        let layers = row.layers.ok_or_else(|| Error::guest("stage", row.guest(), "no layers are known"))?;
+        let store = self.0.guests.store();
+        for (part, layer) in [("instance", layers.instance), ("state", layers.state)] {
+            let name = row.guest().layer(part)?;
+            if store.name(&name)?.map(|record| record.layer) != Some(layer) {
+                return Err(layerfs::Error::LayerMissing(layer).into());
+            }
+            let mut next = Some(layer);
+            while let Some(layer) = next {
+                if store.partial(layer).is_some() && !layers.lazily {
+                    return Err(layerfs::Error::LayerMissing(layer).into());
+                }
+                next = Manifest::load(store.as_ref(), layer)?.parent;
+            }
+        }
+        self.open(row, layers, arrival)?;
+        self.0.hooks.run(HookPoint::BeforeRestore, row)
+    }
+
+    fn open(&self, row: &Row, layers: Layers, arrival: &mut Arrival) -> Result<PathBuf> {
+        let name = row.guest();
+        self.0.host.mount(name, layers.instance)?;
+        if let Some(path) = &arrival.opened {
+            return Ok(path.clone());
+        }
+        // What another process has opened is opened anew.
+        self.0.host.close_layer(name)?;
+        let path = self.0.host.open_layer(name, layers.state)?;
+        arrival.opened = Some(path.clone());
+        Ok(path)
+    }
+
+    fn restore(&self, row: &mut Row, arrival: &mut Arrival) -> Found {
+        let tried = self.try_restore(row, arrival);
+        if self.note(row, tried) {
+            row.note.clear();
+            return Found::Running;
+        }
+        let looked = self.guest(row).and_then(|guest| guest.status());
+        match looked.map(|status| status.activity) {
+            Ok(Activity::Running) => Found::Running,
+            Ok(Activity::Absent) => Found::Nothing,
+            _ => Found::Unknown,
+        }
+    }
+
+    fn try_restore(&self, row: &Row, arrival: &mut Arrival) -> Result<()> {
+        let guest = self.guest(row)?;
+        match guest.status()?.activity {
+            Activity::Running => return Ok(()),
+            // A restore that was cut off half-way: it has never answered anybody.
+            Activity::Frozen => guest.discard()?,
+            Activity::Absent => {}
+        }
+        let layers = row.layers.ok_or_else(|| Error::guest("restore", row.guest(), "no layers are known"))?;
+        let path = self.open(row, layers, arrival)?;
+        if layers.lazily {
+            match guest.restore(&path, Manner::Lazily) {
+                Ok(()) => return Ok(()),
+                Err(error) if guest.status()?.activity == Activity::Absent => {
+                    tracing::warn!(guest = %row.guest(), %error, "restoring it lazily failed; all of it is read first");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        guest.restore(&path, Manner::Whole)?;
+        if !layers.lazily {
+            // It may still be reading if it came lazily: then the state stays open until the guest goes.
+            let _ = self.0.host.close_layer(row.guest());
+            arrival.opened = None;
+        }
+        Ok(())
+    }
+
+    /// Sees to it that nothing of it runs, and removes its mounts.
+    fn clear(&self, row: &Row, arrival: &mut Arrival) -> Result<()> {
+        if let Ok(record) = self.0.guests.get(row.guest()) {
+            let record = GuestRecord { spec: row.spec.clone(), ..record };
+            let guest = self.0.drivers.guest(&record, self.0.host.clone())?;
+            guest.stop()?;
+            if guest.status()?.activity != Activity::Absent {
+                return Err(Error::guest("stop", row.guest(), "something of it is still here"));
+            }
+        }
+        self.0.host.close_layer(row.guest())?;
+        arrival.opened = None;
+        self.0.host.unmount(row.guest(), true)
+    }
+}

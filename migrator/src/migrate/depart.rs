@@ -1,0 +1,208 @@
+//! The source: what its machine's steps do, with or without somebody who waits for it.
+
+use std::time::{Duration, Instant};
+
+use layerfs::error::ErrorClass;
+
+use super::control::{Control, Said};
+use super::{HookPoint, Migrations};
+use crate::error::{Error, Result, chain};
+use crate::guest::{Activity, Guest, GuestState, Manner};
+use crate::handover::journal::{Row, Side};
+use crate::handover::source::{Event, Outcome, Phase, Source, Step};
+use crate::handover::{Fate, MoveId};
+use crate::wire::Message;
+
+/// That an abort arrives is a courtesy: the other side asks if it doesn't.
+const COURTESY: Duration = Duration::from_secs(3);
+/// How often a guest that doesn't go on at once is told to.
+const ATTEMPTS: usize = 3;
+
+/// The conversation with the destination.
+pub(super) struct Talk {
+    pub control: Control,
+    /// What the destination said to Commit, and when.
+    pub committed: Option<(Instant, Said)>,
+}
+
+impl Talk {
+    pub fn new(control: Control) -> Talk {
+        Talk { control, committed: None }
+    }
+}
+
+impl Migrations {
+    /// Does what follows from `event`, with a connection of its own.
+    pub(super) fn depart_on(&self, id: MoveId, event: Event) -> Result<()> {
+        let row = self.0.journal.get(id)?;
+        let mut row = row.ok_or_else(|| layerfs::Error::NotFound { what: "move", name: id.to_string() })?;
+        let peer = self.0.runtime.block_on(self.0.node.peer(&row.peer));
+        let mut talk = peer.ok().map(|peer| Talk::new(self.control(peer)));
+        let done = self.depart(&mut row, event, talk.as_mut());
+        if let Some(mut talk) = talk {
+            self.0.runtime.block_on(talk.control.close());
+        }
+        done
+    }
+
+    /// Does what follows from `event`. Without `talk` the destination is as if it were out of reach.
+    pub(super) fn depart(&self, row: &mut Row, event: Event, mut talk: Option<&mut Talk>) -> Result<()> {
+        let lock = self.lock_of(row.guest());
+        let _held = lock.lock();
+        if self.0.unsure.lock().contains(&row.id) {
+            let text = "whether its last step was written isn't known; restart the daemon, which reads the journal";
+            return Err(Error::guest("go on with the move of", row.guest(), text));
+        }
+        // Somebody else may have had the lock.
+        if let Some(now) = self.0.journal.get(row.id)? {
+            row.side = now.side;
+        }
+        let Side::Source { phase } = row.side else {
+            return Err(Error::protocol(&row.peer, "it asks the destination to be the source"));
+        };
+        let mut machine = Source::new(phase);
+        let mut todo = machine.on(event);
+        while !todo.is_empty() {
+            #[cfg(test)]
+            self.0.faults.alive()?;
+            let next = match todo.remove(0) {
+                Step::Journal(phase) => {
+                    match self.step(row, phase) {
+                        Ok(()) => None,
+                        // Surely not written: the guest is still ours.
+                        Err(error) if error.class() == ErrorClass::NoSpace && phase == Phase::Released => {
+                            row.side = Side::Source { phase: Phase::Stopping };
+                            row.note = chain(&error);
+                            machine = Source::new(Phase::Stopping);
+                            todo.clear();
+                            Some(Event::Failed)
+                        }
+                        // It may have been written all the same: what is on disk decides when the program starts anew.
+                        Err(error) => {
+                            self.0.unsure.lock().insert(row.id);
+                            return Err(error);
+                        }
+                    }
+                }
+                Step::Resume => {
+                    self.again(row, Self::resume)?;
+                    Some(Event::Resumed)
+                }
+                Step::Discard => {
+                    self.again(row, Self::discard)?;
+                    Some(Event::Discarded)
+                }
+                Step::Abort => {
+                    self.say_abort(row, talk.as_deref_mut());
+                    None
+                }
+                Step::Commit => Some(self.commit(row, talk.as_deref_mut())),
+                Step::AskLater => {
+                    self.later(row.id);
+                    None
+                }
+            };
+            if let Some(event) = next {
+                todo.extend(machine.on(event));
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&self, row: &mut Row, phase: Phase) -> Result<()> {
+        row.side = Side::Source { phase };
+        self.write(row)?;
+        if phase == Phase::Ended(Outcome::Aborted) || phase == Phase::Ended(Outcome::Returned) {
+            if self.guest_of(row)?.status()?.activity == Activity::Absent {
+                // The machine died with it, before its state was kept.
+                self.0.guests.update(row.guest(), |record| {
+                    record.state = GuestState::Created;
+                    Ok(())
+                })?;
+            }
+            if let Err(error) = self.0.hooks.run(HookPoint::Abort, row) {
+                tracing::warn!(guest = %row.guest(), %error, "a hook failed");
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries something several times, and leaves it to the background if it doesn't work.
+    fn again(&self, row: &mut Row, work: fn(&Migrations, &Row) -> Result<()>) -> Result<()> {
+        let mut tries = 1;
+        loop {
+            match work(self, row) {
+                Ok(()) => return Ok(()),
+                Err(error) if tries >= ATTEMPTS => {
+                    tracing::error!(guest = %row.guest(), %error, "a guest's move can't be finished now; it is tried again");
+                    self.later(row.id);
+                    return Err(error);
+                }
+                Err(_) => tries += 1,
+            }
+        }
+    }
+
+    pub(super) fn guest_of(&self, row: &Row) -> Result<std::sync::Arc<dyn Guest>> {
+        self.0.drivers.guest(&self.0.guests.get(row.guest())?, self.0.host.clone())
+    }
+
+    /// Lets it go on: from its frozen copy, or from its state if that died with the machine.
+    fn resume(&self, row: &Row) -> Result<()> {
+        let guest = self.guest_of(row)?;
+        match guest.status()?.activity {
+            Activity::Running => Ok(()),
+            Activity::Frozen => guest.resume(),
+            Activity::Absent => {
+                let Some(layers) = row.layers else { return Ok(()) };
+                self.0.host.mount(row.guest(), layers.instance)?;
+                self.0.host.close_layer(row.guest())?;
+                let path = self.0.host.open_layer(row.guest(), layers.state)?;
+                guest.restore(&path, Manner::Whole)?;
+                self.0.host.close_layer(row.guest())
+            }
+        }
+    }
+
+    /// Removes what is left of it here.
+    fn discard(&self, row: &Row) -> Result<()> {
+        let guest = self.guest_of(row)?;
+        guest.discard()?;
+        if guest.status()?.activity != Activity::Absent {
+            return Err(Error::guest("remove what is left of", row.guest(), "something of it is still here"));
+        }
+        self.0.host.unmount(row.guest(), true)
+    }
+
+    fn say_abort(&self, row: &Row, talk: Option<&mut Talk>) {
+        let Some(talk) = talk else { return };
+        let said = self.0.runtime.block_on(talk.control.fate(&Message::Abort { id: row.id }, COURTESY));
+        if let Err(error) = said {
+            tracing::info!(guest = %row.guest(), %error, "the destination doesn't know yet that the guest stays");
+        }
+    }
+
+    fn commit(&self, row: &mut Row, talk: Option<&mut Talk>) -> Event {
+        let Some(talk) = talk else { return Event::Silence };
+        #[cfg(test)]
+        if self.0.faults.alive().is_err() {
+            return Event::Silence;
+        }
+        let message = Message::Commit { id: row.id };
+        match self.0.runtime.block_on(talk.control.fate(&message, self.0.timing.commit_patience)) {
+            // What it has staged was told it; that it still only has that is no answer.
+            Ok(said) if said.fate == Fate::Staged => Event::Silence,
+            Ok(said) => {
+                row.note = said.text.clone();
+                let fate = said.fate;
+                talk.committed = Some((Instant::now(), said));
+                Event::Told(fate)
+            }
+            Err(error) => {
+                row.note = chain(&error);
+                tracing::warn!(guest = %row.guest(), %error, "the destination hasn't said whether the guest runs there");
+                Event::Silence
+            }
+        }
+    }
+}

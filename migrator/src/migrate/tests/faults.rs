@@ -1,0 +1,217 @@
+//! What goes wrong while a guest moves: every call fails, every program dies at every write, every message is lost. In each
+//! case exactly one copy runs in the end, nothing that was acknowledged is gone, and nobody was in anybody's way.
+
+use super::*;
+
+/// Calls at each side that a migration makes.
+const CALLS: [(&str, Call); 9] = [
+    ("a", Call::Status),
+    ("a", Call::Scan),
+    ("a", Call::Dump),
+    ("a", Call::Seal),
+    ("a", Call::Discard),
+    ("a", Call::Unmount),
+    ("b", Call::Mount),
+    ("b", Call::Restore),
+    ("b", Call::Status),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_may_fail() {
+    for (host, call) in CALLS {
+        for when in [When::Before, When::After] {
+            let two = Two::new().await;
+            two.fail(host, call, when);
+            let outcome = two.migrate(false, MigrateOptions::default()).await;
+            two.settle().await;
+            two.world.heal();
+            let runs = two.check();
+            let expected = match (call, when) {
+                (Call::Discard | Call::Unmount, _) | (Call::Restore, When::After) => "b",
+                _ => "a",
+            };
+            assert_eq!(runs, expected, "{host} {call:?} {when:?}: {outcome:?}");
+            // And the next time it moves.
+            if runs == "a" {
+                two.migrate(false, MigrateOptions::default()).await.unwrap();
+                assert_eq!(two.check(), "b", "{host} {call:?} {when:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_cant_be_restored_goes_back_or_waits_for_a_word() {
+    let two = Two::new().await;
+    two.fail("b", Call::Restore, When::Before);
+    let error = two.migrate(false, MigrateOptions::default()).await.unwrap_err();
+    assert!(error.to_string().contains("gave it back"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    assert_eq!(
+        (two.a.state(&two.name), two.b.state(&two.name).map(|b| b.1)),
+        (Some((GuestState::Running, 2)), Some(1))
+    );
+
+    let stays = MigrateOptions { gives_back: false, ..MigrateOptions::default() };
+    two.fail("b", Call::Restore, When::Before);
+    let error = two.migrate(false, stays).await.unwrap_err();
+    assert!(error.to_string().contains("guest resolve"), "{error}");
+    assert_eq!((two.world.running(&two.name), two.world.frozen(&two.name)), (vec![], vec!["a".to_owned()]));
+    // The operator there tries again.
+    let (there, name) = (two.b.migrations.clone(), two.name.clone());
+    spawn_blocking(move || there.resolve(&name, Resolution::RunHere)).await.unwrap().unwrap();
+    two.settle().await;
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn either_side_may_die_at_every_write() {
+    for side in ["a", "b"] {
+        for after in [false, true] {
+            for write in 1..=8 {
+                let mut two = Two::new().await;
+                let faults = if side == "a" { two.a.faults() } else { two.b.faults() };
+                faults.die_at(write, after);
+                let outcome = two.migrate(false, MigrateOptions::default()).await;
+                let died = if side == "a" { two.a.faults().is_dead() } else { two.b.faults().is_dead() };
+                let world = two.world.clone();
+                world.tick();
+                if died {
+                    if side == "a" { two.a.restart(&world).await } else { two.b.restart(&world).await }
+                }
+                two.settle().await;
+                let runs = two.check();
+                if !died {
+                    assert_eq!(runs, "b", "{side} {after} {write}: {outcome:?}");
+                    break;
+                }
+                if runs == "a" {
+                    two.migrate(false, MigrateOptions::default()).await.unwrap();
+                    assert_eq!(two.check(), "b");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_doubt_nothing_starts_and_the_operator_decides() {
+    // The source dies when it has released the guest, before it could say so.
+    let mut two = Two::new().await;
+    two.a.faults().die_at(3, true);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    let (there, name) = (two.b.migrations.clone(), two.name.clone());
+    assert!(there.open_move(&name).unwrap().is_in_doubt());
+    assert_eq!((two.world.running(&name), two.world.frozen(&name)), (vec![], vec!["a".to_owned()]));
+    assert_eq!(two.b.state(&name), Some((GuestState::Arriving, 0)));
+    let asked = spawn_blocking({
+        let (there, name) = (there.clone(), name.clone());
+        move || there.resolve(&name, Resolution::Ask)
+    });
+    assert!(asked.await.unwrap().unwrap().is_in_doubt(), "the source doesn't answer");
+    assert!(two.world.running(&name).is_empty());
+    let forced = spawn_blocking({
+        let name = name.clone();
+        move || there.resolve(&name, Resolution::RunHere)
+    });
+    forced.await.unwrap().unwrap();
+    assert_eq!(two.world.running(&name), ["b"]);
+    let world = two.world.clone();
+    two.a.restart(&world).await;
+    two.settle().await;
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_destination_leaves_the_source_frozen_until_it_is_told_to_go_on() {
+    let mut two = Two::new().await;
+    // It has committed, and dies before it restores.
+    two.b.faults().die_at(3, true);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    assert_eq!((two.world.running(&two.name), two.world.frozen(&two.name)), (vec![], vec!["a".to_owned()]));
+    let (here, name) = (two.a.migrations.clone(), two.name.clone());
+    spawn_blocking(move || here.resolve(&name, Resolution::RunHere)).await.unwrap().unwrap();
+    assert_eq!(two.world.running(&two.name), ["a"]);
+    // When it comes back, it hears that it was given up, and keeps away.
+    let world = two.world.clone();
+    two.b.restart(&world).await;
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    assert_eq!(two.a.state(&two.name), Some((GuestState::Running, 2)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_dies_with_its_guest_restores_it_from_its_state() {
+    // The destination refuses, and meanwhile the frozen copy is lost.
+    let mut two = Two::new().await;
+    two.a.faults().die_at(3, true);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    let (there, name) = (two.b.migrations.clone(), two.name.clone());
+    spawn_blocking(move || there.resolve(&name, Resolution::GiveUp)).await.unwrap().unwrap();
+    two.world.crash("a");
+    let world = two.world.clone();
+    two.a.restart(&world).await;
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_question_and_answer_may_be_lost_for_a_while_or_for_long() {
+    // Prepare twice (dry, then not), Stage, Commit; then Abort, if it comes to that.
+    for question in 1..=4 {
+        for answer in [false, true] {
+            for stays in [false, true] {
+                let two = Two::new().await;
+                two.a.faults().cut.cut_at(question, answer, stays);
+                two.b.faults().cut.set_down(stays);
+                let outcome = two.migrate(false, MigrateOptions::default()).await;
+                let case = format!("question {question}, answer {answer}, stays {stays}: {outcome:?}");
+                assert_eq!(two.world.violations(), Vec::<String>::new(), "{case}");
+                let runs = two.world.running(&two.name);
+                let expected: &[&str] = match (stays, question) {
+                    (false, _) => &["b"],
+                    (true, 1..=3) => &["a"],
+                    // Whether it has heard is what nobody here knows.
+                    (true, _) if answer => &["b"],
+                    (true, _) => &[],
+                };
+                assert_eq!(runs, expected, "{case}");
+                assert_eq!(outcome.is_ok(), !stays, "{case}");
+                two.world.tick();
+                two.a.faults().cut.set_down(false);
+                two.b.faults().cut.set_down(false);
+                two.settle().await;
+                let expected = if stays && question < 4 { "a" } else { "b" };
+                assert_eq!(two.check(), expected, "{case}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_migration_leaves_it_where_it_is() {
+    struct Cancelled(&'static str, AtomicBool);
+    impl layerfs::monitor::Monitor for Cancelled {
+        fn phase(&self, name: &str, _: Option<u64>) {
+            self.1.fetch_or(name.starts_with(self.0), SeqCst);
+        }
+        fn advance(&self, _: u64) {}
+        fn items(&self, _: u64) {}
+        fn warn(&self, _: &str) {}
+        fn is_cancelled(&self) -> bool {
+            self.1.load(SeqCst)
+        }
+    }
+    for (phase, runs) in
+        [("ahead", "a"), ("round 1", "a"), ("stopping", "a"), ("send", "a"), ("stage", "a"), ("restore", "b")]
+    {
+        let two = Two::new().await;
+        let (migrations, name) = (two.a.migrations.clone(), two.name.clone());
+        let monitor = Arc::new(Cancelled(phase, AtomicBool::new(false)));
+        let _ =
+            spawn_blocking(move || migrations.migrate(&name, "b", MigrateOptions::default(), monitor)).await.unwrap();
+        two.settle().await;
+        assert_eq!(two.check(), runs, "{phase}");
+    }
+}

@@ -1,0 +1,113 @@
+//! Migrations that go well, and those that end before they begin.
+
+use super::*;
+use crate::guest::fake::DISK_FILE;
+use crate::migrate::plan::DOWN_STAGES;
+use layerfs::error::ErrorClass;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_there_and_back_and_there() {
+    let two = Two::new().await;
+    (0..60).for_each(|_| two.world.tick());
+    for turn in 0..4u64 {
+        let report = two.migrate(turn % 2 == 1, MigrateOptions::default()).await.unwrap();
+        assert_eq!(two.check(), if turn % 2 == 0 { "b" } else { "a" });
+        assert!(two.world.send(&two.name, 10 + turn));
+        assert_eq!(report.outcome, "moved");
+        assert!(DOWN_STAGES.iter().all(|name| report.stage(name).is_some_and(|stage| stage.is_down)), "{report:?}");
+        assert!(report.downtime.is_some() && report.predicted.is_some());
+    }
+    two.settle().await;
+    assert_eq!(two.a.state(&two.name), Some((GuestState::Running, 4)));
+    let steps = std::fs::read_to_string(two.a.host.root(&two.name).join(DISK_FILE)).unwrap();
+    assert_eq!(steps.lines().count() as u64, two.world.counter("a", &two.name).unwrap());
+    assert_eq!(report::load(&two.a.store).unwrap().len(), 2);
+    // The memory that was there already isn't sent again.
+    let reports = report::load(&two.a.store).unwrap();
+    assert!(reports[1].rounds[0].bytes < reports[0].rounds[0].bytes, "{reports:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_changes_nothing_and_tells_what_is_in_the_way() {
+    let two = Two::new().await;
+    let dry = MigrateOptions { dry_run: true, ..MigrateOptions::default() };
+    let report = two.migrate(false, dry).await.unwrap();
+    assert!(report.obstacles.is_empty() && report.predicted.is_some_and(|down| down.seconds > 0.0));
+    assert!(two.a.migrations.moves().unwrap().is_empty() && two.b.migrations.moves().unwrap().is_empty());
+    assert!(two.b.store.names().unwrap().is_empty());
+    for (host, back) in [("a", false), ("b", false)] {
+        two.fail(host, Call::Preflight, When::Before);
+        let report = two.migrate(back, dry).await.unwrap();
+        assert_eq!(report.obstacles.len(), 1, "{host}");
+        two.fail(host, Call::Preflight, When::Before);
+        let error = two.migrate(back, MigrateOptions::default()).await.unwrap_err();
+        assert!(error.class() == ErrorClass::Unsupported && error.to_string().contains("call heal"), "{error}");
+        assert_eq!(two.check(), "a");
+    }
+    assert!(two.a.migrations.moves().unwrap().is_empty() && two.b.migrations.moves().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_needs_the_right_to_move_guests_here() {
+    let two = Two::new().await;
+    two.b.node.peers().change("a", |peer| peer.rights.guests = false).unwrap();
+    let error = two.migrate(false, MigrateOptions::default()).await.unwrap_err();
+    assert_eq!(error.class(), ErrorClass::Denied);
+    assert!(error.to_string().contains("--allow-guests"), "{error}");
+    assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_copy_is_fenced_off_and_names_that_are_taken_are_told() {
+    let two = Two::new().await;
+    two.migrate(false, MigrateOptions::default()).await.unwrap();
+    // A host that was set back to before the move.
+    let old = two.b.guests.get(&two.name).unwrap();
+    let stale = GuestRecord { epoch: 0, state: GuestState::Running, ..old };
+    two.a.guests.remove(&two.name).unwrap();
+    two.a.guests.add(&stale).unwrap();
+    let root = two.a.host.mount(&two.name, two.a.store.name(&layer_name("app")).unwrap().unwrap().layer).unwrap();
+    assert!(root.is_dir());
+    let drivers = FakeDrivers { label: "a".to_owned(), world: two.world.clone() };
+    drivers.guest(&stale, two.a.host.clone()).unwrap().start().unwrap();
+    let dry = MigrateOptions { dry_run: true, ..MigrateOptions::default() };
+    let report = two.migrate(false, dry).await.unwrap();
+    assert!(report.obstacles.iter().any(|obstacle| obstacle.what.contains("later epoch")), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_long_a_downtime_leaves_it_where_it_is_and_post_copy_moves_it() {
+    let two = Two::new().await;
+    let none = MigrateOptions { max_downtime: Some(Duration::from_millis(1)), ..MigrateOptions::default() };
+    let error = two.migrate(false, none).await.unwrap_err();
+    assert!(error.to_string().contains("--max-downtime"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    assert!(!two.world.events().contains(&crate::guest::fake::Event::Frozen("a".to_owned())));
+    let report = two.migrate(false, MigrateOptions { post_copy: true, ..none }).await.unwrap();
+    assert_eq!((report.outcome.as_str(), two.check().as_str()), ("moved", "b"));
+    assert!(report.decisions.iter().any(|why| why.contains("post-copy")), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_asks_to_wait_is_waited_for_but_not_for_ever() {
+    let two = Two::new().await;
+    let file = two.a.host.root(&two.name).join(inhibit::FILE);
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, "defer").unwrap();
+    let options = MigrateOptions { defer: Duration::from_millis(120), ..MigrateOptions::default() };
+    let report = two.migrate(false, options).await.unwrap();
+    assert!(report.stage("defer").is_some_and(|stage| stage.seconds >= 0.12), "{report:?}");
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_layers_and_a_number_of_rounds_are_obeyed() {
+    let two = Two::new().await;
+    let options = MigrateOptions { rounds: Rounds::Exactly(3), ahead: Ahead::Base, ..MigrateOptions::default() };
+    let report = two.migrate(false, options).await.unwrap();
+    assert_eq!(report.rounds.len(), 3);
+    let none = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
+    assert_eq!(two.migrate(true, none).await.unwrap().rounds.len(), 0);
+    assert_eq!(two.check(), "a");
+}
