@@ -22,7 +22,7 @@ help:
 	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
 	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
 	@echo 'make test       every test; those that cannot run here say why'
-	@echo 'make faults     1,000 transfers over links on which everything goes wrong'
+	@echo 'make faults     1,000 transfers over links on which everything goes wrong, 200 between daemons that are killed'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
 	@echo 'make fuzz       look for inputs that break a decoder, SECONDS_EACH=60 for each target (TARGETS="message import" for some)'
 	@echo 'make lint       formatting and clippy'
@@ -43,8 +43,9 @@ test: build
 	@scripts/setup test || true
 	cargo test $(CARGO_FLAGS) --workspace --lib --bins --tests
 
-faults:
+faults: build
 	LAYERFS_FAULT_RUNS=1000 cargo test $(CARGO_FLAGS) -p migrator --lib -- --nocapture whatever_happens_to_the_link
+	LAYERFS_FAULT_PUSHES=200 cargo test $(CARGO_FLAGS) -p layerfs-tests --test integration -- --nocapture faults::
 
 bench: build
 	@scripts/setup bench || true

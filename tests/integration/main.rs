@@ -7,6 +7,7 @@ mod crash;
 mod damage;
 mod dedup;
 mod export;
+mod faults;
 mod fuzz;
 mod guests;
 mod judges;
@@ -38,6 +39,7 @@ fn main() -> std::process::ExitCode {
         archives::cases(),
         damage::cases(),
         crash::cases(),
+        faults::cases(),
         fuzz::cases(),
         guests::cases(),
         outlive::cases(),

@@ -131,6 +131,14 @@ impl Store {
             durable::write(&folder.join("format"), format!("{FORMAT_PREFIX}{FORMAT_VERSION}\n").as_bytes(), 0o644)?;
             durable::sync_parent(folder)?;
         }
+        if !options.read_only {
+            match store.recover_staged() {
+                Ok(0) => {}
+                Ok(chunks) => tracing::info!(chunks, "chunks of a transfer that was cut off by a kill are found again"),
+                // They come again with the next attempt.
+                Err(error) => tracing::warn!(%error, "what a transfer brought that was cut off by a kill is lost"),
+            }
+        }
         Ok(Arc::new(store))
     }
 }

@@ -1,5 +1,6 @@
 //! Garbage collection, alone and against everything else; figures.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
@@ -14,6 +15,18 @@ fn gc(store: &Store) -> GcReport {
 fn assert_clean(store: &Store) {
     let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
     assert!(report.is_clean(), "{report:#?}");
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() {
+            copy_folder(&path, &target);
+        } else {
+            std::fs::copy(&path, &target).unwrap();
+        }
+    }
 }
 
 fn pack_bytes(store: &Store) -> u64 {
@@ -80,6 +93,24 @@ fn what_an_unfinished_transfer_brought_waits_for_a_day() {
     assert!(store.staged_packs(later).unwrap().is_empty(), "it is void after a day");
     assert!(store.staged_packs(Time::now()).unwrap().is_empty(), "and its rows are gone");
     assert_eq!(gc(&store).dead_chunks, here as u64);
+}
+
+#[test]
+fn what_a_killed_process_had_written_is_found_again() {
+    let (folder, store) = store();
+    let session = store.session("receive");
+    session.stage_for(LayerId(ChunkId([7; 32])));
+    let ids: Vec<_> = (0..40).map(|seed| session.put(Class::Data, &noise(seed, 100_000)).unwrap()).collect();
+    // As a kill leaves it: the packs as far as they were written, no word to the index.
+    let copy = folder.path().join("copy");
+    copy_folder(&folder.path().join("store"), &copy);
+    let after = Store::open(&copy, StoreOptions::default()).unwrap();
+    let found = ids.iter().take_while(|id| after.get(id).is_ok()).count();
+    assert!((20..40).contains(&found), "{found}: all but what was in a buffer");
+    assert!(ids[found..].iter().all(|id| after.get(id).is_err()));
+    assert_clean(&after);
+    assert!(after.scrub(&Silent).unwrap().is_clean());
+    assert_eq!(gc(&after).dead_chunks, 0);
 }
 
 #[test]
