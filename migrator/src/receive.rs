@@ -271,7 +271,15 @@ impl Driver<'_> {
 
     async fn check_offer(&mut self, offer: Offer) -> Result<Vec<ReceiverStep>> {
         let context = self.context.clone();
-        let accepted = Arc::new(joined(spawn_blocking(move || accept(&context, offer)).await)?);
+        let begin = move || {
+            let accepted = accept(&context, offer)?;
+            if let Some(layer) = layers_lacking(&accepted).last().filter(|_| !accepted.offer.dry_run) {
+                context.store.flush_staged(layer);
+                context.session.stage_for(layer);
+            }
+            Ok(accepted)
+        };
+        let accepted = Arc::new(joined(spawn_blocking(begin).await)?);
         let held = accepted.offer.hints.iter().map(|hint| accepted.access.holds(hint)).collect();
         let lacking = accepted.lacking.clone();
         let lacks = || accepted.offer.layers.iter().zip(&lacking).filter(|(_, lacks)| **lacks);
@@ -280,9 +288,6 @@ impl Driver<'_> {
         self.tally.phase("receive");
         let total = lacks().fold(0u64, |sum, (layer, _)| sum.saturating_add(layer.file_bytes));
         self.monitor.phase("receiving", Some(total));
-        if let Some(layer) = layers_lacking(&accepted).last().filter(|_| !accepted.offer.dry_run) {
-            self.context.session.stage_for(layer);
-        }
         self.accepted = Some(accepted);
         failpoint::hit("receive.offered");
         Ok(self.machine.offer_checked(lacking, held))

@@ -6,8 +6,8 @@
 //! is collected, so keep it until the layer has its name.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
@@ -172,6 +172,19 @@ impl Session {
     }
 }
 
+impl Store {
+    /// Lets the index know what sessions that [work for `layer`](Session::stage_for) have so far: one whose transfer was
+    /// cut off may not have come to it yet when the next begins. Blocks; what fails there is told there.
+    pub fn flush_staged(&self, layer: LayerId) {
+        let live: Vec<Arc<Inner>> = self.sessions.lock().live.values().filter_map(Weak::upgrade).collect();
+        for session in live.iter().filter(|session| session.is_staged_for(layer)) {
+            if let Err(error) = session.flush() {
+                tracing::debug!(label = session.label, %error, "what has come is not kept");
+            }
+        }
+    }
+}
+
 impl ChunkWrite for Session {
     fn put(&self, class: Class, plain: &[u8]) -> Result<ChunkId> {
         match self.inner.prepare(class, plain)? {
@@ -264,6 +277,10 @@ impl Inner {
             failpoint::hit("manifest.stored");
         }
         if writer.is_full() { self.rotate(state) } else { Ok(()) }
+    }
+
+    fn is_staged_for(&self, layer: LayerId) -> bool {
+        self.state.lock().staged_for == Some(layer)
     }
 
     /// Sends the full pack to the disk in the background; the next one is filled meanwhile.

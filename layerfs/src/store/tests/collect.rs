@@ -96,6 +96,20 @@ fn what_an_unfinished_transfer_brought_waits_for_a_day() {
 }
 
 #[test]
+fn a_transfer_finds_what_another_is_still_keeping() {
+    let (_folder, store) = store();
+    let (first, second) = (store.session("receive"), store.session("receive"));
+    let coming = LayerId(ChunkId([7; 32]));
+    first.stage_for(coming);
+    let ids = [first.put(Class::Data, &noise(1, 100_000)).unwrap()];
+    assert_eq!(second.has_many(&ids).unwrap(), [false], "only its own session knows it");
+    store.flush_staged(LayerId(ChunkId([8; 32])));
+    assert_eq!(second.has_many(&ids).unwrap(), [false], "it was for another layer");
+    store.flush_staged(coming);
+    assert_eq!(second.has_many(&ids).unwrap(), [true]);
+}
+
+#[test]
 fn what_a_killed_process_had_written_is_found_again() {
     let (folder, store) = store();
     let session = store.session("receive");
