@@ -9,6 +9,7 @@ mod bytes;
 mod lazy;
 mod link;
 mod measure;
+mod mount;
 mod peers;
 mod storage;
 mod table;
@@ -29,6 +30,7 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
     \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths\
+    \n       layerfs-bench mount [ROW…]    the mount beside the kernel's overlay and fuse-overlayfs; mount --help says more\
     \n  --only WORD   only the parts whose name holds WORD: speed, wire, bytes, lazy, storage, memory\
     \n  --row WORD    of bytes only the rows whose name holds WORD: package, disk image, memory image, database, tree\
     \n  --alone       of bytes only our own figures";
@@ -62,8 +64,13 @@ struct Options {
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
-    if words.next().as_deref() == Some("link") {
-        return match link::run(words.next().as_deref()) {
+    let part = match words.next().as_deref() {
+        Some("link") => Some(link::run(words.next().as_deref())),
+        Some("mount") => Some(mount::run(words)),
+        _ => None,
+    };
+    if let Some(result) = part {
+        return match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("layerfs-bench: {error:#}");
