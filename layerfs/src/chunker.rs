@@ -1,8 +1,9 @@
 //! Cuts content into chunks and holes.
 //!
-//! Two chunkers, both pinned by golden vectors: [`Chunker::Tree`] (FastCDC v2020, 16/64/256 KiB,
-//! normalization level 1; a file of up to 16 KiB is one chunk) for file trees, and [`Chunker::Aligned`]
-//! (pieces of 64 KiB at multiples of 64 KiB) for disk images.
+//! Three chunkers, pinned by golden vectors: [`Chunker::Tree`] (FastCDC v2020, 16/64/256 KiB,
+//! normalization level 1; a file of up to 16 KiB is one chunk) for file trees, [`Chunker::Aligned`]
+//! (pieces of 64 KiB at multiples of 64 KiB) for disk images, and [`Chunker::Named`] for memory, whose pieces follow
+//! addresses that the file itself doesn't show.
 //!
 //! Holes: every block of [`HOLE_BLOCK`] bytes at a multiple of that from the file's start (or shorter, at its
 //! end) that is all zero is a hole, whether the source stored it or not, so that the same content gives the
@@ -30,6 +31,8 @@ pub enum Chunker {
     Aligned = 1,
     /// Whole records, for a layer's tables; cut by [`crate::manifest::TableWriter`], not by [`Chunker::cut`].
     Records = 2,
+    /// At places that whoever imports the file names ([`Cutter::named`]), for images of memory.
+    Named = 3,
 }
 
 impl Chunker {
@@ -39,6 +42,7 @@ impl Chunker {
             0 => Some(Chunker::Tree),
             1 => Some(Chunker::Aligned),
             2 => Some(Chunker::Records),
+            3 => Some(Chunker::Named),
             _ => None,
         }
     }
@@ -53,7 +57,8 @@ impl Chunker {
                 let mut cutter = fastcdc::v2020::FastCDC::new(window, TREE_MIN, TREE_AVG, TREE_MAX);
                 cutter.next().map_or(window.len(), |chunk| chunk.length)
             }
-            Chunker::Aligned | Chunker::Records => {
+            // A file that was changed later has no places named any more.
+            Chunker::Aligned | Chunker::Records | Chunker::Named => {
                 let to_boundary = ALIGNED_BYTES - (offset % ALIGNED_BYTES as u64) as usize;
                 data.len().min(to_boundary)
             }
@@ -74,8 +79,10 @@ pub enum Piece<'a> {
 ///
 /// The pieces depend on the content alone, not on how it is fed. Adjacent holes come out as one.
 #[derive(Debug)]
-pub struct Cutter {
+pub struct Cutter<'a> {
     chunker: Chunker,
+    /// The named places that are still ahead; only for [`Chunker::Named`].
+    cuts: &'a [u64],
     /// Where `run` starts in the file.
     offset: u64,
     /// Whole blocks of data, none zero, not yet cut.
@@ -88,17 +95,34 @@ pub struct Cutter {
     block_left: usize,
 }
 
-impl Cutter {
+impl<'a> Cutter<'a> {
     /// A cutter at the start of a file.
-    pub fn new(chunker: Chunker) -> Cutter {
+    pub fn new(chunker: Chunker) -> Cutter<'a> {
         Cutter::at(chunker, 0)
     }
 
     /// A cutter at a place where a piece of the file ends. If that is within a block, the block holds data.
-    pub fn at(chunker: Chunker, offset: u64) -> Cutter {
+    pub fn at(chunker: Chunker, offset: u64) -> Cutter<'a> {
         let within = (offset % HOLE_BLOCK as u64) as usize;
         let block_left = if within == 0 { 0 } else { HOLE_BLOCK - within };
-        Cutter { chunker, offset, run: Vec::new(), hole: 0, partial: Vec::new(), block_left }
+        Cutter { chunker, cuts: &[], offset, run: Vec::new(), hole: 0, partial: Vec::new(), block_left }
+    }
+
+    /// A cutter at the start of a file that is cut at the offsets `cuts`, which ascend, and besides that wherever a piece
+    /// would become longer than [`ALIGNED_BYTES`].
+    pub fn named(cuts: &'a [u64]) -> Cutter<'a> {
+        Cutter { cuts, ..Cutter::new(Chunker::Named) }
+    }
+
+    /// The length of the next chunk of `run[start..]`.
+    fn next_cut(&mut self, start: usize) -> usize {
+        if self.chunker != Chunker::Named {
+            return self.chunker.cut(self.offset, &self.run[start..]);
+        }
+        self.cuts = &self.cuts[self.cuts.partition_point(|cut| *cut <= self.offset)..];
+        let to_cut = self.cuts.first().map_or(u64::MAX, |cut| cut - self.offset);
+        let longest = (self.run.len() - start).min(ALIGNED_BYTES);
+        usize::try_from(to_cut).map_or(longest, |to_cut| longest.min(to_cut))
     }
 
     /// Feeds `data`; finished pieces go to `emit`.
@@ -182,7 +206,7 @@ impl Cutter {
     fn cut_run<E>(&mut self, keep: usize, emit: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
         let mut start = 0;
         while self.run.len() - start > keep {
-            let length = self.chunker.cut(self.offset, &self.run[start..]);
+            let length = self.next_cut(start);
             emit(Piece::Data(&self.run[start..start + length]))?;
             self.offset += length as u64;
             start += length;
@@ -214,7 +238,14 @@ mod tests {
 
     fn collect(
         chunker: Chunker,
-        feed: impl FnOnce(&mut Cutter, &mut dyn FnMut(Piece<'_>) -> Result<(), ()>),
+        feed: impl FnOnce(&mut Cutter<'_>, &mut dyn FnMut(Piece<'_>) -> Result<(), ()>),
+    ) -> Vec<Owned> {
+        collect_from(Cutter::new(chunker), feed)
+    }
+
+    fn collect_from(
+        mut cutter: Cutter<'_>,
+        feed: impl FnOnce(&mut Cutter<'_>, &mut dyn FnMut(Piece<'_>) -> Result<(), ()>),
     ) -> Vec<Owned> {
         let mut pieces = Vec::new();
         let mut emit = |piece: Piece<'_>| {
@@ -224,7 +255,6 @@ mod tests {
             });
             Ok(())
         };
-        let mut cutter = Cutter::new(chunker);
         feed(&mut cutter, &mut emit);
         cutter.finish(&mut emit).unwrap();
         pieces
@@ -257,6 +287,29 @@ mod tests {
         let expected = [21751, 163970, 154814, 70987, 76450, 72989, 119377, 82306, 58727, 67165, 59474, 51990];
         assert_eq!(lengths(Chunker::Tree), expected);
         assert_eq!(lengths(Chunker::Aligned), [vec![65536; 15], vec![16960]].concat());
+    }
+
+    #[test]
+    fn named_places_are_cut_however_the_file_is_fed() {
+        let mut content = noise(300_000);
+        content[8192..20_480].fill(0);
+        let cuts = [4096, 40_960, 40_960, 290_816, 400_000];
+        let lengths = |step: usize| {
+            collect_from(Cutter::named(&cuts), |cutter, emit| {
+                content.chunks(step).for_each(|part| cutter.data(part, &mut |piece| emit(piece)).unwrap());
+            })
+            .iter()
+            .map(|piece| match piece {
+                Owned::Data(data) => data.len() as i64,
+                Owned::Hole(bytes) => -(*bytes as i64),
+            })
+            .collect::<Vec<_>>()
+        };
+        // The hole ends a piece; from a named place on, no piece is longer than 64 KiB.
+        let expected = [4096, 4096, -12_288, 20_480, 65_536, 65_536, 65_536, 53_248, 9184];
+        assert_eq!(lengths(300_000), expected);
+        assert_eq!(lengths(1000), expected);
+        assert_eq!(lengths(65_536), expected);
     }
 
     proptest! {

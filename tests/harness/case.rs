@@ -23,6 +23,10 @@ pub enum Need {
     S3,
     /// A Debian root, cached or from a mirror.
     Debian,
+    /// A CRIU that works with this kernel, where the daemon finds it.
+    Criu,
+    /// A program where the daemon finds those that it runs guests with.
+    GuestTool(&'static str),
     /// Control groups and the rest that privileged containers want.
     Containers,
 }
@@ -45,6 +49,10 @@ impl Need {
                 (!program.is_file()).then(|| format!("needs {}: run scripts/setup test", program.display()))
             }
             Need::Debian => crate::debian::root().err().map(|error| format!("needs a Debian root: {error:#}")),
+            Need::Criu => (!crate::fixtures::criu_works())
+                .then(|| "needs a CRIU that works with this kernel: run scripts/setup guests".to_owned()),
+            Need::GuestTool(tool) => (!crate::fixtures::has_guest_tool(tool))
+                .then(|| format!("needs the program {tool}: run scripts/setup guests")),
             Need::Containers => {
                 let groups = Path::new("/sys/fs/cgroup");
                 let usable = groups.join("cgroup.controllers").exists()

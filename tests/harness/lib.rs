@@ -5,6 +5,7 @@
 //! - [`host`]: one host (a store, a daemon, perhaps a network namespace); two hosts and the link between them.
 //! - [`network`]: namespaces and the paths between them; [`emulator`] and [`segments`]: delay and loss on those.
 //! - [`debian`]: a Debian root from debootstrap, made once per machine.
+//! - [`fixtures`]: programs that run inside guests.
 //! - [`servers`]: servers of others on loopback: a registry, an S3 server.
 //! - [`tree`] and [`zoo`]: made-up trees, plain ones and those that hold one of everything that is hard to keep.
 //! - [`compare`]: whether two trees are equal, by rsync and by the kernel's word, not by our own code.
@@ -17,6 +18,7 @@ pub mod compare;
 pub mod ctl;
 pub mod debian;
 pub mod emulator;
+pub mod fixtures;
 pub mod host;
 pub mod network;
 pub mod segments;

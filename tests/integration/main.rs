@@ -6,6 +6,7 @@ mod archives;
 mod crash;
 mod damage;
 mod dedup;
+mod drivers;
 mod export;
 mod faults;
 mod fuzz;
@@ -42,6 +43,7 @@ fn main() -> std::process::ExitCode {
         faults::cases(),
         fuzz::cases(),
         guests::cases(),
+        drivers::cases(),
         outlive::cases(),
         ranges::cases(),
     ];

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli, output: Output) -> Result<u8> {
     match cli.command {
         Command::Completions(args) => generate::completions(args.shell, &mut std::io::stdout().lock())?,
+        Command::GuestLaunch(_) => launch(output)?,
         Command::Generate(args) => commands::system::generate(args, output)?,
         command => {
             let settings = config::Settings::find(cli.global.store.as_deref(), &config::Environment::current())?;
@@ -61,6 +62,15 @@ fn run(cli: Cli, output: Output) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// Obeys the daemon's orders about a guest.
+fn launch(output: Output) -> Result<()> {
+    let launched = migrator::guest::launch::main(std::io::stdin().lock());
+    match launched.map_err(|detail| Failure::new(failure::Class::Failure, detail))? {
+        Some(pid) => output.with_stdout(|out| Ok(std::io::Write::write_all(out, format!("{pid}\n").as_bytes())?)),
+        None => Ok(()),
+    }
 }
 
 /// A command's way out that is not a failure in itself: what it looked at is damaged, or isn't there.

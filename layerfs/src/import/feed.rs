@@ -3,6 +3,7 @@
 //!
 //! Invariant: nothing here knows a format; nothing is named.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::attr::{Attrs, Xattrs};
@@ -24,6 +25,9 @@ enum Tag {
     File(TreePath, Attrs, Xattrs),
 }
 
+/// For the keys of paths, the offsets at which the files there are cut.
+pub(super) type Cuts = BTreeMap<Vec<u8>, Vec<u64>>;
+
 type Sink<'a> = Box<dyn FnMut(Tag, Option<Content>) -> Result<()> + 'a>;
 
 /// Entries are counted towards the monitor in groups of this many.
@@ -33,10 +37,19 @@ const COUNT_EVERY: u64 = 256;
 pub(super) struct Feed<'a> {
     ingest: Ingest<'a, Tag, Sink<'a>>,
     monitor: &'a dyn Monitor,
-    chunker: Chunker,
+    cutting: Cutting<'a>,
     entries: u64,
     bytes: u64,
     warnings: u64,
+}
+
+/// How a layer's files are cut.
+#[derive(Clone, Copy)]
+pub(super) struct Cutting<'a> {
+    /// Those that nothing else is said of.
+    pub chunker: Chunker,
+    /// By path, where those are cut that have their places named.
+    pub cuts: &'a Cuts,
 }
 
 /// How much a feed has taken.
@@ -61,7 +74,12 @@ impl Feed<'_> {
     pub fn file(&mut self, path: TreePath, attrs: Attrs, xattrs: Xattrs, source: &mut dyn Source) -> Result<()> {
         self.count()?;
         let mut counted = Counted { source, monitor: self.monitor, bytes: 0 };
-        let result = self.ingest.file(Tag::File(path, attrs, xattrs), self.chunker, &mut counted);
+        let cuts = self.cutting.cuts.get(path.key());
+        let tag = Tag::File(path, attrs, xattrs);
+        let result = match cuts {
+            Some(cuts) => self.ingest.file_at(tag, cuts, &mut counted),
+            None => self.ingest.file(tag, self.cutting.chunker, &mut counted),
+        };
         self.bytes += counted.bytes;
         result
     }
@@ -105,12 +123,12 @@ impl Source for Counted<'_> {
 pub(super) fn layer(
     session: &Arc<Session>,
     base: Base<'_>,
-    chunker: Chunker,
+    cutting: Cutting<'_>,
     monitor: &dyn Monitor,
     source: impl FnOnce(&mut Feed<'_>) -> Result<()>,
 ) -> Result<(LayerId, Manifest, Taken)> {
     let mut builder = Builder::new(&session.store().tmp_folder());
-    let taken = take(session, &mut builder, chunker, monitor, source)?;
+    let taken = take(session, &mut builder, cutting, monitor, source)?;
     let (id, manifest) = builder.finish(&**session, base, monitor)?;
     Ok((id, manifest, taken))
 }
@@ -118,7 +136,7 @@ pub(super) fn layer(
 fn take<'a>(
     session: &'a Session,
     builder: &'a mut Builder,
-    chunker: Chunker,
+    cutting: Cutting<'a>,
     monitor: &'a dyn Monitor,
     source: impl FnOnce(&mut Feed<'_>) -> Result<()>,
 ) -> Result<Taken> {
@@ -130,7 +148,7 @@ fn take<'a>(
         }
     };
     let ingest = session.ingest(Box::new(sink) as Sink<'a>);
-    let mut feed = Feed { ingest, monitor, chunker, entries: 0, bytes: 0, warnings: 0 };
+    let mut feed = Feed { ingest, monitor, cutting, entries: 0, bytes: 0, warnings: 0 };
     source(&mut feed)?;
     let Feed { ingest, entries, bytes, warnings, .. } = feed;
     ingest.finish()?;

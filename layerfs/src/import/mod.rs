@@ -27,6 +27,7 @@ pub mod sorter;
 mod tar;
 mod xattrs;
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -43,8 +44,9 @@ use crate::error::{Error, Result};
 use crate::id::{LayerId, LayerName};
 use crate::import::builder::{Base, Parent};
 use crate::import::detect::Opened;
-use crate::import::feed::{Feed, Taken};
+use crate::import::feed::{Cutting, Feed, Taken};
 use crate::import::image::{Choice, Image};
+use crate::import::path::TreePath;
 use crate::manifest::{LayerKind, Manifest};
 use crate::monitor::{Monitor, check};
 use crate::store::{Expect, Session, Store};
@@ -81,6 +83,9 @@ pub struct ImportOptions {
     pub one_filesystem: bool,
     /// What cuts files; that which fits the format if not said.
     pub chunker: Option<Chunker>,
+    /// Files that are cut where this says, by their paths: ascending offsets. For content whose best places to cut it
+    /// doesn't show itself, such as memory, which is cut by its addresses.
+    pub cuts: BTreeMap<String, Vec<u64>>,
     /// Which image of an archive with several: its tag.
     pub reference: Option<String>,
     /// For which platform the image shall be ("linux/arm64"); this machine's if not said. One for another is refused.
@@ -101,6 +106,7 @@ impl ImportOptions {
             whiteouts: false,
             one_filesystem: false,
             chunker: None,
+            cuts: BTreeMap::new(),
             reference: None,
             platform: None,
         }
@@ -309,8 +315,11 @@ impl Import<'_> {
             Some(tree) => tree.top().zip(tree.manifest()).map(|(id, manifest)| Parent { id, manifest, tree }),
         };
         let base = Base { parent: below, like: like.as_ref(), whole, kind, image: image.as_ref() };
-        let chunker = self.options.chunker.unwrap_or(chunker);
-        let (id, manifest, taken) = feed::layer(&self.session, base, chunker, self.monitor, source)?;
+        let keyed =
+            |(path, cuts): (&String, &Vec<u64>)| Ok((TreePath::parse(path.as_bytes())?.key().to_vec(), cuts.clone()));
+        let cuts = self.options.cuts.iter().map(keyed).collect::<Result<_>>()?;
+        let cutting = Cutting { chunker: self.options.chunker.unwrap_or(chunker), cuts: &cuts };
+        let (id, manifest, taken) = feed::layer(&self.session, base, cutting, self.monitor, source)?;
         self.taken.entries += taken.entries;
         self.taken.bytes += taken.bytes;
         self.taken.warnings += taken.warnings;

@@ -156,8 +156,17 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
     /// Takes in a file whose content `source` yields, cut by `chunker`. Once this has failed, the session is of no
     /// more use.
     pub fn file(&mut self, tag: T, chunker: Chunker, source: &mut dyn Source) -> Result<()> {
+        self.file_cut(tag, chunker, Cutter::new(chunker), source)
+    }
+
+    /// Takes in a file that is cut at the offsets `cuts`, which ascend.
+    pub fn file_at(&mut self, tag: T, cuts: &[u64], source: &mut dyn Source) -> Result<()> {
+        self.file_cut(tag, Chunker::Named, Cutter::named(cuts), source)
+    }
+
+    fn file_cut(&mut self, tag: T, chunker: Chunker, cutter: Cutter<'_>, source: &mut dyn Source) -> Result<()> {
         let mut buffer = std::mem::take(&mut self.buffer);
-        let result = self.read_file(tag, chunker, source, &mut buffer);
+        let result = self.read_file(tag, chunker, cutter, source, &mut buffer);
         self.buffer = buffer;
         result
     }
@@ -196,7 +205,14 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
         Ok(())
     }
 
-    fn read_file(&mut self, tag: T, chunker: Chunker, source: &mut dyn Source, buffer: &mut [u8]) -> Result<()> {
+    fn read_file(
+        &mut self,
+        tag: T,
+        chunker: Chunker,
+        mut cutter: Cutter<'_>,
+        source: &mut dyn Source,
+        buffer: &mut [u8],
+    ) -> Result<()> {
         let mut count = 0;
         let mut pending_hole = 0;
         while count <= INLINE_MAX && pending_hole == 0 {
@@ -213,7 +229,6 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
             }
         }
         self.event(Event::Begin(tag, chunker))?;
-        let mut cutter = Cutter::new(chunker);
         cutter.data(&buffer[..count], &mut |piece| self.piece(piece))?;
         cutter.hole(pending_hole, &mut |piece| self.piece(piece))?;
         loop {

@@ -14,10 +14,23 @@
 //! [`Guest::resume`] or [`Guest::discard`]; no method starts a second one of a guest that runs or stands still.
 //! All calls block.
 
+pub mod checkpoint;
+mod criu;
+mod drivers;
 pub mod fake;
 mod host;
+pub mod launch;
 mod name;
+mod network;
+mod oci;
+pub mod options;
+pub mod pagemap;
+mod preflight;
+mod process;
+mod processes;
+pub mod programs;
 mod records;
+mod scan;
 pub mod state;
 
 use std::ffi::OsString;
@@ -27,6 +40,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use drivers::{DRIVERS, HostDrivers};
 pub use host::Host;
 pub use name::GuestName;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};

@@ -14,6 +14,8 @@ use layerfs::monitor::Monitor;
 use layerfs::store::{Expect, Store};
 use layerfs::{LayerId, LayerName, Result};
 
+use super::pagemap;
+
 /// The name of a file that is memory and nothing else, from the guest's first address on, with holes where it has none.
 pub const MEMORY_FILE: &str = "memory.raw";
 
@@ -34,6 +36,7 @@ pub fn import(
         kind: Some(LayerKind::Instance),
         like: previous,
         chunker: Some(Chunker::Aligned),
+        cuts: pagemap::cuts_in(folder)?,
         format: Some(layerfs::import::Format::Folder),
         ..ImportOptions::new(name.clone())
     };
@@ -41,4 +44,23 @@ pub fn import(
     let top = report.layers.last().map(|layer| layer.id);
     let top = top.ok_or_else(|| layerfs::Error::invalid(format!("{} holds no state", folder.display())))?;
     Ok((top, report))
+}
+
+/// The bytes of memory in a state's folder, and those of everything else.
+///
+/// # Errors
+/// Those of the disk.
+pub fn sizes(folder: &Path) -> Result<(u64, u64)> {
+    let failed = |error: std::io::Error| layerfs::Error::file("read", folder, error);
+    let (mut memory, mut other) = (0, 0);
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let metadata = entry.metadata().map_err(failed)?;
+        let name = entry.file_name();
+        let is_memory = name.as_encoded_bytes().starts_with(b"pages-") || name == MEMORY_FILE;
+        // Of a file with holes only what is there counts.
+        let bytes = metadata.len().min(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512);
+        *(if is_memory { &mut memory } else { &mut other }) += bytes;
+    }
+    Ok((memory, other))
 }

@@ -2,6 +2,7 @@
 //!
 //! Parsing only; nothing here acts. The man pages and completions derive from it.
 
+pub mod guests;
 pub mod layers;
 pub mod mounts;
 pub mod peers;
@@ -110,6 +111,10 @@ pub enum Command {
     Peer(peers::Peer),
     #[command(hide = true)]
     Stdio(peers::Stdio),
+
+    Guest(guests::Guest),
+    #[command(hide = true)]
+    GuestLaunch(guests::GuestLaunch),
 
     Stat(storage::Stat),
     Du(storage::Du),

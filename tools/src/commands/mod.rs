@@ -1,5 +1,6 @@
 //! What each command does: asks the daemon, writes the answer.
 
+pub mod guests;
 pub mod inspect;
 pub mod layers;
 pub mod mounts;
@@ -86,7 +87,8 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Tier(args) => tier::tier(session, args)?,
         Command::Daemon(args) => return system::daemon(session, args),
         Command::Version(_) => system::version(session)?,
-        Command::Completions(_) | Command::Generate(_) => {}
+        Command::Guest(args) => return guests::guest(session, args),
+        Command::Completions(_) | Command::Generate(_) | Command::GuestLaunch(_) => {}
     }
     Ok(0)
 }

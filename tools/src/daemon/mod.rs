@@ -27,6 +27,7 @@ use crate::failure::{Class, Failure, Result};
 use crate::{autostart, units};
 use life::Life;
 use migrator::LazyOptions;
+use ops::guests::GuestsState;
 use ops::mounts::Mounts;
 use ops::peers::Peering;
 use ops::tier::TierState;
@@ -53,6 +54,8 @@ pub struct Daemon {
     pub peering: Peering,
     /// The second tier.
     pub tier: TierState,
+    /// The guests.
+    pub guests: GuestsState,
     /// When and why to exit.
     pub life: Life,
     started: Instant,
@@ -177,6 +180,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
         mounts,
         peering,
         tier: TierState::default(),
+        guests: GuestsState::new(&store),
         life: Life::default(),
         started: Instant::now(),
         started_at: units::now(),

@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod export;
+pub mod guests;
 pub mod import;
 pub mod inspect;
 pub mod layers;
@@ -62,6 +63,16 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/import-stream", upload("import", import::import_stream))
         .route("/v1/export", operation("export", Long, export::export))
         .route("/v1/export-stream", download("export", export::export_stream))
+        .route("/v1/guests", operation("guests", Short, guests::list))
+        .route("/v1/guest-create", operation("guest-create", Short, guests::create))
+        .route("/v1/guest-start", operation("guest-start", Long, guests::start))
+        .route("/v1/guest-stop", operation("guest-stop", Long, guests::stop))
+        .route("/v1/guest-show", operation("guest-show", Short, guests::show))
+        .route("/v1/guest-check", operation("guest-check", Short, guests::check))
+        .route("/v1/guest-exec", operation("guest-exec", Short, guests::exec))
+        .route("/v1/guest-checkpoint", operation("guest-checkpoint", Long, guests::checkpoint))
+        .route("/v1/guest-restore", operation("guest-restore", Long, guests::restore))
+        .route("/v1/guest-remove", operation("guest-remove", Long, guests::remove))
         .route("/v1/stat", operation("stat", Long, check::stat))
         .route("/v1/gc", operation("gc", Long, check::gc))
         .route("/v1/fsck", operation("fsck", Long, check::fsck))

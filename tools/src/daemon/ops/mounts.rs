@@ -163,6 +163,27 @@ impl Mounts {
         })
     }
 
+    /// The mount at `dir`, if there is one.
+    pub fn at(&self, dir: &Path) -> Option<Arc<Mount>> {
+        self.get(dir).ok()
+    }
+
+    /// Mounts `layer` on `dir`, where nothing of this store may be mounted.
+    pub fn make(
+        &self,
+        store: &Arc<Store>,
+        layer: LayerId,
+        source: &str,
+        dir: &Path,
+        upper: UpperChoice,
+    ) -> layerfs::Result<Arc<Mount>> {
+        let _making = self.making.lock();
+        let options = MountOptions { upper, ..MountOptions::default() };
+        let mount = Mount::start(store, Some(layer), source, dir, &options)?;
+        self.serve(mount.clone(), None, false);
+        Ok(mount)
+    }
+
     /// The layer and the path in it of something in a mount. What the upper has changed isn't seen.
     pub fn locate(&self, path: &Path) -> Result<(LayerId, Vec<u8>)> {
         let mount = self.all().into_iter().find(|mount| path.starts_with(&mount.record().dir));

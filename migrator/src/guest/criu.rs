@@ -1,0 +1,293 @@
+//! CRIU on a process tree: dumping so that it can go on, and restoring.
+//!
+//! CRIU calls a script when a dump is complete, with the tree still frozen and its connections locked, and then does what
+//! the script says: end the tree (exit code 0), or let it go on (any other). Our script waits there for a word in a FIFO, so
+//! a dumped guest stands still for as long as we like, whatever becomes of the daemon, and rolling back is CRIU's own way
+//! back. What it puts into the guest's files for the while (`link_remap.N`) is there until then, to be sealed along.
+//!
+//! Hides CRIU's options and files. Invariant: the answer is given once; without one the tree stands still.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use super::launch::{Orders, Private};
+use super::processes::{Process, wait_until};
+use super::programs::{self, Programs};
+
+/// Files that are deleted but open travel with the state up to this size.
+const GHOST_LIMIT: &str = "64M";
+/// The label of a network namespace that isn't CRIU's to make.
+const NETWORK: &str = "guestnet";
+/// How long CRIU gets to follow an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The signal-free way to tell that a dump goes wrong: nothing was said for so long.
+const DUMP_PATIENCE: Duration = Duration::from_secs(600);
+
+type Outcome<T> = Result<T, String>;
+
+/// CRIU for one guest.
+pub struct Criu<'a> {
+    /// The programs.
+    pub programs: &'a Programs,
+    /// The guest's run folder.
+    pub run: &'a Path,
+    /// The guest's root.
+    pub root: &'a Path,
+    /// The guest's network namespace, if it isn't one of those that CRIU makes.
+    pub network: Option<PathBuf>,
+}
+
+fn failed<E: std::fmt::Display>(what: &str) -> impl Fn(E) -> String + '_ {
+    move |error| format!("cannot {what}: {error}")
+}
+
+impl Criu<'_> {
+    fn hook(&self) -> PathBuf {
+        self.run.join("hook")
+    }
+
+    fn answer(&self) -> PathBuf {
+        self.run.join("answer")
+    }
+
+    fn dumped(&self) -> PathBuf {
+        self.run.join("dumped")
+    }
+
+    fn saved(&self) -> PathBuf {
+        self.run.join("criu.json")
+    }
+
+    /// The CRIU that holds the tree, if one does.
+    fn holder(&self) -> Option<Process> {
+        Process::load(&self.saved()).filter(Process::is_alive)
+    }
+
+    /// Whether the tree stands still, or is about to.
+    pub fn is_held(&self) -> bool {
+        self.holder().is_some()
+    }
+
+    /// What all of CRIU's actions want.
+    fn common(&self) -> Vec<OsString> {
+        let words = ["--tcp-established", "--file-locks", "--link-remap", "--manage-cgroups=ignore"];
+        let mut arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
+        arguments.extend(["--network-lock".into(), self.lock().into(), "-v2".into()]);
+        arguments
+    }
+
+    /// How CRIU can lock connections here.
+    fn lock(&self) -> &'static str {
+        let Ok(criu) = self.programs.criu() else { return "nftables" };
+        let check = |feature: &str| {
+            let mut command = self.programs.command(criu);
+            programs::run(command.args(["check", "--feature", feature])).is_ok()
+        };
+        if !check("network_lock_nftables") && check("network_lock_iptables") { "iptables" } else { "nftables" }
+    }
+
+    /// Freezes the tree of `pid` and writes its state into `into`. It stands still then. Returns since when.
+    ///
+    /// # Errors
+    /// Why it can't be dumped; the tree goes on.
+    pub fn dump(&self, pid: u32, into: &Path) -> Outcome<Instant> {
+        let criu = self.programs.criu()?.to_owned();
+        if self.is_held() {
+            return Err("it is being dumped already".to_owned());
+        }
+        self.prepare_answer()?;
+        let log = self.run.join("dump.log");
+        let mut command = self.programs.command(criu);
+        command.arg("dump").args(["-t", &pid.to_string()]).arg("-D").arg(into).arg("--root").arg(self.root);
+        command.arg("-o").arg(&log).args(self.common()).args(["--ghost-limit", GHOST_LIMIT]);
+        command.arg("--action-script").arg(self.hook());
+        if let Some(network) = &self.network {
+            let inode = fs::metadata(network).map_err(failed("find the guest's network"))?.ino();
+            command.arg("--external").arg(format!("net[{inode}]:{NETWORK}"));
+        }
+        let began = Instant::now();
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(failed("run CRIU"))?;
+        if let Some(process) = Process::of(child.id()) {
+            process.save(&self.saved()).map_err(|error| error.to_string())?;
+        }
+        let mut ended = None;
+        let dumped = self.dumped();
+        let is_over = wait_until(DUMP_PATIENCE, || {
+            ended = child.try_wait().ok().flatten();
+            ended.is_some() || dumped.exists()
+        });
+        if !is_over {
+            let _ = child.kill();
+        }
+        if is_over && ended.is_none() {
+            // It waits with the tree; whoever ends it is somebody else's child then, or this thread's.
+            std::thread::spawn(move || child.wait());
+            return Ok(began);
+        }
+        let _ = child.wait();
+        let _ = fs::remove_file(self.saved());
+        Err(explain(&log).unwrap_or_else(|| format!("CRIU failed without a word; see {}", log.display())))
+    }
+
+    fn prepare_answer(&self) -> Outcome<()> {
+        for path in [self.dumped(), self.answer()] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(format!("cannot remove {}: {error}", path.display()));
+                }
+                _ => {}
+            }
+        }
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            self.answer(),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .map_err(failed("make the FIFO for the answer"))?;
+        let folder = quoted(self.run);
+        let script = format!(
+            "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\n: >{folder}/dumped\n\
+             read -r answer <{folder}/answer\n[ \"$answer\" = discard ]\n"
+        );
+        write_script(&self.hook(), &script)
+    }
+
+    /// Tells the CRIU that holds the tree what to do, and waits until it has done it. Fine if none holds it.
+    fn tell(&self, answer: &str) -> Outcome<()> {
+        let Some(holder) = self.holder() else { return Ok(()) };
+        let is_told = wait_until(PATIENCE, || {
+            // Without a reader yet, or any more, this fails: then it is looked again.
+            let opened = File::options()
+                .write(true)
+                .custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32)
+                .open(self.answer());
+            let told = opened.is_ok_and(|mut fifo| writeln!(fifo, "{answer}").is_ok());
+            told || !holder.is_alive()
+        });
+        if !is_told || !holder.wait_gone(PATIENCE) {
+            return Err(format!(
+                "CRIU (process {}) does not answer; see {}",
+                holder.pid,
+                self.run.join("dump.log").display()
+            ));
+        }
+        for path in [self.saved(), self.dumped(), self.answer(), self.hook()] {
+            let _ = fs::remove_file(path);
+        }
+        Ok(())
+    }
+
+    /// Lets the tree go on.
+    ///
+    /// # Errors
+    /// If CRIU doesn't answer.
+    pub fn resume(&self) -> Outcome<()> {
+        self.tell("resume")
+    }
+
+    /// Ends the tree, its connections still locked.
+    ///
+    /// # Errors
+    /// If CRIU doesn't answer.
+    pub fn discard(&self) -> Outcome<()> {
+        self.tell("discard")
+    }
+
+    /// Goes on from the state in `from`. `at_unlock` is a shell's line that is run as soon as connections may work. Returns the
+    /// first process.
+    ///
+    /// # Errors
+    /// Why it can't be restored; nothing of it runs.
+    pub fn restore(&self, from: &Path, at_unlock: Option<&str>) -> Outcome<u32> {
+        let criu = self.programs.criu()?.to_owned();
+        let pidfile = self.run.join("pid");
+        let _ = fs::remove_file(&pidfile);
+        let log = self.run.join("restore.log");
+        let mut arguments: Vec<OsString> = vec![criu.into(), "restore".into(), "-d".into(), "-D".into(), from.into()];
+        arguments.extend([
+            "-W".into(),
+            self.run.into(),
+            "-o".into(),
+            log.clone().into(),
+            "--root".into(),
+            self.root.into(),
+        ]);
+        arguments.extend(["--pidfile".into(), pidfile.clone().into()]);
+        arguments.extend(self.common());
+        if self.network.is_some() {
+            arguments.extend(["--inherit-fd".into(), format!("fd[0]:{NETWORK}").into()]);
+        }
+        if let Some(line) = at_unlock {
+            write_script(
+                &self.hook(),
+                &format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = network-unlock ] || exit 0\n{line}\n"),
+            )?;
+            arguments.extend(["--action-script".into(), self.hook().into()]);
+        }
+        let orders =
+            Orders::Private(Private { root: self.root.to_owned(), command: arguments, input: self.network.clone() });
+        let restored = self.programs.obey(&orders);
+        let pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok());
+        match (restored, pid) {
+            (Ok(_), Some(pid)) => Ok(pid),
+            (Ok(_), None) => Err("CRIU does not say which process it restored".to_owned()),
+            (Err(error), pid) => {
+                // CRIU ends what it has begun; what it couldn't is ended here.
+                if let Some(process) = pid.and_then(Process::of) {
+                    process.kill();
+                }
+                Err(explain(&log).unwrap_or(error))
+            }
+        }
+    }
+}
+
+/// What went wrong by CRIU's log, and what to do about what is known; nothing if it doesn't say.
+fn explain(log: &Path) -> Option<String> {
+    let text = String::from_utf8_lossy(&fs::read(log).ok()?).into_owned();
+    let errors = text.lines().filter_map(|line| line.split_once("Error (")?.1.split_once("): "));
+    // It complains of a limit that it can do without.
+    let told = errors.map(|(_, told)| told.trim()).filter(|told| !told.contains("RLIMIT_NOFILE for self"));
+    let told = told.take(4).collect::<Vec<_>>().join("; ");
+    let hint = KNOWN.iter().find(|(sign, _)| text.contains(sign)).map(|(_, fix)| format!(" ({fix})"));
+    (!told.is_empty()).then(|| told + &hint.unwrap_or_default())
+}
+
+/// What a runtime says that has run CRIU, and what CRIU says in its `log`, which is more.
+pub(super) fn with_criu(error: String, log: &Path) -> String {
+    match explain(log) {
+        Some(told) => format!("{error}: {told}"),
+        None => error,
+    }
+}
+
+/// Signs of what CRIU can't do, and what helps.
+const KNOWN: [(&str, &str); 6] = [
+    ("Unsupported proto 262", "it holds an MPTCP socket: programs in Go open plain ones with GODEBUG=multipathtcp=0"),
+    (
+        "io_uring",
+        "it uses io_uring, which CRIU can't save: turn it off in the program, or with sysctl kernel.io_uring_disabled=2",
+    ),
+    ("Can't get rlimit", "saving other users' processes wants CAP_SYS_RESOURCE here: give it to the daemon"),
+    ("iptables-restore", "connections can't be locked: install nftables"),
+    ("Can't dump ghost file", "a deleted file that is still open is too large"),
+    ("soft-dirty", "this kernel can't track written pages"),
+];
+
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
+}
+
+fn write_script(path: &Path, text: &str) -> Outcome<()> {
+    // A new file: one that is still executed can't be written.
+    let _ = fs::remove_file(path);
+    fs::write(path, text).map_err(failed("write a script for CRIU"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed("write a script for CRIU"))
+}

@@ -1,0 +1,131 @@
+//! A guest's network: a namespace with `eth0` in it, whose other end lies in a bridge of the host.
+//!
+//! ```text
+//! guest: eth0 ── pair ── lg<hash> ── bridge
+//! ```
+//!
+//! Hides `ip`. The namespace is ours, not the runtime's: it outlives the guest's processes, so that nobody hears them end
+//! when they go on elsewhere. Invariants: while the pair's outer end is down ([`Link::hold`]) nothing reaches the guest and
+//! nothing leaves it; on a host, two guests never share a namespace.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::GuestName;
+use super::options::Network;
+use super::programs::{Programs, run};
+
+/// Where `ip netns` keeps namespaces.
+const NAMESPACES: &str = "/run/netns";
+
+/// A guest's connection. There may be nothing of it yet, or any more.
+pub struct Link<'a> {
+    programs: &'a Programs,
+    bridge: &'a str,
+    address: &'a str,
+    gateway: Option<std::net::IpAddr>,
+    hardware: String,
+    /// The name of the namespace and of the pair's outer end.
+    name: String,
+}
+
+impl<'a> Link<'a> {
+    /// The one of `guest`, whose run folder is `run_folder`, if its `network` needs one.
+    pub fn of(programs: &'a Programs, network: &'a Network, guest: &GuestName, run_folder: &Path) -> Option<Link<'a>> {
+        let Network::Bridge { bridge, address, gateway } = network else { return None };
+        // Several daemons on one machine may have guests of the same name.
+        let hash = blake3::hash(run_folder.as_os_str().as_encoded_bytes()).to_hex();
+        Some(Link {
+            programs,
+            bridge,
+            address,
+            gateway: *gateway,
+            hardware: Network::hardware_address(guest),
+            name: format!("lg{}", &hash[..10]),
+        })
+    }
+
+    /// The namespace's file.
+    pub fn namespace(&self) -> PathBuf {
+        Path::new(NAMESPACES).join(&self.name)
+    }
+
+    /// Makes it. Nothing passes before [`Link::release`].
+    pub fn make(&self) -> Result<(), String> {
+        self.remove()?;
+        let made = self.make_parts();
+        if made.is_err() {
+            let _ = self.remove();
+        }
+        made
+    }
+
+    fn make_parts(&self) -> Result<(), String> {
+        let name = self.name.as_str();
+        self.ip(&["netns", "add", name])?;
+        self.ip(&[
+            "link",
+            "add",
+            name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "address",
+            &self.hardware,
+            "netns",
+            name,
+        ])?;
+        self.ip(&["link", "set", name, "master", self.bridge])?;
+        let inside = |arguments: &[&str]| self.ip(&[&["-n", name], arguments].concat());
+        inside(&["link", "set", "lo", "up"])?;
+        inside(&["address", "add", self.address, "dev", "eth0"])?;
+        inside(&["link", "set", "eth0", "up"])?;
+        if let Some(gateway) = self.gateway {
+            inside(&["route", "add", "default", "via", &gateway.to_string()])?;
+        }
+        Ok(())
+    }
+
+    /// Lets nothing pass.
+    pub fn hold(&self) -> Result<(), String> {
+        self.ip(&["link", "set", &self.name, "down"])
+    }
+
+    /// Lets everything pass.
+    pub fn release(&self) -> Result<(), String> {
+        self.ip(&["link", "set", &self.name, "up"])
+    }
+
+    /// A line for a shell that does [`Link::release`].
+    pub fn release_line(&self) -> String {
+        format!("ip link set {} up", self.name)
+    }
+
+    /// Removes it, if there is any of it.
+    pub fn remove(&self) -> Result<(), String> {
+        if Path::new("/sys/class/net").join(&self.name).exists() || self.ip(&["link", "show", &self.name]).is_ok() {
+            self.ip(&["link", "del", &self.name])?;
+        }
+        if self.namespace().exists() {
+            self.ip(&["netns", "del", &self.name])?;
+        }
+        Ok(())
+    }
+
+    /// The host's bridge.
+    pub fn bridge(&self) -> &str {
+        self.bridge
+    }
+
+    /// Whether the host has the bridge.
+    pub fn has_bridge(&self) -> bool {
+        self.ip(&["link", "show", self.bridge, "type", "bridge"]).is_ok()
+    }
+
+    fn ip(&self, arguments: &[&str]) -> Result<(), String> {
+        let ip = self.programs.find("ip").ok_or("there is no `ip`: install iproute2")?;
+        run(Command::new(ip).args(arguments).stdin(std::process::Stdio::null())).map(|_| ())
+    }
+}

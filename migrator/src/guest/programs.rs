@@ -1,0 +1,131 @@
+//! The programs of others that drivers run: where they are, and running them.
+//!
+//! Hides which CRIU is taken: the host's if it works with this kernel, else the one in the folder of private tools that
+//! `scripts/setup guests` fills. Invariants: a program never gets this process's terminal or its open files; what it
+//! says when it fails is part of the error.
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use super::launch::Orders;
+
+/// Where `scripts/setup guests` puts private tools.
+pub const DEFAULT_FOLDER: &str = "/var/cache/layerfs-guests";
+const USUAL: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+/// So much of what a program says is kept in an error, in bytes.
+const MAX_COMPLAINT: usize = 2000;
+
+/// Finds programs.
+#[derive(Debug)]
+pub struct Programs {
+    /// The folder of private tools; its `bin` is searched too.
+    folder: PathBuf,
+    /// The program that is this one: it has a hidden command that starts guests' first processes.
+    own: PathBuf,
+    search: Vec<PathBuf>,
+    criu: OnceLock<Result<PathBuf, String>>,
+}
+
+impl Programs {
+    /// Those in the folders of `path` (a `PATH`) and in `folder`. `own` is the program to run for [`super::launch`].
+    pub fn new(folder: PathBuf, own: PathBuf, path: Option<OsString>) -> Programs {
+        let mut search: Vec<PathBuf> = path.iter().flat_map(std::env::split_paths).collect();
+        search.extend(USUAL.map(PathBuf::from).into_iter().filter(|usual| !search.contains(usual)).collect::<Vec<_>>());
+        Programs { folder, own, search, criu: OnceLock::new() }
+    }
+
+    /// The program called `name`, on the search path first.
+    pub fn find(&self, name: &str) -> Option<PathBuf> {
+        let private = self.folder.join("bin");
+        let candidates = self.search.iter().chain(std::iter::once(&private)).map(|folder| folder.join(name));
+        candidates.into_iter().find(|path| is_program(path))
+    }
+
+    /// A CRIU that works here, or why there is none.
+    ///
+    /// # Errors
+    /// What is missing, in words.
+    pub fn criu(&self) -> Result<&Path, String> {
+        let found = self.criu.get_or_init(|| self.find_criu());
+        found.as_deref().map_err(String::clone)
+    }
+
+    fn find_criu(&self) -> Result<PathBuf, String> {
+        let private = self.folder.join("bin");
+        let candidates = self.search.iter().chain(std::iter::once(&private)).map(|folder| folder.join("criu"));
+        let mut reason = format!("there is no CRIU, neither on the search path nor in {}", private.display());
+        for path in candidates.filter(|path| is_program(path)) {
+            let checked = Command::new(&path).arg("check").stdin(Stdio::null()).output();
+            match checked {
+                Ok(output) if output.status.success() => return Ok(path),
+                Ok(output) => reason = format!("{} does not work here: {}", path.display(), complaint(&output)),
+                Err(error) => reason = format!("{} cannot be run: {error}", path.display()),
+            }
+        }
+        Err(reason)
+    }
+
+    /// A command for `program`, in which it and its children find the CRIU that works as `criu`.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut folders = Vec::new();
+        if let Ok(Some(folder)) = self.criu().map(Path::parent) {
+            folders.push(folder.to_owned());
+        }
+        folders.extend(self.search.iter().cloned());
+        let mut command = Command::new(program);
+        if let Ok(path) = std::env::join_paths(folders) {
+            command.env("PATH", path);
+        }
+        // A guest must not end with a terminal, or with the one that asked for it.
+        command.stdin(Stdio::null()).process_group(0);
+        command
+    }
+
+    /// Has this program's hidden command `guest-launch` obey `orders`. Returns what it prints.
+    ///
+    /// # Errors
+    /// What it complained about, in words.
+    pub fn obey(&self, orders: &Orders) -> Result<String, String> {
+        let failed = |error: &dyn std::fmt::Display| format!("the guest's launcher cannot be run: {error}");
+        let orders = serde_json::to_vec(orders).map_err(|error| failed(&error))?;
+        let mut command = self.command(&self.own);
+        command.arg("guest-launch").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| failed(&error))?;
+        if let Some(mut pipe) = child.stdin.take() {
+            pipe.write_all(&orders).map_err(|error| failed(&error))?;
+        }
+        let output = child.wait_with_output().map_err(|error| failed(&error))?;
+        if output.status.success() {
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        } else {
+            Err(complaint(&output))
+        }
+    }
+}
+
+fn is_program(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
+/// Runs `command` to its end.
+///
+/// # Errors
+/// What it complained about, in words.
+pub fn run(command: &mut Command) -> Result<Output, String> {
+    let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let output = command.output().map_err(|error| format!("{name} cannot be run: {error}"))?;
+    if output.status.success() { Ok(output) } else { Err(format!("{name} failed: {}", complaint(&output))) }
+}
+
+/// The end of what a program said, in one line.
+pub fn complaint(output: &Output) -> String {
+    let said = if output.stderr.iter().all(u8::is_ascii_whitespace) { &output.stdout } else { &output.stderr };
+    let text = String::from_utf8_lossy(&said[said.len().saturating_sub(MAX_COMPLAINT)..]).into_owned();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() { format!("it ended with {}", output.status) } else { lines.join("; ") }
+}

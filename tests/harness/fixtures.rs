@@ -1,0 +1,33 @@
+//! Programs in C that tests run inside guests: built when they are needed, static, so that they run on any root.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context;
+
+use crate::case::output_of;
+
+/// Builds `tests/fixtures/NAME.c` as the program `to`.
+pub fn build(name: &str, to: &Path) -> anyhow::Result<()> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(format!("{name}.c"));
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    output_of(Command::new("cc").args(["-O1", "-static", "-Wall", "-Werror", "-o"]).arg(to).arg(&source)).map(drop)
+}
+
+/// The folder of private tools that scripts/setup guests fills.
+pub fn guest_tools() -> PathBuf {
+    std::env::var_os("LAYERFS_GUEST_TOOLS").map_or_else(|| PathBuf::from("/var/cache/layerfs-guests"), PathBuf::from)
+}
+
+/// Whether there is a CRIU that works with this kernel.
+pub fn criu_works() -> bool {
+    let candidates = [PathBuf::from("criu"), guest_tools().join("bin/criu")];
+    candidates.iter().any(|criu| Command::new(criu).arg("check").output().is_ok_and(|output| output.status.success()))
+}
+
+/// Whether the program `name` is there, as the daemon finds it.
+pub fn has_guest_tool(name: &str) -> bool {
+    crate::case::has_tool(name) || guest_tools().join("bin").join(name).is_file()
+}

@@ -1,0 +1,227 @@
+//! Guests on one host and between two: real runtimes, and a program that notices whatever a checkpoint loses.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use layerfs_tests::case::Case;
+use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Namespaces, Root, Tool};
+use layerfs_tests::fixtures;
+use layerfs_tests::host::{Host, TwoHosts};
+use serde_json::Value;
+
+/// The longest that a guest may take to do something.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The cases.
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("drivers::process_goes_on_from_checkpoints", &[Root, Fuse, Tool("cc"), Criu], process),
+        Case::new("drivers::process_goes_on_elsewhere", &[Root, Fuse, Namespaces, Tool("cc"), Criu], process_elsewhere),
+        Case::new(
+            "drivers::oci_goes_on_from_checkpoints",
+            &[Root, Fuse, Containers, Tool("cc"), Criu, GuestTool("runc")],
+            oci,
+        ),
+        Case::new(
+            "drivers::oci_goes_on_elsewhere",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
+            oci_elsewhere,
+        ),
+        Case::new("drivers::process_outlives_the_daemon", &[Root, Fuse, Tool("cc")], outlives),
+        Case::new("drivers::mistakes_are_told", &[Root, Fuse, Tool("cc")], mistakes),
+    ]
+}
+
+/// A guest that is removed when this is dropped, whatever has become of it.
+struct Zoo<'a> {
+    host: &'a Host,
+    name: String,
+}
+
+impl Drop for Zoo<'_> {
+    fn drop(&mut self) {
+        let _ = self.host.ctl.run(["guest", "remove", &self.name, "--force"]);
+    }
+}
+
+impl<'a> Zoo<'a> {
+    /// Makes a guest of `driver` that runs the zoo, and starts it.
+    fn start(host: &'a Host, name: &str, driver: &str) -> anyhow::Result<Zoo<'a>> {
+        let tree = host.path("tree");
+        fixtures::build("zoo", &tree.join("bin/zoo"))?;
+        host.import(&tree, "zoo", &["--kind", "base"])?;
+        let create =
+            ["guest", "create", name, "--driver", driver, "--on", "zoo", "--", "/bin/zoo", "/zoo-says", "8", "0"];
+        host.ctl.ok(create)?;
+        let zoo = Zoo { host, name: name.to_owned() };
+        zoo.ok(&["start"])?;
+        Ok(zoo)
+    }
+
+    fn ok(&self, words: &[&str]) -> anyhow::Result<Value> {
+        let (action, rest) = words.split_first().context("no action")?;
+        self.host.ctl.json(["guest", action, &self.name].iter().chain(rest))
+    }
+
+    fn root(&self) -> PathBuf {
+        self.host.ctl.store().join("guests").join(&self.name).join("root")
+    }
+
+    /// What the zoo counts to, if it has lost nothing.
+    fn count(&self) -> anyhow::Result<u64> {
+        let text = fs::read_to_string(self.root().join("zoo-says")).context("the zoo says nothing")?;
+        let (count, rest) = text.trim().split_once(' ').with_context(|| format!("the zoo says {text:?}"))?;
+        ensure!(rest == "ok", "the zoo says {text:?}");
+        Ok(count.parse()?)
+    }
+
+    /// Waits until the zoo counts beyond `count`, and returns to what.
+    fn passes(&self, count: u64) -> anyhow::Result<u64> {
+        let began = Instant::now();
+        loop {
+            // While its file is rewritten, or not written yet, it says nothing.
+            match self.count() {
+                Ok(now) if now > count => return Ok(now),
+                Err(error) if format!("{error:#}").contains("bad") => return Err(error),
+                state => ensure!(began.elapsed() < PATIENCE, "the zoo does not count beyond {count}: {state:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn activity(&self) -> anyhow::Result<String> {
+        let info = self.ok(&["show"])?;
+        Ok(info["activity"].as_str().context("no activity")?.to_owned())
+    }
+}
+
+fn process() -> anyhow::Result<()> {
+    goes_on("process")
+}
+
+fn oci() -> anyhow::Result<()> {
+    goes_on("oci")
+}
+
+/// Checkpoints that the guest survives, checkpoints that end it, and going back to each.
+fn goes_on(driver: &str) -> anyhow::Result<()> {
+    let host = Host::new()?;
+    let zoo = Zoo::start(&host, "zoo", driver)?;
+    let early = zoo.passes(0)?;
+    let made = zoo.ok(&["checkpoint", "--tag", "first"])?;
+    ensure!(made["memory_bytes"].as_u64() > Some(8 << 20), "the checkpoint lacks memory: {made}");
+    let later = zoo.passes(early + 5)?;
+    // The same memory again costs next to nothing.
+    let again = zoo.ok(&["checkpoint", "--stop"])?;
+    ensure!(again["bytes_stored"].as_u64() < Some(2 << 20), "memory was stored twice: {again}");
+    ensure!(zoo.activity()? == "absent", "it runs after a checkpoint that ends it");
+    let twice = host.ctl.run(["guest", "checkpoint", "zoo"])?.failed_with(1)?;
+    ensure!(twice.contains("isn't running"), "{twice}");
+
+    zoo.ok(&["restore"])?;
+    let restored = zoo.passes(later)?;
+    ensure!(
+        !zoo.root()
+            .join("zoo")
+            .read_dir()?
+            .flatten()
+            .any(|entry| entry.file_name().to_string_lossy().starts_with("link_remap")),
+        "CRIU's links are left"
+    );
+    let running = host.ctl.run(["guest", "restore", "zoo"])?.failed_with(5)?;
+    ensure!(running.contains("guest stop zoo"), "{running}");
+    zoo.ok(&["stop"])?;
+    zoo.ok(&["restore", "--tag", "first"])?;
+    let first = zoo.passes(early)?;
+    ensure!(first < restored, "it goes on from {first}, not from its first checkpoint");
+    zoo.ok(&["stop"])?;
+    zoo.ok(&["start"])?;
+    zoo.passes(0)?;
+    zoo.ok(&["remove", "--force"])?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!mounts.contains(&*host.ctl.store().to_string_lossy()), "a removed guest leaves mounts");
+    ensure!(!host.ctl.store().join("guests/zoo").exists(), "a removed guest leaves files");
+    host.fsck()
+}
+
+fn process_elsewhere() -> anyhow::Result<()> {
+    elsewhere("process")
+}
+
+fn oci_elsewhere() -> anyhow::Result<()> {
+    elsewhere("oci")
+}
+
+/// From one host to another by nothing but a push of its layers, and back.
+fn elsewhere(driver: &str) -> anyhow::Result<()> {
+    let hosts = TwoHosts::new()?;
+    let here = Zoo::start(&hosts.a, "zoo", driver)?;
+    let before = here.passes(3)?;
+    let made = here.ok(&["checkpoint", "--stop"])?;
+    let layers = |made: &Value| anyhow::Ok([text(made, "state")?, text(made, "instance")?]);
+    let names = layers(&made)?;
+    hosts.a.ctl.ok(["push", &names[0], &names[1], "b"])?;
+    hosts.b.ctl.ok(["guest", "restore", "zoo"])?;
+    let there = Zoo { host: &hosts.b, name: "zoo".to_owned() };
+    let after = there.passes(before)?;
+    let made = there.ok(&["checkpoint", "--tag", "back", "--stop"])?;
+    let names = layers(&made)?;
+    let report = hosts.b.ctl.json(["push", &names[0], &names[1], "a"])?;
+    // What is there from before isn't sent again.
+    ensure!(report["bytes_sent"].as_u64() < Some(2 << 20), "the way back is not a difference: {report}");
+    here.ok(&["restore", "--tag", "back"])?;
+    here.passes(after)?;
+    Ok(())
+}
+
+fn text(value: &Value, key: &str) -> anyhow::Result<String> {
+    Ok(value[key].as_str().with_context(|| format!("no {key} in {value}"))?.to_owned())
+}
+
+/// A guest whose daemon ends, and another daemon that knows it.
+fn outlives() -> anyhow::Result<()> {
+    let mut host = Host::new()?;
+    let zoo = Zoo::start(&host, "zoo", "process")?;
+    zoo.passes(0)?;
+    let pid = zoo.ok(&["show"])?["pid"].clone();
+    std::mem::forget(zoo);
+    host.kill()?;
+    host.start(&[])?;
+    let zoo = Zoo { host: &host, name: "zoo".to_owned() };
+    let info = zoo.ok(&["show"])?;
+    ensure!(info["pid"] == pid && info["activity"] == "running", "the new daemon says {info}");
+    zoo.ok(&["stop"])?;
+    ensure!(zoo.activity()? == "absent", "the new daemon did not end it");
+    Ok(())
+}
+
+fn mistakes() -> anyhow::Result<()> {
+    let host = Host::new()?;
+    fixtures::build("zoo", &host.path("tree/bin/zoo"))?;
+    host.import(&host.path("tree"), "zoo", &[])?;
+    let create = |words: &[&str]| host.ctl.run(["guest", "create", "x", "--on", "zoo"].iter().chain(words));
+    for (words, code, part) in [
+        (&["--driver", "vax", "--", "/bin/zoo"][..], 2, "process"),
+        (&["--", "zoo"], 2, "whole path"),
+        (&[], 2, "no command"),
+        (&["--network", "bridge:br0", "--", "/bin/zoo"], 2, "bridge:BRIDGE"),
+    ] {
+        let said = create(words)?.failed_with(code)?;
+        ensure!(said.contains(part), "{words:?}: {said}");
+    }
+    let said = host.ctl.run(["guest", "create", "x", "--on", "zo", "--", "/bin/zoo"])?.failed_with(3)?;
+    ensure!(said.contains("zoo"), "{said}");
+    create(&["--", "/bin/nothing"])?.ok()?;
+    let guest = Zoo { host: &host, name: "x".to_owned() };
+    let said = host.ctl.run(["guest", "start", "x"])?.failed_with(1)?;
+    ensure!(said.contains("/bin/nothing"), "{said}");
+    ensure!(guest.activity()? == "absent", "a guest that could not be started runs");
+    create(&["--", "/bin/zoo"])?.failed_with(4)?;
+    guest.ok(&["remove"])?;
+    create(&["--network", "bridge:nosuchbridge,10.0.0.2/24", "--", "/bin/zoo", "/says"])?.ok()?;
+    let said = host.ctl.run(["guest", "start", "x"])?.failed_with(7)?;
+    ensure!(said.contains("ip link add nosuchbridge type bridge"), "{said}");
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! The command about guests.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+/// Run containers and machines on layers, checkpoint them and let them go on.
+///
+/// A guest runs on a mount of a sealed stack. What it changes goes to an upper of its own; a checkpoint makes two layers,
+/// guest/NAME/TAG/instance of what it has changed on its disk and guest/NAME/TAG/state of its memory, which can be pushed
+/// like any other.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl guest create web --driver process --on app -- /usr/sbin/nginx -g 'daemon off;'\n  \
+    layerctl guest start web\n  \
+    layerctl guest checkpoint web --stop\n  \
+    layerctl guest restore web")]
+pub struct Guest {
+    /// What to do
+    #[command(subcommand)]
+    pub action: GuestAction,
+}
+
+/// What to do with guests.
+#[derive(Debug, Subcommand)]
+pub enum GuestAction {
+    /// Make a guest on a stack; it isn't started
+    Create(GuestCreate),
+    /// Start a guest anew
+    #[command(after_help = "Examples:\n  layerctl guest start web")]
+    Start(GuestName),
+    /// End a guest; what it has changed on its disk is kept
+    #[command(after_help = "Examples:\n  layerctl guest stop web")]
+    Stop(GuestName),
+    /// List the guests
+    #[command(
+        alias = "ls",
+        after_help = "Examples:\n  layerctl guest list\n  layerctl guest list --json | jq .guests[].name"
+    )]
+    List,
+    /// Tell all of a guest
+    #[command(after_help = "Examples:\n  layerctl guest show web")]
+    Show(GuestName),
+    /// Tell what is in the way of running, checkpointing and restoring a guest here
+    #[command(after_help = "Examples:\n  layerctl guest check web")]
+    Check(GuestName),
+    /// Run a command in a guest
+    #[command(after_help = "Examples:\n  layerctl guest exec web -- ps aux")]
+    Exec {
+        /// The guest
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// The command and its arguments
+        #[arg(value_name = "COMMAND", required = true, last = true)]
+        command: Vec<String>,
+    },
+    /// Make layers of a running guest's memory and disk, as they are at one moment
+    #[command(after_help = "Examples:\n  \
+        layerctl guest checkpoint web                 it runs on\n  \
+        layerctl guest checkpoint web --tag before-upgrade\n  \
+        layerctl guest checkpoint web --stop && layerctl push guest/web/checkpoint/state guest/web/checkpoint/instance edge1")]
+    Checkpoint {
+        /// The guest
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// The checkpoint's tag; an older one of this tag is replaced [default: checkpoint]
+        #[arg(long, value_name = "TAG")]
+        tag: Option<String>,
+        /// End the guest with it
+        #[arg(long)]
+        stop: bool,
+    },
+    /// Let a guest go on from a checkpoint
+    ///
+    /// What the guest has changed since then is lost. A guest whose layers were pushed to this host is taken on record.
+    #[command(
+        after_help = "Examples:\n  layerctl guest restore web\n  layerctl guest restore web --tag before-upgrade"
+    )]
+    Restore {
+        /// The guest
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// The checkpoint's tag [default: the latest here]
+        #[arg(long, value_name = "TAG")]
+        tag: Option<String>,
+    },
+    /// Remove a guest with all that it has changed; layers of checkpoints stay
+    #[command(alias = "rm", after_help = "Examples:\n  layerctl guest remove web --force")]
+    Remove {
+        /// The guest
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// End it if it runs
+        #[arg(long, short)]
+        force: bool,
+    },
+}
+
+/// Which guest.
+#[derive(Debug, Args)]
+pub struct GuestName {
+    /// The guest
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// A guest to make.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl guest create web --driver process --on app -- /usr/sbin/nginx -g 'daemon off;'\n  \
+    layerctl guest create game --driver process --on game --network bridge:br0,10.0.0.2/24,10.0.0.1 --log /var/log/game -- /usr/games/server")]
+pub struct GuestCreate {
+    /// What to call it
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// What runs it: process, or oci (runc)
+    #[arg(long, value_name = "DRIVER", default_value = "process")]
+    pub driver: String,
+    /// The layer that it runs on, with those below
+    #[arg(long, value_name = "LAYER")]
+    pub on: String,
+    /// How it is connected: none, or bridge:BRIDGE,ADDRESS/LENGTH[,GATEWAY]
+    #[arg(long, value_name = "NETWORK", default_value = "none")]
+    pub network: String,
+    /// A variable of its environment
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Its working folder, in the guest
+    #[arg(long, value_name = "FOLDER")]
+    pub folder: Option<PathBuf>,
+    /// The host's name that it sees [default: its own]
+    #[arg(long, value_name = "HOST")]
+    pub hostname: Option<String>,
+    /// A file in the guest to which its output is appended
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// Its first program, with its whole path, and the arguments
+    #[arg(value_name = "COMMAND", last = true)]
+    pub command: Vec<String>,
+}
+
+/// Obey the daemon's orders about a guest, which come on stdin; not for people.
+#[derive(Debug, Args)]
+pub struct GuestLaunch {}

@@ -1,0 +1,155 @@
+//! What the daemon does for its guests: mounts with uppers of their own, sealing, folders.
+//!
+//! A guest's things lie in the store's folder below `guests/NAME`: `root` (its mount), `state` (a state that is being
+//! restored), `run` (what its driver keeps). States that are being written lie in memory where there is enough of it.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use layerfs::manifest::LayerKind;
+use layerfs::monitor::Silent;
+use layerfs::mount::{UnmountOptions, UpperChoice};
+use layerfs::seal::SealOptions;
+use layerfs::store::Expect;
+use layerfs::upper;
+use layerfs::{Error, LayerId, LayerName};
+use migrator::Result;
+use migrator::guest::{GuestName, Host};
+
+use crate::daemon::Daemon;
+
+/// Where files are memory.
+const MEMORY: &str = "/dev/shm";
+/// How long a mount that the last process of a guest has just left may be busy.
+const LEAVING: Duration = Duration::from_secs(10);
+
+/// The daemon as guests see it.
+pub struct DaemonHost {
+    daemon: Arc<Daemon>,
+}
+
+/// The name of a guest's upper.
+pub fn upper_name(name: &GuestName) -> layerfs::Result<LayerName> {
+    LayerName::new(&format!("guest/{name}"))
+}
+
+fn folder(daemon: &Daemon, name: &GuestName) -> PathBuf {
+    daemon.settings.store.join("guests").join(name.as_str())
+}
+
+/// Below memory, a store's own place.
+fn memory(daemon: &Daemon, name: &GuestName) -> PathBuf {
+    let store = daemon.settings.store.display().to_string().replace('/', "-");
+    Path::new(MEMORY).join(format!("layerfs{store}")).join(name.as_str())
+}
+
+fn make(path: &Path) -> layerfs::Result<()> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| Error::file("make", path, error))
+}
+
+fn remove(path: &Path) -> layerfs::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::file("remove", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes all folders of a guest that nothing is mounted in any more.
+pub fn remove_folders(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
+    remove(&memory(daemon, name))?;
+    remove(&folder(daemon, name))
+}
+
+impl DaemonHost {
+    /// The one of `daemon`.
+    pub fn new(daemon: Arc<Daemon>) -> DaemonHost {
+        DaemonHost { daemon }
+    }
+
+    fn made(&self, guest: &GuestName, part: &str) -> layerfs::Result<PathBuf> {
+        let path = folder(&self.daemon, guest).join(part);
+        make(&path)?;
+        Ok(path)
+    }
+
+    /// Unmounts what is at `dir`; what has just been left is waited for.
+    fn unmount_dir(&self, dir: &Path) -> layerfs::Result<()> {
+        let Some(mount) = self.daemon.mounts.at(dir) else { return Ok(()) };
+        let began = Instant::now();
+        loop {
+            match mount.unmount(&UnmountOptions::default()) {
+                Err(Error::Busy(_)) if began.elapsed() < LEAVING => std::thread::sleep(Duration::from_millis(10)),
+                ended => return ended,
+            }
+        }
+    }
+}
+
+impl Host for DaemonHost {
+    fn root(&self, guest: &GuestName) -> PathBuf {
+        folder(&self.daemon, guest).join("root")
+    }
+
+    fn run_folder(&self, guest: &GuestName) -> Result<PathBuf> {
+        Ok(self.made(guest, "run")?)
+    }
+
+    fn scratch(&self, guest: &GuestName, bytes: u64) -> Result<PathBuf> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed).to_string();
+        let is_enough = rustix::fs::statvfs(MEMORY).is_ok_and(|stat| stat.f_bavail * stat.f_frsize / 2 > bytes);
+        let in_memory = memory(&self.daemon, guest).join(&number);
+        let path = match is_enough && make(&in_memory).is_ok() {
+            true => in_memory,
+            false => self.daemon.store.tmp_folder().join(format!("guest-{guest}-{number}")),
+        };
+        // A number that an earlier daemon has used.
+        remove(&path)?;
+        make(&path)?;
+        Ok(path)
+    }
+
+    fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {
+        let dir = self.made(guest, "root")?;
+        if let Some(there) = self.daemon.mounts.at(&dir) {
+            if there.info().and_then(|info| info.base) == Some(stack) {
+                return Ok(dir);
+            }
+            return Err(Error::Busy(format!("the root of guest {guest} is mounted on another stack")).into());
+        }
+        let upper = UpperChoice::Named(upper_name(guest)?);
+        self.daemon.mounts.make(&self.daemon.store, stack, &format!("guest {guest}"), &dir, upper)?;
+        Ok(dir)
+    }
+
+    fn seal(&self, guest: &GuestName, name: &LayerName) -> Result<LayerId> {
+        let mount = self.daemon.mounts.at(&self.root(guest));
+        let mount = mount.ok_or_else(|| Error::NotFound { what: "mount of guest", name: guest.to_string() })?;
+        let options = SealOptions { name: name.clone(), expect: Expect::Any, kind: LayerKind::Instance };
+        Ok(mount.seal(&options, &Silent)?.layer)
+    }
+
+    fn unmount(&self, guest: &GuestName, discard: bool) -> Result<()> {
+        self.unmount_dir(&self.root(guest))?;
+        if discard && let Some(record) = upper::find(self.daemon.store.db(), &upper_name(guest)?)? {
+            upper::remove(&self.daemon.store, record.id)?;
+        }
+        Ok(())
+    }
+
+    fn open_layer(&self, guest: &GuestName, layer: LayerId) -> Result<PathBuf> {
+        let dir = self.made(guest, "state")?;
+        self.unmount_dir(&dir)?;
+        let source = format!("state of guest {guest}");
+        self.daemon.mounts.make(&self.daemon.store, layer, &source, &dir, UpperChoice::ReadOnly)?;
+        Ok(dir)
+    }
+
+    fn close_layer(&self, guest: &GuestName) -> Result<()> {
+        Ok(self.unmount_dir(&folder(&self.daemon, guest).join("state"))?)
+    }
+}

@@ -1,0 +1,309 @@
+//! Guests: create, start, stop, list, show, check, exec, checkpoint, restore, remove.
+//!
+//! Invariants: one operation at a time works on a guest; what the records say is true when an operation has ended, and
+//! what a guest really does is asked of its runtime.
+
+mod host;
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use layerfs::store::Store;
+use layerfs::upper;
+use migrator::guest::checkpoint::{DEFAULT_TAG, Hosted};
+use migrator::guest::programs::{DEFAULT_FOLDER, Programs};
+use migrator::guest::{Activity, GuestName, GuestRecord, GuestSpec, GuestState, Guests, HostDrivers, Obstacle, Side};
+use parking_lot::Mutex;
+
+use super::layers::{layer_name, resolve};
+use crate::api::Empty;
+use crate::api::guests::{
+    GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestInfo,
+    GuestList, GuestName as NameRequest, GuestObstacle, GuestRemove, GuestRestore,
+};
+use crate::daemon::Daemon;
+use crate::daemon::http::Context;
+use crate::failure::{Class, Failure, Result};
+pub use host::DaemonHost;
+
+/// Names the folder of private tools, if it isn't the usual one.
+const ENV_TOOLS: &str = "LAYERFS_GUEST_TOOLS";
+
+/// The daemon's guests.
+pub struct GuestsState {
+    records: Guests,
+    drivers: HostDrivers,
+    /// Those that an operation works on.
+    busy: Mutex<BTreeSet<GuestName>>,
+}
+
+impl GuestsState {
+    /// Those of `store`.
+    pub fn new(store: &Arc<Store>) -> GuestsState {
+        let folder = std::env::var_os(ENV_TOOLS).map_or_else(|| PathBuf::from(DEFAULT_FOLDER), PathBuf::from);
+        let own = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
+        let programs = Arc::new(Programs::new(folder, own, std::env::var_os("PATH")));
+        GuestsState { records: Guests::new(store.clone()), drivers: HostDrivers { programs }, busy: Mutex::default() }
+    }
+
+    /// Takes the guest for one operation.
+    ///
+    /// # Errors
+    /// [`Class::Busy`] if another one has it.
+    pub fn take(&self, name: &GuestName) -> Result<Taken<'_>> {
+        if !self.busy.lock().insert(name.clone()) {
+            let text = format!("something else is being done with guest {name}");
+            return Err(Failure::new(Class::Busy, text).hint("wait for it; `layerctl daemon status` shows what it is"));
+        }
+        Ok(Taken { state: self, name: name.clone() })
+    }
+}
+
+/// A guest that is taken for an operation, until this is dropped.
+pub struct Taken<'a> {
+    state: &'a GuestsState,
+    name: GuestName,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.state.busy.lock().remove(&self.name);
+    }
+}
+
+fn hosted(daemon: &Arc<Daemon>) -> Hosted<'_> {
+    Hosted {
+        guests: &daemon.guests.records,
+        drivers: &daemon.guests.drivers,
+        host: Arc::new(DaemonHost::new(daemon.clone())),
+    }
+}
+
+fn named(text: &str) -> Result<GuestName> {
+    Ok(GuestName::new(text)?)
+}
+
+/// The record of guest `name`.
+fn record_of(context: &Context, name: &GuestName) -> Result<GuestRecord> {
+    context
+        .daemon
+        .guests
+        .records
+        .get(name)
+        .map_err(|error| Failure::from(error).hint("`layerctl guest list` shows the guests that there are"))
+}
+
+/// `/v1/guest-create`.
+pub fn create(context: &Context, request: GuestCreate) -> Result<GuestInfo> {
+    let daemon = &context.daemon;
+    let name = named(&request.name)?;
+    let _taken = daemon.guests.take(&name)?;
+    resolve(&daemon.store, &request.on)?;
+    let stack = layer_name(&request.on)
+        .map_err(|_| Failure::invalid(format!("{:?} is no layer's name; `layerctl tag` gives one", request.on)))?;
+    let spec = GuestSpec { name, driver: request.driver, stack, options: request.options };
+    let record = GuestRecord::new(spec);
+    // Refuses what its driver doesn't know.
+    hosted(daemon).guest(&record)?;
+    daemon.guests.records.add(&record)?;
+    Ok(info(context, &record))
+}
+
+/// `/v1/guest-start`.
+pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
+    let daemon = &context.daemon;
+    let name = named(&request.name)?;
+    context.label(format!("start guest {name}"));
+    let _taken = daemon.guests.take(&name)?;
+    let record = record_of(context, &name)?;
+    let hosted = hosted(daemon);
+    let guest = hosted.guest(&record)?;
+    if guest.status()?.activity != Activity::Absent {
+        return Err(Failure::new(Class::Busy, format!("guest {name} runs already")));
+    }
+    if let GuestState::Away | GuestState::Arriving = record.state {
+        let peer = record.peer.as_deref().unwrap_or("another host");
+        let text = format!("guest {name} is {} ({peer}): it must not run twice", record.state.as_str());
+        return Err(Failure::new(Class::Denied, text));
+    }
+    clear(guest.preflight(Side::Run)?)?;
+    // What it has changed before lies on whatever it lay on then.
+    let upper = upper::find(daemon.store.db(), &host::upper_name(&name)?)?;
+    let stack = match upper.and_then(|upper| upper.base) {
+        Some(base) => base,
+        None => resolve(&daemon.store, record.spec.stack.as_str())?,
+    };
+    // What of it may be left of an end that it came to by itself.
+    guest.stop()?;
+    hosted.host.mount(&name, stack)?;
+    guest.start()?;
+    let record = daemon.guests.records.update(&name, |record| {
+        record.state = GuestState::Running;
+        Ok(())
+    })?;
+    Ok(info(context, &record))
+}
+
+/// Fails if something is in the way.
+fn clear(obstacles: Vec<Obstacle>) -> Result<()> {
+    let mut lines = obstacles.into_iter().map(|obstacle| format!("{}\n  {}", obstacle.what, obstacle.fix));
+    match lines.next() {
+        None => Ok(()),
+        Some(first) => {
+            let all = lines.fold(first, |all, line| format!("{all}\n{line}"));
+            Err(Failure::new(Class::Unsupported, all))
+        }
+    }
+}
+
+/// `/v1/guest-stop`.
+pub fn stop(context: &Context, request: NameRequest) -> Result<GuestInfo> {
+    let daemon = &context.daemon;
+    let name = named(&request.name)?;
+    context.label(format!("end guest {name}"));
+    let _taken = daemon.guests.take(&name)?;
+    let record = record_of(context, &name)?;
+    let hosted = hosted(daemon);
+    hosted.guest(&record)?.stop()?;
+    hosted.host.unmount(&name, false)?;
+    let record = daemon.guests.records.update(&name, |record| {
+        if let GuestState::Running | GuestState::Stopped = record.state {
+            record.state = GuestState::Created;
+        }
+        Ok(())
+    })?;
+    Ok(info(context, &record))
+}
+
+/// `/v1/guests`.
+pub fn list(context: &Context, _: Empty) -> Result<GuestList> {
+    let records = context.daemon.guests.records.list()?;
+    Ok(GuestList { guests: records.iter().map(|record| info(context, record)).collect() })
+}
+
+/// `/v1/guest-show`.
+pub fn show(context: &Context, request: NameRequest) -> Result<GuestInfo> {
+    let record = record_of(context, &named(&request.name)?)?;
+    Ok(info(context, &record))
+}
+
+fn info(context: &Context, record: &GuestRecord) -> GuestInfo {
+    let hosted = hosted(&context.daemon);
+    let status = hosted.guest(record).and_then(|guest| guest.status());
+    let status = status.inspect_err(|error| tracing::debug!("guest {}: {error}", record.spec.name)).ok();
+    let activity = status.as_ref().map(|status| match status.activity {
+        Activity::Absent => "absent",
+        Activity::Running => "running",
+        Activity::Frozen => "frozen",
+    });
+    let root = hosted.host.root(&record.spec.name);
+    GuestInfo {
+        name: record.spec.name.to_string(),
+        driver: record.spec.driver.clone(),
+        on: record.spec.stack.to_string(),
+        state: record.state.as_str().to_owned(),
+        activity: activity.map(str::to_owned),
+        epoch: record.epoch,
+        peer: record.peer.clone(),
+        pid: status.as_ref().and_then(|status| status.pid),
+        memory_bytes: status.as_ref().and_then(|status| status.memory_bytes),
+        root: context.daemon.mounts.at(&root).map(|_| root),
+        state_layer: record.state_layer.as_ref().map(ToString::to_string),
+        instance: record.instance.as_ref().map(ToString::to_string),
+        options: record.spec.options.clone(),
+    }
+}
+
+/// `/v1/guest-check`.
+pub fn check(context: &Context, request: NameRequest) -> Result<GuestCheckResult> {
+    let record = record_of(context, &named(&request.name)?)?;
+    let guest = hosted(&context.daemon).guest(&record)?;
+    let ask = |side| -> Result<Vec<GuestObstacle>> {
+        let found = guest.preflight(side)?.into_iter();
+        Ok(found.map(|obstacle| GuestObstacle { what: obstacle.what, fix: obstacle.fix }).collect())
+    };
+    Ok(GuestCheckResult { run: ask(Side::Run)?, source: ask(Side::Source)?, destination: ask(Side::Destination)? })
+}
+
+/// `/v1/guest-exec`.
+pub fn exec(context: &Context, request: GuestExec) -> Result<GuestExecResult> {
+    let name = named(&request.name)?;
+    context.label(format!("run a command in guest {name}"));
+    let record = record_of(context, &name)?;
+    let argv: Vec<OsString> = request.command.into_iter().map(OsString::from).collect();
+    if argv.is_empty() {
+        return Err(Failure::invalid("there is no command to run"));
+    }
+    let output = hosted(&context.daemon).guest(&record)?.exec(&argv)?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(GuestExecResult { code: output.code, stdout: text(&output.stdout), stderr: text(&output.stderr) })
+}
+
+/// `/v1/guest-checkpoint`.
+pub fn checkpoint(context: &Context, request: GuestCheckpoint) -> Result<GuestCheckpointResult> {
+    let daemon = &context.daemon;
+    let name = named(&request.name)?;
+    context.label(format!("checkpoint guest {name}"));
+    let _taken = daemon.guests.take(&name)?;
+    let record = record_of(context, &name)?;
+    let hosted = hosted(daemon);
+    clear(hosted.guest(&record)?.preflight(Side::Source)?)?;
+    let tag = request.tag.as_deref().unwrap_or(DEFAULT_TAG);
+    let made = hosted.checkpoint(&name, tag, request.stop, &*context.reporter)?;
+    if request.stop {
+        // The instance has all that the upper held.
+        hosted.host.unmount(&name, true)?;
+    }
+    Ok(GuestCheckpointResult {
+        state: made.state.0.to_string(),
+        state_id: made.state.1.to_string(),
+        instance: made.instance.0.to_string(),
+        instance_id: made.instance.1.to_string(),
+        memory_bytes: made.written.memory_bytes,
+        bytes_stored: made.stored_bytes,
+        frozen_seconds: made.frozen_seconds,
+    })
+}
+
+/// `/v1/guest-restore`.
+pub fn restore(context: &Context, request: GuestRestore) -> Result<GuestInfo> {
+    let daemon = &context.daemon;
+    let name = named(&request.name)?;
+    context.label(format!("restore guest {name}"));
+    let _taken = daemon.guests.take(&name)?;
+    let known = daemon.guests.records.find(&name)?;
+    if let Some(record) = &known {
+        clear(hosted(daemon).guest(record)?.preflight(Side::Destination)?)?;
+    }
+    let latest = known.and_then(|record| record.state_layer);
+    let state_name = match (&request.tag, latest) {
+        (None, Some(latest)) => latest,
+        (tag, _) => Hosted::names(&name, tag.as_deref().unwrap_or(DEFAULT_TAG))?.0,
+    };
+    let state = resolve(&daemon.store, state_name.as_str())?;
+    let record = hosted(daemon).restore(&name, state, Some(state_name))?;
+    Ok(info(context, &record))
+}
+
+/// `/v1/guest-remove`.
+pub fn remove(context: &Context, request: GuestRemove) -> Result<GuestInfo> {
+    let daemon = &context.daemon;
+    let name = named(&request.name)?;
+    context.label(format!("remove guest {name}"));
+    let _taken = daemon.guests.take(&name)?;
+    let record = record_of(context, &name)?;
+    let hosted = hosted(daemon);
+    let told = info(context, &record);
+    let guest = hosted.guest(&record)?;
+    if guest.status()?.activity != Activity::Absent && !request.force {
+        let failure = Failure::new(Class::Busy, format!("guest {name} runs"));
+        return Err(failure.hint(format!("`layerctl guest stop {name}` first, or --force ends it")));
+    }
+    guest.stop()?;
+    hosted.host.unmount(&name, true)?;
+    host::remove_folders(daemon, &name)?;
+    daemon.guests.records.remove(&name)?;
+    Ok(told)
+}
