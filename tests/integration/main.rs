@@ -13,6 +13,7 @@ mod fuzz;
 mod guests;
 mod judges;
 mod lazy;
+mod migrate;
 mod outlive;
 mod paths;
 mod push;
@@ -44,6 +45,7 @@ fn main() -> std::process::ExitCode {
         fuzz::cases(),
         guests::cases(),
         drivers::cases(),
+        migrate::cases(),
         outlive::cases(),
         ranges::cases(),
     ];

@@ -513,7 +513,13 @@ impl Run<'_> {
     }
 
     /// What came after the destination's word wasn't downtime.
-    fn split_restore(&mut self, at: Instant, _restored_in: Duration) {
+    fn split_restore(&mut self, at: Instant, restored_in: Duration) {
+        let text = format!(
+            "of the last stage {:.2} s were the restore itself, at {}",
+            restored_in.as_secs_f64(),
+            self.peer.name
+        );
+        self.report.decisions.push(text);
         let end = at.duration_since(self.began).as_secs_f64();
         let Some(stage) = self.report.stages.last_mut() else { return };
         let rest = (stage.at + stage.seconds - end).max(0.0);

@@ -5,6 +5,7 @@
 
 pub mod guests;
 pub mod layers;
+pub mod migrate;
 pub mod mounts;
 pub mod peers;
 pub mod registry;

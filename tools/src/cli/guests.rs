@@ -84,6 +84,14 @@ pub enum GuestAction {
         #[arg(long, value_name = "TAG")]
         tag: Option<String>,
     },
+    /// Tell how an unfinished move of a guest stands, or decide what becomes of it
+    ///
+    /// A move is in doubt when the link was cut, or a host died, between the source's release and the destination's answer. Then nothing
+    /// starts by itself, and either side asks the other again and again. What only an operator can know is said with --run-here or
+    /// --give-up, which tell what they risk.
+    #[command(after_help = "Examples:\n  layerctl guest resolve web\n  layerctl guest resolve web --ask\n  \
+        layerctl guest resolve web --run-here --force")]
+    Resolve(super::migrate::Resolve),
     /// Remove a guest with all that it has changed; layers of checkpoints stay
     #[command(alias = "rm", after_help = "Examples:\n  layerctl guest remove web --force")]
     Remove {

@@ -4,6 +4,7 @@
 
 pub mod guests;
 pub mod layers;
+pub mod migrate;
 pub mod mounts;
 pub mod peers;
 pub mod registry;
@@ -113,6 +114,8 @@ pub enum Command {
     Stdio(peers::Stdio),
 
     Guest(guests::Guest),
+    Migrate(migrate::Migrate),
+    Report(migrate::Report),
     #[command(hide = true)]
     GuestLaunch(guests::GuestLaunch),
 

@@ -26,6 +26,7 @@ pub fn guest(session: &Session, args: args::Guest) -> Result<u8> {
         GuestAction::Exec { name, command } => return exec(session, name, command),
         GuestAction::Checkpoint { name, tag, stop } => checkpoint(session, name, tag, stop)?,
         GuestAction::Restore { name, tag } => restore(session, name, tag)?,
+        GuestAction::Resolve(args) => super::migrate::resolve(session, args)?,
         GuestAction::Remove { name, force } => remove(session, name, force)?,
     }
     Ok(0)

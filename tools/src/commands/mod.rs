@@ -3,6 +3,7 @@
 pub mod guests;
 pub mod inspect;
 pub mod layers;
+pub mod migrate;
 pub mod mounts;
 pub mod peers;
 pub mod registry;
@@ -88,6 +89,8 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Daemon(args) => return system::daemon(session, args),
         Command::Version(_) => system::version(session)?,
         Command::Guest(args) => return guests::guest(session, args),
+        Command::Migrate(args) => migrate::migrate(session, args)?,
+        Command::Report(args) => migrate::report(session, args)?,
         Command::Completions(_) | Command::Generate(_) | Command::GuestLaunch(_) => {}
     }
     Ok(0)

@@ -84,7 +84,8 @@ async fn until_idle(daemon: &Arc<Daemon>) {
     let mut ticker = tokio::time::interval((limit / 4).clamp(Duration::from_millis(100), Duration::from_secs(15)));
     loop {
         ticker.tick().await;
-        let is_free = daemon.mounts.count() == 0 && !daemon.peering.is_listening() && !daemon.peering.is_moving();
+        let is_moving = daemon.peering.is_moving() || daemon.moves.is_busy();
+        let is_free = daemon.mounts.count() == 0 && !daemon.peering.is_listening() && !is_moving;
         let idle_since = daemon.works.idle_since(daemon.started);
         let is_long_enough = idle_since.is_some_and(|since| Instant::now().duration_since(since) >= limit);
         if is_free && is_long_enough && daemon.works.close_if_idle() {

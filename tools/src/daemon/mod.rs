@@ -28,6 +28,7 @@ use crate::{autostart, units};
 use life::Life;
 use migrator::LazyOptions;
 use ops::guests::GuestsState;
+use ops::migrate::Moves;
 use ops::mounts::Mounts;
 use ops::peers::Peering;
 use ops::tier::TierState;
@@ -56,6 +57,8 @@ pub struct Daemon {
     pub tier: TierState,
     /// The guests.
     pub guests: GuestsState,
+    /// Their moves.
+    pub moves: Moves,
     /// When and why to exit.
     pub life: Life,
     started: Instant,
@@ -181,6 +184,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
         peering,
         tier: TierState::default(),
         guests: GuestsState::new(&store),
+        moves: Moves::default(),
         life: Life::default(),
         started: Instant::now(),
         started_at: units::now(),
@@ -193,6 +197,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     daemon.tier.connect(&daemon);
     let bringing_back = daemon.clone();
     let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
+    Moves::start(&daemon);
     daemon.peering.start().await?;
     tokio::spawn(keep_traces(daemon.clone()));
     let socket = Socket::bind(&daemon.settings.store)?;
@@ -214,6 +219,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     }
     drop(socket);
     daemon.peering.stop().await;
+    daemon.moves.stop();
     if daemon.life.is_handed_over() {
         hand_over(&daemon);
     }

@@ -6,6 +6,7 @@ pub mod guests;
 pub mod import;
 pub mod inspect;
 pub mod layers;
+pub mod migrate;
 pub mod mounts;
 pub mod peers;
 pub mod registry;
@@ -73,6 +74,10 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/guest-checkpoint", operation("guest-checkpoint", Long, guests::checkpoint))
         .route("/v1/guest-restore", operation("guest-restore", Long, guests::restore))
         .route("/v1/guest-remove", operation("guest-remove", Long, guests::remove))
+        .route("/v1/guest-resolve", operation("guest-resolve", Long, migrate::resolve))
+        .route("/v1/migrate", operation("migrate", Long, migrate::migrate))
+        .route("/v1/reports", operation("reports", Short, migrate::reports))
+        .route("/v1/report", operation("report", Short, migrate::report))
         .route("/v1/stat", operation("stat", Long, check::stat))
         .route("/v1/gc", operation("gc", Long, check::gc))
         .route("/v1/fsck", operation("fsck", Long, check::fsck))

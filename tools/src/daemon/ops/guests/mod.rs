@@ -48,6 +48,16 @@ impl GuestsState {
         GuestsState { records: Guests::new(store.clone()), drivers: HostDrivers { programs }, busy: Mutex::default() }
     }
 
+    /// The records.
+    pub fn records(&self) -> &Guests {
+        &self.records
+    }
+
+    /// The drivers.
+    pub fn drivers(&self) -> &HostDrivers {
+        &self.drivers
+    }
+
     /// Takes the guest for one operation.
     ///
     /// # Errors
@@ -117,6 +127,7 @@ pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
     let name = named(&request.name)?;
     context.label(format!("start guest {name}"));
     let _taken = daemon.guests.take(&name)?;
+    daemon.moves.require_settled(&name)?;
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
     let guest = hosted.guest(&record)?;
@@ -164,6 +175,7 @@ pub fn stop(context: &Context, request: NameRequest) -> Result<GuestInfo> {
     let name = named(&request.name)?;
     context.label(format!("end guest {name}"));
     let _taken = daemon.guests.take(&name)?;
+    daemon.moves.require_settled(&name)?;
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
     hosted.guest(&record)?.stop()?;
@@ -247,6 +259,7 @@ pub fn checkpoint(context: &Context, request: GuestCheckpoint) -> Result<GuestCh
     let name = named(&request.name)?;
     context.label(format!("checkpoint guest {name}"));
     let _taken = daemon.guests.take(&name)?;
+    daemon.moves.require_settled(&name)?;
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
     clear(hosted.guest(&record)?.preflight(Side::Source)?)?;
@@ -273,8 +286,15 @@ pub fn restore(context: &Context, request: GuestRestore) -> Result<GuestInfo> {
     let name = named(&request.name)?;
     context.label(format!("restore guest {name}"));
     let _taken = daemon.guests.take(&name)?;
+    daemon.moves.require_settled(&name)?;
     let known = daemon.guests.records.find(&name)?;
     if let Some(record) = &known {
+        if record.state == GuestState::Away {
+            let peer = record.peer.as_deref().unwrap_or("another host");
+            let failure =
+                Failure::new(Class::Denied, format!("guest {name} has moved to {peer}: it must not run twice"));
+            return Err(failure.hint(format!("if it is lost there, `layerctl guest remove {name}` first")));
+        }
         clear(hosted(daemon).guest(record)?.preflight(Side::Destination)?)?;
     }
     let latest = known.and_then(|record| record.state_layer);
@@ -293,6 +313,7 @@ pub fn remove(context: &Context, request: GuestRemove) -> Result<GuestInfo> {
     let name = named(&request.name)?;
     context.label(format!("remove guest {name}"));
     let _taken = daemon.guests.take(&name)?;
+    daemon.moves.require_settled(&name)?;
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
     let told = info(context, &record);
@@ -304,6 +325,7 @@ pub fn remove(context: &Context, request: GuestRemove) -> Result<GuestInfo> {
     guest.stop()?;
     hosted.host.unmount(&name, true)?;
     host::remove_folders(daemon, &name)?;
+    daemon.moves.forget(&name)?;
     daemon.guests.records.remove(&name)?;
     Ok(told)
 }
