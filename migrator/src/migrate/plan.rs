@@ -13,8 +13,6 @@ const WORTHWHILE_SECONDS: f64 = 0.02;
 const WORTHWHILE_PART: f64 = 0.05;
 /// Reports that are learnt from.
 const LEARNT: usize = 5;
-/// How far what was learnt may move an estimate.
-const CORRECTION: std::ops::RangeInclusive<f64> = 0.25..=4.0;
 
 /// A round: the memory was read, and what the destination lacked was sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -116,8 +114,8 @@ pub struct Learnt {
     stages: [Option<f64>; 5],
     /// What the send stage took beyond its bytes.
     send_overhead: Option<f64>,
-    /// By what estimates were wrong.
-    correction: Option<f64>,
+    /// By how much the downtime differs from the sum of its stages: a guest runs on while its dump is being prepared.
+    apart: Option<f64>,
     /// How many of the same guest were learnt from.
     pub reports: usize,
 }
@@ -149,14 +147,14 @@ impl Learnt {
             let send = report.stage("send")?;
             Some((send.seconds - send.bytes as f64 / report.link?.rate).max(0.0))
         };
-        let wrong = |report: &&Report| {
-            let predicted = report.predicted?.seconds;
-            (predicted > 0.0).then(|| report.downtime.map(|down| down.seconds / predicted))?
+        let apart = |report: &&Report| {
+            let stages = report.stages.iter().filter(|stage| stage.is_down).map(|stage| stage.seconds);
+            Some(report.downtime?.seconds - stages.sum::<f64>())
         };
         Learnt {
             stages: DOWN_STAGES.map(stage),
             send_overhead: median(latest.iter().filter_map(overhead).collect()),
-            correction: if own >= 2 { median(latest.iter().filter_map(wrong).collect()) } else { None },
+            apart: if own > 0 { median(latest.iter().filter_map(apart).collect()) } else { None },
             reports: own,
         }
     }
@@ -177,10 +175,8 @@ impl Learnt {
             let known = if *name == "send" { self.send_overhead } else { self.stages[at] };
             seconds += known.unwrap_or(guess[at]);
         }
-        // Stages that were measured carry their own truth; what is left is corrected only if it was wrong throughout.
-        let correction = self.correction.map_or(1.0, |wrong| wrong.clamp(*CORRECTION.start(), *CORRECTION.end()));
-        let weight = if self.reports >= LEARNT { 0.5 } else { 0.25 };
-        Downtime { seconds: seconds * correction.powf(weight), bytes: bytes as u64 }
+        seconds = (seconds + self.apart.unwrap_or(0.0)).max(link.round_trip);
+        Downtime { seconds, bytes: bytes as u64 }
     }
 }
 
@@ -240,7 +236,8 @@ mod tests {
             let bytes = if *name == "send" { send_bytes } else { 0 };
             report.stages.push(Stage { name: (*name).to_owned(), at: 0.0, seconds, bytes, is_down: true });
         }
-        report.downtime = Some(Downtime { seconds: seconds.iter().sum(), bytes: send_bytes });
+        // A tenth of a second of the dump was preparation.
+        report.downtime = Some(Downtime { seconds: seconds.iter().sum::<f64>() - 0.1, bytes: send_bytes });
         report.outcome = "moved".to_owned();
         report
     }
@@ -258,9 +255,9 @@ mod tests {
         let learnt = Learnt::from(&reports, "web", "process", 100_000_000);
         assert_eq!(learnt.reports, 6);
         let same = learnt.predict(12.5e6, 100_000_000, 0.3, LINK).seconds;
-        assert!((same - 2.0).abs() < 0.1, "{same}");
+        assert!((same - 1.9).abs() < 0.01, "{same}");
         let twice = learnt.predict(25e6, 100_000_000, 0.3, LINK).seconds;
-        assert!((twice - 3.0).abs() < 0.15, "{twice}");
+        assert!((twice - 2.9).abs() < 0.01, "{twice}");
     }
 
     #[test]
