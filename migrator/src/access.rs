@@ -81,6 +81,11 @@ impl Access {
         self.held.contains(layer)
     }
 
+    /// Whether the peer may learn of every chunk.
+    pub(crate) fn is_unrestricted(&self) -> bool {
+        self.reachable.is_none()
+    }
+
     /// For each of `ids`, whether the peer may take it as being here. Those are not collected while `session` lives.
     ///
     /// # Errors

@@ -38,6 +38,8 @@ use crate::wire::{Bundle, Message, Offer};
 const MAX_JOBS: usize = 8;
 /// How often what has come is made durable: a host that dies loses no more than that.
 const FLUSH_EVERY: Duration = Duration::from_secs(3);
+/// Of what completes partial layers so many chunks are wanted beforehand, and then those of another question.
+const MAX_AWAITED_OF_REST: usize = 64;
 /// A restricted peer may send so many chunks in one transfer: each is remembered.
 const MAX_RESTRICTED_CHUNKS: u64 = 4_000_000;
 
@@ -141,6 +143,8 @@ struct Accepted {
     force: bool,
     lacking: Vec<bool>,
     access: Access,
+    /// Something that is held is damaged: all is asked for, so that it comes again.
+    is_doubted: bool,
     /// What is held stays while the transfer builds upon it.
     _pins: Vec<Pin>,
 }
@@ -148,6 +152,16 @@ struct Accepted {
 impl Accepted {
     fn names(&self) -> Vec<LayerName> {
         self.offer.names.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Whether the transfer may build upon `layer`.
+    fn holds(&self, layer: &LayerId) -> bool {
+        !self.is_doubted && self.access.holds(layer)
+    }
+
+    /// Whether it completes what is partial here.
+    fn is_rest(&self) -> bool {
+        self.offer.names.is_empty()
     }
 
     fn layer_of(&self, index: u16) -> LayerId {
@@ -208,6 +222,7 @@ impl Driver<'_> {
             if self.perform(steps).await? {
                 return Ok(self.changed);
             }
+            self.check_next();
         }
     }
 
@@ -223,7 +238,6 @@ impl Driver<'_> {
                 if self.is_dry() {
                     self.tally.chunks.fetch_add((present.len() - reused) as u64, Relaxed);
                 }
-                self.check_next();
                 return Ok(self.machine.have_checked(&present));
             }
             Event::Verified(batch) => return self.verified(batch),
@@ -256,9 +270,6 @@ impl Driver<'_> {
                 ReceiverStep::CheckOffer(offer) => steps.extend(self.check_offer(offer).await?),
                 ReceiverStep::CheckHave(ids) => {
                     self.to_check.push_back(ids);
-                    if self.checking.is_none() {
-                        self.check_next();
-                    }
                 }
                 ReceiverStep::Store(chunks) => self.verify(chunks)?,
                 ReceiverStep::Open(bundle) => self.open(bundle)?,
@@ -280,7 +291,7 @@ impl Driver<'_> {
             Ok(accepted)
         };
         let accepted = Arc::new(joined(spawn_blocking(begin).await)?);
-        let held = accepted.offer.hints.iter().map(|hint| accepted.access.holds(hint)).collect();
+        let held = accepted.offer.hints.iter().map(|hint| accepted.holds(hint)).collect();
         let lacking = accepted.lacking.clone();
         let lacks = || accepted.offer.layers.iter().zip(&lacking).filter(|(_, lacks)| **lacks);
         self.tally.layers.store(lacking.len() as u64, Relaxed);
@@ -293,14 +304,24 @@ impl Driver<'_> {
         Ok(self.machine.offer_checked(lacking, held))
     }
 
+    /// Looks which chunks of the next question are here, if that isn't better done later: what readers of a partial layer
+    /// fetch for themselves need not come twice.
     fn check_next(&mut self) {
-        self.checking = match (self.to_check.pop_front(), self.accepted.clone()) {
-            (Some(ids), Some(accepted)) => {
-                let context = self.context.clone();
-                Some(spawn_blocking(move || Ok(accepted.access.has(&context.session, &ids)?)))
-            }
-            _ => None,
-        };
+        let is_rest = self.accepted.as_ref().is_some_and(|accepted| accepted.is_rest());
+        if self.checking.is_some() || is_rest && self.machine.awaited() >= MAX_AWAITED_OF_REST {
+            return;
+        }
+        if let (Some(ids), Some(accepted)) = (self.to_check.pop_front(), self.accepted.clone()) {
+            let context = self.context.clone();
+            self.checking = Some(spawn_blocking(move || {
+                let mut there = accepted.access.has(&context.session, &ids)?;
+                if is_rest && context.terms.visible == Visible::All {
+                    let store = &context.store;
+                    there.iter_mut().zip(&ids).for_each(|(there, id)| *there = *there || store.is_arriving(id));
+                }
+                Ok(there)
+            }));
+        }
     }
 
     fn verify(&mut self, chunks: Vec<StoredChunk>) -> Result<()> {
@@ -320,8 +341,13 @@ impl Driver<'_> {
         let peer = self.link.peer().to_owned();
         self.verifying.push_back(spawn_blocking(move || {
             let Some(accepted) = accepted else { return Err(Error::protocol(&peer, "a bundle before its offer")) };
-            let opened = unbundle::open(&context.store, &context.session, &accepted.access, &bundle, &peer)?;
-            Ok(Batch::Bundle(opened))
+            let opened = unbundle::open(&context.store, &context.session, &accepted.access, &bundle, &peer);
+            if let (Err(error), Some((grants, key))) = (&opened, &context.terms.kept)
+                && unbundle::is_damaged_base(error)
+            {
+                grants.doubt(*key);
+            }
+            opened.map(Batch::Bundle)
         }));
         Ok(())
     }
@@ -465,11 +491,12 @@ fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
     if let Some((grants, key)) = &terms.kept {
         access.grant_again(grants.take(key));
     }
-    let lacking: Vec<bool> = offer.layers.iter().map(|layer| !access.holds(&layer.id)).collect();
+    let is_doubted = !offer.dry_run && terms.kept.as_ref().is_some_and(|(grants, key)| grants.take_doubt(key));
+    let lacking: Vec<bool> = offer.layers.iter().map(|layer| is_doubted || !access.holds(&layer.id)).collect();
     let offered = offer.layers.iter().map(|layer| &layer.id);
     let held = offered.chain(&offer.hints).filter(|id| access.holds(id));
     let pins = held.map(|id| store.pin(*id)).collect::<layerfs::Result<_>>()?;
-    Ok(Accepted { offer, force, lacking, access, _pins: pins })
+    Ok(Accepted { offer, force, lacking, access, is_doubted, _pins: pins })
 }
 
 /// An offer without names may only bring what partial layers lack: those that were asked for, or that the peer has
@@ -507,6 +534,10 @@ fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
     let Context { store, session, .. } = context;
     if accepted.offer.dry_run {
         return would_change(store, accepted);
+    }
+    if accepted.is_rest() {
+        // Some of it others have brought.
+        store.flush_sessions();
     }
     session.commit()?;
     failpoint::hit("receive.staged");

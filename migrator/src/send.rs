@@ -33,6 +33,8 @@ use crate::wire::{MAX_ASK, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, Off
 pub(crate) const CANCEL_CHECK: Duration = Duration::from_millis(200);
 /// Batches of candidates that wait to be asked for.
 const PLANNED_BATCHES: usize = 4;
+/// So many ids are asked for at a time where readers fetch some of them meanwhile.
+const MAX_ASK_OF_REST: usize = 64;
 /// So much is sent without asking at most, in one transfer: a transfer that is resumed would send it again.
 const MAX_CHUNKS_AHEAD: usize = 4096;
 const MAX_BYTES_AHEAD: u64 = 4 << 20;
@@ -307,7 +309,12 @@ impl Driver<'_> {
         let is_again = self.tally.chunks.load(Relaxed) > 0;
         let sent_ahead = Arc::new(AtomicU64::new(if is_again { MAX_BYTES_AHEAD } else { 0 }));
         let similar = Similar::new(self.store.clone(), lacks.clone(), held.clone());
-        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), self.offer.lazy));
+        let kind = match (self.offer.lazy, self.offer.names.is_empty()) {
+            (true, _) => Kind::Structure,
+            (false, true) => Kind::Rest,
+            (false, false) => Kind::Whole,
+        };
+        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), kind));
         let work = Work {
             store: self.store.clone(),
             outbox: self.link.outbox()?,
@@ -363,6 +370,16 @@ enum Planned {
     Ahead(Vec<Candidate>),
 }
 
+/// What of the layers is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Whole,
+    /// What a mount needs.
+    Structure,
+    /// What is lacking where the structure is.
+    Rest,
+}
+
 /// The thread that works out what to ask for.
 struct Planner {
     batches: mpsc::Receiver<Planned>,
@@ -375,14 +392,18 @@ impl Planner {
         lacking: Vec<LayerId>,
         held: Vec<LayerId>,
         bytes_ahead: Arc<AtomicU64>,
-        only_structure: bool,
+        kind: Kind,
     ) -> Planner {
+        // Of the rest a part may come otherwise before it's its turn: small questions can be answered late.
+        let most = if kind == Kind::Rest { MAX_ASK_OF_REST } else { MAX_ASK };
         let (queue, batches) = mpsc::channel(PLANNED_BATCHES);
         let thread = tokio::task::spawn_blocking(move || {
             let give = |planned| queue.blocking_send(planned).map_err(|_| layerfs::Error::Cancelled);
             let (mut ask, mut ahead) = (Vec::new(), Vec::new());
             let mut chunks_ahead = 0;
             let mut sink = |mut candidate: Candidate| {
+                // The structure is there.
+                candidate.is_certain &= kind != Kind::Rest;
                 candidate.is_certain &= chunks_ahead < MAX_CHUNKS_AHEAD && bytes_ahead.load(Relaxed) < MAX_BYTES_AHEAD;
                 let (batch, planned): (_, fn(Vec<Candidate>) -> Planned) = if candidate.is_certain {
                     chunks_ahead += 1;
@@ -391,9 +412,9 @@ impl Planner {
                     (&mut ask, Planned::Ask)
                 };
                 batch.push(candidate);
-                if batch.len() == MAX_ASK { give(planned(std::mem::take(batch))) } else { Ok(()) }
+                if batch.len() == most { give(planned(std::mem::take(batch))) } else { Ok(()) }
             };
-            if only_structure {
+            if kind == Kind::Structure {
                 structure::candidates(store.as_ref(), &lacking, &mut sink)?;
             } else {
                 plan::candidates(store.as_ref(), &lacking, &held, &mut sink)?;

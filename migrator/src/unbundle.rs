@@ -35,12 +35,16 @@ pub(crate) enum Opened {
 /// Opens `bundle`. Blocks.
 ///
 /// # Errors
-/// A base that isn't there, or isn't there for this peer; a frame that isn't what it says; those of the store.
+/// A base that isn't there, or isn't there for this peer, or is damaged; a frame that isn't what it says; those of the
+/// store.
 pub(crate) fn open(store: &Store, session: &Session, access: &Access, bundle: &Bundle, peer: &str) -> Result<Opened> {
     let mut prefix = Vec::new();
     for name in &bundle.bases {
         let base = find(store, session, access, name, peer)?;
-        let plain = session.get(&base)?;
+        let plain = session.get(&base).map_err(|error| match error {
+            StoreError::ChunkDamaged { .. } | StoreError::ChunkMissing(_) => damaged_base(peer, error),
+            other => other.into(),
+        })?;
         if prefix.len() + plain.len() > MAX_BUNDLE_BYTES {
             return Err(Error::protocol(peer, "a bundle with too large bases"));
         }
@@ -108,6 +112,19 @@ impl Waiting {
     }
 }
 
+/// What a damaged base is reported with.
+const OPENING: &str = "opening a bundle from";
+
+/// A failure of this side, after which the same may succeed: what is damaged isn't built upon twice.
+fn damaged_base(peer: &str, cause: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::link(OPENING, peer, std::io::Error::other(cause))
+}
+
+/// Whether `error` is that something the sender built upon is damaged here.
+pub(crate) fn is_damaged_base(error: &Error) -> bool {
+    matches!(error, Error::Link { action: OPENING, .. })
+}
+
 fn broken(peer: &str, error: StoreError) -> Error {
     Error::protocol(peer, error.to_string())
 }
@@ -116,6 +133,12 @@ fn broken(peer: &str, error: StoreError) -> Error {
 fn find(store: &Store, session: &Session, access: &Access, name: &BaseName, peer: &str) -> Result<ChunkId> {
     let found = store.find(name)?;
     let there = access.has(session, &found)?;
+    if access.is_unrestricted()
+        && let ([id, ..], false) = (&found[..], there.contains(&true))
+    {
+        // It is in the index, and known to be damaged.
+        return Err(damaged_base(peer, StoreError::ChunkMissing(*id)));
+    }
     let base = found.into_iter().zip(there).find(|(_, there)| *there);
     base.map(|(id, _)| id).ok_or_else(|| {
         let name: String = name.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -77,7 +77,7 @@ fn restart(host: &mut Host) -> anyhow::Result<()> {
 /// Collects until nothing is left: what a transfer that is just ending has brought stays until it has ended.
 fn forget(host: &Host) -> anyhow::Result<()> {
     for _ in 0..300 {
-        host.ctl.ok(["gc"])?;
+        host.ctl.ok(["gc", "--unfinished"])?;
         if number(&host.ctl.json(["stat"])?, "chunks")? == 0 {
             return Ok(());
         }

@@ -86,6 +86,9 @@ fn server(host: &Host, arguments: &[&str]) -> anyhow::Result<Server> {
 
 /// Prints the table, row by row. With `only`, the rows of that name and `paths`.
 pub fn run(only: Option<&str>) -> anyhow::Result<()> {
+    if only == Some("unlimited") {
+        return crate::unlimited::run();
+    }
     println!(
         "use of the link in %: {SECONDS} s of its rate in bytes, {SECONDS_FAR} s from 100 ms on, {MAX_BYTES} bytes at most;"
     );

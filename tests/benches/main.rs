@@ -13,6 +13,7 @@ mod mount;
 mod peers;
 mod storage;
 mod table;
+mod unlimited;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --tree DIR    measure on this tree [default: a Debian root, or a made-up tree]\
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
-    \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths\
+    \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths, or unlimited\
     \n       layerfs-bench mount [ROW…]    the mount beside the kernel's overlay and fuse-overlayfs; mount --help says more\
     \n  --only WORD   only the parts whose name holds WORD: speed, wire, bytes, lazy, storage, memory\
     \n  --row WORD    of bytes only the rows whose name holds WORD: package, disk image, memory image, database, tree\

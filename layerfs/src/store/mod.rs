@@ -264,6 +264,16 @@ impl Store {
         live.iter().any(|session| session.is_pending(id))
     }
 
+    /// Lets the index know of what all sessions have put until now. What one of them can't keep is its own affair.
+    pub fn flush_sessions(&self) {
+        let live: Vec<_> = self.sessions.lock().live.values().filter_map(Weak::upgrade).collect();
+        for session in live {
+            if let Err(error) = session.flush() {
+                tracing::debug!(%error, "another session's chunks were not made durable");
+            }
+        }
+    }
+
     fn unregister(&self, number: u64) {
         let mut sessions = self.sessions.lock();
         sessions.live.remove(&number);

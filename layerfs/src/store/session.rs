@@ -301,7 +301,7 @@ impl Inner {
         Ok(())
     }
 
-    fn flush(&self) -> Result<()> {
+    pub(crate) fn flush(&self) -> Result<()> {
         let mut state = self.state.lock();
         state.check()?;
         let result = self.flush_locked(&mut state);

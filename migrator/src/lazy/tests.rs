@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use layerfs::chunk::ChunkRead;
+use layerfs::chunk::{ChunkRead, ChunkWrite, Class};
 use layerfs::error::ErrorClass;
 use layerfs::store::{FsckOptions, GcOptions, Store};
 use layerfs::{ChunkId, LayerId};
@@ -88,6 +88,27 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
     assert!(pair.here.has_whole("app", top));
     assert_eq!(store.presence(base).unwrap().percent(), 100);
     assert_clean(&pair.here);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_have_brought_does_not_come_again() {
+    let pair = Pair::new().await;
+    let layer = add_layer(pair.there.store(), "app", &tree(300, 8 << 20));
+    pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store();
+    let ids = data(store, layer);
+    // As a reader's connection does: nothing of it is in the index yet.
+    let session = store.session("reader");
+    for id in ids.iter().step_by(2) {
+        session.put(Class::Data, &pair.there.store().get(id).unwrap()).unwrap();
+    }
+    let report = pair.here.node.complete(&[layer], "there", silent()).await.unwrap();
+    assert_eq!(report.chunks_sent as usize, ids.len() / 2, "{report:?}");
+    assert!(!store.has_partials());
+    // The index knows of all of it, whatever becomes of that session.
+    assert!(store.contains_many(&ids).unwrap().iter().all(|here| *here));
+    drop(session);
+    assert!(pair.here.has_whole("app", layer));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -215,6 +215,11 @@ impl Receiver {
         self.ended.is_some_and(|chunks| !(self.is_grouped && self.received < chunks))
     }
 
+    /// How many chunks were wanted and haven't come.
+    pub fn awaited(&self) -> usize {
+        self.awaited.len()
+    }
+
     /// How many bytes the sender of a dry run would have sent, once it has said so.
     pub fn would_send(&self) -> Option<u64> {
         self.would_send

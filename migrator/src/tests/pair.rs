@@ -130,6 +130,23 @@ impl Host {
         self.node.store()
     }
 
+    /// Flips a bit of what the packs have of `bytes`, which stand there as they are.
+    pub fn damage(&self, bytes: &[u8]) {
+        let mut hits = 0;
+        for pack in std::fs::read_dir(self._folder.path().join("store/packs")).unwrap() {
+            let path = pack.unwrap().path();
+            let mut pack = std::fs::read(&path).unwrap();
+            let found = pack.windows(bytes.len()).position(|window| window == bytes);
+            if let Some(at) = found {
+                pack[at] ^= 1;
+                let file = std::fs::File::options().write(true).open(&path).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&file, &pack[at..=at], at as u64).unwrap();
+                hits += 1;
+            }
+        }
+        assert_eq!(hits, 1, "packs with these bytes");
+    }
+
     pub fn know(&self, called: &str, key: PublicKey, address: Option<String>, rights: Rights) {
         let name = PeerName::new(called).unwrap();
         self.node.peers().add(Peer { name, address, key, rights }).unwrap();

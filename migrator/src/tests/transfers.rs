@@ -156,3 +156,31 @@ async fn single_chunks_are_fetched_as_far_as_the_key_reaches() {
     let count = pair.here.node.fetch_chunks(&asked, "there", &mut sink).await.unwrap();
     assert_eq!((count, &got), (ours.len() as u64, &ours));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_base_comes_again_by_itself() {
+    for pulls in [false, true] {
+        let pair = Pair::new().await;
+        let (from, to) = if pulls { (&pair.there, &pair.here) } else { (&pair.here, &pair.there) };
+        let mut files = tree(30, 2 << 20);
+        add_layer(from.store(), "one", &files);
+        if pulls {
+            pair.pull("one").await.unwrap()
+        } else {
+            pair.push("one").await.unwrap()
+        };
+        let large = files.get_mut("large").unwrap();
+        to.damage(&large[100_000..100_100]);
+        large.iter_mut().step_by(10_000).for_each(|byte| *byte ^= 1);
+        let two = add_layer(from.store(), "two", &files);
+        let report = if pulls { pair.pull("two").await } else { pair.push("two").await }.unwrap();
+        assert_eq!(report.retries, 1, "{report:?}");
+        assert!(to.has_whole("two", two));
+        // The next one builds upon what is held again.
+        files.get_mut("large").unwrap()[5] ^= 1;
+        let three = add_layer(from.store(), "three", &files);
+        let report = if pulls { pair.pull("three").await } else { pair.push("three").await }.unwrap();
+        assert!(report.retries == 0 && report.chunk_stored_bytes < 20_000, "{report:?}");
+        assert!(to.has_whole("three", three));
+    }
+}

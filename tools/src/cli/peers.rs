@@ -101,6 +101,7 @@ pub enum PeerAction {
     #[command(after_help = "Examples:\n  \
         layerctl peer add edge1 edge1.example.org\n  \
         layerctl peer add edge1 edge1.example.org --fingerprint 7x2kd-…      for scripts\n  \
+        layerctl peer add edge1 10.0.0.2,192.168.7.2      over both networks at once\n  \
         layerctl peer add edge1 10.0.0.2:7440 --key lfk-… --allow pull --visible 'app/*'\n  \
         layerctl peer add laptop - --key lfk-…      a host that only calls")]
     Add(PeerAdd),
@@ -133,7 +134,7 @@ pub struct PeerAdd {
     /// What it is called here
     #[arg(value_name = "PEER")]
     pub name: String,
-    /// HOST[:PORT]; `-` for a host that only connects to this one
+    /// HOST[:PORT], several with commas between; `-` for a host that only connects to this one
     #[arg(value_name = "ADDRESS")]
     pub address: String,
     /// Its public key, as `layerctl peer id` prints it there
@@ -181,7 +182,7 @@ pub struct PeerSet {
     /// The names that it may see, instead of those until now; `*` alone means all, and all chunks
     #[arg(long, group = "change", value_delimiter = ',', value_name = "PATTERN")]
     pub visible: Vec<String>,
-    /// HOST[:PORT]; `-` for a host that only connects to this one
+    /// HOST[:PORT], several with commas between; `-` for a host that only connects to this one
     #[arg(long, group = "change", value_name = "ADDRESS")]
     pub address: Option<String>,
 }
