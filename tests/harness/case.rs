@@ -25,6 +25,8 @@ pub enum Need {
     Debian,
     /// A CRIU that works with this kernel, where the daemon finds it.
     Criu,
+    /// A kernel for test machines.
+    Kernel,
     /// A program where the daemon finds those that it runs guests with.
     GuestTool(&'static str),
     /// Control groups and the rest that privileged containers want.
@@ -51,6 +53,8 @@ impl Need {
             Need::Debian => crate::debian::root().err().map(|error| format!("needs a Debian root: {error:#}")),
             Need::Criu => (!crate::fixtures::criu_works())
                 .then(|| "needs a CRIU that works with this kernel: run scripts/setup guests".to_owned()),
+            Need::Kernel => (!crate::fixtures::kernel().is_file())
+                .then(|| "needs a kernel for test machines: run scripts/setup guests".to_owned()),
             Need::GuestTool(tool) => (!crate::fixtures::has_guest_tool(tool))
                 .then(|| format!("needs the program {tool}: run scripts/setup guests")),
             Need::Containers => {

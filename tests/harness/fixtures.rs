@@ -31,3 +31,25 @@ pub fn criu_works() -> bool {
 pub fn has_guest_tool(name: &str) -> bool {
     crate::case::has_tool(name) || guest_tools().join("bin").join(name).is_file()
 }
+
+/// A kernel for test machines, which scripts/setup guests brings.
+pub fn kernel() -> PathBuf {
+    guest_tools().join("kernel/vmlinuz")
+}
+
+/// The first files of a machine's kernel: nothing but the program `init`, in cpio's "newc" form.
+pub fn initrd(init: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (number, (name, mode, data)) in [("init", 0o100_755, init), ("TRAILER!!!", 0, &[][..])].into_iter().enumerate()
+    {
+        let fields = [number as u32, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+        archive.extend_from_slice(b"070701");
+        fields.iter().for_each(|field| archive.extend_from_slice(format!("{field:08x}").as_bytes()));
+        archive.extend_from_slice(name.as_bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend_from_slice(data);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+    archive
+}

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Namespaces, Root, Tool};
+use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
 use layerfs_tests::fixtures;
 use layerfs_tests::host::{Host, TwoHosts};
 use serde_json::Value;
@@ -28,6 +28,11 @@ pub fn cases() -> Vec<Case> {
             "drivers::oci_goes_on_elsewhere",
             &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
             oci_elsewhere,
+        ),
+        Case::new(
+            "drivers::qemu_goes_on_from_checkpoints",
+            &[Root, Fuse, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
+            machine,
         ),
         Case::new("drivers::process_outlives_the_daemon", &[Root, Fuse, Tool("cc")], outlives),
         Case::new("drivers::mistakes_are_told", &[Root, Fuse, Tool("cc")], mistakes),
@@ -178,6 +183,56 @@ fn elsewhere(driver: &str) -> anyhow::Result<()> {
 
 fn text(value: &Value, key: &str) -> anyhow::Result<String> {
     Ok(value[key].as_str().with_context(|| format!("no {key} in {value}"))?.to_owned())
+}
+
+/// A machine that counts on its console: it goes on with its memory whole, from each of its checkpoints.
+fn machine() -> anyhow::Result<()> {
+    let host = Host::new()?;
+    let tree = host.new_folder("tree")?;
+    fixtures::build("machine", &host.path("init"))?;
+    fs::write(tree.join("initrd"), fixtures::initrd(&fs::read(host.path("init"))?))?;
+    fs::copy(fixtures::kernel(), tree.join("vmlinuz"))?;
+    fs::File::create(tree.join("disk.raw"))?.set_len(1 << 20)?;
+    host.import(&tree, "machine", &[])?;
+    let create = ["guest", "create", "vm", "--driver", "qemu", "--on", "machine", "--memory", "192M"];
+    let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append", "console=ttyS0 quiet panic=-1"];
+    host.ctl.ok(create.iter().chain(&boot))?;
+    let vm = Zoo { host: &host, name: "vm".to_owned() };
+    vm.ok(&["start"])?;
+    let early = ticks_beyond(&host, 3)?;
+    let first = vm.ok(&["checkpoint", "--tag", "first"])?;
+    ensure!(first["memory_bytes"].as_u64() > Some(32 << 20), "the checkpoint lacks memory: {first}");
+    let later = ticks_beyond(&host, early + 3)?;
+    let again = vm.ok(&["checkpoint", "--stop"])?;
+    let (before, now) = (first["bytes_stored"].as_u64(), again["bytes_stored"].as_u64().map(|bytes| 4 * bytes));
+    ensure!(now < before, "memory was stored twice: {first}, then {again}");
+    vm.ok(&["restore"])?;
+    ticks_beyond(&host, later)?;
+    let said = host.ctl.run(["guest", "exec", "vm", "--", "/init"])?.failed_with(1)?;
+    ensure!(said.contains("ssh"), "{said}");
+    vm.ok(&["stop"])?;
+    fs::write(host.ctl.store().join("guests/vm/run/console"), "")?;
+    vm.ok(&["restore", "--tag", "first"])?;
+    let back = ticks_beyond(&host, 0)?;
+    ensure!(back <= later, "it goes on from {back}, not from its first checkpoint");
+    vm.ok(&["remove", "--force"])?;
+    host.fsck()
+}
+
+/// Waits until the machine counts beyond `count` on its console.
+fn ticks_beyond(host: &Host, count: u64) -> anyhow::Result<u64> {
+    let began = Instant::now();
+    loop {
+        let text = fs::read(host.ctl.store().join("guests/vm/run/console")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        ensure!(!text.contains(" bad"), "the machine has lost memory: {text}");
+        let ticks = text.lines().filter_map(|line| line.trim().strip_prefix("tick ")?.strip_suffix(" ok"));
+        match ticks.filter_map(|tick| tick.parse().ok()).next_back() {
+            Some(tick) if tick > count => return Ok(tick),
+            _ => ensure!(began.elapsed() < PATIENCE, "the machine does not count beyond {count}: {text}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// A guest whose daemon ends, and another daemon that knows it.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use super::oci::OciGuest;
 use super::process::ProcessGuest;
 use super::programs::Programs;
+use super::qemu::QemuGuest;
 use super::{Drivers, Guest, GuestRecord, Host};
 use crate::error::Result;
 
 /// The drivers' names.
-pub const DRIVERS: [&str; 2] = ["process", "oci"];
+pub const DRIVERS: [&str; 3] = ["process", "oci", "qemu"];
 
 /// The real drivers.
 pub struct HostDrivers {
@@ -22,6 +23,7 @@ impl Drivers for HostDrivers {
         match record.spec.driver.as_str() {
             "process" => Ok(Arc::new(ProcessGuest::new(record, &*host, self.programs.clone())?)),
             "oci" => Ok(Arc::new(OciGuest::new(record, &*host, self.programs.clone())?)),
+            "qemu" => Ok(Arc::new(QemuGuest::new(record, &*host, self.programs.clone())?)),
             other => {
                 let known = DRIVERS.join(", ");
                 Err(layerfs::Error::invalid(format!("there is no driver {other:?}: there are {known}")).into())

@@ -29,6 +29,8 @@ mod preflight;
 mod process;
 mod processes;
 pub mod programs;
+mod qemu;
+mod qmp;
 mod records;
 mod scan;
 pub mod state;

@@ -15,6 +15,62 @@ use super::GuestName;
 use super::options::Network;
 use super::programs::{Programs, run};
 
+/// A machine's connection: an interface of the host that QEMU serves, in the bridge.
+pub struct Tap<'a>(Link<'a>);
+
+impl<'a> Tap<'a> {
+    /// As [`Link::of`].
+    pub fn of(programs: &'a Programs, network: &'a Network, guest: &GuestName, run_folder: &Path) -> Option<Tap<'a>> {
+        Link::of(programs, network, guest, run_folder).map(Tap)
+    }
+
+    /// The interface.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The host's bridge.
+    pub fn bridge(&self) -> &str {
+        self.0.bridge
+    }
+
+    /// Whether the host has the bridge.
+    pub fn has_bridge(&self) -> bool {
+        self.0.has_bridge()
+    }
+
+    /// Makes it. Nothing passes before [`Tap::release`].
+    pub fn make(&self) -> Result<(), String> {
+        self.remove()?;
+        self.0.ip(&["tuntap", "add", "dev", self.name(), "mode", "tap"])?;
+        let joined = self.0.ip(&["link", "set", self.name(), "master", self.bridge()]);
+        if joined.is_err() {
+            let _ = self.remove();
+        }
+        joined
+    }
+
+    /// Lets nothing pass.
+    pub fn hold(&self) -> Result<(), String> {
+        self.0.hold()
+    }
+
+    /// Lets nothing pass, if it is there.
+    pub fn hold_if_there(&self) -> Result<(), String> {
+        if self.0.ip(&["link", "show", self.name()]).is_ok() { self.0.hold() } else { Ok(()) }
+    }
+
+    /// Lets everything pass.
+    pub fn release(&self) -> Result<(), String> {
+        self.0.release()
+    }
+
+    /// Removes it, if it is there.
+    pub fn remove(&self) -> Result<(), String> {
+        self.0.remove()
+    }
+}
+
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
 

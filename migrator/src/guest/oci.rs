@@ -230,7 +230,7 @@ impl Guest for OciGuest {
         let mut found = preflight::host(&self.programs, side);
         found.extend(preflight::missing(&self.programs, "runc", "runc"));
         if let Some(link) = self.link() {
-            found.extend(preflight::network(&self.programs, &link));
+            found.extend(preflight::network(&self.programs, link.bridge(), link.has_bridge()));
         }
         if let (Side::Source, Ok(Some(process))) = (side, self.first()) {
             found.extend(preflight::processes(&process.tree()));

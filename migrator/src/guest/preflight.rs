@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use super::network::Link;
 use super::programs::Programs;
 use super::{Obstacle, Side};
 
@@ -34,11 +33,10 @@ pub(super) fn missing(programs: &Programs, program: &str, package: &str) -> Opti
 }
 
 /// What a guest's network needs.
-pub(super) fn network(programs: &Programs, link: &Link<'_>) -> Vec<Obstacle> {
-    if programs.find("ip").is_none() || link.has_bridge() {
+pub(super) fn network(programs: &Programs, bridge: &str, has_bridge: bool) -> Vec<Obstacle> {
+    if programs.find("ip").is_none() || has_bridge {
         return Vec::new();
     }
-    let bridge = link.bridge();
     let fix =
         format!("ip link add {bridge} type bridge && ip link set {bridge} up, and connect it to the guests' network");
     vec![Obstacle::new(format!("this host has no bridge {bridge}"), fix)]

@@ -104,7 +104,7 @@ impl Guest for ProcessGuest {
     fn preflight(&self, side: Side) -> Result<Vec<Obstacle>> {
         let mut found = preflight::host(&self.programs, side);
         if let Some(link) = self.link() {
-            found.extend(preflight::network(&self.programs, &link));
+            found.extend(preflight::network(&self.programs, link.bridge(), link.has_bridge()));
         }
         if let (Side::Source, Some(process)) = (side, self.first()) {
             found.extend(preflight::processes(&process.tree()));

@@ -116,12 +116,13 @@ pub struct GuestName {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl guest create web --driver process --on app -- /usr/sbin/nginx -g 'daemon off;'\n  \
+    layerctl guest create vm --driver qemu --on debian-disk --memory 1G\n  \
     layerctl guest create game --driver process --on game --network bridge:br0,10.0.0.2/24,10.0.0.1 --log /var/log/game -- /usr/games/server")]
 pub struct GuestCreate {
     /// What to call it
     #[arg(value_name = "NAME")]
     pub name: String,
-    /// What runs it: process, or oci (runc)
+    /// What runs it: process, oci (runc), or qemu (a machine)
     #[arg(long, value_name = "DRIVER", default_value = "process")]
     pub driver: String,
     /// The layer that it runs on, with those below
@@ -142,6 +143,27 @@ pub struct GuestCreate {
     /// A file in the guest to which its output is appended
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// A machine's memory [default: 512M]
+    #[arg(long, value_name = "SIZE", help_heading = "Machines (driver qemu)")]
+    pub memory: Option<String>,
+    /// How many processors a machine has [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Machines (driver qemu)")]
+    pub cpus: Option<u32>,
+    /// What emulates a machine: tcg, which works everywhere, or kvm, which is fast [default: tcg]
+    #[arg(long, value_name = "WHAT", help_heading = "Machines (driver qemu)")]
+    pub accel: Option<String>,
+    /// The kernel that a machine boots, as a path in its layers [default: what is on its disk]
+    #[arg(long, value_name = "FILE", help_heading = "Machines (driver qemu)")]
+    pub kernel: Option<PathBuf>,
+    /// The kernel's first files, likewise
+    #[arg(long, value_name = "FILE", help_heading = "Machines (driver qemu)")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", help_heading = "Machines (driver qemu)")]
+    pub append: Option<String>,
+    /// A machine's disk, as a path in its layers [default: disk.raw, if there is one]
+    #[arg(long, value_name = "FILE", help_heading = "Machines (driver qemu)")]
+    pub disk: Option<PathBuf>,
     /// Its first program, with its whole path, and the arguments
     #[arg(value_name = "COMMAND", last = true)]
     pub command: Vec<String>,

@@ -38,7 +38,39 @@ fn create(session: &Session, args: args::GuestCreate) -> Result<()> {
     session.output.answer(&info, |info| format!("made guest {} on {}\n", info.name, info.on))
 }
 
+/// The options of a machine; those of containers are refused by its driver.
+fn machine_options(args: &args::GuestCreate) -> Result<serde_json::Value> {
+    let network = migrator::guest::options::Network::parse(&args.network)?;
+    let text = args.memory.as_deref().unwrap_or("512M");
+    let memory = units::parse_size(text);
+    let memory = memory.ok_or_else(|| Failure::invalid(format!("{text:?} is no size; write it like 512M")))?;
+    let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.display().to_string().into());
+    let optional = [
+        ("cpus", args.cpus.map(serde_json::Value::from)),
+        ("accel", args.accel.clone().map(serde_json::Value::from)),
+        ("kernel", path(&args.kernel)),
+        ("initrd", path(&args.initrd)),
+        ("append", args.append.clone().map(serde_json::Value::from)),
+        ("disk", path(&args.disk)),
+    ];
+    let mut options = serde_json::json!({ "memory": memory, "network": network });
+    for (key, value) in optional {
+        if let (Some(value), Some(object)) = (value, options.as_object_mut()) {
+            object.insert(key.to_owned(), value);
+        }
+    }
+    Ok(options)
+}
+
 fn options(args: &args::GuestCreate) -> Result<serde_json::Value> {
+    if args.driver == "qemu" {
+        if !args.command.is_empty() || !args.env.is_empty() || args.log.is_some() || args.folder.is_some() {
+            return Err(Failure::invalid(
+                "a machine has no command, environment, folder or log: these are for containers",
+            ));
+        }
+        return machine_options(args);
+    }
     let mut env = BTreeMap::new();
     for text in &args.env {
         let wrong = || Failure::invalid(format!("{text:?} is no variable: write NAME=VALUE"));
