@@ -1,6 +1,8 @@
 //! Sealing: an upper becomes a layer, and the mount goes on over it.
 //!
-//! Hides what of an upper goes into the layer. Changes wait while a seal runs; look-ups and reads go on. Order:
+//! Hides what of an upper goes into the layer. First the files are read and stored while everything goes on, and it is noted
+//! whose data changes meanwhile. Then changes wait (look-ups and reads go on): those files are read again, of which most
+//! chunks are there by now, and the rest is written, so that the layer is the tree at that instant. Order:
 //! data → list nodes → tables → manifest, all durable; then one atomic write sets the name, puts the upper on the
 //! new layer and drops its rows; then memory follows, and the data files go. A crash before that write leaves the
 //! upper as it was, and chunks as garbage; after it, data files that the next opening removes.
@@ -8,22 +10,23 @@
 //! What is in the layer: inodes that differ from those below in anything but their ctime, and the upper's names.
 //! Files without a name stay in the upper.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::content::Content;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
 use crate::id::{Ino, LayerId, LayerName};
 use crate::inode::{Dentry, Inode, Node};
 use crate::manifest::{LayerKind, LayerWriter, Manifest};
 use crate::monitor::{Monitor, check};
-use crate::mount::errno::Errno;
-use crate::mount::fs::{ChangedFile, Frozen, FrozenState, Fs};
+use crate::mount::fs::{ChangedFile, Frozen, FrozenState, Fs, Sealing};
 use crate::store::db::Batch;
-use crate::store::{Expect, FileSource, NameChange, Session, SessionReport, Store};
+use crate::store::{Expect, FileSource, Ingest, NameChange, Session, SessionReport, Store};
+use crate::upper::Upper;
 use crate::upper::table::{Change, UpperInode};
 use crate::view::View;
 
@@ -74,11 +77,17 @@ pub struct SealReport {
 pub fn seal(store: &Arc<Store>, fs: &Fs, options: &SealOptions, monitor: &dyn Monitor) -> Result<SealReport> {
     check_name(store, options)?;
     let read_only = |_| Error::Denied("the mount is read-only: there is no upper to seal".to_owned());
-    let frozen = fs.freeze().map_err(read_only)?;
-    let started = Instant::now();
-    failpoint::hit("seal.frozen");
+    let sealing = fs.begin_seal().map_err(read_only)?;
     let session = store.session("seal");
-    let sealed = write_layer(&session, &frozen, options, monitor)?;
+    let mut ahead = read_ahead(&session, &sealing, monitor)?;
+    session.flush()?;
+    failpoint::hit("seal.read-ahead");
+    let started = Instant::now();
+    let (frozen, changed) = sealing.freeze();
+    changed.iter().for_each(|ino| drop(ahead.contents.remove(ino)));
+    failpoint::hit("seal.frozen");
+    let mut sealed = write_layer(&session, &frozen, ahead.contents, options, monitor)?;
+    sealed.read_bytes += ahead.read_bytes;
     failpoint::hit("seal.chunked");
     session.commit()?;
     let (layer, is_new) = match (&sealed.layer, frozen.state().view().top()) {
@@ -129,7 +138,71 @@ struct Sealed {
     read_bytes: u64,
 }
 
-fn write_layer(session: &Session, frozen: &Frozen<'_>, options: &SealOptions, monitor: &dyn Monitor) -> Result<Sealed> {
+/// What was read while everything went on.
+struct Ahead {
+    contents: HashMap<Ino, Content>,
+    read_bytes: u64,
+}
+
+/// Stores the upper's files as they are, while they may change: what comes out of those that do is of no worth.
+fn read_ahead(session: &Session, sealing: &Sealing<'_>, monitor: &dyn Monitor) -> Result<Ahead> {
+    let mut files = sealing.files();
+    files.sort_unstable_by_key(|file| file.inode.ino);
+    let mut ahead = Ahead { contents: HashMap::with_capacity(files.len()), read_bytes: 0 };
+    monitor.phase("reading", None);
+    let mut ingest = session.ingest(|ino: Ino, content: Option<Content>| {
+        ahead.contents.extend(content.map(|content| (ino, content)));
+        monitor.items(1);
+        Ok(())
+    });
+    for file in &files {
+        check(monitor)?;
+        match take_in(&mut ingest, file.inode.ino, file, sealing.upper(), || sealing.changed_file(file.inode.ino)) {
+            Ok(bytes) => {
+                ahead.read_bytes += bytes;
+                monitor.advance(bytes);
+            }
+            // It was removed since.
+            Err(error) if error.class() == ErrorClass::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    ingest.finish()?;
+    Ok(ahead)
+}
+
+/// Takes in the file of `inode`, whose bytes the upper has, whole or what has changed. Returns how much that is.
+fn take_in<T, F: FnMut(T, Option<Content>) -> Result<()>>(
+    ingest: &mut Ingest<'_, T, F>,
+    tag: T,
+    inode: &UpperInode,
+    upper: &Upper,
+    changed_file: impl FnOnce() -> Result<Option<ChangedFile>>,
+) -> Result<u64> {
+    let Some(backed) = inode.backed else { return ingest.pass(tag).map(|()| 0) };
+    let changed = if backed.base_bytes > 0 { changed_file()? } else { None };
+    let Some(mut file) = changed else {
+        let (file, path) = upper.data().reader(inode.inode.ino)?;
+        ingest.file(tag, backed.chunker, &mut FileSource::new(&file, &path)?)?;
+        return Ok(backed.bytes);
+    };
+    let bytes = file.changed_bytes();
+    if backed.bytes < SPLICED_FROM {
+        ingest.file(tag, backed.chunker, &mut file)?;
+    } else {
+        let before = file.before().clone();
+        ingest.changed(tag, backed.chunker, &before, &mut file)?;
+    }
+    Ok(bytes)
+}
+
+fn write_layer(
+    session: &Session,
+    frozen: &Frozen<'_>,
+    ahead: HashMap<Ino, Content>,
+    options: &SealOptions,
+    monitor: &dyn Monitor,
+) -> Result<Sealed> {
     let state = frozen.state();
     let mut dropped = Change::new();
     let mut writer = LayerWriter::new(session);
@@ -138,10 +211,8 @@ fn write_layer(session: &Session, frozen: &Frozen<'_>, options: &SealOptions, mo
     inodes.sort_unstable_by_key(|inode| inode.inode.ino);
     let inos: Vec<Ino> = inodes.iter().map(|inode| inode.inode.ino).collect();
     inos.iter().for_each(|ino| dropped.forget_unchecked(*ino));
-    let changed = |inode: &&UpperInode| changed_bytes(frozen, inode);
-    let read_bytes = inodes.iter().map(changed).sum::<Result<u64>>()?;
-    monitor.phase("sealing", Some(read_bytes));
-    let written = write_inodes(session, frozen, &state, &inodes, &mut writer, monitor)?;
+    monitor.phase("sealing", None);
+    let (written, read_bytes) = write_inodes(session, frozen, &state, (&inodes, ahead), &mut writer, monitor)?;
     if written + dentries == 0 && state.view().top().is_some() {
         return Ok(Sealed { layer: None, dropped, inodes: inos, read_bytes });
     }
@@ -164,16 +235,17 @@ fn write_dentries(state: &FrozenState<'_>, writer: &mut LayerWriter<'_>, dropped
     Ok(count)
 }
 
-/// Writes the records of those of `inodes` that differ from what is below, and returns how many.
+/// Writes the records of those of `inodes` that differ from what is below. Returns how many, and how much was read.
 fn write_inodes(
     session: &Session,
     frozen: &Frozen<'_>,
     state: &FrozenState<'_>,
-    inodes: &[&UpperInode],
+    (inodes, mut ahead): (&[&UpperInode], HashMap<Ino, Content>),
     writer: &mut LayerWriter<'_>,
     monitor: &dyn Monitor,
-) -> Result<u64> {
+) -> Result<(u64, u64)> {
     let mut written = 0;
+    let mut read_bytes = 0;
     let mut ingest = session.ingest(|inode: &UpperInode, content: Option<Content>| {
         let mut record = inode.inode.clone();
         if let Some(content) = content {
@@ -183,47 +255,23 @@ fn write_inodes(
             writer.inode(&record)?;
             written += 1;
         }
-        monitor.advance(changed_bytes(frozen, inode)?);
         monitor.items(1);
         Ok(())
     });
     for inode in inodes {
         check(monitor)?;
-        match inode.backed {
-            None => ingest.pass(*inode)?,
-            Some(backed) if backed.base_bytes > 0 => {
-                if let Some(mut file) = changed_file(frozen, inode)? {
-                    if backed.bytes < SPLICED_FROM {
-                        ingest.file(*inode, backed.chunker, &mut file)?;
-                    } else {
-                        let before = file.before().clone();
-                        ingest.changed(*inode, backed.chunker, &before, &mut file)?;
-                    }
-                }
-            }
-            Some(backed) => {
-                let (file, path) = frozen.upper().data().reader(inode.inode.ino)?;
-                ingest.file(*inode, backed.chunker, &mut FileSource::new(&file, &path)?)?;
+        let ino = inode.inode.ino;
+        match ahead.remove(&ino).filter(|_| inode.backed.is_some()) {
+            Some(content) => ingest.known(*inode, content)?,
+            None => {
+                let bytes = take_in(&mut ingest, *inode, inode, frozen.upper(), || frozen.changed_file(ino))?;
+                read_bytes += bytes;
+                monitor.advance(bytes);
             }
         }
     }
     ingest.finish()?;
-    Ok(written)
-}
-
-fn changed_file(frozen: &Frozen<'_>, inode: &UpperInode) -> Result<Option<ChangedFile>> {
-    let ino = inode.inode.ino;
-    let failed = |errno: Errno| Error::io("reading a changed file", std::io::Error::from_raw_os_error(errno.0));
-    frozen.changed_file(ino).map_err(failed)
-}
-
-/// How much of a file's data has to be read, in bytes.
-fn changed_bytes(frozen: &Frozen<'_>, inode: &UpperInode) -> Result<u64> {
-    match inode.backed {
-        None => Ok(0),
-        Some(backed) if backed.base_bytes == 0 => Ok(backed.bytes),
-        Some(_) => Ok(changed_file(frozen, inode)?.map_or(0, |file| file.changed_bytes())),
-    }
+    Ok((written, read_bytes))
 }
 
 /// Whether the layers below have this inode already, but for its ctime.

@@ -183,6 +183,11 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
         self.event(Event::End)
     }
 
+    /// Lets a file whose content is known already keep its place in the order.
+    pub fn known(&mut self, tag: T, content: Content) -> Result<()> {
+        self.event(Event::Whole(tag, Some(content)))
+    }
+
     /// Lets something without content of its own keep its place in the order: the sink gets `tag` and `None`.
     pub fn pass(&mut self, tag: T) -> Result<()> {
         self.event(Event::Whole(tag, None))

@@ -80,7 +80,12 @@ impl<'a> FileSource<'a> {
             Err(e) => return Err(failed(e)),
         };
         if start < self.end {
-            self.data_end = rustix::fs::seek(self.file, SeekFrom::Hole(start)).map_err(failed)?.min(self.end);
+            self.data_end = match rustix::fs::seek(self.file, SeekFrom::Hole(start)) {
+                Ok(hole) => hole.min(self.end),
+                // It has just become shorter.
+                Err(rustix::io::Errno::NXIO) => self.end,
+                Err(errno) => return Err(failed(errno)),
+            };
         }
         Ok(start)
     }

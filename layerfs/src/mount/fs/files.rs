@@ -165,6 +165,7 @@ impl Fs {
         let _stripe = self.stripe(ino).lock();
         let end =
             offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
+        self.data_changes(ino);
         let (written, failure) = match self.copy_up(upper, ino, u64::MAX)? {
             Some(ranged) => self.write_ranged(upper, ino, &ranged, offset, data)?,
             None => write_file(&*upper.data().file(ino)?, offset, data),
@@ -250,6 +251,7 @@ impl Fs {
         if size > i64::MAX as u64 {
             return fail(libc::EFBIG);
         }
+        self.data_changes(ino);
         let state = self.state.read();
         let source = self.source(&state, ino)?;
         drop(state);
@@ -276,6 +278,7 @@ impl Fs {
             return fail(libc::EOPNOTSUPP);
         }
         let end = offset.checked_add(bytes).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
+        self.data_changes(ino);
         match self.copy_up(upper, ino, u64::MAX)? {
             Some(ranged) => self.allocate_ranged(upper, ino, &ranged, mode, offset..end)?,
             None => upper.data().allocate(ino, mode, offset, bytes)?,

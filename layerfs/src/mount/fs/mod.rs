@@ -4,7 +4,7 @@
 //! permissions: the kernel does, before a request is sent. Invariants:
 //!
 //! - An operation that fails has changed nothing; one that returned survives the end of the process.
-//! - Locks are taken in this order: `gate`, a data stripe, `state`, the small ones. `gate` is held for reading by
+//! - Locks are taken in this order: `sealing`, `gate`, a data stripe, `state`, the small ones. `gate` is held for reading by
 //!   whatever changes something, and for writing by a seal. No data is read or written under `state`.
 //! - An inode without a name lives on in the upper until it is forgotten.
 
@@ -17,7 +17,7 @@ mod ranges;
 mod sealing;
 mod xattrs;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -29,7 +29,7 @@ pub use attrs::{SetAttr, SetTime};
 pub use files::Written;
 pub use folders::{FolderHandle, Item};
 pub use ranges::ChangedFile;
-pub use sealing::{Frozen, FrozenState};
+pub use sealing::{Frozen, FrozenState, Sealing};
 
 use super::errno::{Errno, FsResult, fail};
 use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
@@ -88,6 +88,10 @@ pub struct Fs {
     folders: folders::Folders,
     /// How many descriptors for reading and writing each file has.
     mappable: Mutex<HashMap<Ino, u32>>,
+    /// Held by a seal from its begin to its end.
+    sealing: Mutex<()>,
+    /// While a seal reads ahead: the files whose data has changed since it began to.
+    changed: Mutex<Option<HashSet<Ino>>>,
     /// Files of so many bytes are copied up by range, smaller ones whole.
     ranges_from: u64,
     /// Bytes that programs wrote through this mount.
@@ -139,6 +143,8 @@ impl Fs {
             pool,
             folders: folders::Folders::default(),
             mappable: Mutex::default(),
+            sealing: Mutex::new(()),
+            changed: Mutex::new(None),
             ranges_from: RANGES_FROM,
             written_bytes: AtomicU64::new(0),
             is_resumed: false,
@@ -199,6 +205,13 @@ impl Fs {
     /// Held by whatever changes the data of `ino`.
     fn stripe(&self, ino: Ino) -> &Mutex<()> {
         &self.stripes[(ino.0 % STRIPES as u64) as usize]
+    }
+
+    /// The data of `ino` is about to change: whoever changes it says so, with `gate` held.
+    fn data_changes(&self, ino: Ino) {
+        if let Some(changed) = &mut *self.changed.lock() {
+            changed.insert(ino);
+        }
     }
 
     /// What `name` in `folder` refers to; none if nothing. The kernel remembers the inode until

@@ -1,16 +1,24 @@
 //! What a seal needs of a filesystem: to hold its changes back, to look at its tables, to switch what is below.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use parking_lot::{RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
-use super::super::errno::FsResult;
+use super::super::errno::{Errno, FsResult};
 use super::{ChangedFile, Fs, State};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::id::Ino;
 use crate::upper::Upper;
-use crate::upper::table::{Change, Tables};
+use crate::upper::table::{Change, Tables, UpperInode};
 use crate::view::View;
+
+/// A filesystem that is about to be sealed: everything goes on, and it is noted which files' data changes.
+pub struct Sealing<'fs> {
+    fs: &'fs Fs,
+    upper: &'fs Upper,
+    _only: MutexGuard<'fs, ()>,
+}
 
 /// A filesystem whose changes wait until this is dropped. Look-ups and reads go on.
 pub struct Frozen<'fs> {
@@ -35,13 +43,29 @@ impl FrozenState<'_> {
 }
 
 impl Fs {
-    /// Waits for the changes that are under way, and holds back others.
+    /// Waits for another seal to end, and for the changes that are under way, and begins to note others.
     ///
     /// # Errors
     /// `EROFS` if there is no upper.
-    pub fn freeze(&self) -> FsResult<Frozen<'_>> {
+    pub fn begin_seal(&self) -> FsResult<Sealing<'_>> {
         let upper = self.writable_upper()?;
-        Ok(Frozen { fs: self, upper, _gate: self.gate.write() })
+        let only = self.sealing.lock();
+        let _gate = self.gate.write();
+        *self.changed.lock() = Some(HashSet::new());
+        Ok(Sealing { fs: self, upper, _only: only })
+    }
+
+    /// The file of `ino`, if it was copied up by range.
+    fn changed_file(&self, upper: &Upper, ino: Ino) -> Result<Option<ChangedFile>> {
+        // Whoever asks may hold the tables for reading.
+        let state = self.state.read_recursive();
+        if state.tables.inode(ino).is_none() {
+            return Err(Error::NotFound { what: "file in the upper", name: ino.to_string() });
+        }
+        let failed = |errno: Errno| Error::io("reading a changed file", std::io::Error::from_raw_os_error(errno.0));
+        let Some(ranged) = self.ranged(&state, ino).map_err(failed)? else { return Ok(None) };
+        let data = upper.data().reader(ino)?;
+        Ok(Some(ChangedFile::new(ranged, state.view.chunks().clone(), data)))
     }
 
     /// Writes what memory knows better than the upper's rows, as before unmounting.
@@ -64,6 +88,39 @@ impl Fs {
     }
 }
 
+impl<'fs> Sealing<'fs> {
+    /// The upper.
+    pub fn upper(&self) -> &'fs Upper {
+        self.upper
+    }
+
+    /// The files that have names and bytes in the upper, now.
+    pub fn files(&self) -> Vec<UpperInode> {
+        let state = self.fs.state.read();
+        let files = state.tables.inodes().filter(|inode| inode.backed.is_some() && inode.inode.nlink > 0);
+        files.cloned().collect()
+    }
+
+    /// As [`Frozen::changed_file`], while everything goes on.
+    pub fn changed_file(&self, ino: Ino) -> Result<Option<ChangedFile>> {
+        self.fs.changed_file(self.upper, ino)
+    }
+
+    /// Waits for the changes that are under way, and holds back others. Returns too the files whose data has changed
+    /// since this began.
+    pub fn freeze(&self) -> (Frozen<'fs>, HashSet<Ino>) {
+        let gate = self.fs.gate.write();
+        let changed = self.fs.changed.lock().take().unwrap_or_default();
+        (Frozen { fs: self.fs, upper: self.upper, _gate: gate }, changed)
+    }
+}
+
+impl Drop for Sealing<'_> {
+    fn drop(&mut self) {
+        *self.fs.changed.lock() = None;
+    }
+}
+
 impl Frozen<'_> {
     /// The upper.
     pub fn upper(&self) -> &Upper {
@@ -76,12 +133,8 @@ impl Frozen<'_> {
     }
 
     /// The file of `ino`, if it was copied up by range.
-    pub fn changed_file(&self, ino: Ino) -> FsResult<Option<ChangedFile>> {
-        // Whoever asks may hold the tables for reading.
-        let state = self.fs.state.read_recursive();
-        let Some(ranged) = self.fs.ranged(&state, ino)? else { return Ok(None) };
-        let data = self.upper.data().reader(ino)?;
-        Ok(Some(ChangedFile::new(ranged, state.view.chunks().clone(), data)))
+    pub fn changed_file(&self, ino: Ino) -> Result<Option<ChangedFile>> {
+        self.fs.changed_file(self.upper, ino)
     }
 
     /// Puts `view` below, which holds all that `dropped` takes out of the upper; the rows have been written. Returns

@@ -5,6 +5,7 @@
 mod killed;
 mod real;
 mod reference;
+mod sealing;
 
 use std::sync::{Arc, LazyLock};
 

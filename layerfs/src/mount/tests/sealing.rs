@@ -1,0 +1,81 @@
+//! Seals while files are written to.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::*;
+use crate::id::Ino;
+use crate::mount::caller::Caller;
+
+const BYTES: usize = 300_000;
+
+fn bytes_of(view: &View, name: &[u8]) -> Vec<u8> {
+    let (ino, _) = view.lookup(Ino::ROOT, name).unwrap().unwrap();
+    let mut bytes = vec![0; BYTES];
+    assert_eq!(view.read_at(ino, 0, &mut bytes).unwrap(), BYTES);
+    bytes
+}
+
+/// A writer fills `first` and then `second` with the next number, each with one write: a layer that is the tree at one
+/// instant has whole writes, and `second` is at most one behind. So for files that are copied up whole, and by range.
+#[test]
+fn a_layer_is_the_tree_at_one_instant() {
+    for ranges_from in [u64::MAX, 1] {
+        let fs = empty_fs(store()).with_ranges_from(ranges_from);
+        let make = |name: &[u8]| fs.make(Ino::ROOT, name, libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        let (first, second) = (make(b"first"), make(b"second"));
+        let (rounds, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let round = rounds.load(Ordering::Relaxed) + 1;
+                    for ino in [first, second] {
+                        assert_eq!(fs.write(ino, 0, &[round as u8; BYTES], false).unwrap().bytes, BYTES);
+                    }
+                    rounds.store(round, Ordering::Relaxed);
+                }
+            });
+            for _ in 0..15 {
+                // Something has changed since the last one, and is being changed.
+                let before = rounds.load(Ordering::Relaxed);
+                while rounds.load(Ordering::Relaxed) < before + 2 && !writer.is_finished() {
+                    std::thread::yield_now();
+                }
+                let report = seal_fs(store(), &fs);
+                let view = View::open(store(), report.layer).unwrap();
+                let (one, other) = (bytes_of(&view, b"first"), bytes_of(&view, b"second"));
+                assert!(one.iter().all(|byte| *byte == one[0]), "half of a write is in the layer");
+                assert!(other.iter().all(|byte| *byte == other[0]), "half of a write is in the layer");
+                assert!(one[0].wrapping_sub(other[0]) <= 1, "{} and {}: of different instants", one[0], other[0]);
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+}
+
+#[test]
+fn what_was_read_ahead_is_not_read_again_and_removed_files_do_no_harm() {
+    let fs = empty_fs(store());
+    let make = |name: &[u8]| fs.make(Ino::ROOT, name, libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+    let kept = make(b"kept");
+    fs.write(kept, 0, &[1; BYTES], false).unwrap();
+    assert_eq!(seal_fs(store(), &fs).read_bytes, BYTES as u64);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let churn = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let gone = make(b"gone");
+                fs.write(gone, 0, &[2; 10_000], false).unwrap();
+                fs.setattr(gone, crate::mount::fs::SetAttr { size: Some(0), ..Default::default() }, Caller::ROOT)
+                    .unwrap();
+                fs.unlink(Ino::ROOT, b"gone").unwrap();
+                fs.forget(gone, 1);
+            }
+        });
+        for _ in 0..30 {
+            seal_fs(store(), &fs);
+        }
+        stop.store(true, Ordering::Relaxed);
+        churn.join().unwrap();
+    });
+    assert_eq!(bytes_of(&fs.view(), b"kept"), [1; BYTES]);
+}
