@@ -58,7 +58,8 @@ pub enum GuestAction {
     #[command(after_help = "Examples:\n  \
         layerctl guest checkpoint web                 it runs on\n  \
         layerctl guest checkpoint web --tag before-upgrade\n  \
-        layerctl guest checkpoint web --stop && layerctl push guest/web/checkpoint/state guest/web/checkpoint/instance edge1")]
+        layerctl guest checkpoint web --stop\n  \
+        layerctl push guest/web/checkpoint/state guest/web/checkpoint/instance edge1")]
     Checkpoint {
         /// The guest
         #[arg(value_name = "NAME")]
@@ -117,7 +118,7 @@ pub struct GuestName {
 #[command(after_help = "Examples:\n  \
     layerctl guest create web --driver process --on app -- /usr/sbin/nginx -g 'daemon off;'\n  \
     layerctl guest create vm --driver qemu --on debian-disk --memory 1G\n  \
-    layerctl guest create game --driver process --on game --network bridge:br0,10.0.0.2/24,10.0.0.1 --log /var/log/game -- /usr/games/server")]
+    layerctl guest create game --on game --network bridge:br0,10.0.0.2/24 -- /usr/games/server")]
 pub struct GuestCreate {
     /// What to call it
     #[arg(value_name = "NAME")]

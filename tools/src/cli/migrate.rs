@@ -21,9 +21,9 @@ use crate::units;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl migrate web edge2\n  \
-    layerctl migrate web edge2 --dry-run                what is in the way, and what it would be like\n  \
-    layerctl migrate web edge2 --max-downtime 300       not, if it would stand still for longer than 300 ms\n  \
-    layerctl migrate web edge2 --postcopy               or else let it run before all of its memory is there\n  \
+    layerctl migrate web edge2 --dry-run            what is in the way, and what it would be like\n  \
+    layerctl migrate web edge2 --max-downtime 300   not, if it would stand still for longer\n  \
+    layerctl migrate web edge2 --postcopy           it may run before all memory is there\n  \
     layerctl migrate web edge2 --limit 20Mbit --json")]
 pub struct Migrate {
     /// The guest
