@@ -25,7 +25,7 @@ pub struct Guest {
 #[derive(Debug, Subcommand)]
 pub enum GuestAction {
     /// Make a guest on a stack; it isn't started
-    Create(GuestCreate),
+    Create(Box<GuestCreate>),
     /// Start a guest anew
     #[command(after_help = "Examples:\n  layerctl guest start web")]
     Start(GuestName),

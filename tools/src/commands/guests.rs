@@ -17,7 +17,7 @@ use crate::units;
 /// `layerctl guest`; returns the exit code.
 pub fn guest(session: &Session, args: args::Guest) -> Result<u8> {
     match args.action {
-        GuestAction::Create(args) => create(session, args)?,
+        GuestAction::Create(args) => create(session, *args)?,
         GuestAction::Start(args::GuestName { name }) => start(session, name)?,
         GuestAction::Stop(args::GuestName { name }) => stop(session, name)?,
         GuestAction::List => list(session)?,
