@@ -35,7 +35,6 @@ pub const NAMES: &[&str] = &[
     "tier.before-evict",
     "tier.after-evict",
     "tier.dead",
-    "move.journal",
     "move.journalled",
 ];
 

@@ -21,6 +21,9 @@ const GUEST: &str = "zoo";
 /// How often it goes to and fro, unless `LAYERFS_MIGRATIONS` says otherwise.
 const TURNS: usize = 4;
 
+/// The destination dies at these steps, one by one.
+pub const STEPS: &[&str] = &["move.journalled:1", "move.journalled:2", "move.journalled:3"];
+
 /// The cases.
 pub fn cases() -> Vec<Case> {
     let needs = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
@@ -270,7 +273,7 @@ fn client() -> anyhow::Result<()> {
 /// The destination's program is killed at each write of its journal, and started anew. (The source's would take the guest's mount
 /// with it, as these daemons have no keeper.)
 fn dies() -> anyhow::Result<()> {
-    for (step, stays) in [("move.journalled:1", true), ("move.journalled:2", false), ("move.journalled:3", false)] {
+    for (step, stays) in STEPS.iter().zip([true, false, false]) {
         let mut moving = Moving::zoo()?;
         let count = moving.passes(true, 3)?;
         moving.hosts.b.stop()?;

@@ -218,7 +218,6 @@ impl Journal {
     /// # Errors
     /// As [`Journal::write`].
     pub fn write_changing(&self, row: &Row, change: impl FnOnce(&mut GuestRecord)) -> Result<()> {
-        failpoint::hit("move.journal");
         let mut batch = Batch::new();
         batch.put(Cf::Transfers, key(row.id), row.encode());
         self.guests.change_with(row.guest(), batch, |old| {
