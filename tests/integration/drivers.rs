@@ -1,14 +1,22 @@
 //! Guests on one host and between two: real runtimes, and a program that notices whatever a checkpoint loses.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use layerfs::LayerName;
+use layerfs::import::{ImportOptions, SourceSpec, import};
+use layerfs::monitor::Silent;
+use layerfs::store::{Store, StoreOptions};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
-use layerfs_tests::fixtures;
 use layerfs_tests::host::{Host, TwoHosts};
+use layerfs_tests::{ctl, fixtures};
+use migrator::guest::fake::{FakeHost, World};
+use migrator::guest::programs::Programs;
+use migrator::guest::{Drivers, Guest, GuestName, GuestRecord, GuestSpec, Host as _, HostDrivers, state};
 use serde_json::Value;
 
 /// The longest that a guest may take to do something.
@@ -34,6 +42,17 @@ pub fn cases() -> Vec<Case> {
             &[Root, Fuse, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
             machine,
         ),
+        Case::new(
+            "drivers::lxc_goes_on_from_checkpoints",
+            &[Root, Fuse, Containers, Tool("cc"), Criu, Tool("lxc-start")],
+            lxc,
+        ),
+        Case::new(
+            "drivers::lxc_goes_on_elsewhere",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
+            lxc_elsewhere,
+        ),
+        Case::new("drivers::a_scan_has_the_chunks_of_a_dump", &[Root, Tool("cc"), Criu], scan),
         Case::new("drivers::process_outlives_the_daemon", &[Root, Fuse, Tool("cc")], outlives),
         Case::new("drivers::mistakes_are_told", &[Root, Fuse, Tool("cc")], mistakes),
     ]
@@ -110,6 +129,10 @@ fn oci() -> anyhow::Result<()> {
     goes_on("oci")
 }
 
+fn lxc() -> anyhow::Result<()> {
+    goes_on("lxc")
+}
+
 /// Checkpoints that the guest survives, checkpoints that end it, and going back to each.
 fn goes_on(driver: &str) -> anyhow::Result<()> {
     let host = Host::new()?;
@@ -157,6 +180,66 @@ fn process_elsewhere() -> anyhow::Result<()> {
 
 fn oci_elsewhere() -> anyhow::Result<()> {
     elsewhere("oci")
+}
+
+fn lxc_elsewhere() -> anyhow::Result<()> {
+    elsewhere("lxc")
+}
+
+/// Reads a quiet guest's memory as it runs, then dumps it: nearly nothing of the dump is new to the store.
+fn scan() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let store = Store::open(&folder.path().join("store"), StoreOptions::create())?;
+    let tree = folder.path().join("tree");
+    fixtures::build("zoo", &tree.join("bin/zoo"))?;
+    let options = ImportOptions::new(LayerName::new("zoo")?);
+    let base = import(&store, SourceSpec::Path(tree), &options, &Silent)?.layers[0].id;
+    let host = FakeHost::new("host", store.clone(), &folder.path().join("guests"), &World::new());
+    let programs = Programs::new(fixtures::guest_tools(), ctl::binary()?, std::env::var_os("PATH"));
+    let spec = GuestSpec {
+        name: GuestName::new("zoo")?,
+        driver: "process".to_owned(),
+        stack: LayerName::new("zoo")?,
+        options: serde_json::json!({ "command": ["/bin/zoo", "/zoo-says", "64", "0"] }),
+    };
+    let name = spec.name.clone();
+    let root = host.mount(&name, base)?;
+    let guest = HostDrivers { programs: Arc::new(programs) }.guest(&GuestRecord::new(spec), host.clone())?;
+    guest.start()?;
+    let outcome = scanned(&store, &host, &*guest, &name, &root);
+    guest.stop()?;
+    outcome
+}
+
+fn scanned(
+    store: &Arc<Store>,
+    host: &FakeHost,
+    guest: &dyn Guest,
+    name: &GuestName,
+    root: &Path,
+) -> anyhow::Result<()> {
+    let began = Instant::now();
+    while !fs::read_to_string(root.join("zoo-says")).is_ok_and(|text| text.contains("ok")) {
+        ensure!(began.elapsed() < PATIENCE, "the zoo says nothing");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let folder = host.scratch(name, 0)?;
+    let scan = guest.scan(&folder)?;
+    let layer = name.layer("state")?;
+    let (first, _) = state::import(store, &folder, &layer, None, &Silent)?;
+    let folder = host.scratch(name, 0)?;
+    let dump = guest.dump(&folder)?;
+    let (_, report) = state::import(store, &folder, &layer, Some(first), &Silent)?;
+    guest.resume()?;
+    // What isn't memory (the deleted file of 5 MiB, registers) is in the dump only.
+    let new = report.new_plain_bytes.saturating_sub(dump.other_bytes);
+    ensure!(scan.memory_bytes > 64 << 20, "the scan lacks memory: {scan:?}");
+    ensure!(
+        new * 100 <= dump.memory_bytes,
+        "{new} of {} bytes of memory are new after a scan: {report:?}",
+        dump.memory_bytes
+    );
+    Ok(())
 }
 
 /// From one host to another by nothing but a push of its layers, and back.

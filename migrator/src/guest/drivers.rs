@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::lxc::LxcGuest;
 use super::oci::OciGuest;
 use super::process::ProcessGuest;
 use super::programs::Programs;
@@ -10,7 +11,7 @@ use super::{Drivers, Guest, GuestRecord, Host};
 use crate::error::Result;
 
 /// The drivers' names.
-pub const DRIVERS: [&str; 3] = ["process", "oci", "qemu"];
+pub const DRIVERS: [&str; 4] = ["process", "oci", "lxc", "qemu"];
 
 /// The real drivers.
 pub struct HostDrivers {
@@ -24,6 +25,7 @@ impl Drivers for HostDrivers {
             "process" => Ok(Arc::new(ProcessGuest::new(record, &*host, self.programs.clone())?)),
             "oci" => Ok(Arc::new(OciGuest::new(record, &*host, self.programs.clone())?)),
             "qemu" => Ok(Arc::new(QemuGuest::new(record, &*host, self.programs.clone())?)),
+            "lxc" => Ok(Arc::new(LxcGuest::new(record, &*host, self.programs.clone())?)),
             other => {
                 let known = DRIVERS.join(", ");
                 Err(layerfs::Error::invalid(format!("there is no driver {other:?}: there are {known}")).into())

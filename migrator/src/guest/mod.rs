@@ -20,6 +20,7 @@ mod drivers;
 pub mod fake;
 mod host;
 pub mod launch;
+mod lxc;
 mod name;
 mod network;
 mod oci;

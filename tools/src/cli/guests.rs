@@ -123,7 +123,7 @@ pub struct GuestCreate {
     /// What to call it
     #[arg(value_name = "NAME")]
     pub name: String,
-    /// What runs it: process, oci (runc), or qemu (a machine)
+    /// What runs it: process, oci (runc), lxc, or qemu (a machine)
     #[arg(long, value_name = "DRIVER", default_value = "process")]
     pub driver: String,
     /// The layer that it runs on, with those below

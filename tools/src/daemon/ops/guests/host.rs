@@ -60,7 +60,10 @@ fn remove(path: &Path) -> layerfs::Result<()> {
 
 /// Removes all folders of a guest that nothing is mounted in any more.
 pub fn remove_folders(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
-    remove(&memory(daemon, name))?;
+    let memory = memory(daemon, name);
+    remove(&memory)?;
+    // Other guests of this store may have theirs beside it.
+    let _ = memory.parent().map(std::fs::remove_dir);
     remove(&folder(daemon, name))
 }
 
