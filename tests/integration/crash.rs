@@ -233,7 +233,8 @@ fn receive() -> anyhow::Result<()> {
             ensure!(*step == "receive.named", "the name was there after {step}");
             hosts.b.ctl.ok(["remove", "second"])?;
         }
-        hosts.b.ctl.ok(["gc"])?;
+        // What the push has brought shall come again.
+        hosts.b.ctl.ok(["gc", "--unfinished"])?;
         whole(&hosts.b, &one("first", &first), &Contents::new()).with_context(|| format!("after {step} and gc"))?;
         hosts.b.stop()?;
     }
