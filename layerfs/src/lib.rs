@@ -34,6 +34,7 @@ pub mod readahead;
 pub mod refs;
 pub mod seal;
 pub mod splice;
+pub mod squash;
 pub mod store;
 pub mod table;
 pub mod upper;

@@ -24,6 +24,7 @@ use crate::inode::{Dentry, Inode, Node};
 use crate::manifest::{LayerKind, LayerWriter, Manifest};
 use crate::monitor::{Monitor, check};
 use crate::mount::fs::{ChangedFile, Frozen, FrozenState, Fs, Sealing};
+use crate::squash::Squashed;
 use crate::store::db::Batch;
 use crate::store::{Expect, FileSource, Ingest, NameChange, Session, SessionReport, Store};
 use crate::upper::Upper;
@@ -127,6 +128,32 @@ fn check_name(store: &Store, options: &SealOptions) -> Result<()> {
         (Expect::Absent, Some(_)) => Err(Error::Exists { what: "layer", name: options.name.to_string() }),
         _ => Ok(()),
     }
+}
+
+/// Lets the upper of `fs` lie on a squashed layer instead of the chain that it was made of, and sets `names` to it, in
+/// one atomic write. Changes wait for that write. Returns false, and does nothing, if the upper lies on another layer by now, or
+/// a file without a name is open that only the chain keeps.
+///
+/// # Errors
+/// [`Error::Denied`] if there is no upper; [`Error::Exists`] or [`Error::Busy`] if a name isn't as expected.
+pub fn rest_on(store: &Arc<Store>, fs: &Fs, squashed: &Squashed, names: &[(LayerName, Expect)]) -> Result<bool> {
+    let report = &squashed.report;
+    let view = View::open(store, report.layer)?;
+    let read_only = |_| Error::Denied("the mount is read-only: it stays on the layers that it has".to_owned());
+    let (frozen, _) = fs.begin_seal().map_err(read_only)?.freeze();
+    if frozen.state().view().top() != Some(report.before) || frozen.has_sealed_orphans() {
+        return Ok(false);
+    }
+    let mut batch = Batch::new();
+    let record = frozen.upper().rebase_rows(report.layer, &Change::new(), &mut batch)?;
+    let change =
+        |(name, expect): &(LayerName, Expect)| NameChange { name: name.clone(), layer: report.layer, expect: *expect };
+    failpoint::hit("squash.before-switch");
+    store.set_names_with(&names.iter().map(change).collect::<Vec<_>>(), batch)?;
+    failpoint::hit("squash.after-switch");
+    frozen.upper().rebased(record);
+    frozen.rest_on(view);
+    Ok(true)
 }
 
 struct Sealed {

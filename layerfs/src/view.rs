@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Weak};
 
@@ -128,6 +129,13 @@ impl View {
     /// The view of what lies below the top layer; the empty view if there is nothing.
     pub fn below(&self) -> View {
         View { chunks: self.chunks.clone(), layers: self.layers.get(1..).unwrap_or_default().to_vec() }
+    }
+
+    /// A view of some of the layers only, the top being number 0: what they say, whatever lies below.
+    pub(crate) fn part(&self, range: impl RangeBounds<usize>) -> View {
+        let range = (range.start_bound().cloned(), range.end_bound().cloned());
+        let layers = self.layers.get(range).unwrap_or_default().to_vec();
+        View { chunks: self.chunks.clone(), layers }
     }
 
     /// The top layer's id; none for the empty view.

@@ -29,7 +29,8 @@ use crate::error::{Error, Result};
 use crate::id::{LayerId, LayerName, UpperId};
 use crate::monitor::Monitor;
 use crate::seal::{self, SealOptions, SealReport};
-use crate::store::{Pin, Store};
+use crate::squash::{self, Chain, SquashReport};
+use crate::store::{Expect, Pin, Store};
 use crate::upper::table::Tables;
 use crate::upper::{self, Upper, UpperRecord, UpperSize};
 use crate::view::View;
@@ -317,6 +318,30 @@ impl Mount {
         report.changed_inodes.iter().for_each(|ino| self.kernel.attributes_changed(*ino));
         report.changed_folders.iter().for_each(|folder| self.kernel.listing_changed(*folder));
         Ok(report)
+    }
+
+    /// Squashes the layers that are of the top one's kind, if they are more than `past`, and goes on over the one that
+    /// they become; `names`, which must refer to the top, refer to it too then. None if there was nothing to do, or the
+    /// mount was sealed meanwhile, or a file that was removed is open and needs the old layers.
+    ///
+    /// Takes as long as reading and writing the chain's tables; changes wait for a moment at the end.
+    ///
+    /// # Errors
+    /// As [`squash::squash`]; [`Error::Denied`] for a read-only mount; [`Error::NotFound`] once the mount has ended.
+    pub fn squash(&self, past: usize, names: &[LayerName], monitor: &dyn Monitor) -> Result<Option<SquashReport>> {
+        let fs = self.fs().ok_or_else(|| self.gone())?;
+        let Some(top) = fs.view().top() else { return Ok(None) };
+        let chain = Chain::of_kind(&self.store, top)?;
+        if chain.layers <= past.max(1) {
+            return Ok(None);
+        }
+        let squashed = squash::prepare(&self.store, chain, None, monitor)?;
+        let names: Vec<_> = names.iter().map(|name| (name.clone(), Expect::Is(top))).collect();
+        if !seal::rest_on(&self.store, &fs, &squashed, &names)? {
+            return Ok(None);
+        }
+        *self.pin.lock() = Some(self.store.pin(squashed.report.layer)?);
+        Ok(Some(squashed.report))
     }
 
     /// Unmounts, and waits until everything is saved (but not if programs keep a lazily unmounted one going).

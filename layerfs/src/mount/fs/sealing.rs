@@ -9,6 +9,7 @@ use super::super::errno::{Errno, FsResult};
 use super::{ChangedFile, Fs, State};
 use crate::error::{Error, Result};
 use crate::id::Ino;
+use crate::inode::Node;
 use crate::upper::Upper;
 use crate::upper::table::{Change, Tables, UpperInode};
 use crate::view::View;
@@ -135,6 +136,21 @@ impl Frozen<'_> {
     /// The file of `ino`, if it was copied up by range.
     pub fn changed_file(&self, ino: Ino) -> Result<Option<ChangedFile>> {
         self.fs.changed_file(self.upper, ino)
+    }
+
+    /// Whether a file that has no name any more, but is open, has bytes that only the layers below keep.
+    pub fn has_sealed_orphans(&self) -> bool {
+        let state = self.fs.state.read();
+        state.tables.inodes().any(|inode| {
+            inode.inode.nlink == 0 && matches!(&inode.inode.node, Node::File(content) if content.len() > 0)
+        })
+    }
+
+    /// Puts `view` below, whose tree is that of the view that is there, number for number. Nobody notices.
+    pub fn rest_on(self, view: Arc<View>) {
+        let mut state = self.fs.state.write();
+        state.view = view;
+        self.fs.readers.lock().clear();
     }
 
     /// Puts `view` below, which holds all that `dropped` takes out of the upper; the rows have been written. Returns

@@ -17,6 +17,7 @@ use crate::inode::Node;
 use crate::mount::caller::Caller;
 use crate::mount::errno::{Errno, FsResult, fail};
 use crate::mount::fs::{FolderHandle, SetAttr, SetTime, Stat};
+use crate::squash::{self, Chain};
 use crate::store::ReadSource;
 
 #[derive(Clone, Debug)]
@@ -43,6 +44,7 @@ enum Op {
     LinkOpen(usize, Path),
     Close(usize),
     Seal,
+    Squash(usize),
     Crash,
 }
 
@@ -90,6 +92,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0usize..4, path()).prop_map(|(i, p)| Op::LinkOpen(i, p)),
         1 => (0usize..4).prop_map(Op::Close),
         1 => Just(Op::Seal),
+        1 => (1usize..9).prop_map(Op::Squash),
         1 => Just(Op::Crash),
     ]
 }
@@ -203,7 +206,7 @@ impl Host {
                 Some(file) => self.write(file, *offset, &data(*count, *seed)),
                 None => Ok(0),
             },
-            Op::Seal => Ok(0),
+            Op::Seal | Op::Squash(_) => Ok(0),
             Op::LinkOpen(i, p) => match self.open.get(*i).and_then(Option::as_ref) {
                 Some(file) => host(rustix::fs::linkat(file, "", at, joined(p), AtFlags::EMPTY_PATH)),
                 None => Ok(0),
@@ -370,6 +373,15 @@ impl Ours {
             }
             Op::Seal => {
                 seal_fs(store(), fs);
+                Ok(0)
+            }
+            Op::Squash(layers) => {
+                if let Some(top) = fs.view().top() {
+                    let chain = Chain { top, layers: (*layers).min(fs.view().layers().len()) };
+                    let squashed = squash::prepare(store(), chain, None, &Silent).unwrap();
+                    // It stays where it is if a file without a name needs that.
+                    crate::seal::rest_on(store(), fs, &squashed, &[]).unwrap();
+                }
                 Ok(0)
             }
             Op::Crash => {
