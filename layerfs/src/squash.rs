@@ -50,11 +50,15 @@ impl Chain {
         Ok(Chain { top, layers: Chain::count(store, top, |_, _| true)? })
     }
 
-    /// The layers from `top` down that are of its kind: what sealing one mount again and again, or moving one guest,
-    /// piles up.
+    /// The layers from `top` down that are of its kind, without those of a container image: what sealing one mount again
+    /// and again, or moving one guest, piles up.
     pub fn of_kind(store: &Store, top: LayerId) -> Result<Chain> {
         let kind = Manifest::load(store, top)?.kind;
-        Ok(Chain { top, layers: Chain::count(store, top, |_, manifest| manifest.kind == kind)? })
+        let layers = Chain::count(store, top, |layer, manifest| {
+            // The image's own layers are shared with other images that have them.
+            manifest.kind == kind && (layer == top || manifest.image.is_none())
+        })?;
+        Ok(Chain { top, layers })
     }
 
     fn count(store: &Store, top: LayerId, belongs: impl Fn(LayerId, &Manifest) -> bool) -> Result<usize> {

@@ -16,6 +16,8 @@ use crate::units;
 
 /// The port that daemons listen on for peers.
 pub const DEFAULT_PORT: u16 = 7440;
+/// How many seals may lie above each other: each look-up of a name that only the lowest has asks all of them.
+pub const DEFAULT_SQUASH_PAST: u64 = 32;
 /// Names the store.
 pub const ENV_STORE: &str = "LAYERFS_STORE";
 /// Names the one config file to read, instead of the system's and the user's.
@@ -94,6 +96,7 @@ struct ConfigFile {
     limit: Option<String>,
     lazy_timeout_seconds: Option<u64>,
     log: Option<String>,
+    squash_past: Option<u64>,
     tier_credentials: Option<PathBuf>,
     tier_profile: Option<String>,
     connections: Option<String>,
@@ -129,6 +132,7 @@ impl ConfigFile {
             limit: self.limit.or(below.limit),
             lazy_timeout_seconds: self.lazy_timeout_seconds.or(below.lazy_timeout_seconds),
             log: self.log.or(below.log),
+            squash_past: self.squash_past.or(below.squash_past),
             tier_credentials: self.tier_credentials.or(below.tier_credentials),
             tier_profile: self.tier_profile.or(below.tier_profile),
             connections: self.connections.or(below.connections),
@@ -201,6 +205,8 @@ pub struct Settings {
     pub lazy_timeout: Duration,
     /// The daemon's log filter.
     pub log: String,
+    /// A seal that makes more than so many layers of one kind above each other squashes them; 0: none does.
+    pub squash_past: u64,
     /// The AWS credentials file with the keys for the second tier.
     pub tier_credentials: Option<PathBuf>,
     /// Its profile.
@@ -278,6 +284,7 @@ impl Settings {
             compression: file.compression,
             threads: file.threads,
             limit,
+            squash_past: file.squash_past.unwrap_or(DEFAULT_SQUASH_PAST),
             tier_credentials: file.tier_credentials,
             tier_profile: file.tier_profile,
             lazy_timeout: Duration::from_secs(file.lazy_timeout_seconds.unwrap_or(30).max(1)),

@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::id::{LayerId, LayerName, UpperId};
 use crate::monitor::Monitor;
 use crate::seal::{self, SealOptions, SealReport};
-use crate::squash::{self, Chain, SquashReport};
+use crate::squash::{self, Chain, SquashReport, Squashed};
 use crate::store::{Expect, Pin, Store};
 use crate::upper::table::Tables;
 use crate::upper::{self, Upper, UpperRecord, UpperSize};
@@ -337,11 +337,24 @@ impl Mount {
         }
         let squashed = squash::prepare(&self.store, chain, None, monitor)?;
         let names: Vec<_> = names.iter().map(|name| (name.clone(), Expect::Is(top))).collect();
-        if !seal::rest_on(&self.store, &fs, &squashed, &names)? {
-            return Ok(None);
+        Ok(self.move_to(&fs, &squashed, &names)?.then_some(squashed.report))
+    }
+
+    /// Goes on over a squashed layer, if the mount lies on the chain that it was made of.
+    ///
+    /// # Errors
+    /// As [`seal::rest_on`]; [`Error::NotFound`] once the mount has ended.
+    pub fn rest_on(&self, squashed: &Squashed) -> Result<bool> {
+        let fs = self.fs().ok_or_else(|| self.gone())?;
+        self.move_to(&fs, squashed, &[])
+    }
+
+    fn move_to(&self, fs: &Fs, squashed: &Squashed, names: &[(LayerName, Expect)]) -> Result<bool> {
+        let moved = seal::rest_on(&self.store, fs, squashed, names)?;
+        if moved {
+            *self.pin.lock() = Some(self.store.pin(squashed.report.layer)?);
         }
-        *self.pin.lock() = Some(self.store.pin(squashed.report.layer)?);
-        Ok(Some(squashed.report))
+        Ok(moved)
     }
 
     /// Unmounts, and waits until everything is saved (but not if programs keep a lazily unmounted one going).

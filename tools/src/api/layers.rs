@@ -404,3 +404,72 @@ pub struct DiffSummary {
     /// The same, after.
     pub new_bytes: u64,
 }
+
+/// `/v1/squash`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SquashRequest {
+    /// Names; they refer to the results then.
+    pub names: Vec<String>,
+    /// A name or an id's beginning: what lies above it is merged.
+    #[serde(default)]
+    pub onto: Option<String>,
+    /// The whole stack is merged.
+    #[serde(default)]
+    pub all: bool,
+    /// The result's name, instead of the one name that is given.
+    #[serde(default)]
+    pub new_name: Option<String>,
+    /// Replace it.
+    #[serde(default)]
+    pub force: bool,
+    /// What the result is for.
+    #[serde(default)]
+    pub kind: Option<Kind>,
+    /// Chains of no more layers than this stay.
+    #[serde(default)]
+    pub past: u64,
+    /// Only tell what would be done.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What squashing did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SquashResult {
+    /// Whether it was only tried.
+    pub dry_run: bool,
+    /// In the order of the names.
+    pub squashed: Vec<Squashed>,
+}
+
+/// A chain that became one layer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Squashed {
+    /// The name that refers to it.
+    pub name: String,
+    /// The chain's top.
+    pub before: String,
+    /// The one layer; `before` if there was nothing to do.
+    pub id: String,
+    /// The layer below it.
+    pub parent: Option<String>,
+    /// How many layers the chain had.
+    pub layers: u64,
+    /// Inode records before.
+    pub inodes_before: u64,
+    /// Inode records in the one layer.
+    pub inodes: u64,
+    /// Dentry records before.
+    pub dentries_before: u64,
+    /// Dentry records in the one layer.
+    pub dentries: u64,
+    /// Bytes of tables before.
+    pub table_bytes_before: u64,
+    /// Bytes of the one layer's tables.
+    pub table_bytes: u64,
+    /// Bytes of tables that the store didn't have.
+    pub new_bytes: u64,
+    /// Where mounts go on over it.
+    pub mounts: Vec<PathBuf>,
+}

@@ -101,6 +101,9 @@ pub struct SealRequest {
     /// Replace the name.
     #[serde(default)]
     pub force: bool,
+    /// Squash the seals below and this one if they are more than so many, 0: never; none: as the config file says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub squash_past: Option<u64>,
 }
 
 /// What a seal made.
@@ -120,6 +123,9 @@ pub struct SealResult {
     pub file_bytes: u64,
     /// Bytes that the store grew by.
     pub bytes_stored: u64,
+    /// How many layers were squashed into this one, itself among them; 0: none.
+    #[serde(default)]
+    pub squashed: u64,
     /// How long it took.
     pub seconds: f64,
 }

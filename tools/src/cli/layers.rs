@@ -1,4 +1,4 @@
-//! Commands on layers: import, export, tag, remove, list, tree, inspect, log, diff.
+//! Commands on layers: import, export, tag, squash, remove, list, tree, inspect, log, diff.
 
 use std::path::PathBuf;
 
@@ -134,6 +134,44 @@ pub struct Remove {
     /// The names
     #[arg(value_name = "NAME", required = true)]
     pub names: Vec<String>,
+}
+
+/// Merge a chain of layers into one that has the same tree.
+///
+/// The chain is NAME's layer and those below it that are of its kind, or as --onto or --all say. Tables are merged and
+/// data is not touched: it takes a moment. NAME then refers to the one layer; mounts whose top it was go on over it.
+/// What nothing refers to any more is freed by gc.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    layerctl squash web --dry-run                how many layers, and what would be saved?\n  \
+    layerctl squash web                          the seals of web become one layer\n  \
+    layerctl squash web --onto debian            all that lies on debian becomes one layer\n  \
+    layerctl squash web --all --as web:flat      the whole stack, under a name of its own")]
+pub struct Squash {
+    /// The names
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
+    /// Merge what lies above this layer
+    #[arg(long, value_name = "LAYER", conflicts_with = "all")]
+    pub onto: Option<String>,
+    /// Merge the whole stack
+    #[arg(long, short)]
+    pub all: bool,
+    /// Give the result this name, and leave NAME where it is
+    #[arg(long = "as", value_name = "NEW")]
+    pub new_name: Option<String>,
+    /// Replace NEW if it exists
+    #[arg(long, short, requires = "new_name")]
+    pub force: bool,
+    /// What the result is for [default: what NAME is for]
+    #[arg(long, short)]
+    pub kind: Option<Kind>,
+    /// Do nothing where the chain has no more layers than this
+    #[arg(long, value_name = "LAYERS", default_value = "1")]
+    pub past: u64,
+    /// Only tell what would be done
+    #[arg(long, short = 'n')]
+    pub dry_run: bool,
 }
 
 /// List the layers that have names.

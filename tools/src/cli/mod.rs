@@ -85,6 +85,7 @@ pub enum Command {
     Import(layers::Import),
     Export(layers::Export),
     Tag(layers::Tag),
+    Squash(layers::Squash),
     #[command(alias = "rm")]
     Remove(layers::Remove),
     #[command(alias = "ls")]

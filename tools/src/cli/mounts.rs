@@ -73,6 +73,10 @@ pub struct Seal {
     /// Replace NAME if it exists
     #[arg(long, short)]
     pub force: bool,
+    /// Squash the layer with those of its kind below if they are more than so many; 0: never [default: 32, or
+    /// squash_past of the config file]
+    #[arg(long, value_name = "LAYERS")]
+    pub squash_past: Option<u64>,
 }
 
 /// List the store's mounts.

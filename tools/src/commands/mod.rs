@@ -7,6 +7,7 @@ pub mod migrate;
 pub mod mounts;
 pub mod peers;
 pub mod registry;
+pub mod squash;
 pub mod storage;
 pub mod system;
 pub mod tier;
@@ -61,6 +62,7 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Import(args) => layers::import(session, args)?,
         Command::Export(args) => layers::export(session, args)?,
         Command::Tag(args) => layers::tag(session, args)?,
+        Command::Squash(args) => squash::squash(session, args)?,
         Command::Remove(args) => layers::remove(session, args)?,
         Command::List(args) => layers::list(session, args)?,
         Command::Tree(args) => layers::tree(session, args)?,

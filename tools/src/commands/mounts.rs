@@ -85,7 +85,13 @@ pub fn umount(session: &Session, args: args::Umount) -> Result<()> {
 
 /// `layerctl seal`.
 pub fn seal(session: &Session, args: args::Seal) -> Result<()> {
-    let request = SealRequest { dir: real(&args.dir)?, name: args.name, kind: Some(args.kind), force: args.force };
+    let request = SealRequest {
+        dir: real(&args.dir)?,
+        name: args.name,
+        kind: Some(args.kind),
+        force: args.force,
+        squash_past: args.squash_past,
+    };
     let label = format!("sealing {}", request.name);
     let result: SealResult = session.work("seal", &request, &label)?;
     let paint = session.output.paint();
@@ -97,7 +103,11 @@ pub fn seal(session: &Session, args: args::Seal) -> Result<()> {
         }
         let (inodes, size) = (units::plural(result.inodes, "inode"), units::size(result.file_bytes));
         let (stored, took) = (units::size(result.bytes_stored), units::duration(result.seconds));
-        format!("{id}  {name}  {inodes}, {size}; {stored} added to the store, {took}\n")
+        let squashed = match result.squashed {
+            0 => String::new(),
+            layers => format!("; {layers} layers squashed into it"),
+        };
+        format!("{id}  {name}  {inodes}, {size}; {stored} added to the store, {took}{squashed}\n")
     })
 }
 

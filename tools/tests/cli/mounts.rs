@@ -86,6 +86,49 @@ fn nameless_changes_are_kept() {
 }
 
 #[test]
+fn seals_are_squashed() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    for round in 0..5 {
+        std::fs::write(host.path("mnt/etc/hostname"), format!("round {round}\n")).unwrap();
+        std::fs::write(host.path(&format!("mnt/of-round-{round}")), "").unwrap();
+        host.json(&["seal", "mnt", "app", "--force", "--squash-past", "0"]);
+    }
+    host.json(&["tag", "app", "app:long"]);
+    let layers = |name: &str| host.json(&["log", name])["layers"].as_array().unwrap().len();
+    assert_eq!(layers("app"), 6);
+    hold!(
+        "squash",
+        host.session(&[
+            &["squash", "app", "--past", "5"],
+            &["squash", "app", "--dry-run"],
+            &["squash", "app"],
+            &["diff", "app:long", "app"],
+            &["squash", "base", "--onto", "app"],
+            &["squash", "app:long", "--all", "--as", "base"],
+            &["squash", "app:long", "--all", "--as", "flat"],
+            &["squash", "app", "base", "--as", "both"]
+        ])
+    );
+    assert_eq!((layers("app"), layers("app:long"), layers("flat")), (2, 6, 1));
+    assert_eq!(std::fs::read(host.path("mnt/etc/hostname")).unwrap(), b"round 4\n");
+    // The mount lies on the one layer now.
+    let of = |field: &str| host.json(&["mounts"])["mounts"][0][field].clone();
+    assert_eq!((of("layer_name"), of("layer")), ("app".into(), host.json(&["inspect", "app"])["layer"]["id"].clone()));
+    for round in 5..9 {
+        std::fs::write(host.path("mnt/etc/hostname"), format!("round {round}\n")).unwrap();
+        let sealed = host.json(&["seal", "mnt", &format!("app{round}"), "--squash-past", "3"]);
+        assert_eq!(sealed["squashed"], if round == 7 { 4 } else { 0 });
+    }
+    assert_eq!((layers("app7"), layers("app8")), (2, 3));
+    assert_eq!(std::fs::read(host.path("mnt/etc/hostname")).unwrap(), b"round 8\n");
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+#[test]
 fn a_killed_daemon_mounts_again() {
     if !can_mount() {
         return;

@@ -10,6 +10,7 @@ pub mod migrate;
 pub mod mounts;
 pub mod peers;
 pub mod registry;
+pub mod squash;
 pub mod storage;
 pub mod tier;
 pub mod transfers;
@@ -34,6 +35,7 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/tree", operation("tree", Short, layers::tree))
         .route("/v1/log", operation("log", Short, layers::log))
         .route("/v1/tag", operation("tag", Short, layers::tag))
+        .route("/v1/squash", operation("squash", Long, squash::squash))
         .route("/v1/remove", operation("remove", Short, layers::remove))
         .route("/v1/inspect", operation("inspect", Long, inspect::inspect))
         .route("/v1/traces", operation("traces", Short, inspect::traces))

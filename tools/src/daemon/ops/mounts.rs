@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
+use layerfs::monitor::Monitor;
 use layerfs::seal::{self, SealOptions};
+use layerfs::squash::SquashReport;
 use layerfs::store::Store;
 use layerfs::upper::{self, UpperRecord, UpperSize};
 use layerfs::{LayerId, LayerName, UpperId};
@@ -161,6 +163,13 @@ impl Mounts {
             let text = format!("nothing of this store is mounted at {}", dir.display());
             Failure::new(Class::NotFound, text).hint("`layerctl mounts` shows what is")
         })
+    }
+
+    /// The mounts whose upper lies on `layer`.
+    pub fn on_top_of(&self, layer: LayerId) -> Vec<Arc<Mount>> {
+        let mut all = self.all();
+        all.retain(|mount| mount.fs().is_some_and(|fs| fs.is_writable() && fs.view().top() == Some(layer)));
+        all
     }
 
     /// The mount at `dir`, if there is one.
@@ -379,10 +388,17 @@ pub fn seal(context: &Context, request: SealRequest) -> Result<SealResult> {
     let report = mount
         .seal(&options, &*context.reporter)
         .map_err(|error| with_force_hint(error.into(), "--force moves the name to the new layer"))?;
-    let (info, _) = Catalog::read(&daemon.store)?.info(report.layer)?;
+    let past = request.squash_past.unwrap_or(daemon.settings.squash_past);
+    let squashed = match past {
+        0 => None,
+        past => squash_seals(&mount, past as usize, &options.name, &*context.reporter),
+    };
+    let layer = squashed.map_or(report.layer, |squashed| squashed.layer);
+    let (info, _) = Catalog::read(&daemon.store)?.info(layer)?;
     Ok(SealResult {
         name: request.name,
-        id: report.layer.to_string(),
+        id: layer.to_string(),
+        squashed: squashed.map_or(0, |squashed| squashed.layers),
         unchanged: !report.is_new,
         inodes: report.inodes,
         dentries: report.dentries,
@@ -390,6 +406,17 @@ pub fn seal(context: &Context, request: SealRequest) -> Result<SealResult> {
         bytes_stored: report.stored.new_stored_bytes,
         seconds: units::seconds(started.elapsed()),
     })
+}
+
+/// Squashes what a mount's seals have piled up. The seal is done, whatever comes of this.
+fn squash_seals(mount: &Mount, past: usize, name: &LayerName, monitor: &dyn Monitor) -> Option<SquashReport> {
+    match mount.squash(past, std::slice::from_ref(name), monitor) {
+        Ok(report) => report,
+        Err(error) => {
+            monitor.warn(&format!("the layers are not squashed: {}", crate::failure::describe(&error)));
+            None
+        }
+    }
 }
 
 /// `/v1/uppers`.
