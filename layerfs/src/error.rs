@@ -95,6 +95,9 @@ pub enum Error {
         /// From whom, and why not.
         detail: String,
     },
+    /// The process that waited for a chunk of a partial layer has been killed.
+    #[error("whoever waited for chunk {0} has been killed")]
+    GivenUp(ChunkId),
     /// A chunk's bytes don't have its id.
     #[error("chunk {id} is damaged ({detail}); `layerctl scrub --heal PEER` fetches it again")]
     ChunkDamaged {
@@ -173,7 +176,7 @@ impl Error {
             Error::Invalid(_) => ErrorClass::Invalid,
             Error::NotFound { .. } | Error::LayerMissing(_) => ErrorClass::NotFound,
             Error::Exists { .. } => ErrorClass::Exists,
-            Error::Busy(_) | Error::Cancelled => ErrorClass::Busy,
+            Error::Busy(_) | Error::Cancelled | Error::GivenUp(_) => ErrorClass::Busy,
             Error::Absent { .. } => ErrorClass::Network,
             Error::ChunkMissing(_) | Error::ChunkDamaged { .. } | Error::Corrupt { .. } => ErrorClass::Corrupt,
             Error::Tier { class, .. } => *class,
@@ -188,6 +191,7 @@ impl Error {
             Error::File { source, .. } | Error::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             // Whatever it is: to a program that reads a file it is the disk that fails.
             Error::Tier { .. } => libc::EIO,
+            Error::GivenUp(_) => libc::EINTR,
             _ => match self.class() {
                 ErrorClass::Invalid => libc::EINVAL,
                 ErrorClass::NotFound => libc::ENOENT,

@@ -29,6 +29,7 @@ pub mod inode;
 pub mod manifest;
 pub mod monitor;
 pub mod mount;
+pub mod patience;
 pub mod platform;
 pub mod readahead;
 pub mod refs;
@@ -37,6 +38,8 @@ pub mod splice;
 pub mod squash;
 pub mod store;
 pub mod table;
+#[cfg(test)]
+mod testing;
 pub mod upper;
 pub mod usage;
 pub mod view;

@@ -14,8 +14,9 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::chunk::ChunkRead;
 use crate::content::{self, Content, Extent, Extents, get_sized};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::id::ChunkId;
+use crate::patience;
 use crate::store::trace::Recorder;
 
 /// How far ahead of a sequential reader chunks are fetched, at first and at most, in bytes.
@@ -114,7 +115,11 @@ impl Slot {
             match &*state {
                 SlotState::Ready(plain) => return Ok(plain.clone()),
                 SlotState::Failed => break,
-                SlotState::Fetching => self.changed.wait(&mut state),
+                SlotState::Fetching => {
+                    if self.changed.wait_for(&mut state, patience::ASK_EVERY).timed_out() && patience::is_given_up() {
+                        return Err(Error::GivenUp(self.id));
+                    }
+                }
                 SlotState::Waiting => {
                     *state = SlotState::Fetching;
                     drop(state);
@@ -172,9 +177,11 @@ impl FetchPool {
             let (queue, chunks): (Receiver<Arc<Slot>>, _) = (queue.clone(), chunks.clone());
             let worker = std::thread::Builder::new().name("layerfs-fetch".to_owned()).spawn(move || {
                 for slot in queue {
-                    // If nobody else holds it, its reader has gone.
-                    if Arc::strong_count(&slot) > 1 {
-                        slot.work(&*chunks);
+                    // If nobody else holds it, its reader has gone: before it begins, or while it waits for a chunk.
+                    let held = slot.clone();
+                    let is_given_up = move || Arc::strong_count(&held) <= 2;
+                    if !is_given_up() {
+                        patience::unless(is_given_up, || slot.work(&*chunks));
                     }
                 }
             });
@@ -422,7 +429,6 @@ mod tests {
     use crate::chunk::{ChunkWrite, Class, MemoryChunks};
     use crate::chunker::Chunker;
     use crate::content::ContentBuilder;
-    use crate::error::Error;
 
     fn file(chunks: &MemoryChunks, runs: &[(bool, u32)]) -> (Content, Vec<u8>) {
         let mut builder = ContentBuilder::new(Chunker::Tree);

@@ -146,6 +146,7 @@ mod tests {
     use crate::chunk::{ChunkWrite, Class, MemoryChunks};
     use crate::content::ContentBuilder;
     use crate::error::Error;
+    use crate::testing::noise;
 
     /// A changed file in memory; `dirty` are the blocks that may differ.
     struct InMemory {
@@ -210,15 +211,6 @@ mod tests {
         })
         .unwrap();
         (builder.finish(chunks).unwrap(), kept)
-    }
-
-    fn noise(count: usize, seed: u64) -> Vec<u8> {
-        let mut state = seed + 1;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 56) as u8
-        };
-        (0..count).map(|_| next()).collect()
     }
 
     #[derive(Clone, Debug)]

@@ -51,17 +51,6 @@ enum Fault {
 const FAULTS: [Fault; 6] =
     [Fault::Cut, Fault::Reset, Fault::Damage, Fault::Stall, Fault::KillSender, Fault::KillReceiver];
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % end
-    }
-}
-
 /// What all connections through the relay share.
 struct Relay {
     /// Bytes that came from the sender.
@@ -155,7 +144,7 @@ fn faults() -> anyhow::Result<()> {
     let by_relay = format!("{}:{RELAY_PORT}", hosts.link.a.address);
     hosts.a.ctl.ok(["peer", "remove", "b"])?;
     hosts.a.ctl.ok(["peer", "add", "b", &by_relay, "--key", &public_key(&hosts.b)?])?;
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = tree::Random::new(1);
     let (mut passed, mut kills) = (0, 0);
     for push in 0..pushes {
         let fault = FAULTS[push as usize % FAULTS.len()];

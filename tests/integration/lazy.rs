@@ -1,7 +1,10 @@
 //! Layers that are mounted before their data has come: read while they stream, with their source gone and back.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
@@ -17,6 +20,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("lazy::reads_come_first_and_the_rest_follows", &[Root, Namespaces, Fuse], reads_come_first),
         Case::new("lazy::a_source_that_goes_and_returns", &[Root, Namespaces, Fuse], source_goes),
+        Case::new("lazy::who_waits_can_be_killed", &[Root, Namespaces, Fuse], killed_reader),
         Case::new("lazy::a_push_goes_on_by_itself", &[Root, Namespaces, Fuse], push),
     ]
 }
@@ -108,6 +112,42 @@ fn source_goes() -> anyhow::Result<()> {
     }
     until_whole(&hosts.b, "tree")?;
     same_by_rsync(&hosts.a.path("tree"), &mounted)?;
+    hosts.b.umount(&mounted)?;
+    hosts.b.fsck()
+}
+
+fn killed_reader() -> anyhow::Result<()> {
+    let mut hosts = TwoHosts::new()?;
+    make(&hosts.a.path("tree"))?;
+    hosts.a.import(&hosts.a.path("tree"), "tree", &[])?;
+    hosts.b.stop()?;
+    let config = hosts.b.ctl.store().with_extension("config").join("layerfs");
+    fs::create_dir_all(&config)?;
+    // Longer than any test may take: a reader that waits for it fails the test.
+    fs::write(config.join("config.toml"), "lazy_timeout_seconds = 3600\n")?;
+    hosts.b.start(&[])?;
+    hosts.link.shape(10)?;
+    hosts.b.ctl.ok(["pull", "tree", "a", "--lazy"])?;
+    let mounted = hosts.b.mount("tree", "mounted", &[])?;
+    hosts.a.kill()?;
+    let read = ["if=big", "of=/dev/null", "bs=1M"];
+    let read_around_the_cache = ["if=big", "of=/dev/null", "bs=1M", "iflag=direct"];
+    let write_a_byte = ["if=/dev/zero", "of=big", "bs=1", "count=1", "seek=11999000", "conv=notrunc"];
+    for arguments in [&read[..], &read_around_the_cache, &write_a_byte] {
+        let mut reader = Command::new("dd").args(arguments).current_dir(&mounted).spawn()?;
+        let status = Path::new("/proc").join(reader.id().to_string()).join("syscall");
+        // Until it has slept at the same place for a while: it has come to what isn't here.
+        let (mut place, mut looks) = (String::new(), 0);
+        while looks < 10 {
+            let now = fs::read_to_string(&status)?;
+            looks = if now == place && !now.starts_with("running") { looks + 1 } else { 0 };
+            place = now;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        reader.kill()?;
+        let ended = reader.wait()?;
+        ensure!(ended.signal() == Some(9), "dd {arguments:?} ended with {ended} instead of waiting");
+    }
     hosts.b.umount(&mounted)?;
     hosts.b.fsck()
 }

@@ -26,6 +26,7 @@ use super::fs::{FolderHandle, Fs, SetAttr, SetTime, Stat};
 use crate::attr::{FileKind, Time};
 use crate::error::{Error, Result};
 use crate::id::Ino;
+use crate::patience;
 
 /// Longer than any mount lives.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
@@ -433,7 +434,7 @@ impl Filesystem for Front {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -447,7 +448,8 @@ impl Filesystem for Front {
             if buffer.len() < size {
                 buffer.resize(size, 0);
             }
-            match self.fs.read(ino(number), offset, &mut buffer[..size]) {
+            let read = || self.fs.read(ino(number), offset, &mut buffer[..size]);
+            match patience::on_behalf_of(request.pid(), read) {
                 Ok(count) => reply.data(&buffer[..count]),
                 Err(errno) => reply.error(errno.into()),
             }
@@ -456,7 +458,7 @@ impl Filesystem for Front {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -467,7 +469,8 @@ impl Filesystem for Front {
         reply: ReplyWrite,
     ) {
         let clear_bits = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.fs.write(ino(number), offset, data, clear_bits) {
+        let write = || self.fs.write(ino(number), offset, data, clear_bits);
+        match patience::on_behalf_of(request.pid(), write) {
             Ok(written) => {
                 if written.cleared_privileges {
                     self.attributes_changed(number);

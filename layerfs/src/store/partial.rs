@@ -97,10 +97,12 @@ impl Presence {
 
 /// Brings chunks from elsewhere. Registered by [`Store::set_fetcher`].
 pub trait ChunkFetcher: Send + std::marker::Sync {
-    /// The verified plain bytes of chunk `id`, which a reader waits for. Blocks, but for a bounded time only.
+    /// The verified plain bytes of chunk `id`, which a reader waits for. Blocks, but for a bounded time only, and no
+    /// longer than anybody waits ([`crate::patience`]).
     ///
     /// # Errors
-    /// [`Error::ChunkMissing`] if no source can have it, [`Error::Absent`] if none has brought it in time.
+    /// [`Error::ChunkMissing`] if no source can have it, [`Error::Absent`] if none has brought it in time,
+    /// [`Error::GivenUp`] if the reader has been killed.
     fn fetch(&self, id: &ChunkId) -> Result<Bytes>;
 
     /// These will probably be read soon, in this order. Doesn't wait.

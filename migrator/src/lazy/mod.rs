@@ -30,6 +30,7 @@ use bytes::Bytes;
 use layerfs::error::ErrorClass;
 use layerfs::manifest::Manifest;
 use layerfs::monitor::Monitor;
+use layerfs::patience;
 use layerfs::store::{ChunkFetcher, PartialLayer};
 use layerfs::{ChunkId, LayerId};
 use parking_lot::{Mutex, RwLock};
@@ -298,6 +299,9 @@ impl Inner {
                 && failing.len() == sources.len()
                 && failing.iter().all(|(since, _)| since.elapsed() > timeout);
             let why = failing.first().map(|(_, error)| error.clone());
+            if patience::is_given_up() {
+                return Err(layerfs::Error::GivenUp(*id));
+            }
             if self.is_stopped() {
                 return absent("the daemon stops".to_owned());
             }

@@ -11,6 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use super::*;
 use crate::failpoint;
 use crate::mount::{Mount, MountOptions};
+use crate::testing::noise;
 
 /// Where the served process finds its folder, and at which step of a seal it dies.
 const FOLDER: &str = "LAYERFS_TEST_FOLDER";
@@ -106,16 +107,6 @@ fn folder() -> Option<tempfile::TempDir> {
     let folder = tempfile::Builder::new().prefix("layerfs-killed-").tempdir().unwrap();
     fs::create_dir(folder.path().join("mnt")).unwrap();
     Some(folder)
-}
-
-/// Bytes that don't compress.
-fn noise(count: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed + 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 56) as u8
-    };
-    (0..count).map(|_| next()).collect()
 }
 
 /// Every file's path, number, content and time of change.

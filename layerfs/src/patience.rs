@@ -1,0 +1,77 @@
+//! For whom a thread works, and whether anybody still waits for it.
+//!
+//! The kernel tells a filesystem that the caller of a request has been killed by another request, which `fuser` turns
+//! away. So whoever waits for long on a caller's behalf (for a chunk that another host has) asks here now and then.
+//! Hides that /proc is read for it.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How often whoever waits should ask.
+pub const ASK_EVERY: Duration = Duration::from_millis(100);
+
+/// Tells whether nobody waits any more.
+type GivenUp = Rc<dyn Fn() -> bool>;
+
+thread_local! {
+    static GIVEN_UP: RefCell<Option<GivenUp>> = const { RefCell::new(None) };
+}
+
+/// Does `work`, which is of no use any more once `is_given_up` says so.
+pub fn unless<T>(is_given_up: impl Fn() -> bool + 'static, work: impl FnOnce() -> T) -> T {
+    /// So that a panic doesn't leave it set.
+    struct Before(Option<GivenUp>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            GIVEN_UP.replace(self.0.take());
+        }
+    }
+    let _before = Before(GIVEN_UP.replace(Some(Rc::new(is_given_up))));
+    work()
+}
+
+/// Does `work` on behalf of thread `caller`; 0 for one that isn't known, which is taken to wait for ever.
+pub fn on_behalf_of<T>(caller: u32, work: impl FnOnce() -> T) -> T {
+    unless(move || caller != 0 && is_dying(caller), work)
+}
+
+/// Whether nobody waits any more for what this thread does. May cost a file of /proc.
+pub fn is_given_up() -> bool {
+    let ask = GIVEN_UP.with_borrow(Clone::clone);
+    ask.is_some_and(|ask| ask())
+}
+
+/// A signal that ends a process is a pending SIGKILL for each of its threads.
+fn is_dying(thread: u32) -> bool {
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    let status = match std::fs::read_to_string(format!("/proc/{thread}/status")) {
+        Ok(status) => status,
+        Err(error) => return error.kind() == std::io::ErrorKind::NotFound,
+    };
+    let pending = |line: &str| {
+        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    };
+    status.lines().filter_map(pending).any(|mask| mask & SIGKILL != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_has_gone_waits_for_nothing() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let asked = || on_behalf_of(child.id(), is_given_up);
+        assert!(!asked());
+        assert!(!is_given_up());
+        rustix::process::kill_process(
+            rustix::process::Pid::from_raw(child.id() as i32).unwrap(),
+            rustix::process::Signal::KILL,
+        )
+        .unwrap();
+        child.wait().unwrap();
+        assert!(on_behalf_of(child.id(), is_given_up));
+    }
+}
