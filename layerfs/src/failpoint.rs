@@ -19,6 +19,8 @@ pub const NAMES: &[&str] = &[
     "seal.chunked",
     "seal.before-switch",
     "seal.after-switch",
+    "squash.before-switch",
+    "squash.after-switch",
     "receive.offered",
     "receive.chunk",
     "receive.staged",

@@ -35,6 +35,7 @@ const SEAL_STEPS: &[&str] = &[
     "seal.before-switch",
     "seal.after-switch",
 ];
+const SQUASH_STEPS: &[&str] = &["manifest.stored:2", "squash.before-switch", "squash.after-switch"];
 const RECEIVE_STEPS: &[&str] = &[
     "pack.appended:2",
     "index.written",
@@ -53,6 +54,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("crash::every_step_has_its_test", &[], every_step),
         Case::new("crash::at_each_step_of_import", &[], import),
         Case::new("crash::at_each_step_of_seal", &[Root, Fuse], seal),
+        Case::new("crash::at_each_step_of_squash", &[Root, Fuse], squash),
         Case::new("crash::at_each_step_of_receive", &[Root, Namespaces], receive),
         Case::new("crash::at_each_step_of_gc", &[], gc),
         Case::new("crash::of_the_sender", &[Root, Namespaces], sender),
@@ -62,7 +64,8 @@ pub fn cases() -> Vec<Case> {
 
 fn every_step() -> anyhow::Result<()> {
     let tested =
-        [IMPORT_STEPS, SEAL_STEPS, RECEIVE_STEPS, GC_STEPS, crate::tier::STEPS, crate::migrate::STEPS].concat();
+        [IMPORT_STEPS, SEAL_STEPS, SQUASH_STEPS, RECEIVE_STEPS, GC_STEPS, crate::tier::STEPS, crate::migrate::STEPS]
+            .concat();
     let tested: BTreeSet<_> = tested.iter().map(|step| step.split(':').next().unwrap_or(step)).collect();
     let named: BTreeSet<_> = failpoint::NAMES.iter().copied().collect();
     ensure!(
@@ -191,6 +194,42 @@ fn seal() -> anyhow::Result<()> {
     host.seal(&mounted, "at-last")?;
     whole(&host, &[one("base", &base), one("at-last", &expected)].into_iter().flatten().collect(), &Contents::new())?;
     host.umount(&mounted).map(drop)
+}
+
+/// Seals that squash: the seal is done, whatever becomes of the squash; the mount and the name lie on the same layer.
+fn squash() -> anyhow::Result<()> {
+    let mut host = Host::new()?;
+    let base = source(&host, "base", 350)?;
+    host.import(&base, "base", &[])?;
+    let mounted = host.mount("base", "mounted", &["--upper", "work"])?;
+    change(&mounted, 0)?;
+    host.seal(&mounted, "sealed")?;
+    host.stop_or_kill()?;
+    for (round, step) in SQUASH_STEPS.iter().enumerate() {
+        host.start(&["--crash-at", step])?;
+        mount_again(&host, &mounted)?;
+        change(&mounted, round + 1)?;
+        let expected = host.path(&format!("expected-{round}"));
+        layerfs_tests::case::shell(&format!("cp -a '{}' '{}'", mounted.display(), expected.display()))?;
+        let to_seal = mounted.to_string_lossy();
+        let answer = host.ctl.run(["seal", &to_seal, "sealed", "--force", "--squash-past", "1"])?;
+        ensure!(answer.code != 0, "the squash at whose step {step} the daemon was to die succeeded");
+        host.wait_for_crash().with_context(|| step.to_string())?;
+        host.start(&[])?;
+        is_back(&host, &mounted).with_context(|| format!("after {step}"))?;
+        compare::same_by_rsync(&expected, &mounted).with_context(|| format!("the mount after {step}"))?;
+        compare::same_hard_links(&expected, &mounted).with_context(|| format!("the mount after {step}"))?;
+        let contents = [one("base", &base), one("sealed", &expected)].into_iter().flatten().collect();
+        whole(&host, &contents, &Contents::new()).with_context(|| format!("after {step}"))?;
+        let on = &host.ctl.json(["mounts"])?["mounts"][0]["layer"];
+        let named = &host.ctl.json(["inspect", "sealed"])?["layer"]["id"];
+        ensure!(on == named, "after {step} the mount lies on {on}, and the name on {named}");
+        let layers = host.ctl.json(["log", "sealed"])?["layers"].as_array().map_or(0, Vec::len);
+        ensure!((layers == 2) == (*step == "squash.after-switch"), "{layers} layers after {step}");
+        host.ctl.ok(["gc"])?;
+        host.stop_or_kill()?;
+    }
+    Ok(())
 }
 
 /// Mounts the upper again where it was, over the layer that it lies on now.

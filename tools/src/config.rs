@@ -97,6 +97,8 @@ struct ConfigFile {
     lazy_timeout_seconds: Option<u64>,
     log: Option<String>,
     squash_past: Option<u64>,
+    slow_request: Option<String>,
+    metrics: Option<std::net::SocketAddr>,
     tier_credentials: Option<PathBuf>,
     tier_profile: Option<String>,
     connections: Option<String>,
@@ -133,6 +135,8 @@ impl ConfigFile {
             lazy_timeout_seconds: self.lazy_timeout_seconds.or(below.lazy_timeout_seconds),
             log: self.log.or(below.log),
             squash_past: self.squash_past.or(below.squash_past),
+            slow_request: self.slow_request.or(below.slow_request),
+            metrics: self.metrics.or(below.metrics),
             tier_credentials: self.tier_credentials.or(below.tier_credentials),
             tier_profile: self.tier_profile.or(below.tier_profile),
             connections: self.connections.or(below.connections),
@@ -207,6 +211,10 @@ pub struct Settings {
     pub log: String,
     /// A seal that makes more than so many layers of one kind above each other squashes them; 0: none does.
     pub squash_past: u64,
+    /// Requests of mounts that take longer are told of in the log; zero: none.
+    pub slow_request: Duration,
+    /// Where metrics can be had without the control socket.
+    pub metrics: Option<std::net::SocketAddr>,
     /// The AWS credentials file with the keys for the second tier.
     pub tier_credentials: Option<PathBuf>,
     /// Its profile.
@@ -285,6 +293,8 @@ impl Settings {
             threads: file.threads,
             limit,
             squash_past: file.squash_past.unwrap_or(DEFAULT_SQUASH_PAST),
+            slow_request: Duration::from_secs(time("slow_request", &file.slow_request)?.unwrap_or(2)),
+            metrics: file.metrics,
             tier_credentials: file.tier_credentials,
             tier_profile: file.tier_profile,
             lazy_timeout: Duration::from_secs(file.lazy_timeout_seconds.unwrap_or(30).max(1)),

@@ -113,6 +113,10 @@ fn write_stderr(text: &str) {
 pub struct Paint(pub bool);
 
 impl Paint {
+    /// No colours.
+    #[cfg(test)]
+    pub const PLAIN: Paint = Paint(false);
+
     fn wrap(self, code: &str, text: &str) -> String {
         if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }

@@ -12,6 +12,7 @@ pub mod fs;
 mod fuse;
 mod point;
 pub mod registry;
+pub mod watch;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -142,6 +142,9 @@ impl Driver {
                 let flags = if exchange { libc::RENAME_EXCHANGE } else { 0 };
                 let to = (Driver::folder(&entries, folder), named(name));
                 let _ = self.fs.rename((entry.0, &entry.1), (to.0, &to.1), flags, Caller::ROOT);
+                // Nobody has what was replaced open.
+                let replaced = entries.iter().find(|entry| entry.0 == to.0 && entry.1 == to.1);
+                replaced.into_iter().for_each(|entry| self.fs.forget(entry.2, 1000));
             }
             Step::Link { file, folder, name } => {
                 if let Some(file) = of_kind(file, true) {

@@ -3,6 +3,8 @@
 //! Invariants: the sum of the cached lengths stays under the limit; a chunk that several threads want at once is
 //! read by one of them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -20,6 +22,8 @@ pub(crate) struct ChunkCache {
     shards: Vec<Mutex<Shard>>,
     flights: Vec<Mutex<()>>,
     shard_limit: usize,
+    hits: AtomicU64,
+    misses: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -35,6 +39,8 @@ impl ChunkCache {
             shards: (0..SHARDS).map(|_| shard()).collect(),
             flights: (0..FLIGHTS).map(|_| Mutex::new(())).collect(),
             shard_limit: limit_bytes / SHARDS,
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
         }
     }
 
@@ -50,8 +56,10 @@ impl ChunkCache {
     /// The bytes of `id`, from here or from `load`.
     pub fn get(&self, id: &ChunkId, load: impl FnOnce() -> Result<Bytes>) -> Result<Bytes> {
         if let Some(plain) = self.peek(id) {
+            self.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(plain);
         }
+        self.misses.fetch_add(1, Ordering::Relaxed);
         let _flight = self.flights[usize::from(id.0[30]) % FLIGHTS].lock();
         if let Some(plain) = self.peek(id) {
             return Ok(plain);
@@ -59,6 +67,11 @@ impl ChunkCache {
         let plain = load()?;
         self.insert(id, plain.clone());
         Ok(plain)
+    }
+
+    /// How often a chunk was here when it was wanted, and how often not.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
     }
 
     /// Keeps `plain`, the bytes of `id`.

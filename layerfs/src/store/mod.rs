@@ -208,6 +208,11 @@ impl Store {
         Err(Error::ChunkMissing(*id))
     }
 
+    /// How many chunks that were wanted stood in the cache since the store was opened, and how many didn't.
+    pub fn cache_counts(&self) -> (u64, u64) {
+        self.cache.counts()
+    }
+
     /// The verified plain bytes of chunk `id`, past the cache: for work that reads much and once.
     pub fn get_uncached(&self, id: &ChunkId) -> Result<Bytes> {
         match self.cache.peek(id) {

@@ -3,6 +3,7 @@
 //! Every operation is `/v1/<operation>` with a JSON object as request (none means `{}`). Invariant: fields are only
 //! ever added; what changes otherwise raises [`API_VERSION`].
 
+pub mod activity;
 pub mod guests;
 pub mod layers;
 pub mod migrate;

@@ -79,10 +79,29 @@ pub struct Seal {
     pub squash_past: Option<u64>,
 }
 
-/// List the store's mounts.
+/// List the store's mounts, or show what they do.
+///
+/// What the kernel answers from its own caches doesn't come to the daemon, and isn't in the rates.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  layerctl mounts\n  layerctl mounts --json")]
-pub struct Mounts {}
+#[command(after_help = "Examples:\n  \
+    layerctl mounts\n  \
+    layerctl mounts --rates                  requests and bytes a second, how long answers take\n  \
+    layerctl mounts --watch                  the same, again and again\n  \
+    layerctl mounts --requests --longer 5    what has been waiting for more than 5 seconds?")]
+pub struct Mounts {
+    /// Show rates, latencies and hit rates of the next second
+    #[arg(long, short = 'R')]
+    pub rates: bool,
+    /// Show them every second, until interrupted
+    #[arg(long, short, conflicts_with = "requests")]
+    pub watch: bool,
+    /// List the requests that are being answered now
+    #[arg(long, short, conflicts_with = "rates")]
+    pub requests: bool,
+    /// Only those that have been for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "0", requires = "requests", hide_default_value = true)]
+    pub longer: f64,
+}
 
 /// List or remove uppers, the writable tops of mounts.
 #[derive(Debug, Args)]

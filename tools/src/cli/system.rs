@@ -45,6 +45,15 @@ pub enum DaemonAction {
         #[arg(long, short)]
         force: bool,
     },
+    /// Show or change what the running daemon logs
+    #[command(
+        after_help = "Examples:\n  layerctl daemon log-filter                            what is in force?\n  layerctl daemon log-filter layerfs::mount=debug,info\n  layerctl daemon log-filter info"
+    )]
+    LogFilter {
+        /// The new filter, as LAYERFS_LOG has it; it holds until the daemon ends
+        #[arg(value_name = "FILTER")]
+        filter: Option<String>,
+    },
     /// Hold the descriptors of mounts, and start a daemon when there is none
     #[command(hide = true)]
     Keep,

@@ -1,5 +1,6 @@
 //! What each command does: asks the daemon, writes the answer.
 
+pub mod activity;
 pub mod guests;
 pub mod inspect;
 pub mod layers;
@@ -73,6 +74,8 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Mount(args) => mounts::mount(session, args)?,
         Command::Umount(args) => mounts::umount(session, args)?,
         Command::Seal(args) => mounts::seal(session, args)?,
+        Command::Mounts(args) if args.requests => activity::requests(session, args.longer)?,
+        Command::Mounts(args) if args.rates || args.watch => activity::rates(session, args.watch)?,
         Command::Mounts(_) => mounts::list(session)?,
         Command::Uppers(args) => mounts::uppers(session, args)?,
         Command::Push(args) => peers::push(session, args)?,

@@ -37,7 +37,8 @@ fn line(squashed: &Squashed, is_dry: bool, paint: Paint) -> String {
     let would = if is_dry { "would become" } else { "became" };
     let tables = format!("{} of tables instead of {}", units::size(*table_bytes), units::size(*table_bytes_before));
     let inodes = format!("{} instead of {}", units::plural(*inodes, "inode"), units::count(*inodes_before));
-    let mut text = format!("{id}  {name}  {layers} layers {would} one: {inodes}, {tables}, {} new\n", units::size(*new_bytes));
+    let mut text =
+        format!("{id}  {name}  {layers} layers {would} one: {inodes}, {tables}, {} new\n", units::size(*new_bytes));
     for dir in &squashed.mounts {
         text.push_str(&format!("the mount on {} goes on over it\n", dir.display()));
     }

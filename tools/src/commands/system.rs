@@ -15,6 +15,7 @@ pub fn daemon(session: &Session, args: args::Daemon) -> Result<u8> {
         args::DaemonAction::Status => status(session),
         args::DaemonAction::Restart { force } => restart(session, force).map(|()| 0),
         args::DaemonAction::Keep => crate::keeper::run(&session.settings.store).map(|()| 0),
+        args::DaemonAction::LogFilter { filter } => super::activity::log_filter(session, filter).map(|()| 0),
         args::DaemonAction::Stop { force } => stop(session, force).map(|()| 0),
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod http;
 pub mod life;
+pub mod log;
 pub mod memory;
 pub mod ops;
 pub mod streams;
@@ -36,7 +37,7 @@ use work::Works;
 
 /// How long a starting daemon waits for the last one to let go of the store.
 const PREDECESSOR: Duration = Duration::from_secs(15);
-/// How often it is looked whether the mounts have read something new.
+/// How often it is looked whether the mounts have read something new, and whether requests hang.
 const TRACES_EVERY: Duration = Duration::from_secs(15);
 /// The exit code by which systemd, if it started this daemon, knows that another one is wanted.
 const EXIT_HANDED_OVER: i32 = 75;
@@ -61,7 +62,8 @@ pub struct Daemon {
     pub moves: Moves,
     /// When and why to exit.
     pub life: Life,
-    started: Instant,
+    /// When it was started.
+    pub started: Instant,
     started_at: i64,
     is_autostarted: bool,
 }
@@ -104,7 +106,8 @@ pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
         life::leave_terminal();
     }
     life::raise_descriptor_limit();
-    start_log(&settings, !start.detached);
+    log::start(&settings, !start.detached);
+    layerfs::mount::watch::set_slow(settings.slow_request);
     let outcome = prepare_and_serve(settings, start);
     if let (true, Err(failure)) = (start.detached, &outcome) {
         tracing::error!("{failure}");
@@ -208,6 +211,7 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
         life::notify_ready();
     }
     tokio::spawn(ops::tier::keep_up(daemon.clone()));
+    tokio::spawn(ops::activity::serve_metrics(daemon.clone()));
     let (listener, socket) = socket.split();
     let router = router().with_state(daemon.clone());
     let stopped = life::until_stopped(daemon.clone());
@@ -245,18 +249,22 @@ fn hand_over(daemon: &Daemon) -> ! {
     }
 }
 
-/// Keeps what the mounts have read, so that a crash costs only the latest of it.
+/// Keeps what the mounts have read, so that a crash costs only the latest of it; tells of requests that hang.
 async fn keep_traces(daemon: Arc<Daemon>) {
     let mut ticker = tokio::time::interval(TRACES_EVERY);
     loop {
         ticker.tick().await;
         let daemon = daemon.clone();
-        let _ = tokio::task::spawn_blocking(move || daemon.mounts.save_traces()).await;
+        let look = move || {
+            ops::activity::tell_hanging(&daemon);
+            daemon.mounts.save_traces();
+        };
+        let _ = tokio::task::spawn_blocking(look).await;
     }
 }
 
 fn router() -> Router<Arc<Daemon>> {
-    ops::routes(Router::new()).fallback(|request: axum::extract::Request| async move {
+    ops::activity::route(ops::routes(Router::new())).fallback(|request: axum::extract::Request| async move {
         let text = format!("there is no operation {}; docs/API.md lists them", request.uri().path());
         http::with_version(http::failed(&Failure::new(Class::NotFound, text)))
     })
@@ -313,18 +321,6 @@ fn announce(announcement: &autostart::Announcement) {
     let _ = stdout.flush();
     drop(stdout);
     life::leave_stdout();
-}
-
-fn start_log(settings: &Settings, is_foreground: bool) {
-    use std::io::IsTerminal;
-    let filter = tracing_subscriber::EnvFilter::try_new(&settings.log).unwrap_or_else(|_| "info".into());
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(is_foreground && std::io::stderr().is_terminal())
-        .with_target(false);
-    // A second daemon in one process happens only in tests.
-    let _ = subscriber.try_init();
 }
 
 fn arm(step: &str) -> Result<()> {

@@ -86,6 +86,40 @@ fn nameless_changes_are_kept() {
 }
 
 #[test]
+fn what_mounts_do_can_be_seen() {
+    use std::io::{Read, Write};
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    let written = host.path("mnt/written");
+    std::fs::write(&written, vec![1; 100_000]).unwrap();
+    let activity = host.json(&["mounts", "--rates"]);
+    assert!(activity["uptime_seconds"].as_f64().unwrap() > 0.5 && activity["mounts"].as_array().unwrap().len() == 1);
+    assert!(host.json(&["mounts", "--requests", "--longer", "1"])["requests"].as_array().unwrap().is_empty());
+    let mut socket = std::os::unix::net::UnixStream::connect(host.store().join("control.sock")).unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nhost: layerfs\r\nconnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    let dir = host.path("mnt");
+    let expected = format!("layerfs_mount_written_bytes_total{{dir=\"{}\"}} 100000", dir.display());
+    assert!(text.starts_with("HTTP/1.1 200") && text.contains(&expected), "{text}");
+    let count = format!("layerfs_mount_request_seconds_count{{dir=\"{}\",op=\"make\"}} 1", dir.display());
+    assert!(text.contains(&count) && text.contains("layerfs_chunk_cache_hits_total"), "{text}");
+    hold!(
+        "log_filter",
+        host.session(&[
+            &["daemon", "log-filter"],
+            &["daemon", "log-filter", "layerfs=debug,warn"],
+            &["daemon", "log-filter", "=x=y"],
+            &["daemon", "log-filter"]
+        ])
+    );
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+#[test]
 fn seals_are_squashed() {
     if !can_mount() {
         return;

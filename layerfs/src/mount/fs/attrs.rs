@@ -3,6 +3,7 @@
 use super::super::acl::{self, Acl};
 use super::super::caller::Caller;
 use super::super::errno::FsResult;
+use super::super::watch::Op;
 use super::edit::Edit;
 use super::{Fs, Stat, xattrs};
 use crate::attr::{FileKind, Time};
@@ -46,6 +47,7 @@ impl Fs {
     ///
     /// A call that sets nothing is how the kernel asks to clear setuid and setgid, before `fallocate` for example.
     pub fn setattr(&self, ino: Ino, set: SetAttr, caller: Caller) -> FsResult<Stat> {
+        let _seen = self.seen(Op::Setattr, ino, None);
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
         if let Some(size) = set.size {

@@ -5,10 +5,10 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::super::caller::Caller;
 use super::super::errno::{Errno, FsResult, fail};
+use super::super::watch::Op;
 use super::attrs::clear_privileges;
 use super::edit::Edit;
 use super::ranges::Ranged;
@@ -87,6 +87,7 @@ impl Fs {
     /// Opens `ino`: checks that it can be opened so, and empties it if the flags say so. There is nothing to close,
     /// but see [`Fs::release`].
     pub fn open(&self, ino: Ino, flags: i32, caller: Caller) -> FsResult<()> {
+        let _seen = self.seen(Op::Open, ino, None);
         if flags & libc::O_TRUNC != 0 {
             let set = super::SetAttr { size: Some(0), ..Default::default() };
             self.setattr(ino, set, caller)?;
@@ -118,6 +119,13 @@ impl Fs {
 
     /// Up to `buffer.len()` bytes of `ino` at `offset`; fewer at its end only.
     pub fn read(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+        let _seen = self.seen(Op::Read, ino, None);
+        let count = self.read_now(ino, offset, buffer)?;
+        self.watch.read(count);
+        Ok(count)
+    }
+
+    fn read_now(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
         loop {
             let state = self.state.read();
             let source = self.source(&state, ino)?;
@@ -161,6 +169,7 @@ impl Fs {
 
     /// Writes `data` at `offset`. `clear_bits` says whether setuid and setgid go (capabilities always do).
     pub fn write(&self, ino: Ino, offset: u64, data: &[u8], clear_bits: bool) -> FsResult<Written> {
+        let _seen = self.seen(Op::Write, ino, None);
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
         let end =
@@ -173,7 +182,7 @@ impl Fs {
         if let (0, Some(errno)) = (written, failure) {
             return Err(errno);
         }
-        self.written_bytes.fetch_add(written as u64, Ordering::Relaxed);
+        self.watch.written(written);
         let end = end - (data.len() - written) as u64;
         let cleared_privileges = self.data_changed(upper, ino, end, clear_bits)?;
         Ok(Written { bytes: written, cleared_privileges })
@@ -271,6 +280,7 @@ impl Fs {
 
     /// `fallocate` with Linux's mode bits.
     pub fn allocate(&self, ino: Ino, mode: i32, offset: u64, bytes: u64) -> FsResult<()> {
+        let _seen = self.seen(Op::Fallocate, ino, None);
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
         let known = KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
@@ -289,6 +299,7 @@ impl Fs {
 
     /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`.
     pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> FsResult<u64> {
+        let _seen = self.seen(Op::Lseek, ino, None);
         let state = self.state.read();
         let source = self.source(&state, ino)?;
         let view = state.view.clone();
@@ -319,6 +330,7 @@ impl Fs {
 
     /// Copies bytes between files (or within one); returns how many.
     pub fn copy_range(&self, from: (Ino, u64), to: (Ino, u64), bytes: u64) -> FsResult<u64> {
+        let _seen = self.seen(Op::Copy, from.0, None);
         let mut buffer = vec![0; COPY_BYTES.min(bytes as usize)];
         let mut copied = 0;
         while copied < bytes {
@@ -338,6 +350,7 @@ impl Fs {
 
     /// Makes the data and attributes of `ino` durable, and with them everything that was done to names before.
     pub fn fsync(&self, ino: Ino) -> FsResult<()> {
+        let _seen = self.seen(Op::Fsync, ino, None);
         let Some(upper) = &self.upper else { return Ok(()) };
         let _gate = self.gate.read();
         let mut state = self.state.write();

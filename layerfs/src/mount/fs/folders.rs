@@ -14,6 +14,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use super::super::errno::{Errno, FsResult, fail};
+use super::super::watch::Op;
 use super::{Fs, Stat, State};
 use crate::attr::FileKind;
 use crate::id::Ino;
@@ -96,6 +97,7 @@ impl Fs {
         with_stat: bool,
         emit: &mut dyn FnMut(&Item<'_>) -> bool,
     ) -> FsResult<()> {
+        let _seen = self.seen(Op::Readdir, folder, None);
         let state = self.state.read();
         let mut lister = Lister { fs: self, state: &state, folder, with_stat, emit };
         if after < 1 && !lister.dot(b".", folder, 1) {

@@ -20,7 +20,7 @@ mod xattrs;
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use lru::LruCache;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
@@ -32,6 +32,7 @@ pub use ranges::ChangedFile;
 pub use sealing::{Frozen, FrozenState, Sealing};
 
 use super::errno::{Errno, FsResult, fail};
+use super::watch::{Activity, Op, Running, Seen, Watch, shown};
 use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
 use crate::id::Ino;
 use crate::inode::{Inode, Node, Target};
@@ -70,6 +71,9 @@ const AHEAD_BYTES: usize = 16 << 20;
 const AHEAD_THREADS: usize = 2;
 /// From this size on a file is copied up by range: copying less than that costs about as much as one sync.
 const RANGES_FROM: u64 = 1 << 20;
+/// To say what a request is about, the tables are waited for so long, and so many folders climbed.
+const DESCRIBED_WITHIN: Duration = Duration::from_millis(100);
+const DESCRIBED_STEPS: usize = 100;
 
 /// The filesystem of one mount.
 pub struct Fs {
@@ -94,8 +98,8 @@ pub struct Fs {
     changed: Mutex<Option<HashSet<Ino>>>,
     /// Files of so many bytes are copied up by range, smaller ones whole.
     ranges_from: u64,
-    /// Bytes that programs wrote through this mount.
-    written_bytes: AtomicU64,
+    /// What is asked of it.
+    watch: Watch,
     /// Whether a daemon before this one served the mount: the kernel may know any inode, and any may be open.
     is_resumed: bool,
 }
@@ -146,7 +150,7 @@ impl Fs {
             sealing: Mutex::new(()),
             changed: Mutex::new(None),
             ranges_from: RANGES_FROM,
-            written_bytes: AtomicU64::new(0),
+            watch: Watch::default(),
             is_resumed: false,
         }
     }
@@ -184,13 +188,42 @@ impl Fs {
     }
 
     /// Whether requests can be answered: nothing holds the tables for longer than `limit`.
-    pub fn answers_within(&self, limit: std::time::Duration) -> bool {
+    pub fn answers_within(&self, limit: Duration) -> bool {
         self.state.try_read_for(limit).is_some()
     }
 
     /// Bytes that programs wrote.
     pub fn written_bytes(&self) -> u64 {
-        self.written_bytes.load(std::sync::atomic::Ordering::Relaxed)
+        self.watch.written_bytes()
+    }
+
+    /// What was asked of it so far, and how long the answers took.
+    pub fn activity(&self) -> Activity {
+        self.watch.activity()
+    }
+
+    /// What it has been working on for at least `longer`; with `untold`, only what no such look has met before.
+    pub fn running(&self, longer: Duration, untold: bool) -> Vec<Running> {
+        self.watch.running(longer, untold, |op, about, name| self.describe(op, about, name))
+    }
+
+    /// A request begins; it ends when what this returns is dropped.
+    fn seen(&self, op: Op, about: Ino, name: Option<&[u8]>) -> Seen<'_, impl Fn(Op, u64, Option<&[u8]>) -> String> {
+        self.watch.begin(op, about.0, name, |op, about, name| self.describe(op, about, name))
+    }
+
+    /// What a request is about, in words. It must not wait for what holds the request up.
+    fn describe(&self, _: Op, about: u64, name: Option<&[u8]>) -> String {
+        let about = Ino(about);
+        let path = match self.state.try_read_for(DESCRIBED_WITHIN) {
+            Some(state) => state.path_of(about, 0).map(|path| format!("/{}", path.escape_ascii())),
+            None => None,
+        };
+        let path = path.unwrap_or_else(|| format!("inode {about}"));
+        match name {
+            None => path,
+            Some(name) => format!("{}/{}", path.trim_end_matches('/'), shown(name)),
+        }
     }
 
     fn writable_upper(&self) -> FsResult<&Upper> {
@@ -217,6 +250,7 @@ impl Fs {
     /// What `name` in `folder` refers to; none if nothing. The kernel remembers the inode until
     /// [`Fs::forget`].
     pub fn lookup(&self, folder: Ino, name: &[u8]) -> FsResult<Option<Stat>> {
+        let _seen = self.seen(Op::Lookup, folder, Some(name));
         check_name_length(name)?;
         let state = self.state.read();
         let Some((ino, kind)) = state.lookup(folder, name)? else { return Ok(None) };
@@ -278,6 +312,7 @@ impl Fs {
 
     /// What `stat` tells of `ino`.
     pub fn getattr(&self, ino: Ino) -> FsResult<Stat> {
+        let _seen = self.seen(Op::Getattr, ino, None);
         self.stat(&self.state.read(), ino)
     }
 
@@ -311,6 +346,7 @@ impl Fs {
 
     /// The target of symbolic link `ino`.
     pub fn readlink(&self, ino: Ino) -> FsResult<Vec<u8>> {
+        let _seen = self.seen(Op::Readlink, ino, None);
         match self.state.read().inode(ino)?.inode.node {
             Node::Symlink(target) => Ok(target),
             _ => fail(libc::EINVAL),
@@ -339,6 +375,29 @@ impl Fs {
 }
 
 impl State {
+    /// A path that leads to `ino`, without a leading slash: a search through all names.
+    fn path_of(&self, ino: Ino, steps: usize) -> Option<Vec<u8>> {
+        if ino == Ino::ROOT {
+            return Some(Vec::new());
+        }
+        if steps > DESCRIBED_STEPS {
+            return None;
+        }
+        for (folder, names) in self.tables.folders() {
+            let leads_there = |target| matches!(target, Target::Inode { ino: target, .. } if target == ino);
+            if let Some((name, _)) = names.iter().find(|(_, slot)| leads_there(slot.target)) {
+                let mut path = self.path_of(folder, steps + 1)?;
+                if !path.is_empty() {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(name);
+                return Some(path);
+            }
+        }
+        // Where it lay when the layers were sealed, if the upper says nothing else.
+        self.view.path_of(ino).ok().flatten()
+    }
+
     /// What `name` in `folder` refers to.
     pub(super) fn lookup(&self, folder: Ino, name: &[u8]) -> FsResult<Option<(Ino, FileKind)>> {
         match self.tables.folder(folder).and_then(|names| names.get(name)) {

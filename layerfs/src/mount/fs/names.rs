@@ -2,6 +2,7 @@
 
 use super::super::caller::Caller;
 use super::super::errno::{FsResult, fail};
+use super::super::watch::Op;
 use super::edit::Edit;
 use super::{Fs, Stat, check_name_length, check_new_name};
 use crate::attr::{FileKind, MAX_SYMLINK};
@@ -24,6 +25,7 @@ const LINK_MAX: u32 = 65_000;
 impl Fs {
     /// Makes an entry of the kind in `mode`, with `rdev` if it is a device, for `mknod`, `mkdir` and `open`.
     pub fn make(&self, folder: Ino, name: &[u8], mode: u32, umask: u32, rdev: u64, caller: Caller) -> FsResult<Stat> {
+        let _seen = self.seen(Op::Make, folder, Some(name));
         let node = match FileKind::from_mode(mode) {
             // `mknod` without a type makes a file.
             None if mode & libc::S_IFMT == 0 => Node::File(Content::empty()),
@@ -42,6 +44,7 @@ impl Fs {
 
     /// Makes a symbolic link.
     pub fn symlink(&self, folder: Ino, name: &[u8], target: &[u8], caller: Caller) -> FsResult<Stat> {
+        let _seen = self.seen(Op::Symlink, folder, Some(name));
         if target.len() > MAX_SYMLINK {
             return fail(libc::ENAMETOOLONG);
         }
@@ -79,6 +82,7 @@ impl Fs {
 
     /// Gives inode `ino` another name.
     pub fn link(&self, ino: Ino, folder: Ino, name: &[u8]) -> FsResult<Stat> {
+        let _seen = self.seen(Op::Link, folder, Some(name));
         let (upper, _gate) = self.enter()?;
         check_new_name(name)?;
         let mut edit = Edit::new(self, upper);
@@ -114,6 +118,7 @@ impl Fs {
 
     /// Removes a name of anything but a folder.
     pub fn unlink(&self, folder: Ino, name: &[u8]) -> FsResult<()> {
+        let _seen = self.seen(Op::Unlink, folder, Some(name));
         let (upper, _gate) = self.enter()?;
         check_name_length(name)?;
         let mut edit = Edit::new(self, upper);
@@ -130,6 +135,7 @@ impl Fs {
 
     /// Removes an empty folder.
     pub fn rmdir(&self, folder: Ino, name: &[u8]) -> FsResult<()> {
+        let _seen = self.seen(Op::Rmdir, folder, Some(name));
         let (upper, _gate) = self.enter()?;
         check_name_length(name)?;
         match name {
@@ -154,6 +160,7 @@ impl Fs {
 
     /// Renames, with the flags of `renameat2`.
     pub fn rename(&self, from: Place<'_>, to: Place<'_>, flags: u32, caller: Caller) -> FsResult<()> {
+        let _seen = self.seen(Op::Rename, from.0, Some(from.1));
         let (upper, _gate) = self.enter()?;
         check_name_length(from.1)?;
         check_name_length(to.1)?;

@@ -3,6 +3,7 @@
 use super::super::acl::{self, Acl};
 use super::super::caller::Caller;
 use super::super::errno::{Errno, FsResult, fail};
+use super::super::watch::Op;
 use super::Fs;
 use super::attrs::SGID;
 use super::edit::Edit;
@@ -46,6 +47,7 @@ fn is_list(name: &[u8]) -> bool {
 impl Fs {
     /// The value of an attribute.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> FsResult<Vec<u8>> {
+        let _seen = self.seen(Op::Getxattr, ino, None);
         check_namespace(name)?;
         let state = self.state.read();
         if state.tables.inode(ino).is_none() && state.view.stat(ino)?.is_some_and(|stat| !stat.has_xattrs) {
@@ -57,6 +59,7 @@ impl Fs {
 
     /// The names of all attributes that `caller` may know of, each with a NUL behind it.
     pub fn listxattr(&self, ino: Ino, caller: Caller) -> FsResult<Vec<u8>> {
+        let _seen = self.seen(Op::Listxattr, ino, None);
         let state = self.state.read();
         if state.tables.inode(ino).is_none() && state.view.stat(ino)?.is_some_and(|stat| !stat.has_xattrs) {
             return Ok(Vec::new());
@@ -74,6 +77,7 @@ impl Fs {
 
     /// Sets an attribute, with the flags of `setxattr`.
     pub fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], flags: i32, caller: Caller) -> FsResult<()> {
+        let _seen = self.seen(Op::Setxattr, ino, None);
         let (upper, _gate) = self.enter()?;
         check_namespace(name)?;
         if value.len() > MAX_XATTR_VALUE {
@@ -124,6 +128,7 @@ impl Fs {
 
     /// Removes an attribute.
     pub fn removexattr(&self, ino: Ino, name: &[u8]) -> FsResult<()> {
+        let _seen = self.seen(Op::Removexattr, ino, None);
         let (upper, _gate) = self.enter()?;
         check_namespace(name)?;
         let mut edit = Edit::new(self, upper);

@@ -53,6 +53,32 @@ fn a_layer_is_the_tree_at_one_instant() {
 }
 
 #[test]
+fn what_waits_for_a_seal_names_itself() {
+    use std::time::Duration;
+    let fs = empty_fs(store());
+    let make = |folder: Ino, name: &[u8], kind: u32| fs.make(folder, name, kind | 0o755, 0, 0, Caller::ROOT).unwrap().ino;
+    let outer = make(Ino::ROOT, b"outer", libc::S_IFDIR);
+    seal_fs(store(), &fs);
+    let inner = make(outer, b"inner", libc::S_IFDIR);
+    let (frozen, _) = fs.begin_seal().unwrap().freeze();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| make(inner, b"n\new", libc::S_IFREG));
+        while fs.running(Duration::ZERO, false).is_empty() {
+            std::thread::yield_now();
+        }
+        let running = fs.running(Duration::ZERO, true);
+        assert_eq!((running.len(), running[0].op.as_str()), (1, "make"));
+        assert_eq!(running[0].what, "/outer/inner/n\\new");
+        assert!(fs.running(Duration::ZERO, true).is_empty(), "it is told of once");
+        drop(frozen);
+        waiting.join().unwrap();
+    });
+    assert!(fs.running(Duration::ZERO, false).is_empty());
+    let made = fs.activity().ops.into_iter().find(|count| count.op.as_str() == "make").unwrap();
+    assert_eq!(made.count, 3);
+}
+
+#[test]
 fn what_was_read_ahead_is_not_read_again_and_removed_files_do_no_harm() {
     let fs = empty_fs(store());
     let make = |name: &[u8]| fs.make(Ino::ROOT, name, libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;

@@ -12,9 +12,10 @@ use crate::failpoint;
 use crate::monitor::Silent;
 use crate::store::{FsckOptions, GcOptions};
 
-/// The steps of the store itself: all but those of seals, transfers, moves and the second tier.
+/// The steps of the store itself: all but those of seals, squashes, transfers, moves and the second tier.
 fn steps() -> impl Iterator<Item = &'static str> {
-    let is_elsewhere = |step: &str| ["seal.", "receive.", "move.", "tier."].iter().any(|other| step.starts_with(other));
+    let is_elsewhere =
+        |step: &str| ["seal.", "squash.", "receive.", "move.", "tier."].iter().any(|other| step.starts_with(other));
     failpoint::NAMES.iter().copied().filter(move |step| !is_elsewhere(step))
 }
 

@@ -1,5 +1,6 @@
 //! The operations of the control API. Each is a function from a request to an answer; this table is all of them.
 
+pub mod activity;
 pub mod check;
 pub mod export;
 pub mod guests;
@@ -45,6 +46,9 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/umount", operation("umount", Short, mounts::umount))
         .route("/v1/mounts", operation("mounts", Short, mounts::list))
         .route("/v1/seal", operation("seal", Long, mounts::seal))
+        .route("/v1/activity", operation("activity", Short, activity::activity))
+        .route("/v1/requests", operation("requests", Short, activity::requests))
+        .route("/v1/log-filter", operation("log-filter", Short, super::log::filter))
         .route("/v1/uppers", operation("uppers", Short, mounts::uppers))
         .route("/v1/uppers-remove", operation("uppers-remove", Short, mounts::uppers_remove))
         .route("/v1/push", operation("push", Long, peers::push))

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
 use layerfs::monitor::Monitor;
+use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
 use layerfs::seal::{self, SealOptions};
 use layerfs::squash::SquashReport;
 use layerfs::store::Store;
@@ -146,7 +146,8 @@ impl Mounts {
         table.len()
     }
 
-    fn all(&self) -> Vec<Arc<Mount>> {
+    /// All of them, by folder.
+    pub fn all(&self) -> Vec<Arc<Mount>> {
         let mut table = self.table.lock();
         table.retain(|_, served| !served.mount.has_ended());
         table.values().map(|served| served.mount.clone()).collect()
