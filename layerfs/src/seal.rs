@@ -23,7 +23,7 @@ use crate::id::{Ino, LayerId, LayerName};
 use crate::inode::{Dentry, Inode, Node};
 use crate::manifest::{LayerKind, LayerWriter, Manifest};
 use crate::monitor::{Monitor, check};
-use crate::mount::fs::{ChangedFile, Frozen, FrozenState, Fs, Sealing};
+use crate::mount::fs::{ChangedFile, Frozen, FrozenState, Fs, HeldFile, Sealing};
 use crate::squash::Squashed;
 use crate::store::db::Batch;
 use crate::store::{Expect, FileSource, Ingest, NameChange, Session, SessionReport, Store};
@@ -84,7 +84,7 @@ pub fn seal(store: &Arc<Store>, fs: &Fs, options: &SealOptions, monitor: &dyn Mo
     session.flush()?;
     failpoint::hit("seal.read-ahead");
     let started = Instant::now();
-    let (frozen, changed) = sealing.freeze();
+    let (frozen, changed) = sealing.freeze()?;
     changed.iter().for_each(|ino| drop(ahead.contents.remove(ino)));
     failpoint::hit("seal.frozen");
     let mut sealed = write_layer(&session, &frozen, ahead.contents, options, monitor)?;
@@ -140,7 +140,7 @@ pub fn rest_on(store: &Arc<Store>, fs: &Fs, squashed: &Squashed, names: &[(Layer
     let report = &squashed.report;
     let view = View::open(store, report.layer)?;
     let read_only = |_| Error::Denied("the mount is read-only: it stays on the layers that it has".to_owned());
-    let (frozen, _) = fs.begin_seal().map_err(read_only)?.freeze();
+    let (frozen, _) = fs.begin_seal().map_err(read_only)?.freeze()?;
     if frozen.state().view().top() != Some(report.before) || frozen.has_sealed_orphans() {
         return Ok(false);
     }
@@ -184,7 +184,11 @@ fn read_ahead(session: &Session, sealing: &Sealing<'_>, monitor: &dyn Monitor) -
     });
     for file in &files {
         check(monitor)?;
-        match take_in(&mut ingest, file.inode.ino, file, sealing.upper(), || sealing.changed_file(file.inode.ino)) {
+        if let Some(content) = sealing.sealed_content(file.inode.ino) {
+            ingest.known(file.inode.ino, content)?;
+            continue;
+        }
+        match take_in(&mut ingest, file.inode.ino, file, (sealing.upper(), None), || sealing.changed_file(file.inode.ino)) {
             Ok(bytes) => {
                 ahead.read_bytes += bytes;
                 monitor.advance(bytes);
@@ -203,14 +207,20 @@ fn take_in<T, F: FnMut(T, Option<Content>) -> Result<()>>(
     ingest: &mut Ingest<'_, T, F>,
     tag: T,
     inode: &UpperInode,
-    upper: &Upper,
+    (upper, held): (&Upper, Option<&HeldFile>),
     changed_file: impl FnOnce() -> Result<Option<ChangedFile>>,
 ) -> Result<u64> {
     let Some(backed) = inode.backed else { return ingest.pass(tag).map(|()| 0) };
     let changed = if backed.base_bytes > 0 { changed_file()? } else { None };
     let Some(mut file) = changed else {
         let (file, path) = upper.data().reader(inode.inode.ino)?;
-        ingest.file(tag, backed.chunker, &mut FileSource::new(&file, &path)?)?;
+        let source = FileSource::new(&file, &path)?;
+        let mut source = match held {
+            // Seeking would wait for the end of the hold.
+            Some(held) => source.without_seeking(held.data.clone()),
+            None => source,
+        };
+        ingest.file(tag, backed.chunker, &mut source)?;
         return Ok(backed.bytes);
     };
     let bytes = file.changed_bytes();
@@ -237,7 +247,9 @@ fn write_layer(
     let mut inodes: Vec<&UpperInode> = state.tables().inodes().filter(|inode| inode.inode.nlink > 0).collect();
     inodes.sort_unstable_by_key(|inode| inode.inode.ino);
     let inos: Vec<Ino> = inodes.iter().map(|inode| inode.inode.ino).collect();
-    inos.iter().for_each(|ino| dropped.forget_unchecked(*ino));
+    // A data file that programs have open goes on; what was sealed is in the layer all the same.
+    let idle = inos.iter().filter(|ino| !frozen.is_in_use(**ino));
+    idle.for_each(|ino| dropped.forget_unchecked(*ino));
     monitor.phase("sealing", None);
     let (written, read_bytes) = write_inodes(session, frozen, &state, (&inodes, ahead), &mut writer, monitor)?;
     if written + dentries == 0 && state.view().top().is_some() {
@@ -291,7 +303,8 @@ fn write_inodes(
         match ahead.remove(&ino).filter(|_| inode.backed.is_some()) {
             Some(content) => ingest.known(*inode, content)?,
             None => {
-                let bytes = take_in(&mut ingest, *inode, inode, frozen.upper(), || frozen.changed_file(ino))?;
+                let place = (frozen.upper(), frozen.held(ino));
+                let bytes = take_in(&mut ingest, *inode, inode, place, || frozen.changed_file(ino))?;
                 read_bytes += bytes;
                 monitor.advance(bytes);
             }

@@ -35,6 +35,8 @@ const MAX_WRITE: u32 = 1 << 20;
 const MAX_BACKGROUND: u16 = 64;
 /// Everything stays cached across opening; closing needs no word to us.
 const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_NOFLUSH);
+/// Of a file that is passed through nothing is cached here.
+const PASSED_FLAGS: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
 const FOLDER_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_CACHE_DIR);
 
 /// How to mount.
@@ -251,19 +253,24 @@ fn file_attr(stat: &Stat) -> FileAttr {
 /// The reply for a name that isn't there: cached too.
 fn no_entry() -> FileAttr {
     let attrs = crate::attr::Attrs::default();
-    file_attr(&Stat { ino: Ino(0), kind: FileKind::File, nlink: 0, attrs, size: 0, blocks: 0, rdev: 0 })
+    file_attr(&Stat { ino: Ino(0), kind: FileKind::File, nlink: 0, attrs, size: 0, blocks: 0, rdev: 0, may_change: false })
+}
+
+/// How long the kernel may go by what it is told.
+fn ttl(stat: &Stat) -> Duration {
+    if stat.may_change { Duration::ZERO } else { FOREVER }
 }
 
 fn reply_entry(result: FsResult<Stat>, reply: ReplyEntry) {
     match result {
-        Ok(stat) => reply.entry(&FOREVER, &file_attr(&stat), GENERATION),
+        Ok(stat) => reply.entry(&ttl(&stat), &file_attr(&stat), GENERATION),
         Err(errno) => reply.error(errno.into()),
     }
 }
 
 fn reply_attr(result: FsResult<Stat>, reply: ReplyAttr) {
     match result {
-        Ok(stat) => reply.attr(&FOREVER, &file_attr(&stat)),
+        Ok(stat) => reply.attr(&ttl(&stat), &file_attr(&stat)),
         Err(errno) => reply.error(errno.into()),
     }
 }
@@ -308,6 +315,7 @@ impl Filesystem for Front {
             InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_NO_OPEN_SUPPORT,
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            InitFlags::FUSE_PASSTHROUGH,
         ];
         // With it the kernel leaves out who asks, and `fuser` would turn the owner of a private mount away. Only root
         // can map the ids of a mount.
@@ -317,6 +325,8 @@ impl Filesystem for Front {
                 tracing::debug!(?missing, "this kernel lacks a feature of FUSE");
             }
         }
+        // An overlay may lie over the mount.
+        let _ = config.set_max_stack_depth(1);
         let _ = config.set_max_write(MAX_WRITE);
         let _ = config.set_max_background(MAX_BACKGROUND);
         Ok(())
@@ -324,7 +334,7 @@ impl Filesystem for Front {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.fs.lookup(ino(parent), name.as_bytes()) {
-            Ok(Some(stat)) => reply.entry(&FOREVER, &file_attr(&stat), GENERATION),
+            Ok(Some(stat)) => reply.entry(&ttl(&stat), &file_attr(&stat), GENERATION),
             Ok(None) => reply.entry(&FOREVER, &no_entry(), GENERATION),
             Err(errno) => reply.error(errno.into()),
         }
@@ -427,7 +437,14 @@ impl Filesystem for Front {
             return reply.error(fuser::Errno::ENOSYS);
         }
         match self.fs.open(ino(number), flags.0, caller(request)) {
-            Ok(()) => reply.opened(FileHandle(0), OPEN_FLAGS),
+            Ok(None) => reply.opened(FileHandle(0), OPEN_FLAGS),
+            Ok(Some(backing)) => {
+                // SAFETY: the number is this session's, and closed only after the file's last descriptor.
+                #[allow(unsafe_code)]
+                let backing = unsafe { reply.wrap_backing(backing.0) };
+                reply.opened_passthrough(FileHandle(0), PASSED_FLAGS, &backing);
+                let _ = backing.into_raw();
+            }
             Err(errno) => reply.error(errno.into()),
         }
     }
@@ -483,7 +500,7 @@ impl Filesystem for Front {
 
     fn release(
         &self,
-        _: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         flags: OpenFlags,
@@ -491,7 +508,7 @@ impl Filesystem for Front {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.fs.release(ino(number), flags.0);
+        self.fs.release(ino(number), flags.0, descriptor::sent_again(request.unique().0).is_some());
         reply.ok();
     }
 
@@ -534,7 +551,8 @@ impl Filesystem for Front {
                 Some(stat) => file_attr(stat),
                 None => FileAttr { ino: INodeNo(item.ino.0), kind: file_type(item.kind), ..no_entry() },
             };
-            !reply.add(attr.ino, item.cookie, OsStr::from_bytes(item.name), &FOREVER, &attr, GENERATION)
+            let ttl = item.stat.as_ref().map_or(FOREVER, ttl);
+            !reply.add(attr.ino, item.cookie, OsStr::from_bytes(item.name), &ttl, &attr, GENERATION)
         });
         match listed {
             Ok(()) => reply.ok(),
@@ -611,8 +629,18 @@ impl Filesystem for Front {
         let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request));
         match self.make_once(request, parent, make) {
             Ok(stat) => {
-                self.fs.opened(stat.ino, flags);
-                reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS);
+                let backing = self.fs.opened_new(stat.ino, flags);
+                let Some(backing) = backing else {
+                    return reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS);
+                };
+                // What can be mapped changes without the kernel's knowledge.
+                let is_mappable = flags & libc::O_ACCMODE == libc::O_RDWR;
+                let ttl = if is_mappable { Duration::ZERO } else { FOREVER };
+                // SAFETY: the number is this session's, and closed only after the file's last descriptor.
+                #[allow(unsafe_code)]
+                let backing = unsafe { reply.wrap_backing(backing.0) };
+                reply.created_passthrough(&ttl, &file_attr(&stat), GENERATION, FileHandle(0), PASSED_FLAGS, &backing);
+                let _ = backing.into_raw();
             }
             Err(errno) => reply.error(errno.into()),
         }

@@ -5,6 +5,7 @@
 //! doing or by somebody's `umount`. Invariant: a mount whose session has ended has saved its upper.
 
 pub mod acl;
+mod backing;
 pub mod caller;
 mod descriptor;
 pub mod errno;
@@ -32,9 +33,11 @@ use crate::monitor::Monitor;
 use crate::seal::{self, SealOptions, SealReport};
 use crate::squash::{self, Chain, SquashReport, Squashed};
 use crate::store::{Expect, Pin, Store};
+use crate::upper::hold::Hold;
 use crate::upper::table::Tables;
 use crate::upper::{self, Upper, UpperRecord, UpperSize};
 use crate::view::View;
+use backing::Device;
 use fs::Fs;
 use fuse::{FuseOptions, Kernel, Session};
 
@@ -237,6 +240,9 @@ impl Mount {
     /// Serves `session` until it ends.
     fn run(store: &Arc<Store>, fs: Arc<Fs>, session: Session, record: MountRecord) -> Result<Arc<Mount>> {
         let (kernel, descriptor) = (session.kernel(), session.descriptor()?);
+        if fs.is_writable() && rustix::process::geteuid().is_root() && Hold::is_possible() {
+            fs.pass_through(Box::new(Device::new(session.descriptor()?)));
+        }
         let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
         let serve = move || {
             let result = session.serve();

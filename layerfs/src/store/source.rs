@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::SeekFrom;
@@ -54,6 +55,8 @@ pub struct FileSource<'a> {
     data_end: u64,
     end: u64,
     is_sparse: bool,
+    /// Where its data is, if that need not be asked for.
+    data: Option<Vec<Range<u64>>>,
 }
 
 impl<'a> FileSource<'a> {
@@ -63,11 +66,25 @@ impl<'a> FileSource<'a> {
         let end = metadata.len();
         let is_sparse = metadata.blocks().saturating_mul(512) < end;
         let data_end = if is_sparse { 0 } else { end };
-        Ok(FileSource { file, path: path.to_owned(), at: 0, data_end, end, is_sparse })
+        Ok(FileSource { file, path: path.to_owned(), at: 0, data_end, end, is_sparse, data: None })
+    }
+
+    /// Doesn't look for holes: all data is in `data`, in order; if that isn't known, holes are read as the zeros that they are.
+    #[must_use]
+    pub fn without_seeking(self, data: Option<Vec<Range<u64>>>) -> FileSource<'a> {
+        let is_sparse = self.is_sparse && data.is_some();
+        let data_end = if is_sparse { 0 } else { self.end };
+        FileSource { is_sparse, data_end, data, ..self }
     }
 
     /// Finds where data begins and ends from `at` on. Returns where it begins.
     fn seek_data(&mut self) -> Result<u64> {
+        if let Some(data) = &self.data {
+            let next = data.iter().find(|range| range.end > self.at);
+            let range = next.map_or(self.end..self.end, |range| range.start.max(self.at)..range.end.min(self.end));
+            self.data_end = range.end;
+            return Ok(range.start.min(self.end));
+        }
         let failed = |e| Error::file("seek in", &self.path, e);
         let start = match rustix::fs::seek(self.file, SeekFrom::Data(self.at)) {
             Ok(start) => start.min(self.end),

@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::num::NonZeroUsize;
-use std::os::fd::OwnedFd;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,6 +31,9 @@ const OPEN_MAX: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 /// The most map files that it keeps open.
 const OPEN_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
+/// Chooses the signal for a lease that is broken. Not in `libc` for all platforms.
+const F_SETSIG: i32 = 10;
+
 /// What `stat` tells of a data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DataStat {
@@ -50,6 +54,8 @@ pub struct DataFolder {
     pub(super) open_maps: Mutex<LruCache<Ino, Arc<File>>>,
     /// Of the files that were copied up by range.
     pub(super) maps: RwLock<HashMap<Ino, Arc<RangeMap>>>,
+    /// Of the files that others write to past us: the data file's stamp that the tables go by.
+    known: RwLock<HashMap<Ino, Stamp>>,
     /// Data files were created since the folder was last synced.
     created: AtomicBool,
 }
@@ -92,6 +98,7 @@ impl DataFolder {
             open: Mutex::new(LruCache::new(OPEN_MAX)),
             open_maps: Mutex::new(LruCache::new(OPEN_MAPS_MAX)),
             maps: RwLock::default(),
+            known: RwLock::default(),
             created: AtomicBool::new(false),
         })
     }
@@ -187,6 +194,7 @@ impl DataFolder {
     /// Removes the data file of `ino`, if there is one. A failure leaves a file that the next opening removes.
     pub fn remove(&self, ino: Ino) {
         self.forget_map(ino);
+        self.unknow(ino);
         let mut open = self.open.lock();
         open.pop(&ino);
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
@@ -209,10 +217,63 @@ impl DataFolder {
         })
     }
 
-    /// The stamp of the data file of `ino`.
+    /// The stamp that goes with what the tables say of `ino`: the data file's, unless others write to it past us.
     pub fn stamp(&self, ino: Ino) -> Result<Stamp> {
+        if let Some(known) = self.known(ino) {
+            return Ok(known);
+        }
         let stat = self.stat(ino)?;
         Ok(Stamp { bytes: stat.bytes, mtime: stat.mtime })
+    }
+
+    /// The stamp of `ino` that the tables go by, if others write to it past us.
+    pub fn known(&self, ino: Ino) -> Option<Stamp> {
+        let known = self.known.read();
+        if known.is_empty() { None } else { known.get(&ino).copied() }
+    }
+
+    /// The tables go by `stamp`, and others write to `ino` past us.
+    pub fn know(&self, ino: Ino, stamp: Stamp) {
+        self.known.write().insert(ino, stamp);
+    }
+
+    /// Nobody writes to `ino` past us any more.
+    pub fn unknow(&self, ino: Ino) {
+        if self.known(ino).is_some() {
+            self.known.write().remove(&ino);
+        }
+    }
+
+    /// The files that others write to past us.
+    pub fn all_known(&self) -> Vec<Ino> {
+        self.known.read().keys().copied().collect()
+    }
+
+    /// Whether nobody but us has the data file of `ino` open or mapped. That a lease can be had says so; whoever would break
+    /// it waits for us to answer first.
+    pub fn is_ours_alone(&self, ino: Ino) -> bool {
+        let Ok(file) = self.file(ino) else { return true };
+        let control = |command, argument: i32| {
+            // SAFETY: these requests take a number, and change only how the open file behaves.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::fcntl(file.as_raw_fd(), command, argument)
+            }
+        };
+        // Rather than the signal that ends a process: this one is ignored.
+        let is_free = control(F_SETSIG, libc::SIGURG) == 0 && control(libc::F_SETLEASE, libc::F_WRLCK) == 0;
+        control(libc::F_SETLEASE, libc::F_UNLCK);
+        is_free
+    }
+
+    /// Starts to write what programs have mapped of `ino`, and waits for it: later stores change the file's times again.
+    pub fn write_back(&self, ino: Ino) -> Result<()> {
+        let file = self.file(ino)?;
+        let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+        // SAFETY: a plain system call on a descriptor that is open.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) };
+        if result == 0 { Ok(()) } else { Err(self.failed("write", ino, std::io::Error::last_os_error())) }
     }
 
     /// Makes the bytes of `ino` durable, and that there is such a file.
@@ -247,6 +308,22 @@ impl DataFolder {
     pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> Result<u64> {
         let to = if data { SeekFrom::Data(offset) } else { SeekFrom::Hole(offset) };
         rustix::fs::seek(&*self.file(ino)?, to).map_err(|e| self.failed("seek", ino, e))
+    }
+
+    /// The blocks of `ino`'s data file, and where its data is, if it has holes.
+    pub fn layout(&self, ino: Ino) -> Result<(u64, Option<Vec<Range<u64>>>)> {
+        let stat = self.stat(ino)?;
+        if stat.blocks * 512 >= stat.bytes {
+            return Ok((stat.blocks, None));
+        }
+        let file = self.file(ino)?;
+        let (mut ranges, mut at) = (Vec::new(), 0);
+        while let Ok(start) = rustix::fs::seek(&*file, SeekFrom::Data(at)) {
+            let end = rustix::fs::seek(&*file, SeekFrom::Hole(start)).map_err(|e| self.failed("seek", ino, e))?;
+            ranges.push(start..end);
+            at = end;
+        }
+        Ok((stat.blocks, Some(ranges)))
     }
 
     /// The numbers of all data files.

@@ -6,7 +6,9 @@
 //! keeps its base from being collected.
 
 pub mod data;
+pub mod hold;
 pub mod journal;
+pub mod opens;
 mod ranged;
 pub mod ranges;
 pub mod table;
@@ -29,7 +31,8 @@ use crate::store::db::{Batch, Cf, Db, Sync};
 use crate::view::View;
 use data::DataFolder;
 use journal::Journal;
-use table::{Change, Tables, UpperInode};
+use opens::{OpenRecord, OpenSlot, OpenTable};
+use table::{Change, Stamp, Tables, UpperInode};
 
 /// How many inode numbers are reserved at a time.
 const RESERVE: u64 = 1024;
@@ -197,6 +200,9 @@ pub struct Upper {
     store: Arc<Store>,
     data: DataFolder,
     journal: Journal,
+    opens: OpenTable,
+    /// What a daemon before this one left open, until somebody takes it.
+    resumed_opens: Mutex<Vec<(OpenSlot, OpenRecord)>>,
     numbers: Mutex<Numbers>,
 }
 
@@ -250,7 +256,8 @@ impl Upper {
         drop(numbering);
         let next = record.next_ino;
         let numbers = Mutex::new(Numbers { record, next });
-        let upper = Upper { id, store: store.clone(), data, journal: Journal::start(db, id)?, numbers };
+        let (journal, opens) = (Journal::start(db, id)?, OpenTable::create(&data.folder)?);
+        let upper = Upper { id, store: store.clone(), data, journal, opens, resumed_opens: Mutex::default(), numbers };
         let mut tables = Tables::new();
         if view.inode(Ino::ROOT)?.is_none() {
             upper.make_root(&mut tables)?;
@@ -287,12 +294,16 @@ impl Upper {
         let record = record(store.db(), id)?.ok_or_else(missing)?;
         let data = DataFolder::open(&folder_path(store, id))?;
         let next = record.next_ino;
-        let journal = match past {
-            Past::Ended => Journal::start(store.db(), id)?,
-            Past::GoesOn => Journal::resume(store.db(), id)?,
+        let (journal, (opens, resumed)) = match past {
+            Past::Ended => (Journal::start(store.db(), id)?, (OpenTable::create(&data.folder)?, Vec::new())),
+            Past::GoesOn => (Journal::resume(store.db(), id)?, OpenTable::resume(&data.folder)?),
         };
+        let written = resumed.iter().filter(|(_, record)| record.is_written_past_us());
+        // From before the rows are read: what they are told of a file's times is of that moment.
+        written.for_each(|(_, record)| data.know(record.ino, Stamp::default()));
         let numbers = Mutex::new(Numbers { record, next });
-        let upper = Upper { id, store: store.clone(), data, journal, numbers };
+        let resumed_opens = Mutex::new(resumed);
+        let upper = Upper { id, store: store.clone(), data, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         let (repairs, outdated_maps) = upper.load(&mut tables, past)?;
         upper.commit(&mut tables, repairs)?;
@@ -317,6 +328,9 @@ impl Upper {
                 match self.data.stat(ino) {
                     Ok(stat) => {
                         backed.bytes = stat.bytes;
+                        if self.data.known(ino).is_some() {
+                            self.data.know(ino, Stamp { bytes: stat.bytes, mtime: stat.mtime });
+                        }
                         backed_inos.insert(ino);
                         // A truncation may have been cut off before its row was written.
                         backed.base_bytes = backed.base_bytes.min(stat.bytes);
@@ -409,6 +423,16 @@ impl Upper {
     /// Its journal.
     pub fn journal(&self) -> &Journal {
         &self.journal
+    }
+
+    /// Where it is noted which files are open.
+    pub fn opens(&self) -> &OpenTable {
+        &self.opens
+    }
+
+    /// What was open when the daemon before this one died; once.
+    pub fn take_resumed_opens(&self) -> Vec<(OpenSlot, OpenRecord)> {
+        std::mem::take(&mut *self.resumed_opens.lock())
     }
 
     /// The store that it is in.

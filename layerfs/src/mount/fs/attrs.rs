@@ -54,6 +54,7 @@ impl Fs {
             self.truncate_data(upper, ino, size)?;
         }
         let mut edit = Edit::new(self, upper);
+        edit.catch_up(ino)?;
         let now = edit.now;
         let mut inode = edit.inode(ino)?;
         inode.inode.attrs.ctime = now;
@@ -131,6 +132,12 @@ pub(super) fn clear_privileges(inode: &mut UpperInode, and_bits: impl FnOnce() -
         }
     }
     had_capability || *permissions != before
+}
+
+/// Whether the file runs with other rights than its caller's.
+pub(super) fn is_privileged(inode: &UpperInode) -> bool {
+    let permissions = inode.inode.attrs.permissions;
+    permissions & SUID != 0 || has_effective_sgid(permissions) || inode.inode.xattr(xattrs::CAPABILITY).is_some()
 }
 
 /// Setgid without execution for the group is not a privilege (it once meant mandatory locking).

@@ -38,6 +38,11 @@ impl<'fs> Edit<'fs> {
         }
     }
 
+    /// Lets the tables know first what was written to file `ino` past us.
+    pub(super) fn catch_up(&mut self, ino: Ino) -> FsResult<()> {
+        self.fs.catch_up(self.upper, &mut self.state, ino)
+    }
+
     /// A folder that can take new names: one that was removed can't.
     pub(super) fn living_folder(&self, ino: Ino) -> FsResult<UpperInode> {
         let folder = self.inode(ino)?;

@@ -20,6 +20,7 @@ use crate::id::Ino;
 use crate::inode::Node;
 use crate::readahead::FileReader;
 use crate::upper::Upper;
+use crate::upper::opens::Backing;
 use crate::upper::table::Backed;
 
 /// What a write did.
@@ -84,9 +85,9 @@ impl Fs {
         }
     }
 
-    /// Opens `ino`: checks that it can be opened so, and empties it if the flags say so. There is nothing to close,
-    /// but see [`Fs::release`].
-    pub fn open(&self, ino: Ino, flags: i32, caller: Caller) -> FsResult<()> {
+    /// Opens `ino`: checks that it can be opened so, and empties it if the flags say so. Returns the backing if it is to be
+    /// passed through. [`Fs::release`] closes it.
+    pub fn open(&self, ino: Ino, flags: i32, caller: Caller) -> FsResult<Option<Backing>> {
         let _seen = self.seen(Op::Open, ino, None);
         if flags & libc::O_TRUNC != 0 {
             let set = super::SetAttr { size: Some(0), ..Default::default() };
@@ -95,26 +96,7 @@ impl Fs {
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.writable_upper()?;
         }
-        self.opened(ino, flags);
-        Ok(())
-    }
-
-    /// A descriptor of `ino` was opened with `flags`, by [`Fs::open`] or along with [`Fs::make`].
-    pub fn opened(&self, ino: Ino, flags: i32) {
-        if flags & libc::O_ACCMODE == libc::O_RDWR {
-            *self.mappable.lock().entry(ino).or_insert(0) += 1;
-        }
-    }
-
-    /// The files that programs may have mapped for writing: the kernel may hold bytes of them that nobody has sent.
-    pub fn mappable(&self) -> Vec<Ino> {
-        if self.is_resumed {
-            // Nobody knows who opened what before.
-            let state = self.state.read();
-            let backed = state.tables.inodes().filter(|inode| inode.backed.is_some());
-            return backed.map(|inode| inode.inode.ino).collect();
-        }
-        self.mappable.lock().keys().copied().collect()
+        Ok(self.opened(ino, flags))
     }
 
     /// Up to `buffer.len()` bytes of `ino` at `offset`; fewer at its end only.
@@ -193,6 +175,11 @@ impl Fs {
         let now = Time::now();
         let mut state = self.state.write();
         let mut cleared = false;
+        if upper.data().known(ino).is_some() {
+            // Others write to it too: only the data file knows.
+            self.catch_up(upper, &mut state, ino)?;
+            return Ok(false);
+        }
         state.tables.touch(ino, |inode| {
             if let Some(backed) = &mut inode.backed {
                 backed.bytes = backed.bytes.max(end);
@@ -209,7 +196,7 @@ impl Fs {
 
     /// Makes sure that the upper has the first `limit` bytes of `ino`, whose stripe is held: in a data file, or, if there
     /// are many, in one where they show through from below. Returns the file if it is of the latter kind.
-    fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<Option<Ranged>> {
+    pub(super) fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<Option<Ranged>> {
         let state = self.state.read();
         let reader = match self.source(&state, ino)? {
             Source::Backed => return Ok(None),
@@ -354,6 +341,7 @@ impl Fs {
         let Some(upper) = &self.upper else { return Ok(()) };
         let _gate = self.gate.read();
         let mut state = self.state.write();
+        self.catch_up(upper, &mut state, ino)?;
         if state.tables.is_unsaved(ino) {
             upper.save(&mut state.tables, &[ino])?;
         }
@@ -365,27 +353,6 @@ impl Fs {
             None => {}
         }
         Ok(upper.sync()?)
-    }
-
-    /// A descriptor of `ino` that was opened with `flags` was closed, and everything mapped through it.
-    pub fn release(&self, ino: Ino, flags: i32) {
-        if flags & libc::O_ACCMODE == libc::O_RDWR {
-            let mut mappable = self.mappable.lock();
-            if let Some(count) = mappable.get_mut(&ino) {
-                *count -= 1;
-                if *count == 0 {
-                    mappable.remove(&ino);
-                }
-            }
-        }
-        let Some(upper) = &self.upper else { return };
-        if !self.state.read().tables.is_unsaved(ino) {
-            return;
-        }
-        let _gate = self.gate.read();
-        if let Err(error) = upper.save(&mut self.state.write().tables, &[ino]) {
-            tracing::warn!(%ino, %error, "cannot save the times of a file now");
-        }
     }
 }
 

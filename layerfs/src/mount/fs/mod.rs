@@ -13,13 +13,14 @@ mod edit;
 mod files;
 mod folders;
 mod names;
+mod opens;
 mod ranges;
 mod sealing;
 mod xattrs;
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lru::LruCache;
@@ -28,8 +29,9 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 pub use attrs::{SetAttr, SetTime};
 pub use files::Written;
 pub use folders::{FolderHandle, Item};
+pub use opens::Backings;
 pub use ranges::ChangedFile;
-pub use sealing::{Frozen, FrozenState, Sealing};
+pub use sealing::{Frozen, FrozenState, HeldFile, Sealing};
 
 use super::errno::{Errno, FsResult, fail};
 use super::watch::{Activity, Op, Running, Seen, Watch, shown};
@@ -59,6 +61,8 @@ pub struct Stat {
     pub blocks: u64,
     /// `st_rdev`.
     pub rdev: u64,
+    /// Whether its size and times may change without the kernel's knowledge.
+    pub may_change: bool,
 }
 
 /// What is told of a folder's size: it is not a number of anything.
@@ -90,8 +94,9 @@ pub struct Fs {
     /// Fetches chunks for them.
     pool: Arc<FetchPool>,
     folders: folders::Folders,
-    /// How many descriptors for reading and writing each file has.
-    mappable: Mutex<HashMap<Ino, u32>>,
+    opens: opens::Opens,
+    /// Set if files can be passed through.
+    backings: OnceLock<Box<dyn Backings>>,
     /// Held by a seal from its begin to its end.
     sealing: Mutex<()>,
     /// While a seal reads ahead: the files whose data has changed since it began to.
@@ -130,7 +135,8 @@ impl Fs {
     /// writable.
     pub fn resumed(view: Arc<View>, upper: Option<(Upper, Tables)>) -> Fs {
         let (upper, tables) = upper.map_or((None, Tables::new()), |(upper, tables)| (Some(upper), tables));
-        Fs { is_resumed: true, ..Fs::new(view, upper, tables) }
+        let records = upper.as_ref().map(Upper::take_resumed_opens).unwrap_or_default();
+        Fs { is_resumed: true, opens: opens::Opens::resumed(records), ..Fs::new(view, upper, tables) }
     }
 
     fn new(view: Arc<View>, upper: Option<Upper>, tables: Tables) -> Fs {
@@ -146,7 +152,8 @@ impl Fs {
             readers: Mutex::new(LruCache::new(READERS_MAX)),
             pool,
             folders: folders::Folders::default(),
-            mappable: Mutex::default(),
+            opens: opens::Opens::default(),
+            backings: OnceLock::new(),
             sealing: Mutex::new(()),
             changed: Mutex::new(None),
             ranges_from: RANGES_FROM,
@@ -283,6 +290,7 @@ impl Fs {
         if !self.lookups.take(ino, count) {
             return;
         }
+        self.surely_closed(upper, ino);
         let is_orphan = |state: &State| state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink == 0);
         if is_orphan(&self.state.read()) {
             let _gate = self.gate.read();
@@ -321,17 +329,22 @@ impl Fs {
             let found = state.view.stat(ino)?.ok_or(Errno(libc::ESTALE))?;
             let size = if found.kind == FileKind::Folder { FOLDER_BYTES } else { found.size };
             let (kind, nlink, attrs, rdev) = (found.kind, found.nlink, found.attrs, found.rdev);
-            return Ok(Stat { ino, kind, nlink, attrs, size, blocks: found.data_bytes.div_ceil(512), rdev });
+            let blocks = found.data_bytes.div_ceil(512);
+            return Ok(Stat { ino, kind, nlink, attrs, size, blocks, rdev, may_change: false });
         };
         self.stat_upper(inode)
     }
 
     fn stat_upper(&self, inode: &UpperInode) -> FsResult<Stat> {
         let ino = inode.inode.ino;
+        let upper = self.writable_upper()?;
+        let may_change = self.may_change(upper, inode);
+        let caught_up = self.caught_up(upper, inode)?;
+        let inode = caught_up.as_ref().map_or(inode, |(inode, _)| inode);
         let blocks = match (&inode.inode.node, inode.backed) {
             (Node::File(content), None) => content.data_bytes().div_ceil(512),
             (Node::File(content), Some(backed)) => {
-                let data = self.writable_upper()?.data();
+                let data = upper.data();
                 let own = data.stat(ino)?.blocks;
                 let base_bytes = content.data_bytes().min(backed.base_bytes);
                 data.map(ino).map_or(own, |map| ranges::blocks(base_bytes, &map, own))
@@ -341,7 +354,7 @@ impl Fs {
         let kind = inode.inode.kind();
         let size = if kind == FileKind::Folder { FOLDER_BYTES } else { inode.size() };
         let (nlink, attrs, rdev) = (inode.inode.nlink, inode.inode.attrs.clone(), inode.inode.rdev());
-        Ok(Stat { ino, kind, nlink, attrs, size, blocks, rdev })
+        Ok(Stat { ino, kind, nlink, attrs, size, blocks, rdev, may_change })
     }
 
     /// The target of symbolic link `ino`.

@@ -1,18 +1,25 @@
 //! What a seal needs of a filesystem: to hold its changes back, to look at its tables, to switch what is below.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
 use super::super::errno::{Errno, FsResult};
+use super::opens::InUse;
 use super::{ChangedFile, Fs, State};
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::id::Ino;
 use crate::inode::Node;
 use crate::upper::Upper;
-use crate::upper::table::{Change, Tables, UpperInode};
+use crate::upper::hold::Hold;
+use crate::upper::table::{Change, Stamp, Tables, UpperInode};
 use crate::view::View;
+
+/// How often a seal looks again for the holes of files that are being filled, before it reads them as zeros.
+const HOLD_ATTEMPTS: u32 = 5;
 
 /// A filesystem that is about to be sealed: everything goes on, and it is noted which files' data changes.
 pub struct Sealing<'fs> {
@@ -25,7 +32,18 @@ pub struct Sealing<'fs> {
 pub struct Frozen<'fs> {
     fs: &'fs Fs,
     upper: &'fs Upper,
+    in_use: InUse,
+    held: HashMap<Ino, HeldFile>,
+    /// Dropped before changes may go on.
+    _hold: Hold,
     _gate: RwLockWriteGuard<'fs, ()>,
+}
+
+/// A file whose writers past us are held back. Seeking in it would wait until they are not.
+#[derive(Debug, Default)]
+pub struct HeldFile {
+    /// Where its data is, if it has holes and that is known.
+    pub data: Option<Vec<Range<u64>>>,
 }
 
 /// The tables of a frozen filesystem, and the view that they lie on.
@@ -74,6 +92,9 @@ impl Fs {
         let Some(upper) = &self.upper else { return Ok(()) };
         let _gate = self.gate.read();
         let mut state = self.state.write();
+        if let Err(errno) = self.catch_up_all(upper, &mut state) {
+            tracing::warn!(?errno, "cannot tell what became of files that were written to");
+        }
         let unsaved = state.tables.unsaved();
         upper.save(&mut state.tables, &unsaved)
     }
@@ -107,12 +128,25 @@ impl<'fs> Sealing<'fs> {
         self.fs.changed_file(self.upper, ino)
     }
 
-    /// Waits for the changes that are under way, and holds back others. Returns too the files whose data has changed
-    /// since this began.
-    pub fn freeze(&self) -> (Frozen<'fs>, HashSet<Ino>) {
-        let gate = self.fs.gate.write();
-        let changed = self.fs.changed.lock().take().unwrap_or_default();
-        (Frozen { fs: self.fs, upper: self.upper, _gate: gate }, changed)
+    /// The content that the sealed layers have of a file in use, if it has not changed since the last seal.
+    pub fn sealed_content(&self, ino: Ino) -> Option<Content> {
+        self.fs.sealed_content(self.upper, ino)
+    }
+
+    /// Waits for the changes that are under way, and holds back others, also those who write to files past us. Returns too
+    /// the files whose data may have changed since this began.
+    ///
+    /// # Errors
+    /// A writer that can't be held back.
+    pub fn freeze(&self) -> Result<(Frozen<'fs>, HashSet<Ino>)> {
+        let (fs, upper) = (self.fs, self.upper);
+        let gate = fs.gate.write();
+        let in_use = fs.close_ways(upper);
+        let held = fs.hold(upper, &in_use.written);
+        let (hold, held) = held.inspect_err(|_| fs.open_ways())?;
+        let mut changed = fs.changed.lock().take().unwrap_or_default();
+        changed.extend(&in_use.written);
+        Ok((Frozen { fs, upper, in_use, held, _hold: hold, _gate: gate }, changed))
     }
 }
 
@@ -122,7 +156,72 @@ impl Drop for Sealing<'_> {
     }
 }
 
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.fs.open_ways();
+    }
+}
+
+impl Fs {
+    /// Holds back those who write to `files` past us. The tables know then what was written.
+    fn hold(&self, upper: &Upper, files: &[Ino]) -> Result<(Hold, HashMap<Ino, HeldFile>)> {
+        let failed = |errno: Errno| Error::io("looking at open files", std::io::Error::from_raw_os_error(errno.0));
+        self.catch_up_all(upper, &mut self.state.write()).map_err(failed)?;
+        let mut attempts = 0;
+        let (hold, held) = loop {
+            let (hold, held, is_known) = hold_once(upper, files)?;
+            attempts += 1;
+            if is_known || attempts == HOLD_ATTEMPTS {
+                break (hold, held);
+            }
+        };
+        for ino in files {
+            let stat = upper.data().stat(*ino)?;
+            let stamp = Stamp { bytes: stat.bytes, mtime: stat.mtime };
+            let mut state = self.state.write();
+            if upper.data().known(*ino).is_some_and(|known| known.bytes != stamp.bytes) {
+                // Something was written just now.
+                self.catch_up(upper, &mut state, *ino).map_err(failed)?;
+            }
+            // The time is the hold's own.
+            upper.data().know(*ino, stamp);
+            state.tables.touch(*ino, |_| {});
+            drop(state);
+            upper.data().write_back(*ino)?;
+        }
+        Ok((hold, held))
+    }
+}
+
+/// Holds back the writers of `files`. Tells of each where its data is, and whether that is known of all.
+fn hold_once(upper: &Upper, files: &[Ino]) -> Result<(Hold, HashMap<Ino, HeldFile>, bool)> {
+    let before = files.iter().map(|ino| upper.data().layout(*ino)).collect::<Result<Vec<_>>>()?;
+    let place = |data: &Option<Vec<Range<u64>>>| data.as_ref().and_then(|data| Some(data.first()?.start)).unwrap_or(0);
+    let opened = files.iter().zip(&before).map(|(ino, (_, data))| Ok((upper.data().file(*ino)?, place(data))));
+    let hold = Hold::of(&opened.collect::<Result<Vec<_>>>()?);
+    let hold = hold.map_err(|error| Error::io("holding back the writers of open files", error))?;
+    let mut held = HashMap::with_capacity(files.len());
+    let mut is_known = true;
+    for (ino, (blocks, data)) in files.iter().zip(before) {
+        // Where no space was taken since, no hole was filled.
+        let is_same = upper.data().stat(*ino)?.blocks == blocks;
+        is_known &= data.is_none() || is_same;
+        held.insert(*ino, HeldFile { data: data.filter(|_| is_same) });
+    }
+    Ok((hold, held, is_known))
+}
+
 impl Frozen<'_> {
+    /// Set if writers to `ino` past us are held back.
+    pub fn held(&self, ino: Ino) -> Option<&HeldFile> {
+        self.held.get(&ino)
+    }
+
+    /// Whether the data file of `ino` is in use, so that it stays in the upper.
+    pub fn is_in_use(&self, ino: Ino) -> bool {
+        self.in_use.all.contains(&ino)
+    }
+
     /// The upper.
     pub fn upper(&self) -> &Upper {
         self.upper
@@ -161,12 +260,18 @@ impl Frozen<'_> {
         let mut folders: Vec<Ino> = state.tables.folders().map(|(folder, _)| folder).collect();
         folders.extend(self.fs.open_folders());
         let backed = state.tables.inodes().filter(|inode| inode.backed.is_some() && inode.inode.nlink > 0);
-        let backed: Vec<Ino> = backed.map(|inode| inode.inode.ino).collect();
+        let backed = backed.map(|inode| inode.inode.ino).filter(|ino| !self.is_in_use(*ino));
+        let backed: Vec<Ino> = backed.collect();
         state.tables.apply(dropped);
         state.view = view;
         self.fs.readers.lock().clear();
         drop(state);
         backed.into_iter().for_each(|ino| self.upper.data().remove(ino));
+        for ino in &self.in_use.all {
+            if let Ok(stamp) = self.upper.data().stamp(*ino) {
+                self.fs.was_sealed(*ino, stamp);
+            }
+        }
         folders.sort_unstable();
         folders.dedup();
         folders

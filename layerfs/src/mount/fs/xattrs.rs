@@ -49,6 +49,12 @@ impl Fs {
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> FsResult<Vec<u8>> {
         let _seen = self.seen(Op::Getxattr, ino, None);
         check_namespace(name)?;
+        if let (CAPABILITY, Some(upper)) = (name, &self.upper)
+            && upper.data().known(ino).is_some()
+        {
+            let _gate = self.gate.read();
+            self.catch_up(upper, &mut self.state.write(), ino)?;
+        }
         let state = self.state.read();
         if state.tables.inode(ino).is_none() && state.view.stat(ino)?.is_some_and(|stat| !stat.has_xattrs) {
             return fail(libc::ENODATA);
@@ -84,6 +90,7 @@ impl Fs {
             return fail(libc::E2BIG);
         }
         let mut edit = Edit::new(self, upper);
+        edit.catch_up(ino)?;
         let mut inode = edit.inode(ino)?;
         let list_bytes: usize = inode.inode.xattrs.iter().map(|(name, _)| name.len() + 1).sum();
         match inode.inode.xattr(name) {
@@ -132,6 +139,7 @@ impl Fs {
         let (upper, _gate) = self.enter()?;
         check_namespace(name)?;
         let mut edit = Edit::new(self, upper);
+        edit.catch_up(ino)?;
         let mut inode = edit.inode(ino)?;
         inode.inode.attrs.ctime = edit.now;
         if !take(&mut inode.inode.xattrs, name) {

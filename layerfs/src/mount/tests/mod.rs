@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr)] // a test that can't run says so
 
 mod killed;
+mod passed;
 mod real;
 mod reference;
 mod sealing;

@@ -366,7 +366,7 @@ impl Ours {
             },
             Op::Close(i) => {
                 if let Some(ino) = self.open.get_mut(*i).and_then(Option::take) {
-                    fs.release(ino, libc::O_RDONLY);
+                    fs.release(ino, libc::O_RDONLY, false);
                     fs.forget(ino, 1);
                 }
                 Ok(0)

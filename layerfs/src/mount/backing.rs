@@ -1,0 +1,63 @@
+//! Telling the kernel of data files that it may read and write without asking.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::fs::Backings;
+use crate::upper::opens::Backing;
+
+const BACKING_OPEN: libc::c_ulong = 0x4010_e501;
+const BACKING_CLOSE: libc::c_ulong = 0x4004_e502;
+
+/// The argument of [`BACKING_OPEN`].
+#[repr(C)]
+struct BackingMap {
+    descriptor: i32,
+    flags: u32,
+    padding: u64,
+}
+
+/// The backings of one mount.
+#[derive(Debug)]
+pub(super) struct Device {
+    device: OwnedFd,
+    /// Once the kernel has refused for want of rights, it isn't asked again.
+    is_refused: AtomicBool,
+}
+
+impl Device {
+    /// Those of the mount that `device` is the other end of.
+    pub fn new(device: OwnedFd) -> Device {
+        Device { device, is_refused: AtomicBool::new(false) }
+    }
+}
+
+impl Backings for Device {
+    fn open(&self, file: &File) -> std::io::Result<Backing> {
+        if self.is_refused.load(Ordering::Relaxed) {
+            return Err(std::io::ErrorKind::PermissionDenied.into());
+        }
+        let map = BackingMap { descriptor: file.as_raw_fd(), flags: 0, padding: 0 };
+        // SAFETY: the request reads its argument, which is as long as it says.
+        #[allow(unsafe_code)]
+        let number = unsafe { libc::ioctl(self.device.as_raw_fd(), BACKING_OPEN, &raw const map) };
+        if number > 0 {
+            return Ok(Backing(number as u32));
+        }
+        let error = std::io::Error::last_os_error();
+        if !self.is_refused.swap(true, Ordering::Relaxed) {
+            tracing::info!(%error, "files are not passed through; they are read and written by way of the daemon");
+        }
+        Err(error)
+    }
+
+    fn close(&self, backing: Backing) {
+        // SAFETY: the request reads the number that its argument points to.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::ioctl(self.device.as_raw_fd(), BACKING_CLOSE, &raw const backing.0) };
+        if result < 0 {
+            tracing::debug!(backing = backing.0, error = %std::io::Error::last_os_error(), "the kernel has no such backing");
+        }
+    }
+}

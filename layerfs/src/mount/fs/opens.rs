@@ -1,0 +1,389 @@
+//! Which files are open, and whether the kernel reads and writes them past us.
+//!
+//! A file that is the upper's alone can be *passed through*: its descriptors are served from the data file, and we hear of no
+//! read and no write. Invariants:
+//!
+//! - A file's descriptors are all passed through or none is, until the last is closed, and may be mapped no more.
+//! - While a file is passed through and may be written to, its data file has the truth on its size and times; the tables
+//!   have it as of a stamp that [`DataFolder::known`](crate::upper::data::DataFolder::known) tells, and catch up when it matters.
+//! - Its inode stays in the upper, over seals too, as long as its data file is in use.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::super::errno::FsResult;
+use super::attrs::{clear_privileges, is_privileged};
+use super::{Fs, SHARDS, State};
+use crate::attr::Time;
+use crate::id::Ino;
+use crate::inode::Node;
+use crate::upper::Upper;
+use crate::upper::opens::{Backing, OpenRecord, OpenSlot};
+use crate::upper::table::{Change, Stamp, UpperInode};
+
+/// Larger files aren't passed through: a seal reads what is passed through whole, in about a second per gigabyte.
+const PASSED_MAX: u64 = 1 << 30;
+/// A time of change that is as young as this may stay the same with the next change.
+const COARSE: Duration = Duration::from_millis(20);
+
+/// The kernel's register of files that it may read and write without asking.
+pub trait Backings: Send + Sync {
+    /// Registers a file.
+    ///
+    /// # Errors
+    /// Those of the kernel: no right to do so, or a file of a stacked filesystem.
+    fn open(&self, file: &File) -> std::io::Result<Backing>;
+
+    /// Strikes one out; descriptors that were opened with it go on.
+    fn close(&self, backing: Backing);
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    slot: OpenSlot,
+    record: OpenRecord,
+    /// The data file's stamp when it was last sealed as it was.
+    sealed: Option<Stamp>,
+}
+
+/// The open files of a mount.
+#[derive(Default)]
+pub(super) struct Opens {
+    shards: [Mutex<HashMap<Ino, Open>>; SHARDS],
+    /// A seal has begun to drop what it took: no other data file may come into use.
+    is_closed: AtomicBool,
+}
+
+impl Opens {
+    /// As a daemon that died left it.
+    pub fn resumed(records: Vec<(OpenSlot, OpenRecord)>) -> Opens {
+        let opens = Opens::default();
+        for (slot, record) in records {
+            opens.shard(record.ino).lock().insert(record.ino, Open { slot, record, sealed: None });
+        }
+        opens
+    }
+
+    fn shard(&self, ino: Ino) -> &Mutex<HashMap<Ino, Open>> {
+        &self.shards[(ino.0 % SHARDS as u64) as usize]
+    }
+
+    fn get(&self, ino: Ino) -> Option<Open> {
+        self.shard(ino).lock().get(&ino).copied()
+    }
+
+    fn all(&self) -> Vec<Open> {
+        self.shards.iter().flat_map(|shard| shard.lock().values().copied().collect::<Vec<_>>()).collect()
+    }
+}
+
+/// What a descriptor's flags allow.
+#[derive(Clone, Copy)]
+struct Access {
+    reads: bool,
+    writes: bool,
+}
+
+impl Access {
+    fn of(flags: i32) -> Access {
+        let mode = flags & libc::O_ACCMODE;
+        Access { reads: mode != libc::O_WRONLY, writes: mode != libc::O_RDONLY }
+    }
+}
+
+/// What is left of a file's opening after a descriptor was closed.
+#[derive(Default)]
+struct Closed {
+    is_written_past_us: bool,
+    /// Nobody has it open, and its data file was sealed with this stamp.
+    sealed: Option<Stamp>,
+}
+
+/// How long ago `time` was, in nanoseconds.
+fn age(time: Time) -> i128 {
+    let nanos = |time: Time| i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos);
+    nanos(Time::now()) - nanos(time)
+}
+
+/// The files that a seal must leave where they are.
+#[derive(Debug, Default)]
+pub(super) struct InUse {
+    /// All whose data files are in use.
+    pub all: Vec<Ino>,
+    /// Those of them that may be written to, with names.
+    pub written: Vec<Ino>,
+}
+
+impl Fs {
+    /// From now on files are passed through where that is possible. Once, before the first is opened.
+    pub fn pass_through(&self, backings: Box<dyn Backings>) {
+        let _ = self.backings.set(backings);
+    }
+
+    /// A descriptor of `ino` was opened with `flags`. Returns the backing if it is to be passed through.
+    pub fn opened(&self, ino: Ino, flags: i32) -> Option<Backing> {
+        let upper = self.upper.as_ref()?;
+        let access = Access::of(flags);
+        let _gate = access.writes.then(|| self.gate.read());
+        // Held to the end: no seal takes the data file away meanwhile.
+        let state = self.state.read();
+        let mut shard = self.opens.shard(ino).lock();
+        let new = || Open { slot: upper.opens().take(), record: OpenRecord::none(ino), sealed: None };
+        let open = shard.entry(ino).or_insert_with(new);
+        let record = &mut open.record;
+        if record.count == 0 {
+            record.backing = self.backing(upper, &state, record, access);
+            record.is_passed = record.backing.is_some();
+        }
+        record.count += 1;
+        record.is_readable |= access.reads;
+        if access.writes {
+            record.writers += 1;
+            record.mappers += u32::from(access.reads);
+        }
+        if record.is_written_past_us() && upper.data().known(ino).is_none() {
+            self.data_changes(ino);
+            // Without a stamp the tables catch up too often.
+            upper.data().know(ino, upper.data().stamp(ino).unwrap_or_default());
+        }
+        upper.opens().put(open.slot, record);
+        record.backing
+    }
+
+    /// [`Fs::opened`] for a file that was made along with it: one that can be written to gets its data file.
+    pub fn opened_new(&self, ino: Ino, flags: i32) -> Option<Backing> {
+        if Access::of(flags).writes
+            && self.backings.get().is_some()
+            && let Ok((upper, _gate)) = self.enter()
+        {
+            let _stripe = self.stripe(ino).lock();
+            if let Err(errno) = self.copy_up(upper, ino, u64::MAX) {
+                tracing::debug!(%ino, ?errno, "no data file for a new file yet");
+            }
+        }
+        self.opened(ino, flags)
+    }
+
+    /// A backing for a file that nobody has open, if it is to be passed through.
+    fn backing(&self, upper: &Upper, state: &State, record: &OpenRecord, access: Access) -> Option<Backing> {
+        let backings = self.backings.get()?;
+        let inode = state.tables.inode(record.ino)?;
+        let backed = inode.backed.filter(|backed| backed.base_bytes == 0)?;
+        let is_fit = backed.bytes <= PASSED_MAX && !(access.writes && is_privileged(inode));
+        if !record.is_mapped && (!is_fit || self.opens.is_closed.load(Ordering::Acquire)) {
+            return None;
+        }
+        let file = upper.data().file(record.ino).ok()?;
+        backings.open(&file).ok()
+    }
+
+    /// A descriptor of `ino` that was opened with `flags` was closed. `again`: the kernel says so for the second time.
+    pub fn release(&self, ino: Ino, flags: i32, again: bool) {
+        let Some(upper) = &self.upper else { return };
+        let access = Access::of(flags);
+        let is_written = access.writes && upper.data().known(ino).is_some();
+        let closed = if again {
+            // It may have been counted: rather one too many than too few.
+            Closed { is_written_past_us: true, sealed: None }
+        } else if is_written {
+            let _gate = self.gate.read();
+            let mut state = self.state.write();
+            let closed = self.close(upper, ino, access);
+            if let Err(errno) = self.catch_up(upper, &mut state, ino) {
+                tracing::warn!(%ino, ?errno, "cannot tell what became of a file that was written to");
+            } else if !closed.is_written_past_us {
+                upper.data().unknow(ino);
+            }
+            closed
+        } else {
+            self.close(upper, ino, access)
+        };
+        if let Some(sealed) = closed.sealed
+            && let Err(errno) = self.drop_sealed(upper, ino, sealed)
+        {
+            tracing::warn!(%ino, ?errno, "cannot drop the data file of a sealed file now");
+        }
+        if !self.state.read().tables.is_unsaved(ino) {
+            return;
+        }
+        let _gate = self.gate.read();
+        if let Err(error) = upper.save(&mut self.state.write().tables, &[ino]) {
+            tracing::warn!(%ino, %error, "cannot save the times of a file now");
+        }
+    }
+
+    fn close(&self, upper: &Upper, ino: Ino, access: Access) -> Closed {
+        let mut shard = self.opens.shard(ino).lock();
+        let Some(open) = shard.get_mut(&ino) else { return Closed::default() };
+        let record = &mut open.record;
+        record.count = record.count.saturating_sub(1);
+        if access.writes {
+            record.writers = record.writers.saturating_sub(1);
+            record.mappers = record.mappers.saturating_sub(u32::from(access.reads));
+        }
+        if record.count == 0 {
+            self.close_backing(record);
+            // What was only ever written to isn't mapped.
+            let is_used = record.is_passed && (record.is_readable || record.is_mapped) && !upper.data().is_ours_alone(ino);
+            if !is_used {
+                let (slot, sealed) = (open.slot, open.sealed);
+                shard.remove(&ino);
+                upper.opens().give_back(slot);
+                return Closed { is_written_past_us: false, sealed };
+            }
+            record.is_mapped = true;
+        }
+        upper.opens().put(open.slot, record);
+        Closed { is_written_past_us: record.is_written_past_us(), sealed: None }
+    }
+
+    fn close_backing(&self, record: &mut OpenRecord) {
+        if let (Some(backing), Some(backings)) = (record.backing.take(), self.backings.get()) {
+            backings.close(backing);
+        }
+    }
+
+    /// The kernel has forgotten `ino`: nobody has it open or mapped, whatever we think.
+    pub(super) fn surely_closed(&self, upper: &Upper, ino: Ino) {
+        if self.opens.get(ino).is_none() {
+            return;
+        }
+        let _gate = self.gate.read();
+        let mut state = self.state.write();
+        self.strike_out(upper, &mut state, ino);
+    }
+
+    fn strike_out(&self, upper: &Upper, state: &mut State, ino: Ino) {
+        if let Some(mut open) = self.opens.shard(ino).lock().remove(&ino) {
+            self.close_backing(&mut open.record);
+            upper.opens().give_back(open.slot);
+        }
+        if self.catch_up(upper, state, ino).is_ok() {
+            upper.data().unknow(ino);
+        }
+    }
+
+    /// The inode as its data file says that it is, if that was written to past us since the tables were last told; with the
+    /// data file's stamp.
+    pub(super) fn caught_up(&self, upper: &Upper, inode: &UpperInode) -> FsResult<Option<(UpperInode, Stamp)>> {
+        let Some(known) = upper.data().known(inode.inode.ino) else { return Ok(None) };
+        let Some(backed) = inode.backed else { return Ok(None) };
+        let stat = upper.data().stat(inode.inode.ino)?;
+        let now = Stamp { bytes: stat.bytes, mtime: stat.mtime };
+        if now == known {
+            return Ok(None);
+        }
+        let mut inode = inode.clone();
+        inode.backed = Some(crate::upper::table::Backed { bytes: now.bytes, ..backed });
+        inode.inode.attrs.mtime = now.mtime;
+        inode.inode.attrs.ctime = now.mtime;
+        // Nobody knows who wrote.
+        clear_privileges(&mut inode, || true);
+        Ok(Some((inode, now)))
+    }
+
+    /// Lets the tables know what was written past us to `ino`, if anything.
+    pub(super) fn catch_up(&self, upper: &Upper, state: &mut State, ino: Ino) -> FsResult<()> {
+        let Some(inode) = state.tables.inode(ino) else { return Ok(()) };
+        if let Some((inode, stamp)) = self.caught_up(upper, inode)? {
+            self.data_changes(ino);
+            upper.data().know(ino, stamp);
+            state.tables.touch(ino, |old| *old = inode);
+        }
+        Ok(())
+    }
+
+    /// [`Fs::catch_up`] for all files.
+    pub(super) fn catch_up_all(&self, upper: &Upper, state: &mut State) -> FsResult<()> {
+        upper.data().all_known().into_iter().try_for_each(|ino| self.catch_up(upper, state, ino))
+    }
+
+    /// Whether the kernel must ask again for the attributes of `inode` each time: they change without its knowing.
+    pub(super) fn may_change(&self, upper: &Upper, inode: &UpperInode) -> bool {
+        let ino = inode.inode.ino;
+        if upper.data().known(ino).is_none() {
+            return false;
+        }
+        let may_be_mapped = |open: Open| open.record.mappers > 0 || open.record.is_mapped;
+        is_privileged(inode) || self.opens.get(ino).is_some_and(may_be_mapped)
+    }
+
+    /// The files that programs may have mapped for writing and that aren't passed through: the kernel may hold bytes of them
+    /// that nobody has sent.
+    pub fn mappable(&self) -> Vec<Ino> {
+        let open = self.opens.all().into_iter().map(|open| open.record);
+        open.filter(|record| record.mappers > 0 && !record.is_passed).map(|record| record.ino).collect()
+    }
+
+    /// From here on no other data file comes into use, until [`Fs::open_ways`]. Whoever calls it holds changes back.
+    pub(super) fn close_ways(&self, upper: &Upper) -> InUse {
+        let mut state = self.state.write();
+        self.opens.is_closed.store(true, Ordering::Release);
+        let mut in_use = InUse::default();
+        for open in self.opens.all().into_iter().filter(|open| open.record.is_passed) {
+            let ino = open.record.ino;
+            if open.record.count == 0 && upper.data().is_ours_alone(ino) {
+                self.strike_out(upper, &mut state, ino);
+                continue;
+            }
+            in_use.all.push(ino);
+            let has_name = state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink > 0);
+            if open.record.is_written_past_us() && has_name {
+                in_use.written.push(ino);
+            }
+        }
+        in_use
+    }
+
+    /// Ends what [`Fs::close_ways`] began.
+    pub(super) fn open_ways(&self) {
+        self.opens.is_closed.store(false, Ordering::Release);
+    }
+
+    /// The file `ino`, which stays in the upper, was sealed while its data file had `stamp`.
+    pub(super) fn was_sealed(&self, ino: Ino, stamp: Stamp) {
+        let is_old = age(stamp.mtime) > COARSE.as_nanos() as i128;
+        if let Some(open) = self.opens.shard(ino).lock().get_mut(&ino) {
+            open.sealed = Some(stamp).filter(|_| is_old);
+        }
+    }
+
+    /// The content that the sealed layers have of `ino`, if its data file is the same still.
+    pub(super) fn sealed_content(&self, upper: &Upper, ino: Ino) -> Option<crate::content::Content> {
+        let sealed = self.opens.get(ino)?.sealed?;
+        let stat = upper.data().stat(ino).ok()?;
+        let is_same = (stat.bytes, stat.mtime) == (sealed.bytes, sealed.mtime);
+        match self.state.read().view.inode(ino).ok()??.node {
+            Node::File(content) if is_same => Some(content),
+            _ => None,
+        }
+    }
+
+    /// Drops from the upper a file that was in use during a seal, if the sealed layers have it as it is.
+    fn drop_sealed(&self, upper: &Upper, ino: Ino, sealed: Stamp) -> FsResult<()> {
+        let _gate = self.gate.read();
+        let _stripe = self.stripe(ino).lock();
+        let mut state = self.state.write();
+        let Some(inode) = state.tables.inode(ino) else { return Ok(()) };
+        let is_whole = inode.backed.is_some_and(|backed| backed.base_bytes == 0);
+        if !is_whole || inode.inode.nlink == 0 || self.opens.get(ino).is_some() || upper.data().stamp(ino)? != sealed {
+            return Ok(());
+        }
+        let Some(below) = state.view.inode(ino)? else { return Ok(()) };
+        let mut own = inode.inode.clone();
+        own.node = below.node.clone();
+        own.attrs.ctime = below.attrs.ctime;
+        if own != below {
+            return Ok(());
+        }
+        let mut change = Change::new();
+        change.forget(ino);
+        upper.commit(&mut state.tables, change)?;
+        upper.data().remove(ino);
+        Ok(())
+    }
+}

@@ -1,0 +1,272 @@
+//! Files that are passed through: the kernel reads and writes them past us, and nobody may notice.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::*;
+use crate::mount::{Mount, MountOptions, UnmountOptions};
+use crate::upper::hold::Hold;
+
+const BYTES: usize = 300_000;
+
+struct Mounted {
+    mount: Arc<Mount>,
+    _folder: tempfile::TempDir,
+    dir: PathBuf,
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        self.mount.unmount(&UnmountOptions { discard_upper: true, ..Default::default() }).unwrap();
+    }
+}
+
+impl Mounted {
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn seal(&self) -> (SealReport, Arc<View>) {
+        let options = SealOptions { name: unique_name("passed"), expect: Expect::Absent, kind: LayerKind::Instance };
+        let report = self.mount.seal(&options, &Silent).unwrap();
+        let view = View::open(store(), report.layer).unwrap();
+        (report, view)
+    }
+
+    /// Bytes that went by way of the daemon.
+    fn written(&self) -> u64 {
+        self.mount.fs().unwrap().written_bytes()
+    }
+}
+
+fn mounted() -> Option<Mounted> {
+    if !rustix::process::geteuid().is_root() || File::open("/dev/fuse").is_err() || !Hold::is_possible() {
+        eprintln!("NOT RUN: passing files through needs the superuser, /dev/fuse and userfaults");
+        return None;
+    }
+    let folder = tempfile::Builder::new().prefix("layerfs-passed-").tempdir().unwrap();
+    let dir = folder.path().join("mnt");
+    fs::create_dir(&dir).unwrap();
+    let mount = Mount::start(store(), None, "test", &dir, &MountOptions::default()).unwrap();
+    let mounted = Mounted { mount, _folder: folder, dir };
+    fs::write(mounted.path("probe"), b"probe").unwrap();
+    if mounted.written() > 0 {
+        eprintln!("NOT RUN: this kernel, or the filesystem of temporary files, passes nothing through");
+        return None;
+    }
+    fs::remove_file(mounted.path("probe")).unwrap();
+    Some(mounted)
+}
+
+fn open(path: &std::path::Path) -> File {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+}
+
+fn sealed_bytes(view: &View, name: &str) -> Vec<u8> {
+    let (ino, _) = view.lookup(crate::id::Ino::ROOT, name.as_bytes()).unwrap().unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    let count = view.read_at(ino, 0, &mut bytes).unwrap();
+    bytes.truncate(count);
+    bytes
+}
+
+#[test]
+fn sizes_and_times_are_seen_at_once() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("file");
+    let file = open(&path);
+    let mut last = file.metadata().unwrap();
+    for round in 1..20u64 {
+        file.write_all_at(&[round as u8; 1000], round * 5000).unwrap();
+        let (by_name, by_file) = (fs::metadata(&path).unwrap(), file.metadata().unwrap());
+        assert_eq!((by_name.len(), by_file.len()), (round * 5000 + 1000, round * 5000 + 1000));
+        let times = |seen: &fs::Metadata| (seen.mtime(), seen.mtime_nsec());
+        assert!(times(&by_name) == times(&by_file) && times(&by_file) > times(&last));
+        last = by_file;
+    }
+    let set = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1000);
+    file.set_modified(set).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), set);
+    file.set_len(10).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), 10);
+    file.write_all_at(b"x", 10).unwrap();
+    file.set_modified(set).unwrap();
+    drop(file);
+    let now = fs::metadata(&path).unwrap();
+    assert_eq!((now.len(), now.modified().unwrap()), (11, set));
+    assert_eq!(mounted.written(), 0, "it was not passed through");
+}
+
+#[test]
+fn readers_and_writers_of_all_kinds_see_the_same() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("file");
+    fs::write(&path, vec![1; BYTES]).unwrap();
+    mounted.seal();
+    // A reader holds the sealed file, so the writer shares its cache.
+    let reader = File::open(&path).unwrap();
+    let mut byte = [0];
+    reader.read_exact_at(&mut byte, 7).unwrap();
+    let writer = OpenOptions::new().write(true).open(&path).unwrap();
+    writer.write_all_at(b"2", 7).unwrap();
+    reader.read_exact_at(&mut byte, 7).unwrap();
+    assert_eq!((byte, mounted.written()), (*b"2", 1));
+    drop((reader, writer));
+    // Now it is the upper's, and nobody has it open.
+    // Closing is told of later than it is done.
+    loop {
+        let before = mounted.written();
+        let writer = OpenOptions::new().write(true).open(&path).unwrap();
+        let reader = File::open(&path).unwrap();
+        writer.write_all_at(b"3", 7).unwrap();
+        reader.read_exact_at(&mut byte, 7).unwrap();
+        assert_eq!(byte, *b"3");
+        if mounted.written() == before {
+            break;
+        }
+    }
+    assert_eq!(fs::read(&path).unwrap()[7], b'3');
+}
+
+/// As `sealing::a_layer_is_the_tree_at_one_instant`, but the writer's files are passed through.
+#[test]
+fn a_seal_holds_writers_back() {
+    let Some(mounted) = mounted() else { return };
+    let files = [open(&mounted.path("first")), open(&mounted.path("second"))];
+    let (rounds, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let round = rounds.load(Ordering::Relaxed) + 1;
+                for file in &files {
+                    file.write_all_at(&[round as u8; BYTES], 0).unwrap();
+                }
+                rounds.store(round, Ordering::Relaxed);
+            }
+        });
+        for _ in 0..15 {
+            let before = rounds.load(Ordering::Relaxed);
+            while rounds.load(Ordering::Relaxed) < before + 2 && !writer.is_finished() {
+                std::thread::yield_now();
+            }
+            let (_, view) = mounted.seal();
+            let (one, other) = (sealed_bytes(&view, "first"), sealed_bytes(&view, "second"));
+            assert!(one.len() == BYTES && one.iter().all(|byte| *byte == one[0]), "half of a write is in the layer");
+            assert!(other.len() == BYTES && other.iter().all(|byte| *byte == other[0]), "half of a write is in the layer");
+            assert!(one[0].wrapping_sub(other[0]) <= 1, "{} and {}: of different instants", one[0], other[0]);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(mounted.written(), 0, "they were not passed through");
+    let last = rounds.load(Ordering::Relaxed) as u8;
+    assert_eq!(fs::read(mounted.path("second")).unwrap(), vec![last; BYTES]);
+    drop(files);
+    let (_, view) = mounted.seal();
+    assert_eq!(sealed_bytes(&view, "first"), vec![last; BYTES]);
+    assert_eq!(mounted.mount.fs().unwrap().upper_counts(), (0, 0));
+}
+
+#[test]
+fn a_file_in_use_goes_on_after_a_seal_and_leaves_the_upper_when_it_is_closed() {
+    let Some(mounted) = mounted() else { return };
+    let counts = || mounted.mount.fs().unwrap().upper_counts();
+    let (written, read) = (mounted.path("written"), mounted.path("read"));
+    fs::write(&read, vec![5; BYTES]).unwrap();
+    let (reader, writer) = (File::open(&read).unwrap(), open(&written));
+    writer.write_all_at(&[1; BYTES], 0).unwrap();
+    mounted.seal();
+    assert_eq!(counts(), (2, 0), "data files in use have to stay");
+    writer.write_all_at(&[2; 10], 100).unwrap();
+    let mut bytes = [0; 10];
+    reader.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [5; 10]);
+    assert_eq!(fs::read(&written).unwrap()[99..111], [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]);
+    drop(reader);
+    // Closing is told of later than it is done: the next request of the same kind comes after it.
+    while counts() != (1, 0) {
+        drop(File::open(&written).unwrap());
+    }
+    let (report, view) = mounted.seal();
+    assert_eq!(sealed_bytes(&view, "written")[100], 2);
+    assert_eq!(report.inodes, 1);
+    drop(writer);
+    mounted.seal();
+    assert_eq!(counts(), (0, 0));
+}
+
+/// The descriptor through which a file was mapped is closed: nobody tells us of the mapping, and stores into it go on.
+#[test]
+fn mappings_outlive_their_descriptors_and_seals() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("mapped");
+    let file = open(&path);
+    file.set_len(8192).unwrap();
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping of 8192 bytes, used only below, by this thread.
+    #[allow(unsafe_code)]
+    let map = unsafe {
+        let map = libc::mmap(std::ptr::null_mut(), 8192, access, libc::MAP_SHARED, file.as_raw_fd(), 0);
+        assert_ne!(map, libc::MAP_FAILED);
+        std::slice::from_raw_parts_mut(map.cast::<u8>(), 8192)
+    };
+    map[0] = 1;
+    drop(file);
+    for round in 2..6 {
+        let before = fs::metadata(&path).unwrap();
+        map[0] = round;
+        map[5000] = round;
+        assert_eq!(fs::read(&path).unwrap()[0], round);
+        let (_, view) = mounted.seal();
+        assert_eq!(sealed_bytes(&view, "mapped")[5000], round);
+        let after = fs::metadata(&path).unwrap();
+        assert!((after.mtime(), after.mtime_nsec()) >= (before.mtime(), before.mtime_nsec()));
+        // Another descriptor, by which it is changed.
+        let other = open(&path);
+        other.write_all_at(&[round + 100], 1).unwrap();
+        assert_eq!(map[1], round + 100);
+    }
+    // SAFETY: nothing refers to the mapping any more.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::munmap(map.as_mut_ptr().cast(), 8192);
+    }
+    mounted.seal();
+    drop(open(&path));
+    mounted.seal();
+    assert_eq!(fs::read(&path).unwrap()[5000], 5);
+}
+
+#[test]
+fn what_is_written_to_runs_with_no_other_rights() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("program");
+    let file = open(&path);
+    file.write_all_at(b"one", 0).unwrap();
+    let mode = |bits| fs::set_permissions(&path, fs::Permissions::from_mode(bits)).unwrap();
+    mode(0o4755);
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o4755);
+    file.write_all_at(b"two", 0).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o755);
+    mode(0o4755);
+    drop(file);
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o4755);
+    let before = mounted.written();
+    fs::write(&path, b"three").unwrap();
+    assert_eq!(mounted.written(), before + 5, "a setuid file that can be written to was passed through");
+}
+
+#[test]
+fn holes_and_large_lengths_are_no_burden_to_a_seal() {
+    let Some(mounted) = mounted() else { return };
+    let file = open(&mounted.path("sparse"));
+    file.set_len(1 << 40).unwrap();
+    file.write_all_at(b"far", 1 << 39).unwrap();
+    let (_, view) = mounted.seal();
+    let (ino, _) = view.lookup(crate::id::Ino::ROOT, b"sparse").unwrap().unwrap();
+    let mut bytes = [0; 3];
+    view.read_at(ino, 1 << 39, &mut bytes).unwrap();
+    assert_eq!((bytes, view.stat(ino).unwrap().unwrap().size), (*b"far", 1 << 40));
+}

@@ -1,0 +1,240 @@
+//! Holding back those who write to data files past us, for the moment of a seal.
+//!
+//! A file that is passed through is written to by the kernel, and nothing takes that right back. What can be had is the lock
+//! that every write takes: somebody who writes to a file has its inode locked, also while the bytes that he writes have yet to be
+//! fetched. So a thread for each file writes one byte that isn't there: its page is a userfault that nobody answers. When
+//! the seal is over the page is made inaccessible and the write fails with EFAULT, having written nothing. If the process dies
+//! the kernel ends the threads, and with them the locks. Reading takes no such lock; seeking for holes and truncating do.
+//!
+//! Side effect: the data files' times of change are those of the hold.
+
+use std::fs::File;
+use std::io::{Error, ErrorKind, Read, Result};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+/// How long a writer may keep its file's lock before a seal gives up.
+const PATIENCE: Duration = Duration::from_secs(30);
+const STACK_BYTES: usize = 64 * 1024;
+
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const MODE_MISSING: u64 = 1;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const MESSAGE_BYTES: usize = 32;
+
+/// A file to be held, and a place in it where it has data: in a hole, a write takes space before it fetches its bytes.
+pub type Held = (Arc<File>, u64);
+
+/// Pages that whoever touches them waits for.
+#[derive(Debug)]
+struct Pages {
+    start: usize,
+    bytes: usize,
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and the threads that had pointers into it have ended.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::munmap(self.start as *mut libc::c_void, self.bytes);
+        }
+    }
+}
+
+/// Nobody writes to the files while this exists.
+#[derive(Debug)]
+pub struct Hold {
+    faults: Option<File>,
+    threads: Vec<JoinHandle<()>>,
+    pages: Option<Pages>,
+}
+
+impl Hold {
+    /// Whether this process may do so.
+    pub fn is_possible() -> bool {
+        userfault().is_ok()
+    }
+
+    /// Waits for writes to `files` that are under way, and holds back others.
+    ///
+    /// # Errors
+    /// Those of starting threads and of writing; a write that doesn't end.
+    pub fn of(files: &[Held]) -> Result<Hold> {
+        let mut hold = Hold { faults: None, threads: Vec::with_capacity(files.len()), pages: None };
+        if files.is_empty() {
+            return Ok(hold);
+        }
+        let faults = userfault()?;
+        let pages = pages(&faults, files.len())?;
+        let start = pages.start;
+        (hold.faults, hold.pages) = (Some(faults), Some(pages));
+        let (ended, has_ended) = channel();
+        for (index, (file, at)) in files.iter().enumerate() {
+            let (file, at, ended) = (file.clone(), *at, ended.clone());
+            let page = start + index * PAGE;
+            let thread = std::thread::Builder::new().name("layerfs-hold".to_owned()).stack_size(STACK_BYTES);
+            hold.threads.push(thread.spawn(move || {
+                let _ = ended.send(write_nothing(&file, at, page));
+            })?);
+        }
+        drop(ended);
+        hold.wait_for(files.len(), &has_ended)?;
+        Ok(hold)
+    }
+
+    /// Waits until `count` threads have come to their pages.
+    fn wait_for(&mut self, count: usize, has_ended: &Receiver<Result<()>>) -> Result<()> {
+        let Some(faults) = &mut self.faults else { return Ok(()) };
+        let started = Instant::now();
+        let mut arrived = 0;
+        while arrived < count {
+            let mut message = [0; MESSAGE_BYTES];
+            match faults.read(&mut message) {
+                Ok(MESSAGE_BYTES) if message[0] == EVENT_PAGEFAULT => arrived += 1,
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    if let Ok(ended) = has_ended.try_recv() {
+                        return Err(ended.err().unwrap_or_else(|| Error::other("a file was written to for nothing")));
+                    }
+                    if started.elapsed() > PATIENCE {
+                        return Err(Error::new(ErrorKind::TimedOut, "a write into a file doesn't end"));
+                    }
+                    let mut poll = [rustix::event::PollFd::new(&*faults, rustix::event::PollFlags::IN)];
+                    let wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+                    let _ = rustix::event::poll(&mut poll, Some(&wait));
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(pages) = &self.pages {
+            // SAFETY: the mapping is ours. Nobody has a reference into it: the threads gave its address to the kernel.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::mprotect(pages.start as *mut libc::c_void, pages.bytes, libc::PROT_NONE);
+            }
+        }
+        // Wakes whoever waits; they find that they may not read the page.
+        self.faults = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A descriptor for faults of this process.
+fn userfault() -> Result<File> {
+    // SAFETY: a plain system call; the descriptor is new and owned by nobody else.
+    #[allow(unsafe_code)]
+    let faults = unsafe {
+        let number = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
+        if number < 0 {
+            return Err(Error::last_os_error());
+        }
+        File::from(OwnedFd::from_raw_fd(number as i32))
+    };
+    control(&faults, UFFDIO_API, &mut [UFFD_API, 0, 0])?;
+    Ok(faults)
+}
+
+fn control(faults: &File, request: libc::c_ulong, argument: &mut [u64]) -> Result<()> {
+    // SAFETY: both requests read and write as many bytes as their argument has, and no more.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::ioctl(faults.as_raw_fd(), request, argument.as_mut_ptr()) };
+    if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
+}
+
+fn pages(faults: &File, count: usize) -> Result<Pages> {
+    let bytes = count * PAGE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping of memory that belongs to nothing.
+    #[allow(unsafe_code)]
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Error::last_os_error());
+    }
+    let pages = Pages { start: start as usize, bytes };
+    control(faults, UFFDIO_REGISTER, &mut [pages.start as u64, bytes as u64, MODE_MISSING, 0])?;
+    Ok(pages)
+}
+
+/// Begins to write the byte at `page`, which isn't there, to `file`, and fails when it never comes.
+fn write_nothing(file: &File, at: u64, page: usize) -> Result<()> {
+    // SAFETY: the page is mapped as long as this thread lives, and nobody else has its address. The slice is never read here;
+    // the kernel finds no byte there.
+    #[allow(unsafe_code)]
+    let byte = unsafe { std::slice::from_raw_parts(page as *const u8, 1) };
+    match file.write_at(byte, at) {
+        Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(()),
+        Err(error) => Err(error),
+        Ok(count) => {
+            tracing::error!(count, "a byte was written that must not exist");
+            Err(Error::other("a byte was written that must not exist"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn writers_wait_and_readers_do_not() {
+        if !Hold::is_possible() {
+            eprintln!("NOT RUN: no userfaults for this process");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let files: Vec<Held> = (0..3)
+            .map(|number| {
+                let path = folder.path().join(format!("{number}"));
+                std::fs::write(&path, vec![number; number as usize * 5000]).unwrap();
+                (Arc::new(File::options().read(true).write(true).open(path).unwrap()), 0)
+            })
+            .collect();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let hold = Hold::of(&files).unwrap();
+            let writers: Vec<_> = files
+                .iter()
+                .map(|(file, _)| {
+                    let is_over = &is_over;
+                    scope.spawn(move || {
+                        file.write_all_at(b"x", 0).unwrap();
+                        assert!(is_over.load(Ordering::SeqCst), "a write got through");
+                    })
+                })
+                .collect();
+            for (number, (file, _)) in files.iter().enumerate() {
+                let mut bytes = vec![9; 20_000];
+                let count = file.read_at(&mut bytes, 0).unwrap();
+                assert!(count == number * 5000 && bytes[..count].iter().all(|byte| *byte == number as u8));
+                assert_eq!(file.metadata().unwrap().len(), number as u64 * 5000);
+            }
+            assert!(writers.iter().all(|writer| !writer.is_finished()));
+            is_over.store(true, Ordering::SeqCst);
+            drop(hold);
+        });
+        let mut first = [0; 2];
+        assert_eq!(files[0].0.read_at(&mut first, 0).unwrap(), 1);
+        assert_eq!(files[2].0.read_at(&mut first, 0).unwrap(), 2);
+        assert_eq!(first, *b"x\x02");
+    }
+}
