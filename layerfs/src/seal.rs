@@ -188,7 +188,9 @@ fn read_ahead(session: &Session, sealing: &Sealing<'_>, monitor: &dyn Monitor) -
             ingest.known(file.inode.ino, content)?;
             continue;
         }
-        match take_in(&mut ingest, file.inode.ino, file, (sealing.upper(), None), || sealing.changed_file(file.inode.ino)) {
+        match take_in(&mut ingest, file.inode.ino, file, (sealing.upper(), None), || {
+            sealing.changed_file(file.inode.ino)
+        }) {
             Ok(bytes) => {
                 ahead.read_bytes += bytes;
                 monitor.advance(bytes);

@@ -253,7 +253,16 @@ fn file_attr(stat: &Stat) -> FileAttr {
 /// The reply for a name that isn't there: cached too.
 fn no_entry() -> FileAttr {
     let attrs = crate::attr::Attrs::default();
-    file_attr(&Stat { ino: Ino(0), kind: FileKind::File, nlink: 0, attrs, size: 0, blocks: 0, rdev: 0, may_change: false })
+    file_attr(&Stat {
+        ino: Ino(0),
+        kind: FileKind::File,
+        nlink: 0,
+        attrs,
+        size: 0,
+        blocks: 0,
+        rdev: 0,
+        may_change: false,
+    })
 }
 
 /// How long the kernel may go by what it is told.

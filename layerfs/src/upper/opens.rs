@@ -170,12 +170,20 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folder = OwnedFd::from(File::open(folder.path()).unwrap());
         let table = OpenTable::create(&folder).unwrap();
-        let record = |ino| OpenRecord { count: 2, writers: 1, is_passed: true, backing: Some(Backing(7)), ..OpenRecord::none(Ino(ino)) };
-        let slots: Vec<OpenSlot> = (1..=3).map(|ino| {
-            let slot = table.take();
-            table.put(slot, &record(ino));
-            slot
-        }).collect();
+        let record = |ino| OpenRecord {
+            count: 2,
+            writers: 1,
+            is_passed: true,
+            backing: Some(Backing(7)),
+            ..OpenRecord::none(Ino(ino))
+        };
+        let slots: Vec<OpenSlot> = (1..=3)
+            .map(|ino| {
+                let slot = table.take();
+                table.put(slot, &record(ino));
+                slot
+            })
+            .collect();
         table.give_back(slots[1]);
         drop(table);
         let (table, found) = OpenTable::resume(&folder).unwrap();
@@ -197,7 +205,7 @@ mod tests {
             ..OpenRecord::none(Ino(1))
         };
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        assert_eq!(hex, "01000000000000000200000003000000040000000500000005000000" .to_owned() + "00000000");
+        assert_eq!(hex, "01000000000000000200000003000000040000000500000005000000".to_owned() + "00000000");
         assert_eq!(OpenRecord::decode(&record.encode()).unwrap(), Some(record));
     }
 }

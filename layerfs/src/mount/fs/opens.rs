@@ -228,7 +228,8 @@ impl Fs {
         if record.count == 0 {
             self.close_backing(record);
             // What was only ever written to isn't mapped.
-            let is_used = record.is_passed && (record.is_readable || record.is_mapped) && !upper.data().is_ours_alone(ino);
+            let is_used =
+                record.is_passed && (record.is_readable || record.is_mapped) && !upper.data().is_ours_alone(ino);
             if !is_used {
                 let (slot, sealed) = (open.slot, open.sealed);
                 shard.remove(&ino);

@@ -155,7 +155,10 @@ fn a_seal_holds_writers_back() {
             let (_, view) = mounted.seal();
             let (one, other) = (sealed_bytes(&view, "first"), sealed_bytes(&view, "second"));
             assert!(one.len() == BYTES && one.iter().all(|byte| *byte == one[0]), "half of a write is in the layer");
-            assert!(other.len() == BYTES && other.iter().all(|byte| *byte == other[0]), "half of a write is in the layer");
+            assert!(
+                other.len() == BYTES && other.iter().all(|byte| *byte == other[0]),
+                "half of a write is in the layer"
+            );
             assert!(one[0].wrapping_sub(other[0]) <= 1, "{} and {}: of different instants", one[0], other[0]);
         }
         stop.store(true, Ordering::Relaxed);
