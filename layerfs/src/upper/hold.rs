@@ -191,6 +191,8 @@ fn write_nothing(file: &File, at: u64, page: usize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::print_stderr)] // a test that can't run says so
+
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;

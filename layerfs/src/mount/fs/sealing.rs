@@ -241,7 +241,7 @@ impl Frozen<'_> {
     pub fn has_sealed_orphans(&self) -> bool {
         let state = self.fs.state.read();
         state.tables.inodes().any(|inode| {
-            inode.inode.nlink == 0 && matches!(&inode.inode.node, Node::File(content) if content.len() > 0)
+            inode.inode.nlink == 0 && matches!(&inode.inode.node, Node::File(content) if !content.is_empty())
         })
     }
 
