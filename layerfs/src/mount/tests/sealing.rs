@@ -60,7 +60,7 @@ fn what_waits_for_a_seal_names_itself() {
     let outer = make(Ino::ROOT, b"outer", libc::S_IFDIR);
     seal_fs(store(), &fs);
     let inner = make(outer, b"inner", libc::S_IFDIR);
-    let (frozen, _) = fs.begin_seal().unwrap().freeze();
+    let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| make(inner, b"n\new", libc::S_IFREG));
         while fs.running(Duration::ZERO, false).is_empty() {
