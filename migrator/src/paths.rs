@@ -38,6 +38,8 @@ const SOME_ROUND_TRIP: Duration = Duration::from_millis(4);
 /// With a long round trip, from so much to carry on, several connections are opened before the first has shown what it
 /// can do: by then they are up to speed together.
 const MUCH_BYTES: u64 = 4 << 20;
+/// From so much on a shorter round trip is reason enough.
+const VERY_MUCH_BYTES: u64 = 16 << 20;
 /// A connection keeps so much under way without effort; without losses more of them are of no use.
 const EASY_BYTES: u64 = 128 << 10;
 /// After a round that brought nothing, so long until the next try.
@@ -107,12 +109,23 @@ struct Sample {
 impl Sample {
     /// How many connections to begin with.
     fn first_target(&self, routes: usize) -> usize {
-        let few = match (self.info.round_trip >= LONG_ROUND_TRIP, self.expected_bytes >= 4 * MUCH_BYTES) {
-            (true, true) => 8,
-            (true, false) => 4,
-            (false, _) => 1,
+        let is_far = self.info.round_trip >= LONG_ROUND_TRIP;
+        let few = match self.expected_bytes {
+            VERY_MUCH_BYTES.. if is_far => 8,
+            VERY_MUCH_BYTES.. if self.info.round_trip >= SOME_ROUND_TRIP => 4,
+            _ if is_far => 4,
+            _ => 1,
         };
         routes.max(few)
+    }
+
+    /// Whether so much is to come that several connections shall begin together.
+    fn is_much(&self) -> bool {
+        match self.expected_bytes {
+            VERY_MUCH_BYTES.. => self.info.round_trip >= SOME_ROUND_TRIP,
+            MUCH_BYTES.. => self.info.round_trip >= LONG_ROUND_TRIP,
+            _ => false,
+        }
     }
 }
 
@@ -157,8 +170,7 @@ impl Chooser {
         self.round.samples += 1;
         self.round.backed_up += u32::from(sample.is_backed_up.unwrap_or(true));
         let bytes = sample.bytes - self.round.bytes;
-        let is_far = sample.info.round_trip >= LONG_ROUND_TRIP;
-        let is_worth_it = bytes > ENOUGH_BYTES && self.is_busy() || is_far && sample.expected_bytes >= MUCH_BYTES;
+        let is_worth_it = bytes > ENOUGH_BYTES && self.is_busy() || sample.is_much();
         if !self.has_spread && is_worth_it {
             self.has_spread = true;
             // There is something to carry: every route shall do its part, and a long one gets up to speed by several.
@@ -363,6 +375,12 @@ mod tests {
         assert_eq!(play(1, long, 10, |_| 8 * MIB), 8, "four at once, then one try");
         assert_eq!(play(1, long, 10, |_| MIB), 4, "four at once; so little is under way that they do");
         assert_eq!(play(3, short, 10, |_| MIB), 3, "one for each route");
+        let some = Info { round_trip: Duration::from_millis(20), ..Info::default() };
+        let first = |expected_bytes| {
+            let mut chooser = Chooser::new(Connections::Auto, 1, Instant::now());
+            chooser.look(Instant::now(), Sample { expected_bytes, info: some, ..Sample::default() })
+        };
+        assert_eq!((first(MUCH_BYTES), first(VERY_MUCH_BYTES)), (1, 4));
         let lossy = Info { segments_out: 10_000, segments_again: 100, ..short };
         assert!(play(1, lossy, 60, |count| count.min(4) as u64 * MIB) >= 4);
     }

@@ -1,7 +1,8 @@
 //! The second tier of a store in an S3-compatible bucket, by the crate `object_store`.
 //!
 //! It hides S3, and that its client is asynchronous while the store is not: requests run on the runtime, and the
-//! caller's thread waits for them, for a bounded time. Invariants: a folder of a bucket belongs to one store, which its
+//! caller's thread waits for them, for a bounded time. What goes either way counts to the daemon's limit, in pieces of up to
+//! [`PART_BYTES`]. Invariants: a folder of a bucket belongs to one store, which its
 //! object `layerfs-store` names; credentials are never kept, logged or put into messages.
 
 use std::fmt;
@@ -25,6 +26,8 @@ use object_store::{
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::runtime::Handle;
+
+use crate::governor::{Controls, Gate, Governor, Priority, Way};
 
 /// Where the store keeps [`Settings`].
 const SETTINGS_KEY: &[u8] = b"tier.settings";
@@ -156,13 +159,18 @@ pub struct Bucket {
     place: String,
     timeout: Duration,
     runtime: Handle,
+    /// Uploads leave the network to transfers that somebody waits for.
+    uploads: Gate,
+    /// Reads are waited for by programs.
+    reads: Gate,
 }
 
 type Outcome<T> = std::result::Result<T, object_store::Error>;
 
 impl Bucket {
-    /// The way to the bucket. Nothing is asked of it yet. Without `keys` the machine's own role is used, if it has one.
-    pub fn new(settings: &Settings, keys: Option<&Keys>, runtime: Handle) -> Result<Bucket> {
+    /// The way to the bucket, within the limits of `governor`. Nothing is asked of it yet. Without `keys` the machine's own
+    /// role is used, if it has one.
+    pub fn new(settings: &Settings, keys: Option<&Keys>, governor: &Governor, runtime: Handle) -> Result<Bucket> {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let endpoint = settings.endpoint.clone();
         let is_plain = endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
@@ -190,7 +198,16 @@ impl Bucket {
         let place = settings.url();
         let store = builder.build().map_err(|error| fault("reaching", &place, error))?;
         let timeout = Duration::from_secs(settings.timeout_seconds.max(1));
-        Ok(Bucket { store: Arc::new(store), prefix: settings.prefix.clone(), place, timeout, runtime })
+        let gate = |priority| governor.gate(Controls { priority, ..Controls::default() });
+        Ok(Bucket {
+            store: Arc::new(store),
+            prefix: settings.prefix.clone(),
+            place,
+            timeout,
+            runtime,
+            uploads: gate(Priority::Low),
+            reads: gate(Priority::High),
+        })
     }
 
     fn path(&self, name: &str) -> Path {
@@ -293,7 +310,7 @@ fn fault(action: &'static str, place: &str, error: object_store::Error) -> Error
 
 impl Objects for Bucket {
     fn put(&self, name: &str, path: &FilePath) -> Result<()> {
-        let (store, to, from) = (self.store.clone(), self.path(name), path.to_owned());
+        let (store, to, from, gate) = (self.store.clone(), self.path(name), path.to_owned(), self.uploads.clone());
         let put = self.call("uploading to", UPLOAD_PATIENCE, async move {
             let failed = |e: std::io::Error| object_store::Error::Generic { store: "S3", source: Box::new(e) };
             let mut file = tokio::fs::File::open(&from).await.map_err(failed)?;
@@ -301,6 +318,7 @@ impl Objects for Bucket {
             if bytes <= PART_BYTES as u64 {
                 let mut all = Vec::with_capacity(bytes as usize);
                 file.read_to_end(&mut all).await.map_err(failed)?;
+                drop(gate.ready(Way::Out, all.len()).await);
                 return store.put(&to, all.into()).await.map(|_| ());
             }
             let mut upload = WriteMultipart::new_with_chunk_size(store.put_multipart(&to).await?, PART_BYTES);
@@ -309,7 +327,10 @@ impl Objects for Bucket {
                 upload.wait_for_capacity(PARTS).await?;
                 match file.read(&mut buffer).await.map_err(failed)? {
                     0 => break,
-                    count => upload.write(&buffer[..count]),
+                    count => {
+                        drop(gate.ready(Way::Out, count).await);
+                        upload.write(&buffer[..count]);
+                    }
                 }
             }
             upload.finish().await.map(|_| ())
@@ -318,8 +339,11 @@ impl Objects for Bucket {
     }
 
     fn read(&self, name: &str, at: u64, bytes: u64) -> Result<Bytes> {
-        let (store, from) = (self.store.clone(), self.path(name));
-        let read = async move { store.get_range(&from, at..at + bytes).await };
+        let (store, from, gate) = (self.store.clone(), self.path(name), self.reads.clone());
+        let read = async move {
+            drop(gate.ready(Way::In, bytes as usize).await);
+            store.get_range(&from, at..at + bytes).await
+        };
         self.call("reading from", self.timeout, read)?.map_err(|error| self.fault("reading from", error))
     }
 
@@ -379,7 +403,7 @@ mod tests {
             Settings { endpoint: Some(endpoint), timeout_seconds: 1, ..Settings::parse("s3://bucket").unwrap() };
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let keys = Keys { access: "a".into(), secret: "s".into(), token: None };
-        let bucket = Bucket::new(&settings, Some(&keys), runtime.handle().clone()).unwrap();
+        let bucket = Bucket::new(&settings, Some(&keys), &Governor::default(), runtime.handle().clone()).unwrap();
         let error = bucket.read("packs/x", 0, 10).unwrap_err();
         assert!(error.class() == ErrorClass::Network && error.to_string().contains("within 1 s"), "{error}");
         // From a thread of the runtime too.

@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Case> {
         ),
         Case::new("registry::packs_go_both_ways", &[Root, Tool("docker-registry"), Tool("rsync")], packs_go_both_ways),
         Case::new("registry::logins", &[Root, Tool("docker-registry")], logins),
+        Case::new("registry::limits_hold_there_too", &[Root, Tool("docker-registry")], limits),
         Case::new("registry::failures_say_what_failed", &[Root, Tool("docker-registry")], failures),
     ]
 }
@@ -315,6 +316,56 @@ fn logins() -> anyhow::Result<()> {
     let log = fs::read_to_string(host.ctl.store().join("daemon.log")).unwrap_or_default();
     ensure!(!log.contains("secret"), "the password is in the log");
     Ok(())
+}
+
+/// The running transfer with a registry, as soon as it has moved so many bytes.
+fn running(host: &Host, key: &str, bytes: u64) -> anyhow::Result<Value> {
+    for _ in 0..3000 {
+        let list = host.ctl.json(["transfers"])?;
+        let all = list["transfers"].as_array().context("no list")?;
+        let found = all.iter().find(|one| one["state"] == "running" && one[key].as_u64() >= Some(bytes));
+        if let Some(found) = found {
+            ensure!(found["peer"].as_str().is_some_and(|peer| peer.starts_with("oci://")), "{found}");
+            return Ok(found.clone());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    anyhow::bail!("no transfer runs: {}", host.ctl.json(["transfers"])?)
+}
+
+/// It has been no faster than 1 MiB/s, but for the piece under way.
+fn is_limited(transfer: &Value, key: &str) -> anyhow::Result<()> {
+    let seconds = transfer["seconds"].as_f64().context("no time")?;
+    ensure!(number(transfer, key)? as f64 <= seconds * 1_048_576.0 * 1.1 + 500_000.0, "over its limit: {transfer}");
+    Ok(())
+}
+
+fn limits() -> anyhow::Result<()> {
+    let host = Host::new()?;
+    let registry = Registry::start(&host.path("registry"), false)?;
+    let source = host.new_folder("source")?;
+    fs::write(source.join("noise"), noise(20_000_000))?;
+    host.import(&source, "noise", &[])?;
+    let place = format!("oci://{}/noise:1", registry.host());
+    let push = ["push", "noise", &place, "--plain-http", "--limit", "1M"];
+    let pull = ["pull", "again", &place, "--plain-http"];
+    std::thread::scope(|scope| {
+        let pushed = scope.spawn(|| host.ctl.ok(push));
+        let transfer = running(&host, "bytes_sent", 3_000_000)?;
+        is_limited(&transfer, "bytes_sent")?;
+        ensure!(number(&transfer, "limit")? == 1 << 20, "{transfer}");
+        host.ctl.ok(["transfers", "limit", "none", &transfer["id"].to_string()])?;
+        pushed.join().map_err(|_| anyhow::anyhow!("the push panicked"))??;
+        // The daemon's own limit, and an end at a word.
+        host.ctl.ok(["limit", "1M"])?;
+        let pulled = scope.spawn(|| host.ctl.run(pull));
+        let transfer = running(&host, "bytes_received", 3_000_000)?;
+        is_limited(&transfer, "bytes_received")?;
+        host.ctl.ok(["transfers", "cancel", &transfer["id"].to_string()])?;
+        let pulled = pulled.join().map_err(|_| anyhow::anyhow!("the pull panicked"))??;
+        ensure!(pulled.code != 0 && host.ctl.run(["inspect", "again"])?.code == 3, "it was pulled all the same");
+        Ok(())
+    })
 }
 
 fn failures() -> anyhow::Result<()> {

@@ -24,6 +24,8 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 
 use super::{Access, Address};
 use crate::error::{Error, Result};
+use crate::governor::Way;
+use crate::transfers::Transfer;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// For so long a registry may say nothing.
@@ -65,12 +67,12 @@ pub(super) struct Remote {
     client: Client,
     auth: RegistryAuth,
     place: Reference,
-    monitor: Arc<dyn Monitor>,
+    transfer: Arc<Transfer>,
 }
 
 impl Remote {
     /// Connects to the registry and logs in.
-    pub async fn open(address: &Address, access: &Access, monitor: Arc<dyn Monitor>, right: Right) -> Result<Remote> {
+    pub async fn open(address: &Address, access: &Access, transfer: Arc<Transfer>, right: Right) -> Result<Remote> {
         // The TLS library takes the process's provider; whoever was first has set the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let config = ClientConfig {
@@ -87,7 +89,7 @@ impl Remote {
         };
         let place = address.0.clone();
         let client = Client::try_from(config).map_err(|error| fault("reaching", &place, error).0)?;
-        let remote = Remote { client, auth, place, monitor };
+        let remote = Remote { client, auth, place, transfer };
         let operation = if right == Right::Push { RegistryOperation::Push } else { RegistryOperation::Pull };
         remote.retry("logging in to", || remote.client.auth(&remote.place, &remote.auth, operation)).await?;
         Ok(remote)
@@ -119,7 +121,7 @@ impl Remote {
     async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T> {
         let mut work = std::pin::pin!(work);
         loop {
-            layerfs::monitor::check(&*self.monitor)?;
+            layerfs::monitor::check(&*self.transfer)?;
             if let Ok(done) = tokio::time::timeout(CANCEL_TICK, &mut work).await {
                 return Ok(done);
             }
@@ -154,19 +156,24 @@ impl Remote {
         let told = Arc::new(AtomicU64::new(0));
         let put = || async {
             let file = tokio::fs::File::open(path).await?;
-            let (told, monitor) = (told.clone(), self.monitor.clone());
-            let mut sent = 0u64;
-            let pieces =
-                tokio_util::io::ReaderStream::with_capacity(file, 256 * 1024).map_err(OciDistributionError::from);
-            let pieces = pieces.inspect_ok(move |piece| {
-                sent += piece.len() as u64;
-                let before = told.fetch_max(sent, Ordering::Relaxed);
-                monitor.advance(sent.saturating_sub(before));
+            let (told, transfer) = (told.clone(), self.transfer.clone());
+            let sent = AtomicU64::new(0);
+            let piece_bytes = transfer.gate().piece_bytes();
+            let pieces = tokio_util::io::ReaderStream::with_capacity(file, piece_bytes).and_then(move |piece| {
+                let sent = sent.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
+                let (told, transfer) = (told.clone(), transfer.clone());
+                async move {
+                    pass(&transfer, Way::Out, piece.len()).await;
+                    let before = told.fetch_max(sent, Ordering::Relaxed);
+                    transfer.advance(sent.saturating_sub(before));
+                    Ok(piece)
+                }
             });
+            let pieces = Box::pin(pieces.map_err(OciDistributionError::from));
             self.client.push_blob_stream(&self.place, pieces, &blob.digest, Some(blob.size)).await
         };
         self.retry("uploading to", put).await?;
-        self.monitor.items(1);
+        self.transfer.items(1);
         Ok(())
     }
 
@@ -179,7 +186,7 @@ impl Remote {
         let mut file = file.into_inner();
         self.check_blob(blob, &mut file).await?;
         file.sync_data().await.map_err(failed)?;
-        self.monitor.items(1);
+        self.transfer.items(1);
         Ok(())
     }
 
@@ -209,7 +216,8 @@ impl Remote {
                 break;
             }
             file.write_all(&piece).await?;
-            self.monitor.advance(piece.len() as u64);
+            pass(&self.transfer, Way::In, piece.len()).await;
+            self.transfer.advance(piece.len() as u64);
         }
         file.flush().await?;
         match at.cmp(&blob.size) {
@@ -251,6 +259,12 @@ impl Remote {
         serde_json::from_slice(document)
             .map_err(|error| self.wrong(ErrorClass::Corrupt, format!("a document there makes no sense: {error}")))
     }
+}
+
+/// Waits until `bytes` may go out, or more than those that came may be read.
+async fn pass(transfer: &Transfer, way: Way, bytes: usize) {
+    transfer.gate().open().await;
+    drop(transfer.gate().ready(way, bytes).await);
 }
 
 /// A digest that is being computed.

@@ -1,7 +1,7 @@
 //! Pushing to and pulling from OCI registries.
 //!
 //! It hides the distribution protocol (the crate `oci-client` speaks it), retries, and what lies in a registry for a
-//! stack. Invariants: nothing that comes from a registry is used before its digest was compared; what goes there is
+//! stack. Both ways are transfers of the node, with its limits and priorities. Invariants: nothing that comes from a registry is used before its digest was compared; what goes there is
 //! uploaded only if it isn't there; a tag appears when everything that it needs is there, and a name likewise.
 
 mod address;
@@ -14,13 +14,16 @@ use std::sync::Arc;
 use layerfs::import::ImportReport;
 use layerfs::monitor::Monitor;
 use layerfs::platform::Platform;
-use layerfs::store::{Expect, Store};
+use layerfs::store::Expect;
 use layerfs::{LayerId, LayerName};
 use serde::Serialize;
 
 pub use address::Address;
 
 use crate::error::{Error, Result};
+use crate::governor::Controls;
+use crate::node::Node;
+use crate::transfers::{Entry, Origin, Plan, Role};
 use client::Remote;
 
 /// How to reach a registry.
@@ -80,12 +83,16 @@ pub struct Pulled {
 /// How to push.
 #[derive(Clone, Debug)]
 pub struct PushTo {
+    /// What the layer is called here, for the list of transfers.
+    pub name: String,
     /// Where to; with a tag.
     pub address: Address,
     /// How to get there.
     pub access: Access,
     /// What to make of the stack.
     pub form: Form,
+    /// How it is to go.
+    pub controls: Controls,
 }
 
 /// What a stack becomes in a registry.
@@ -110,13 +117,16 @@ pub struct PullFrom {
     pub name: LayerName,
     /// What that name must be before.
     pub expect: Expect,
+    /// How it is to go.
+    pub controls: Controls,
 }
 
-/// Pushes the stack with top `layer`.
+/// Pushes the stack with top `layer` of `node`'s store.
 ///
 /// # Errors
 /// [`Error::Registry`]; those of the store.
-pub async fn push(store: &Arc<Store>, layer: LayerId, to: &PushTo, monitor: Arc<dyn Monitor>) -> Result<Pushed> {
+pub async fn push(node: &Node, layer: LayerId, to: &PushTo, monitor: Arc<dyn Monitor>) -> Result<Pushed> {
+    let store = node.store();
     to.address.check_tag()?;
     if to.form == Form::Packs && !store.partials_of_stack(layer)?.is_empty() {
         return Err(Error::refused(
@@ -124,27 +134,53 @@ pub async fn push(store: &Arc<Store>, layer: LayerId, to: &PushTo, monitor: Arc<
             "not all chunks of the stack are here yet; try again when `layerctl list` says that it is whole",
         ));
     }
-    let remote = Remote::open(&to.address, &to.access, monitor.clone(), client::Right::Push).await?;
-    match to.form {
-        Form::Image(compression) => image::push(store, layer, compression, &remote, monitor).await,
-        Form::Packs => parcels::push(store, layer, &remote, monitor).await,
-    }
+    let entry = begin(node, Role::Sending, &to.name, &to.address, to.controls, monitor)?;
+    let pushed = async {
+        let transfer = entry.transfer();
+        let remote = Remote::open(&to.address, &to.access, transfer.clone(), client::Right::Push).await?;
+        match to.form {
+            Form::Image(compression) => image::push(store, layer, compression, &remote, entry.monitor()).await,
+            Form::Packs => parcels::push(store, layer, &remote, entry.monitor()).await,
+        }
+    };
+    let pushed = pushed.await;
+    entry.end(pushed)
 }
 
-/// Pulls an image, or a stack that was pushed as packs, and gives it a name.
+/// Pulls an image, or a stack that was pushed as packs, into `node`'s store and gives it a name.
 ///
 /// # Errors
 /// [`Error::Registry`]; [`layerfs::Error::Exists`] if the name is taken; those of an import.
-pub async fn pull(store: &Arc<Store>, from: &PullFrom, monitor: Arc<dyn Monitor>) -> Result<Pulled> {
+pub async fn pull(node: &Node, from: &PullFrom, monitor: Arc<dyn Monitor>) -> Result<Pulled> {
+    let store = node.store();
     if from.expect == Expect::Absent && store.name(&from.name)?.is_some() {
         return Err(layerfs::Error::Exists { what: "layer", name: from.name.to_string() }.into());
     }
-    let remote = Remote::open(&from.address, &from.access, monitor.clone(), client::Right::Pull).await?;
-    let found = image::find(&remote, from.platform.as_ref()).await?;
-    if found.is_stack() {
-        return parcels::pull(store, from, found, &remote, monitor).await;
-    }
-    image::pull(store, from, found, &remote, monitor).await
+    let entry = begin(node, Role::Receiving, &from.name.to_string(), &from.address, from.controls, monitor)?;
+    let pulled = async {
+        let transfer = entry.transfer();
+        let remote = Remote::open(&from.address, &from.access, transfer.clone(), client::Right::Pull).await?;
+        let found = image::find(&remote, from.platform.as_ref()).await?;
+        if found.is_stack() {
+            return parcels::pull(store, from, found, &remote, entry.monitor()).await;
+        }
+        image::pull(store, from, found, &remote, entry.monitor()).await
+    };
+    let pulled = pulled.await;
+    entry.end(pulled)
+}
+
+fn begin(
+    node: &Node,
+    role: Role,
+    name: &str,
+    address: &Address,
+    controls: Controls,
+    monitor: Arc<dyn Monitor>,
+) -> Result<Entry> {
+    let names = vec![name.to_owned()];
+    let plan = Plan { role, origin: Origin::Here, peer: address.to_string(), names, controls, id: None };
+    node.transfers().begin(plan, monitor)
 }
 
 /// Runs what blocks on a thread for that.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::transfers::Priority;
+
 /// Who one is at a registry.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,6 +37,12 @@ pub struct RegistryPushRequest {
     /// What to make of the stack: "image" (the default), "image-zstd", "packs".
     #[serde(default)]
     pub form: Option<String>,
+    /// The most to take of the network, in bytes per second; 0 for no limit.
+    #[serde(default)]
+    pub limit: u64,
+    /// Who goes first.
+    #[serde(default)]
+    pub priority: Priority,
 }
 
 /// What a push to a registry did.
@@ -76,6 +84,12 @@ pub struct RegistryPullRequest {
     /// Replace the name.
     #[serde(default)]
     pub force: bool,
+    /// The most to take of the network, in bytes per second; 0 for no limit.
+    #[serde(default)]
+    pub limit: u64,
+    /// Who goes first.
+    #[serde(default)]
+    pub priority: Priority,
 }
 
 /// What a pull from a registry did.

@@ -24,7 +24,7 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     if Address::is_meant(&peer) {
         check_manner(&args.manner, args.lazy)?;
-        return registry::push(session, names, &peer, args.registry);
+        return registry::push(session, names, &peer, &args.manner, args.registry);
     }
     args.registry.check_unused()?;
     let label = format!("pushing to {peer}");
@@ -46,7 +46,7 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let (names, peer) = split(args.names_and_peer)?;
     if Address::is_meant(&peer) {
         check_manner(&args.manner, args.lazy)?;
-        return registry::pull(session, names, &peer, args.force, args.registry);
+        return registry::pull(session, names, &peer, args.force, &args.manner, args.registry);
     }
     args.registry.check_unused()?;
     let mut display = Display::new(session.output, format!("pulling from {peer}"));
@@ -64,12 +64,10 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     Ok(())
 }
 
-/// Registries are no peers: nothing schedules what goes there.
+/// Registries are no peers.
 fn check_manner(manner: &Manner, lazy: bool) -> Result<()> {
-    if manner.limit.is_some() || manner.background || manner.dry_run || lazy {
-        return Err(Failure::invalid(
-            "--limit, --background, --dry-run and --lazy are for peers, not for registries (oci://…)",
-        ));
+    if manner.background || manner.dry_run || lazy {
+        return Err(Failure::invalid("--background, --dry-run and --lazy are for peers, not for registries (oci://…)"));
     }
     Ok(())
 }

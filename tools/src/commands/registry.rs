@@ -7,6 +7,7 @@ use migrator::registry::Address;
 use super::Session;
 use crate::api::registry::{Login, RegistryPullRequest, RegistryPullResult, RegistryPushRequest, RegistryPushResult};
 use crate::cli::registry::{Access, Form, PullOptions, PushOptions};
+use crate::cli::transfers::Manner;
 use crate::config::Environment;
 use crate::credentials;
 use crate::failure::{Failure, Result};
@@ -17,13 +18,15 @@ use crate::units;
 const MAX_PASSWORD: u64 = 64 * 1024;
 
 /// `layerctl push NAME oci://…`.
-pub fn push(session: &Session, names: Vec<String>, address: &str, options: PushOptions) -> Result<()> {
+pub fn push(session: &Session, names: Vec<String>, address: &str, manner: &Manner, options: PushOptions) -> Result<()> {
     let request = RegistryPushRequest {
         name: only(names)?,
         login: login(address, &options.access)?,
         address: address.to_owned(),
         plain_http: options.access.plain_http,
         form: options.form.map(|form| form_text(form).to_owned()),
+        limit: manner.limit.map_or(0, |rate| rate.0),
+        priority: manner.priority,
     };
     let result: RegistryPushResult = session.work("registry-push", &request, &format!("pushing to {address}"))?;
     session.output.answer(&result, |result| {
@@ -40,7 +43,14 @@ pub fn push(session: &Session, names: Vec<String>, address: &str, options: PushO
 }
 
 /// `layerctl pull NAME oci://…`.
-pub fn pull(session: &Session, names: Vec<String>, address: &str, force: bool, options: PullOptions) -> Result<()> {
+pub fn pull(
+    session: &Session,
+    names: Vec<String>,
+    address: &str,
+    force: bool,
+    manner: &Manner,
+    options: PullOptions,
+) -> Result<()> {
     let request = RegistryPullRequest {
         name: only(names)?,
         login: login(address, &options.access)?,
@@ -48,6 +58,8 @@ pub fn pull(session: &Session, names: Vec<String>, address: &str, force: bool, o
         plain_http: options.access.plain_http,
         platform: options.platform,
         force,
+        limit: manner.limit.map_or(0, |rate| rate.0),
+        priority: manner.priority,
     };
     let mut display = Display::new(session.output, format!("pulling from {address}"));
     let client = session.client_of_new_store()?;

@@ -3,17 +3,24 @@
 use std::time::Instant;
 
 use layerfs::export::Compression;
+use migrator::governor::Controls;
 use migrator::registry::{self, Access, Address, Form, PullFrom, PushTo};
 
 use super::layers::{expect, layer_name, resolve, with_force_hint};
 use crate::api::registry::{Login, RegistryPullRequest, RegistryPullResult, RegistryPushRequest, RegistryPushResult};
+use crate::api::transfers::Priority;
 use crate::daemon::http::Context;
+use crate::daemon::ops::transfers;
 use crate::failure::{Failure, Result};
 use crate::units;
 
 fn access(login: Option<Login>, plain_http: bool) -> Access {
     let login = login.map(|Login { username, password }| registry::Login { username, password });
     Access { login, plain_http }
+}
+
+fn controls(limit: u64, priority: Priority) -> Result<Controls> {
+    Ok(Controls { limit: transfers::rate(limit)?, priority: priority.into(), ..Controls::default() })
 }
 
 /// `/v1/registry-push`.
@@ -29,8 +36,15 @@ pub fn push(context: &Context, request: RegistryPushRequest) -> Result<RegistryP
         Some("packs") => Form::Packs,
         Some(other) => return Err(Failure::invalid(format!("{other:?} is no form: image, image-zstd or packs"))),
     };
-    let to = PushTo { address, access: access(request.login, request.plain_http), form };
-    let pushed = context.block_on(registry::push(store, layer, &to, context.reporter.clone()))?;
+    let to = PushTo {
+        name: request.name,
+        address,
+        access: access(request.login, request.plain_http),
+        form,
+        controls: controls(request.limit, request.priority)?,
+    };
+    let pushed =
+        context.block_on(registry::push(context.daemon.peering.node(), layer, &to, context.reporter.clone()))?;
     Ok(RegistryPushResult {
         id: layer.to_string(),
         address: to.address.to_string(),
@@ -53,8 +67,9 @@ pub fn pull(context: &Context, request: RegistryPullRequest) -> Result<RegistryP
         platform: request.platform.as_deref().map(str::parse).transpose()?,
         name: layer_name(&request.name)?,
         expect: expect(request.force),
+        controls: controls(request.limit, request.priority)?,
     };
-    let pulled = context.block_on(registry::pull(&context.daemon.store, &from, context.reporter.clone()));
+    let pulled = context.block_on(registry::pull(context.daemon.peering.node(), &from, context.reporter.clone()));
     let pulled = pulled.map_err(|error| with_force_hint(error.into(), "--force moves the name to the new layer"))?;
     Ok(RegistryPullResult {
         name: from.name.to_string(),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use layerfs::monitor::{Monitor, Silent};
 use layerfs::store::{Moved, RebuildReport, Store, StoreOptions, Which, rebuild_from};
+use migrator::governor::Governor;
 use migrator::tier::{Bucket, DEFAULT_TIMEOUT_SECONDS, Settings as Tier};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -35,7 +36,7 @@ impl TierState {
     pub fn connect(&self, daemon: &Daemon) {
         let connected = match Tier::load(&daemon.store) {
             Ok(None) => return,
-            Ok(Some(tier)) => bucket(&tier, &daemon.settings, Handle::current()),
+            Ok(Some(tier)) => bucket(&tier, &daemon.settings, governor(daemon), Handle::current()),
             Err(error) => Err(error.into()),
         };
         match connected {
@@ -54,10 +55,14 @@ impl TierState {
     }
 }
 
-fn bucket(tier: &Tier, settings: &Settings, runtime: Handle) -> Result<Bucket> {
+fn bucket(tier: &Tier, settings: &Settings, governor: &Governor, runtime: Handle) -> Result<Bucket> {
     let (file, profile) = (settings.tier_credentials.as_deref(), settings.tier_profile.as_deref());
     let keys = aws::keys(&Environment::current(), file, profile)?;
-    Ok(Bucket::new(tier, keys.as_ref(), runtime)?)
+    Ok(Bucket::new(tier, keys.as_ref(), governor, runtime)?)
+}
+
+fn governor(daemon: &Daemon) -> &Governor {
+    daemon.peering.node().transfers().governor()
 }
 
 fn settings(store: &Store) -> Result<Tier> {
@@ -81,7 +86,7 @@ pub fn add(context: &Context, request: TierAddRequest) -> Result<TierInfo> {
     tier.keep_bytes = request.keep_bytes;
     tier.timeout_seconds = request.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS);
     tier.owner = before.map_or_else(Tier::new_owner, |before| Ok(before.owner))?;
-    let bucket = bucket(&tier, &daemon.settings, context.runtime())?;
+    let bucket = bucket(&tier, &daemon.settings, governor(daemon), context.runtime())?;
     bucket.take(&tier.owner)?;
     Tier::keep(Some(&tier), &daemon.store)?;
     daemon.store.connect_tier(Some(Arc::new(bucket)));
@@ -168,7 +173,7 @@ pub fn remove(context: &Context, _: Empty) -> Result<TierInfo> {
 /// Uploads, and evicts what is more than the disk shall hold.
 fn round(daemon: &Daemon, which: Which, monitor: &dyn Monitor) -> Result<(Moved, Moved)> {
     let tier = settings(&daemon.store)?;
-    let way = bucket(&tier, &daemon.settings, Handle::current())?;
+    let way = bucket(&tier, &daemon.settings, governor(daemon), Handle::current())?;
     // A store that was copied, folder and all, must not write where its original does.
     way.take(&tier.owner)?;
     if !daemon.store.has_tier() {
@@ -220,7 +225,7 @@ pub fn rebuild(
     let mut tier = Tier::parse(url)?;
     tier.endpoint = args.endpoint.clone();
     tier.region = args.region.clone();
-    let bucket = bucket(&tier, settings, runtime.handle().clone())?;
+    let bucket = bucket(&tier, settings, &Governor::default(), runtime.handle().clone())?;
     tier.owner = bucket.owner()?.ok_or_else(|| {
         Failure::new(Class::NotFound, format!("{url} is no store's second tier: it has no object layerfs-store"))
     })?;
