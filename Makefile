@@ -12,11 +12,13 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 # mount(8) looks for its helpers in /sbin only.
 HELPERDIR ?= /sbin
 COMPLETIONS ?= $(PREFIX)/share
+# LXC looks for templates there only.
+LXCTEMPLATES ?= /usr/share/lxc/templates
 
 LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
 CARGO_FLAGS := --release --locked
 
-.PHONY: help build demo test faults bench lint fuzz install uninstall setup
+.PHONY: help build demo test faults bench paper lint fuzz install uninstall setup
 
 help:
 	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
@@ -24,9 +26,10 @@ help:
 	@echo 'make test       every test; those that cannot run here say why'
 	@echo 'make faults     1,000 transfers over links on which everything goes wrong, 200 between daemons that are killed'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
+	@echo 'make paper      the paper'"'"'s experiment, by its method and by ours: hours in all, CELL=lxc/ram/found for some; it goes on where it was'
 	@echo 'make fuzz       look for inputs that break a decoder, SECONDS_EACH=60 for each target (TARGETS="message import" for some)'
 	@echo 'make lint       formatting and clippy'
-	@echo 'make install    layerctl, mount.layerfs, man pages, completions, systemd unit (PREFIX=$(PREFIX))'
+	@echo 'make install    layerctl, mount.layerfs, man pages, completions, systemd unit, LXC template (PREFIX=$(PREFIX))'
 
 setup:
 	@scripts/setup build || true
@@ -51,6 +54,10 @@ bench: build
 	@scripts/setup bench || true
 	cargo run $(CARGO_FLAGS) -p layerfs-tests --bin layerfs-bench -- $(BENCH_FLAGS)
 
+paper: build
+	@scripts/setup test || true
+	cargo run $(CARGO_FLAGS) -p layerfs-tests --bin layerfs-paper -- $(CELL) $(PAPER_FLAGS)
+
 fuzz:
 	@scripts/fuzz $(or $(SECONDS_EACH),60) $(TARGETS)
 
@@ -71,10 +78,11 @@ install:
 	$(LAYERCTL) generate completions bash > $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl
 	$(LAYERCTL) generate completions zsh > $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl
 	$(LAYERCTL) generate completions fish > $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
+	install -D -m 755 scripts/lxc-layerfs $(DESTDIR)$(LXCTEMPLATES)/lxc-layerfs
 	install -d $(DESTDIR)$(UNITDIR)
 	sed 's|@BINDIR@|$(BINDIR)|' scripts/layerfs.service > $(DESTDIR)$(UNITDIR)/layerfs.service
 
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(HELPERDIR)/mount.fuse.layerfs $(DESTDIR)$(MANDIR)/man1/layerctl*.1 $(DESTDIR)$(MANDIR)/man8/mount.layerfs.8
 	rm -f $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
-	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service
+	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service $(DESTDIR)$(LXCTEMPLATES)/lxc-layerfs

@@ -35,7 +35,7 @@ pub enum Need {
 
 impl Need {
     /// Why it isn't met here, if so.
-    fn unmet(self) -> Option<String> {
+    pub fn unmet(self) -> Option<String> {
         match self {
             Need::Root => (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned()),
             Need::Fuse => {

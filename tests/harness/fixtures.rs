@@ -37,11 +37,17 @@ pub fn kernel() -> PathBuf {
     guest_tools().join("kernel/vmlinuz")
 }
 
-/// The first files of a machine's kernel: nothing but the program `init`, in cpio's "newc" form.
+/// The first files of a machine's kernel: nothing but the program `init`.
 pub fn initrd(init: &[u8]) -> Vec<u8> {
+    archive(&[("init".to_owned(), init.to_vec())])
+}
+
+/// Programs and other files of a root without folders, in cpio's "newc" form.
+pub fn archive(files: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut archive = Vec::new();
-    for (number, (name, mode, data)) in [("init", 0o100_755, init), ("TRAILER!!!", 0, &[][..])].into_iter().enumerate()
-    {
+    let last = ("TRAILER!!!".to_owned(), Vec::new());
+    for (number, (name, data)) in files.iter().chain([&last]).enumerate() {
+        let mode = if number < files.len() { 0o100_755 } else { 0 };
         let fields = [number as u32, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
         archive.extend_from_slice(b"070701");
         fields.iter().for_each(|field| archive.extend_from_slice(format!("{field:08x}").as_bytes()));

@@ -21,6 +21,7 @@ mod ranges;
 mod registry;
 mod roundtrip;
 mod ssh;
+mod template;
 mod tier;
 
 use layerfs_tests::case::Case;
@@ -48,6 +49,7 @@ fn main() -> std::process::ExitCode {
         migrate::cases(),
         outlive::cases(),
         ranges::cases(),
+        template::cases(),
     ];
     let trials = cases.into_iter().flatten().map(Case::into_trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -64,6 +64,9 @@ pub struct Report {
     pub predicted: Option<Downtime>,
     /// The downtime.
     pub downtime: Option<Downtime>,
+    /// What the destination's restoring tool took of it, in seconds.
+    #[serde(default)]
+    pub restore_seconds: Option<f64>,
     /// Why it went as it did: rounds ended, post-copy chosen.
     pub decisions: Vec<String>,
     /// What stood in the way, before anything had changed.
@@ -90,6 +93,7 @@ impl Report {
             link: None,
             predicted: None,
             downtime: None,
+            restore_seconds: None,
             decisions: Vec::new(),
             obstacles: Vec::new(),
         }

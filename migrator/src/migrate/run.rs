@@ -520,6 +520,7 @@ impl Run<'_> {
             self.peer.name
         );
         self.report.decisions.push(text);
+        self.report.restore_seconds = Some(restored_in.as_secs_f64());
         let end = at.duration_since(self.began).as_secs_f64();
         let Some(stage) = self.report.stages.last_mut() else { return };
         let rest = (stage.at + stage.seconds - end).max(0.0);
