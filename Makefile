@@ -14,6 +14,7 @@ HELPERDIR ?= /sbin
 COMPLETIONS ?= $(PREFIX)/share
 # LXC looks for templates there only.
 LXCTEMPLATES ?= /usr/share/lxc/templates
+HOOKS ?= $(PREFIX)/share/layerfs/hooks
 
 LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
 CARGO_FLAGS := --release --locked
@@ -79,10 +80,11 @@ install:
 	$(LAYERCTL) generate completions zsh > $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl
 	$(LAYERCTL) generate completions fish > $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
 	install -D -m 755 scripts/lxc-layerfs $(DESTDIR)$(LXCTEMPLATES)/lxc-layerfs
+	install -D -m 755 scripts/hooks/follow $(DESTDIR)$(HOOKS)/follow
 	install -d $(DESTDIR)$(UNITDIR)
 	sed 's|@BINDIR@|$(BINDIR)|' scripts/layerfs.service > $(DESTDIR)$(UNITDIR)/layerfs.service
 
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/layerctl $(DESTDIR)$(HELPERDIR)/mount.layerfs $(DESTDIR)$(HELPERDIR)/mount.fuse.layerfs $(DESTDIR)$(MANDIR)/man1/layerctl*.1 $(DESTDIR)$(MANDIR)/man8/mount.layerfs.8
 	rm -f $(DESTDIR)$(COMPLETIONS)/bash-completion/completions/layerctl $(DESTDIR)$(COMPLETIONS)/zsh/site-functions/_layerctl $(DESTDIR)$(COMPLETIONS)/fish/vendor_completions.d/layerctl.fish
-	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service $(DESTDIR)$(LXCTEMPLATES)/lxc-layerfs
+	rm -f $(DESTDIR)$(UNITDIR)/layerfs.service $(DESTDIR)$(LXCTEMPLATES)/lxc-layerfs $(DESTDIR)$(HOOKS)/follow

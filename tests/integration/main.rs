@@ -9,6 +9,7 @@ mod dedup;
 mod drivers;
 mod export;
 mod faults;
+mod follow;
 mod fuzz;
 mod guests;
 mod judges;
@@ -47,6 +48,7 @@ fn main() -> std::process::ExitCode {
         guests::cases(),
         drivers::cases(),
         migrate::cases(),
+        follow::cases(),
         outlive::cases(),
         ranges::cases(),
         template::cases(),

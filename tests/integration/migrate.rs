@@ -192,14 +192,14 @@ fn connect_bridges(hosts: &TwoHosts) -> anyhow::Result<()> {
 }
 
 /// A client on the first host that asks the guest again and again, over one connection.
-struct Client {
+pub struct Client {
     stop: Arc<AtomicBool>,
     answers: Arc<AtomicU64>,
     thread: std::thread::JoinHandle<anyhow::Result<Duration>>,
 }
 
 impl Client {
-    fn start(host: &Host, address: &str) -> anyhow::Result<Client> {
+    pub fn start(host: &Host, address: &str) -> anyhow::Result<Client> {
         let began = Instant::now();
         let stream = loop {
             match inside(host.end()?, || TcpStream::connect(address)) {
@@ -233,7 +233,7 @@ impl Client {
     }
 
     /// Waits for `more` answers.
-    fn hears(&self, more: u64) -> anyhow::Result<()> {
+    pub fn hears(&self, more: u64) -> anyhow::Result<()> {
         let (began, until) = (Instant::now(), self.answers.load(SeqCst) + more);
         while self.answers.load(SeqCst) < until && !self.thread.is_finished() {
             ensure!(began.elapsed() < PATIENCE, "the client hears nothing");
@@ -243,7 +243,7 @@ impl Client {
     }
 
     /// The longest that it waited for an answer.
-    fn end(self) -> anyhow::Result<Duration> {
+    pub fn end(self) -> anyhow::Result<Duration> {
         self.stop.store(true, SeqCst);
         self.thread.join().map_err(|_| anyhow::anyhow!("the client panicked"))?
     }

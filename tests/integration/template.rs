@@ -46,9 +46,11 @@ impl Lxc<'_> {
         let said = self.host.path("said");
         let file = std::fs::File::create(&said)?;
         let mut command = self.command(tool, words);
+        command.arg("-o").arg(self.host.path("log")).args(["-l", "INFO"]);
         let status = command.stdin(std::process::Stdio::null()).stdout(file.try_clone()?).stderr(file).status()?;
         let text = std::fs::read_to_string(&said)?;
-        ensure!(status.success(), "{tool}: {status}\n{text}");
+        let log = || std::fs::read_to_string(self.host.path("log")).unwrap_or_default();
+        ensure!(status.success(), "{tool}: {status}\n{text}\n{}", log());
         Ok(text)
     }
 

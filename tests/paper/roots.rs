@@ -30,14 +30,14 @@ const PAGES: &str = "500";
 const DISK_BYTES: u64 = 2 << 30;
 /// Modules of the machine's kernel, in the order in which they are loaded; those that it has built in are left out.
 const MODULES: [&str; 9] = [
-    "virtio",
+    "failover",
+    "net_failover",
     "virtio_ring",
+    "virtio",
     "virtio_pci_legacy_dev",
     "virtio_pci_modern_dev",
     "virtio_pci",
     "virtio_blk",
-    "failover",
-    "net_failover",
     "virtio_net",
 ];
 

@@ -112,17 +112,20 @@ impl Migrations {
     fn step(&self, row: &mut Row, phase: Phase) -> Result<()> {
         row.side = Side::Source { phase };
         self.write(row)?;
-        if phase == Phase::Ended(Outcome::Aborted) || phase == Phase::Ended(Outcome::Returned) {
-            if self.guest_of(row)?.status()?.activity == Activity::Absent {
-                // The machine died with it, before its state was kept.
-                self.0.guests.update(row.guest(), |record| {
-                    record.state = GuestState::Created;
-                    Ok(())
-                })?;
-            }
-            if let Err(error) = self.0.hooks.run(HookPoint::Abort, row) {
-                tracing::warn!(guest = %row.guest(), %error, "a hook failed");
-            }
+        let point = match phase {
+            Phase::Ended(Outcome::Aborted | Outcome::Returned) => HookPoint::Abort,
+            Phase::Ended(Outcome::Moved) => HookPoint::AfterLeave,
+            _ => return Ok(()),
+        };
+        if point == HookPoint::Abort && self.guest_of(row)?.status()?.activity == Activity::Absent {
+            // The machine died with it, before its state was kept.
+            self.0.guests.update(row.guest(), |record| {
+                record.state = GuestState::Created;
+                Ok(())
+            })?;
+        }
+        if let Err(error) = self.0.hooks.run(point, row) {
+            tracing::warn!(guest = %row.guest(), %error, "a hook failed");
         }
         Ok(())
     }

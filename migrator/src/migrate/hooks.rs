@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::handover::journal::Row;
+use crate::handover::journal::{Row, Side};
 
 /// No hook takes longer.
 const LONGEST: Duration = Duration::from_secs(10);
@@ -25,6 +25,8 @@ pub enum HookPoint {
     BeforeRestore,
     /// Destination: it runs.
     AfterRestore,
+    /// Source: it runs at the destination, and nothing of it here any more.
+    AfterLeave,
     /// Either: it runs on at the source.
     Abort,
 }
@@ -37,6 +39,7 @@ impl HookPoint {
             HookPoint::AfterStop => "after-stop",
             HookPoint::BeforeRestore => "before-restore",
             HookPoint::AfterRestore => "after-restore",
+            HookPoint::AfterLeave => "after-leave",
             HookPoint::Abort => "abort",
         }
     }
@@ -51,7 +54,7 @@ pub trait Hooks: Send + Sync {
     fn run(&self, point: HookPoint, row: &Row) -> Result<()>;
 }
 
-/// The programs in a folder, called as their points are; and those in a folder in it that is called as the guest is.
+/// The programs in a folder of the store's, called as their points are; and those in a folder in it that is called as the guest is.
 #[derive(Clone, Debug)]
 pub struct HookFolder(pub PathBuf);
 
@@ -60,14 +63,14 @@ impl Hooks for HookFolder {
         for folder in [self.0.clone(), self.0.join(row.guest().as_str())] {
             let program = folder.join(point.as_str());
             if program.is_file() {
-                run(&program, point, row)?;
+                run(&program, self.0.parent().unwrap_or(&self.0), point, row)?;
             }
         }
         Ok(())
     }
 }
 
-fn run(program: &Path, point: HookPoint, row: &Row) -> Result<()> {
+fn run(program: &Path, store: &Path, point: HookPoint, row: &Row) -> Result<()> {
     let failed =
         |detail: String| Error::guest("run a hook for", row.guest(), format!("{}: {detail}", program.display()));
     let mut child = Command::new(program)
@@ -75,6 +78,8 @@ fn run(program: &Path, point: HookPoint, row: &Row) -> Result<()> {
         .env("LAYERFS_PEER", &row.peer)
         .env("LAYERFS_MOVE", row.id.to_string())
         .env("LAYERFS_DRIVER", &row.spec.driver)
+        .env("LAYERFS_SIDE", if matches!(row.side, Side::Source { .. }) { "source" } else { "destination" })
+        .env("LAYERFS_STORE", store)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

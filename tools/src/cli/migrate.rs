@@ -17,7 +17,7 @@ use crate::units;
 ///
 /// A program in the guest can ask to wait by writing `defer`, or `defer until SECONDS` (since 1970), to
 /// /run/layerfs/migration, and `now` when it may stop. Programs in the store's folder `hooks`, called before-stop, after-stop, before-restore,
-/// after-restore or abort, are run then.
+/// after-restore, after-leave or abort, are run then.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl migrate web edge2\n  \

@@ -1,0 +1,126 @@
+//! A guest that moves to a host in another subnet, led along by the hook `follow`: a client's connection goes on.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::ensure;
+use layerfs_tests::case::Case;
+use layerfs_tests::case::Need::{Criu, Fuse, Namespaces, Root, Tool};
+use layerfs_tests::host::{Host, PORT, TwoHosts, run_in};
+use layerfs_tests::network::Link;
+use layerfs_tests::{case, fixtures};
+use serde_json::Value;
+
+use crate::migrate::Client;
+
+const GUEST: &str = "echo";
+const POINTS: [&str; 5] = ["after-stop", "before-restore", "after-restore", "after-leave", "abort"];
+
+/// The cases.
+pub fn cases() -> Vec<Case> {
+    let needs = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
+    vec![Case::new("follow::a_client_stays_connected_across_subnets", needs, across)]
+}
+
+/// A router between the subnets of both hosts. Dropping it removes it.
+struct Router(String);
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        let _ = ip(&format!("netns delete {}", self.0));
+    }
+}
+
+fn ip(words: &str) -> anyhow::Result<()> {
+    case::output_of(Command::new("ip").args(words.split(' '))).map(drop)
+}
+
+impl Router {
+    /// Between the hosts of `link`, which can't reach each other in another way.
+    fn new(link: &Link) -> anyhow::Result<Router> {
+        let router = Router(format!("{}r", link.a.namespace));
+        let name = &router.0;
+        ip(&format!("netns add {name}"))?;
+        for (host, subnet) in [(&link.a.namespace, 1), (&link.b.namespace, 2)] {
+            ip(&format!("link add to{subnet} netns {name} type veth peer name uplink netns {host}"))?;
+            ip(&format!("-n {name} addr add 172.20.{subnet}.1/24 dev to{subnet}"))?;
+            ip(&format!("-n {name} link set to{subnet} up"))?;
+            ip(&format!("-n {host} addr add 172.20.{subnet}.2/24 dev uplink"))?;
+            ip(&format!("-n {host} link set uplink up"))?;
+            ip(&format!("-n {host} route add default via 172.20.{subnet}.1"))?;
+        }
+        let forward = "echo 1 > /proc/sys/net/ipv4/ip_forward";
+        case::output_of(Command::new("ip").args(["netns", "exec", name, "sh", "-c", forward]))?;
+        link.set_up(false)?;
+        Ok(router)
+    }
+}
+
+/// The hook at all of its points, as an operator sets it up, with this program on its path.
+fn install(host: &Host) -> anyhow::Result<()> {
+    let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/hooks/follow").canonicalize()?;
+    let folder = host.ctl.store().join("hooks");
+    std::fs::create_dir_all(&folder)?;
+    for point in POINTS {
+        symlink(&hook, folder.join(point))?;
+    }
+    Ok(())
+}
+
+fn tunnels(host: &Host) -> anyhow::Result<usize> {
+    Ok(run_in(host, "ip", &["-o", "link", "show", "type", "vxlan"])?.lines().count())
+}
+
+struct Guest<'a>(&'a TwoHosts);
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        for host in [&self.0.a, &self.0.b] {
+            let _ = host.ctl.run(["guest", "remove", GUEST, "--force"]);
+        }
+    }
+}
+
+fn across() -> anyhow::Result<()> {
+    let hosts = TwoHosts::everywhere(Link::new()?)?;
+    let router = Router::new(&hosts.link)?;
+    for (host, peer, subnet) in [(&hosts.a, "b", 2), (&hosts.b, "a", 1)] {
+        host.ctl.ok(["peer", "set", peer, "--address", &format!("172.20.{subnet}.2:{PORT}"), "--allow-guests"])?;
+        install(host)?;
+        for words in ["link add guests type bridge forward_delay 0", "link set guests up"] {
+            run_in(host, "ip", &words.split(' ').collect::<Vec<_>>())?;
+        }
+    }
+    // Only the first host has a way to the guests' addresses.
+    run_in(&hosts.a, "ip", &["addr", "add", "10.88.0.1/24", "dev", "guests"])?;
+    let a = &hosts.a;
+    fixtures::build("echo", &a.path("tree/bin/echo"))?;
+    a.import(&a.path("tree"), "app", &["--kind", "base"])?;
+    let network = ["--network", "bridge:guests,10.88.0.2/24,10.88.0.1"];
+    let create = ["guest", "create", GUEST, "--driver", "process", "--on", "app"];
+    a.ctl.ok(create.iter().chain(&network).chain(&["--", "/bin/echo", "7777"]))?;
+    let _guest = Guest(&hosts);
+    a.ctl.ok(["guest", "start", GUEST])?;
+    let client = Client::start(a, "10.88.0.2:7777")?;
+    client.hears(20)?;
+    for turn in 0..4 {
+        let (from, to) = if turn % 2 == 0 { (&hosts.a, "b") } else { (&hosts.b, "a") };
+        let report: Value = from.ctl.json(["migrate", GUEST, to])?;
+        ensure!(report["outcome"] == "moved", "turn {turn}: {report}");
+        client.hears(20)?;
+        // Away from home it takes a tunnel; at home it takes none.
+        let expected = if turn % 2 == 0 { 1 } else { 0 };
+        let there = (tunnels(&hosts.a)?, tunnels(&hosts.b)?);
+        ensure!(there == (expected, expected), "turn {turn}: {there:?} tunnels instead of {expected} at each host");
+    }
+    client.end()?;
+    // A move that comes to nothing leaves none.
+    std::fs::remove_file(hosts.b.ctl.store().join("hooks/before-restore"))?;
+    symlink("/bin/false", hosts.b.ctl.store().join("hooks/before-restore"))?;
+    let failed = hosts.a.ctl.run(["migrate", GUEST, "b"])?;
+    ensure!(failed.code != 0, "a hook that says no is overheard");
+    ensure!((tunnels(&hosts.a)?, tunnels(&hosts.b)?) == (0, 0), "a move that failed leaves tunnels");
+    drop(router);
+    Ok(())
+}
