@@ -46,7 +46,7 @@ struct Options {
 
 fn main() -> ExitCode {
     match parse().and_then(|options| run(&options)) {
-        Ok(failed) if failed == 0 => ExitCode::SUCCESS,
+        Ok(0) => ExitCode::SUCCESS,
         Ok(failed) => {
             eprintln!("layerfs-paper: {failed} cells failed");
             ExitCode::FAILURE

@@ -47,7 +47,7 @@ fn folder() -> PathBuf {
 
 /// The command of `app`, as the guest's first program is given it.
 pub fn command(app: App) -> Vec<String> {
-    let words = match app {
+    match app {
         App::None => Vec::new(),
         App::Game => vec!["/usr/games/teeworlds-server".to_owned()],
         App::Ram(megabytes) => vec![RAMSIM.to_owned(), megabytes.to_string(), PAGES.to_owned()],
@@ -64,8 +64,7 @@ pub fn command(app: App) -> Vec<String> {
         .map(str::to_owned)
         .to_vec(),
         App::Face => ["/usr/bin/python3", FACES, "/film.avi", "/run/paper-faces"].map(str::to_owned).to_vec(),
-    };
-    words
+    }
 }
 
 /// Runs scripts/setup-paper for `app`; what can't be made is its reason.
