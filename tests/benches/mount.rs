@@ -17,11 +17,12 @@ use layerfs_tests::tree::{self, Random};
 
 use crate::measure::middle;
 
-const USAGE: &str = "usage: layerfs-bench mount [--runs N] [--files N] [--large GB] [--seconds N] [ROW…]\n\
+const USAGE: &str = "usage: layerfs-bench mount [--runs N] [--files N] [--large GB] [--seconds N] [--both] [ROW…]\n\
     \n  --runs N      runs per figure, of which the median counts [default: 5]\
     \n  --files N     files of the tree [default: 21000]\
     \n  --large GB    the large file's length [default: 4]\
     \n  --seconds N   how long the sustained row writes [default: 60]\
+    \n  --both        also mounts whose requests come by io_uring\
     \n  ROW           only rows whose names hold one of these words; list shows the names";
 
 /// Where the reads and writes of the rate rows go to, in bytes.
@@ -34,6 +35,7 @@ enum Kind {
     Overlay,
     FuseOverlayfs,
     Layerfs,
+    ByRing,
     ReadOnly,
 }
 
@@ -44,6 +46,7 @@ impl Kind {
             Kind::Overlay => "overlay",
             Kind::FuseOverlayfs => "fuse-overlayfs",
             Kind::Layerfs => "layerfs",
+            Kind::ByRing => "layerfs, by io_uring",
             Kind::ReadOnly => "layerfs, read-only",
         }
     }
@@ -176,6 +179,7 @@ const ROWS: &[Row] = &[
 
 struct Bench {
     runs: usize,
+    both: bool,
     seconds: u64,
     large_bytes: u64,
     host: Host,
@@ -184,7 +188,7 @@ struct Bench {
 
 /// The command line of this part.
 pub fn run(arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
-    let (mut runs, mut files, mut large, mut seconds, mut words) = (5, 21_000, 4, 60, Vec::new());
+    let (mut runs, mut files, mut large, mut seconds, mut both, mut words) = (5, 21_000, 4, 60, false, Vec::new());
     let mut arguments = arguments;
     while let Some(argument) = arguments.next() {
         let mut number = || -> anyhow::Result<u64> {
@@ -196,6 +200,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
             "--files" => files = number()?,
             "--large" => large = number()?,
             "--seconds" => seconds = number()?,
+            "--both" => both = true,
             "-h" | "--help" => {
                 println!("{USAGE}");
                 return Ok(());
@@ -211,7 +216,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
     let wanted = |row: &&Row| words.is_empty() || words.iter().any(|word| row.name.contains(word.as_str()));
     let rows: Vec<&Row> = ROWS.iter().filter(wanted).collect();
     ensure!(!rows.is_empty(), "no row has such a name\n{USAGE}");
-    let bench = Bench::prepare(&rows, runs, files, large << 30, seconds)?;
+    let bench = Bench { both, ..Bench::prepare(&rows, runs, files, large << 30, seconds)? };
     println!("{:<24} {:<20} {:>14} {:>9}  goal (floor)", "", "", "median", "ratio");
     rows.into_iter().try_for_each(|row| bench.measure(row))
 }
@@ -233,11 +238,12 @@ impl Bench {
         if rows.iter().any(|row| row.lower == "tree") {
             host.import(&tree, "tree", &[])?;
         }
-        Ok(Bench { runs, seconds, large_bytes, host, archive })
+        Ok(Bench { runs, both: false, seconds, large_bytes, host, archive })
     }
 
     fn measure(&self, row: &Row) -> anyhow::Result<()> {
         let mut kinds = vec![Kind::Overlay, Kind::FuseOverlayfs, Kind::Layerfs];
+        kinds.extend(self.both.then_some(Kind::ByRing));
         kinds.extend(row.others);
         if Command::new("fuse-overlayfs").arg("--version").output().is_err() {
             kinds.retain(|kind| *kind != Kind::FuseOverlayfs);
@@ -297,6 +303,9 @@ impl<'a> Mounted<'a> {
             Kind::Layerfs => {
                 bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy()])?;
             }
+            Kind::ByRing => {
+                bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--transport", "uring"])?;
+            }
             Kind::ReadOnly => {
                 bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--read-only"])?;
             }
@@ -311,7 +320,7 @@ impl Drop for Mounted<'_> {
         let ended = match self.kind {
             Kind::Ext4 => Ok(()),
             Kind::Overlay | Kind::FuseOverlayfs => output_of(Command::new("umount").arg(&self.dir)).map(drop),
-            Kind::Layerfs => self.bench.host.ctl.ok(["umount", &dir, "--discard"]).map(drop),
+            Kind::Layerfs | Kind::ByRing => self.bench.host.ctl.ok(["umount", &dir, "--discard"]).map(drop),
             Kind::ReadOnly => self.bench.host.ctl.ok(["umount", &dir]).map(drop),
         };
         if let Err(error) = ended.and_then(|()| Ok(fs::remove_dir_all(&self.folder)?)) {

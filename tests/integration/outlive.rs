@@ -53,8 +53,10 @@ fn kill(pid: i32) -> anyhow::Result<()> {
     Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
 }
 
+/// By reading, unless `LAYERFS_TRANSPORT` says otherwise.
 fn kills() -> anyhow::Result<()> {
-    let (host, mnt) = mounted(&[])?;
+    let transport = std::env::var("LAYERFS_TRANSPORT").unwrap_or_else(|_| "read".to_owned());
+    let (host, mnt) = mounted(&["--transport", &transport])?;
     let kills = std::env::var("LAYERFS_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(KILLS);
     let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let mut held = Held::open(&mnt)?;

@@ -8,6 +8,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use layerfs::mount::Transport;
 use rustix::mount::MountFlags;
 
 use crate::api::mounts::{MountInfo, MountRequest};
@@ -21,11 +22,11 @@ use crate::output::Output;
 const EXIT_USAGE: u8 = 1;
 const EXIT_FAILED: u8 = 32;
 
-const USAGE: &str = "usage: mount.layerfs NAME DIR [-fnsv] [-o ro,upper=UPPER,store=PATH,remount,…]\n\
+const USAGE: &str = "usage: mount.layerfs NAME DIR [-fnsv] [-o ro,upper=UPPER,store=PATH,transport=HOW,remount,…]\n\
     mount(8) calls this for `mount -t layerfs NAME DIR -o …` and for lines of fstab; see mount.layerfs(8)";
 
 /// Options with a meaning here, besides the generic ones below.
-const OURS: &str = "ro, rw, upper=UPPER, store=PATH, remount";
+const OURS: &str = "ro, rw, upper=UPPER, store=PATH, transport=auto|uring|read, remount";
 
 /// Options that are for mount(8), systemd or other readers of fstab.
 const FOR_OTHERS: &[&str] = &[
@@ -83,6 +84,7 @@ struct Wish {
     read_only: bool,
     is_remount: bool,
     upper: Option<String>,
+    transport: Transport,
     store: Option<PathBuf>,
     flags: MountFlags,
     is_fake: bool,
@@ -154,6 +156,7 @@ fn parse(args: &[OsString]) -> Result<Wish> {
         read_only: false,
         is_remount: false,
         upper: None,
+        transport: Transport::Read,
         store: None,
         flags: MountFlags::empty(),
         is_fake,
@@ -177,6 +180,9 @@ fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
         ("ro", "") => wish.read_only = true,
         ("rw", "") => wish.read_only = false,
         ("remount", "") => wish.is_remount = true,
+        ("transport", "auto") => wish.transport = Transport::Auto,
+        ("transport", "uring") => wish.transport = Transport::Uring,
+        ("transport", "read") => wish.transport = Transport::Read,
         ("upper", upper) if !upper.is_empty() => wish.upper = Some(upper.to_owned()),
         ("store", store) if !store.is_empty() => wish.store = Some(PathBuf::from(store)),
         (name, _) if FOR_OTHERS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") => {}
@@ -198,6 +204,7 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
         dir: std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?,
         read_only: wish.read_only,
         upper: wish.upper.clone(),
+        transport: wish.transport,
     };
     let info: MountInfo = client.call("mount", &request).map_err(|failure| {
         if failure.class == Class::NotFound && wish.name.starts_with('/') {
@@ -258,10 +265,16 @@ mod tests {
 
     #[test]
     fn what_mount_8_passes_is_understood() {
-        let parsed =
-            wish(&["debian/12", "/mnt", "-o", "rw,nosuid,noatime,x-systemd.automount,upper=web,store=/s"]).unwrap();
+        let parsed = wish(&[
+            "debian/12",
+            "/mnt",
+            "-o",
+            "rw,nosuid,noatime,x-systemd.automount,upper=web,store=/s,transport=read",
+        ])
+        .unwrap();
         assert_eq!((parsed.name.as_str(), parsed.dir.as_path()), ("debian/12", Path::new("/mnt")));
         assert_eq!(parsed.upper.as_deref(), Some("web"));
+        assert_eq!(parsed.transport, Transport::Read);
         assert_eq!(parsed.store.as_deref(), Some(Path::new("/s")));
         assert_eq!(parsed.flags, MountFlags::NOSUID | MountFlags::NOATIME);
         assert!(!parsed.read_only);

@@ -25,6 +25,11 @@ pub(super) fn sent_again(request: u64) -> Option<u64> {
     (request & SENT_AGAIN != 0).then_some(request & !SENT_AGAIN)
 }
 
+/// `request`'s number, as if it were sent for the second time.
+pub(super) fn again(request: u64) -> u64 {
+    request | SENT_AGAIN
+}
+
 /// The end of a socket pair on which the library finds INIT, and the other one, which has to live until
 /// [`replace`].
 pub(super) fn greeting() -> std::io::Result<(OwnedFd, OwnedFd)> {

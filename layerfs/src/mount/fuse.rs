@@ -1,4 +1,5 @@
-//! The FUSE front: the only file that names the FUSE library. Thin: it converts, and calls [`Fs`].
+//! The FUSE library: mounting, greeting the kernel, telling it what it can't know, and requests read from the device. Thin:
+//! it converts, and calls [`Front`].
 //!
 //! Everything is cached by the kernel without limit of time, entries that aren't there too: whatever changes this
 //! filesystem comes through this mount, so that the kernel knows. What it can't know (a write cleared setuid; a seal)
@@ -9,7 +10,8 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -19,25 +21,22 @@ use fuser::{
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
 };
 
+use super::Transport;
 use super::caller::Caller;
 use super::descriptor;
 use super::errno::{Errno, FsResult};
+use super::front::{Asked, Front, Opened, Value, encoded_device};
 use super::fs::{FolderHandle, Fs, SetAttr, SetTime, Stat};
+use super::uring::{self, Memory};
 use crate::attr::{FileKind, Time};
 use crate::error::{Error, Result};
 use crate::id::Ino;
-use crate::patience;
 
 /// Longer than any mount lives.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 const GENERATION: Generation = Generation(0);
 const MAX_WRITE: u32 = 1 << 20;
 const MAX_BACKGROUND: u16 = 64;
-/// Everything stays cached across opening; closing needs no word to us.
-const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_NOFLUSH);
-/// Of a file that is passed through nothing is cached here.
-const PASSED_FLAGS: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
-const FOLDER_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_CACHE_DIR);
 
 /// How to mount.
 #[derive(Clone, Debug)]
@@ -47,14 +46,18 @@ pub(super) struct FuseOptions {
     pub allow_other: bool,
     pub is_root: bool,
     pub threads: usize,
+    pub transport: Transport,
     /// Where the store is: for `statfs` of a read-only mount.
     pub store_folder: PathBuf,
 }
 
 /// A mount that isn't served yet.
 pub(super) struct Session {
-    session: fuser::Session<Front>,
-    notifier: Kernel,
+    session: fuser::Session<Heard>,
+    front: Arc<Front>,
+    kernel: Kernel,
+    /// Where requests come by io_uring, if they do.
+    memory: Option<Arc<Memory>>,
 }
 
 /// The way to tell the kernel what it can't know.
@@ -63,19 +66,35 @@ pub(super) struct Kernel(Notifier);
 
 impl Session {
     /// Mounts.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if io_uring is asked for and not to be had.
     pub fn mount(fs: Arc<Fs>, options: &FuseOptions) -> Result<Session> {
-        let front = Front::new(fs, options);
+        let memory = match options.transport {
+            Transport::Read => None,
+            Transport::Auto => {
+                Memory::new(options.threads).inspect_err(|why| tracing::debug!(%why, "no io_uring")).ok()
+            }
+            Transport::Uring => Some(Memory::new(options.threads)?),
+        };
+        let front = Arc::new(Front::new(fs, options));
         let config = options.config(front.fs.is_writable());
-        let notifier = front.notifier.clone();
-        let session = fuser::Session::new(front, &options.dir, &config);
-        Ok(Session::new(session.map_err(|e| Error::file("mount on", &options.dir, e))?, &notifier))
+        let heard = Heard { front: front.clone(), wants_ring: memory.is_some(), has_ring: Arc::default() };
+        let has_ring = heard.has_ring.clone();
+        let session = fuser::Session::new(heard, &options.dir, &config);
+        let session = session.map_err(|e| Error::file("mount on", &options.dir, e))?;
+        let memory = memory.filter(|_| has_ring.load(Ordering::Relaxed));
+        if options.transport == Transport::Uring && memory.is_none() {
+            return Err(uring::unsupported("this kernel doesn't offer it (Linux 6.14 does)"));
+        }
+        Ok(Session::new(session, front, memory.map(Arc::new)))
     }
 
-    /// Goes on with the mount that `device` is the other end of.
+    /// Goes on with the mount that `kept` is what a daemon that died had of it.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if this kernel can't send requests again.
-    pub fn resume(fs: Arc<Fs>, options: &FuseOptions, device: &OwnedFd) -> Result<Session> {
+    pub fn resume(fs: Arc<Fs>, options: &FuseOptions, kept: &[OwnedFd]) -> Result<Session> {
         let failed = |error: std::io::Error| match error.raw_os_error() {
             Some(libc::EINVAL) => {
                 let detail = "it needs Linux 6.9 to send requests again".to_owned();
@@ -83,34 +102,56 @@ impl Session {
             }
             _ => Error::file("take over the mount on", &options.dir, error),
         };
-        let front = Front::new(fs, options);
+        let (device, memory) = kept.split_first().ok_or_else(|| failed(std::io::ErrorKind::UnexpectedEof.into()))?;
+        let memory = memory.first().map(|memory| Memory::left(memory).map_err(failed)).transpose()?;
+        let front = Arc::new(Front::new(fs, options));
         let config = options.config(front.fs.is_writable());
-        let notifier = front.notifier.clone();
+        let heard = Heard { front: front.clone(), wants_ring: memory.is_some(), has_ring: Arc::default() };
         let (ours, kernels) = descriptor::greeting().map_err(failed)?;
-        let session = fuser::Session::from_fd(front, ours, config.acl, config).map_err(failed)?;
+        let session = fuser::Session::from_fd(heard, ours, config.acl, config).map_err(failed)?;
         descriptor::replace(session.as_fd(), kernels, device).map_err(failed)?;
-        Ok(Session::new(session, &notifier))
+        Ok(Session::new(session, front, memory.map(Arc::new)))
     }
 
-    fn new(session: fuser::Session<Front>, notifier: &OnceLock<Kernel>) -> Session {
+    fn new(session: fuser::Session<Heard>, front: Arc<Front>, memory: Option<Arc<Memory>>) -> Session {
         let kernel = Kernel(session.notifier());
-        let _ = notifier.set(kernel.clone());
-        Session { session, notifier: kernel }
+        let _ = front.kernel.set(kernel.clone());
+        Session { session, front, kernel, memory }
     }
 
-    /// Another descriptor of the same connection to the kernel: as long as one is open, the mount is there.
-    pub fn descriptor(&self) -> Result<OwnedFd> {
+    /// Another descriptor of the connection to the kernel.
+    pub fn device(&self) -> Result<OwnedFd> {
         self.session.as_fd().try_clone_to_owned().map_err(|e| Error::io("duplicating a descriptor", e))
+    }
+
+    /// What a daemon after this one needs to go on: other descriptors of the connection to the kernel, which is there as long as one
+    /// is open, and of the memory for requests, if they come by io_uring.
+    pub fn descriptors(&self) -> Result<Vec<OwnedFd>> {
+        let all = std::iter::once(self.session.as_fd()).chain(self.memory.as_deref().map(AsFd::as_fd));
+        let copies: std::io::Result<Vec<_>> = all.map(|one| one.try_clone_to_owned()).collect();
+        copies.map_err(|e| Error::io("duplicating a descriptor", e))
     }
 
     /// The way to the kernel.
     pub fn kernel(&self) -> Kernel {
-        self.notifier.clone()
+        self.kernel.clone()
     }
 
-    /// Serves until it is unmounted.
-    pub fn serve(self) -> std::io::Result<()> {
-        self.session.run()
+    /// How requests come.
+    pub fn transport(&self) -> Transport {
+        if self.memory.is_some() { Transport::Uring } else { Transport::Read }
+    }
+
+    /// Where requests come by io_uring, if they do.
+    pub fn memory(&self) -> Option<Arc<Memory>> {
+        self.memory.clone()
+    }
+
+    /// Serves until it is unmounted from `dir`.
+    pub fn serve(self, dir: &Path) -> std::io::Result<()> {
+        let Some(memory) = self.memory else { return self.session.run() };
+        // The session is dropped at the end, as it unmounts then.
+        uring::serve(&self.front, &memory, self.session.as_fd(), dir)
     }
 }
 
@@ -159,11 +200,20 @@ impl Kernel {
     }
 }
 
-struct Front {
-    fs: Arc<Fs>,
-    notifier: Arc<OnceLock<Kernel>>,
-    store_folder: PathBuf,
-    for_all: bool,
+/// What the library calls.
+struct Heard {
+    front: Arc<Front>,
+    /// Whether requests may come by io_uring, and whether the kernel has agreed.
+    wants_ring: bool,
+    has_ring: Arc<AtomicBool>,
+}
+
+impl std::ops::Deref for Heard {
+    type Target = Front;
+
+    fn deref(&self) -> &Front {
+        &self.front
+    }
 }
 
 impl From<Errno> for fuser::Errno {
@@ -176,8 +226,9 @@ fn ino(number: INodeNo) -> Ino {
     Ino(number.0)
 }
 
-fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+fn asked(request: &Request) -> Asked {
+    let caller = Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() };
+    Asked { number: request.unique().0, caller }
 }
 
 fn system_time(time: Time) -> SystemTime {
@@ -205,17 +256,6 @@ fn set_time(time_or_now: TimeOrNow) -> SetTime {
         TimeOrNow::Now => SetTime::Now,
         TimeOrNow::SpecificTime(system) => SetTime::To(time(system)),
     }
-}
-
-/// The kernel's 32-bit form of a device number as `dev_t`.
-fn device(encoded: u32) -> u64 {
-    let minor = encoded & 0xff | (encoded >> 12) & 0xf_ff00;
-    libc::makedev((encoded & 0xf_ff00) >> 8, minor)
-}
-
-fn encoded_device(number: u64) -> u32 {
-    let (major, minor) = (libc::major(number), libc::minor(number));
-    minor & 0xff | major << 8 | (minor & !0xff) << 12
 }
 
 fn file_type(kind: FileKind) -> FileType {
@@ -298,11 +338,28 @@ fn reply_written(result: FsResult<u64>, reply: ReplyWrite) {
     }
 }
 
-fn reply_xattr(result: FsResult<Vec<u8>>, size: u32, reply: ReplyXattr) {
+fn reply_value(result: FsResult<Value>, reply: ReplyXattr) {
     match result {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(fuser::Errno::ERANGE),
-        Ok(value) => reply.data(&value),
+        Ok(Value::Size(size)) => reply.size(size),
+        Ok(Value::Bytes(value)) => reply.data(&value),
+        Err(errno) => reply.error(errno.into()),
+    }
+}
+
+fn open_flags(flags: u32) -> FopenFlags {
+    FopenFlags::from_bits_retain(flags)
+}
+
+fn reply_opened(result: FsResult<Opened>, reply: ReplyOpen) {
+    match result {
+        Ok(Opened { handle, flags, backing: None }) => reply.opened(FileHandle(handle), open_flags(flags)),
+        Ok(Opened { handle, flags, backing: Some(backing) }) => {
+            // SAFETY: the number is this session's, and closed only after the file's last descriptor.
+            #[allow(unsafe_code)]
+            let backing = unsafe { reply.wrap_backing(backing.0) };
+            reply.opened_passthrough(FileHandle(handle), open_flags(flags), &backing);
+            let _ = backing.into_raw();
+        }
         Err(errno) => reply.error(errno.into()),
     }
 }
@@ -311,7 +368,7 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Filesystem for Front {
+impl Filesystem for Heard {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         let wanted = [
             InitFlags::FUSE_DO_READDIRPLUS,
@@ -336,7 +393,13 @@ impl Filesystem for Front {
         }
         // An overlay may lie over the mount.
         let _ = config.set_max_stack_depth(1);
-        let _ = config.set_max_write(MAX_WRITE);
+        let mut max_write = MAX_WRITE;
+        if self.wants_ring && config.add_capabilities(InitFlags::FUSE_OVER_IO_URING).is_ok() {
+            self.has_ring.store(true, Ordering::Relaxed);
+            max_write = uring::PAYLOAD_BYTES as u32;
+            let _ = config.set_max_readahead(max_write);
+        }
+        let _ = config.set_max_write(max_write);
         let _ = config.set_max_background(MAX_BACKGROUND);
         Ok(())
     }
@@ -378,7 +441,7 @@ impl Filesystem for Front {
         let permissions = mode.map(|mode| (mode & 0o7777) as u16);
         let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
         let set = SetAttr { permissions, uid, gid, size, atime, mtime };
-        reply_attr(self.fs.setattr(ino(number), set, caller(request)), reply);
+        reply_attr(self.fs.setattr(ino(number), set, asked(request).caller), reply);
     }
 
     fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
@@ -398,28 +461,24 @@ impl Filesystem for Front {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, device(rdev), caller(request));
-        reply_entry(self.make_once(request, parent, make), reply);
+        reply_entry(self.make(asked(request), ino(parent), name.as_bytes(), mode, umask, rdev), reply);
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        let mode = mode & 0o7777 | libc::S_IFDIR;
-        let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request));
-        reply_entry(self.make_once(request, parent, make), reply);
+        reply_entry(self.make_folder(asked(request), ino(parent), name.as_bytes(), mode, umask), reply);
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(self.do_once(request, || self.fs.unlink(ino(parent), name.as_bytes())), reply);
+        reply_empty(Front::unlink(self, asked(request), ino(parent), name.as_bytes()), reply);
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(self.do_once(request, || self.fs.rmdir(ino(parent), name.as_bytes())), reply);
+        reply_empty(Front::rmdir(self, asked(request), ino(parent), name.as_bytes()), reply);
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target = target.as_os_str().as_bytes();
-        let make = || self.fs.symlink(ino(parent), name.as_bytes(), target, caller(request));
-        reply_entry(self.make_once(request, parent, make), reply);
+        reply_entry(Front::symlink(self, asked(request), ino(parent), name.as_bytes(), target), reply);
     }
 
     fn rename(
@@ -433,29 +492,15 @@ impl Filesystem for Front {
         reply: ReplyEmpty,
     ) {
         let (from, to) = ((ino(parent), name.as_bytes()), (ino(new_parent), new_name.as_bytes()));
-        reply_empty(self.do_once(request, || self.fs.rename(from, to, flags.bits(), caller(request))), reply);
+        reply_empty(Front::rename(self, asked(request), from, to, flags.bits()), reply);
     }
 
     fn link(&self, request: &Request, number: INodeNo, new_parent: INodeNo, new_name: &OsStr, reply: ReplyEntry) {
-        let link = || self.fs.link(ino(number), ino(new_parent), new_name.as_bytes());
-        reply_entry(self.make_once(request, new_parent, link), reply);
+        reply_entry(Front::link(self, asked(request), ino(number), ino(new_parent), new_name.as_bytes()), reply);
     }
 
     fn open(&self, request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if !self.fs.is_writable() {
-            return reply.error(fuser::Errno::ENOSYS);
-        }
-        match self.fs.open(ino(number), flags.0, caller(request)) {
-            Ok(None) => reply.opened(FileHandle(0), OPEN_FLAGS),
-            Ok(Some(backing)) => {
-                // SAFETY: the number is this session's, and closed only after the file's last descriptor.
-                #[allow(unsafe_code)]
-                let backing = unsafe { reply.wrap_backing(backing.0) };
-                reply.opened_passthrough(FileHandle(0), PASSED_FLAGS, &backing);
-                let _ = backing.into_raw();
-            }
-            Err(errno) => reply.error(errno.into()),
-        }
+        reply_opened(Front::open(self, asked(request), ino(number), flags.0), reply);
     }
 
     fn read(
@@ -474,8 +519,7 @@ impl Filesystem for Front {
             if buffer.len() < size {
                 buffer.resize(size, 0);
             }
-            let read = || self.fs.read(ino(number), offset, &mut buffer[..size]);
-            match patience::on_behalf_of(request.pid(), read) {
+            match Front::read(self, asked(request), ino(number), offset, &mut buffer[..size]) {
                 Ok(count) => reply.data(&buffer[..count]),
                 Err(errno) => reply.error(errno.into()),
             }
@@ -495,16 +539,7 @@ impl Filesystem for Front {
         reply: ReplyWrite,
     ) {
         let clear_bits = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        let write = || self.fs.write(ino(number), offset, data, clear_bits);
-        match patience::on_behalf_of(request.pid(), write) {
-            Ok(written) => {
-                if written.cleared_privileges {
-                    self.attributes_changed(number);
-                }
-                reply.written(written.bytes as u32);
-            }
-            Err(errno) => reply.error(errno.into()),
-        }
+        reply_written(Front::write(self, asked(request), ino(number), offset, data, clear_bits), reply);
     }
 
     fn release(
@@ -517,7 +552,7 @@ impl Filesystem for Front {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.fs.release(ino(number), flags.0, descriptor::sent_again(request.unique().0).is_some());
+        Front::release(self, asked(request), ino(number), flags.0);
         reply.ok();
     }
 
@@ -530,10 +565,7 @@ impl Filesystem for Front {
     }
 
     fn opendir(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        if !self.fs.is_writable() {
-            return reply.error(fuser::Errno::ENOSYS);
-        }
-        reply.opened(FileHandle(self.fs.open_folder(ino(number)).0), FOLDER_FLAGS);
+        reply_opened(self.open_folder(ino(number)), reply);
     }
 
     fn readdir(&self, _: &Request, number: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -579,11 +611,7 @@ impl Filesystem for Front {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        let space = match self.fs.upper() {
-            Some(upper) => upper.data().space().map_err(Errno::from),
-            None => rustix::fs::statvfs(&self.store_folder).map_err(Errno::from),
-        };
-        match space {
+        match self.space() {
             Ok(s) => reply.statfs(
                 s.f_blocks,
                 s.f_bfree,
@@ -608,20 +636,19 @@ impl Filesystem for Front {
         _: u32,
         reply: ReplyEmpty,
     ) {
-        let set = || self.fs.setxattr(ino(number), name.as_bytes(), value, flags, caller(request));
-        reply_empty(self.do_once(request, set), reply);
+        reply_empty(Front::setxattr(self, asked(request), ino(number), name.as_bytes(), value, flags), reply);
     }
 
     fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        reply_xattr(self.fs.getxattr(ino(number), name.as_bytes()), size, reply);
+        reply_value(Front::getxattr(self, ino(number), name.as_bytes(), size), reply);
     }
 
     fn listxattr(&self, request: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
-        reply_xattr(self.fs.listxattr(ino(number), caller(request)), size, reply);
+        reply_value(Front::listxattr(self, asked(request), ino(number), size), reply);
     }
 
     fn removexattr(&self, request: &Request, number: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(self.do_once(request, || self.fs.removexattr(ino(number), name.as_bytes())), reply);
+        reply_empty(Front::removexattr(self, asked(request), ino(number), name.as_bytes()), reply);
     }
 
     fn create(
@@ -634,21 +661,17 @@ impl Filesystem for Front {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let mode = mode & 0o7777 | libc::S_IFREG;
-        let make = || self.fs.make(ino(parent), name.as_bytes(), mode, umask, 0, caller(request));
-        match self.make_once(request, parent, make) {
-            Ok(stat) => {
-                let backing = self.fs.opened_new(stat.ino, flags);
-                let Some(backing) = backing else {
-                    return reply.created(&FOREVER, &file_attr(&stat), GENERATION, FileHandle(0), OPEN_FLAGS);
+        match Front::create(self, asked(request), ino(parent), name.as_bytes(), (mode, umask), flags) {
+            Ok((stat, opened)) => {
+                let (ttl, attr, flags) = (ttl(&stat), file_attr(&stat), open_flags(opened.flags));
+                let handle = FileHandle(opened.handle);
+                let Some(backing) = opened.backing else {
+                    return reply.created(&ttl, &attr, GENERATION, handle, flags);
                 };
-                // What can be mapped changes without the kernel's knowledge.
-                let is_mappable = flags & libc::O_ACCMODE == libc::O_RDWR;
-                let ttl = if is_mappable { Duration::ZERO } else { FOREVER };
                 // SAFETY: the number is this session's, and closed only after the file's last descriptor.
                 #[allow(unsafe_code)]
                 let backing = unsafe { reply.wrap_backing(backing.0) };
-                reply.created_passthrough(&ttl, &file_attr(&stat), GENERATION, FileHandle(0), PASSED_FLAGS, &backing);
+                reply.created_passthrough(&ttl, &attr, GENERATION, handle, flags, &backing);
                 let _ = backing.into_raw();
             }
             Err(errno) => reply.error(errno.into()),
@@ -683,13 +706,7 @@ impl Filesystem for Front {
     }
 
     fn lseek(&self, _: &Request, number: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        let result = match (u64::try_from(offset), whence) {
-            (Err(_), _) => Err(Errno(libc::ENXIO)),
-            (Ok(offset), libc::SEEK_DATA) => self.fs.seek(ino(number), offset, true),
-            (Ok(offset), libc::SEEK_HOLE) => self.fs.seek(ino(number), offset, false),
-            _ => Err(Errno(libc::EINVAL)),
-        };
-        match result {
+        match self.seek(ino(number), offset, whence) {
             Ok(found) => reply.offset(found as i64),
             Err(errno) => reply.error(errno.into()),
         }
@@ -708,48 +725,6 @@ impl Filesystem for Front {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        // The answer has 32 bits.
-        let length = length.min(1 << 30);
-        reply_written(self.fs.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), length), reply);
-    }
-}
-
-impl Front {
-    fn new(fs: Arc<Fs>, options: &FuseOptions) -> Front {
-        let store_folder = options.store_folder.clone();
-        Front { fs, notifier: Arc::default(), store_folder, for_all: options.allow_other }
-    }
-
-    /// Does what `request` asks for, in a way that it isn't done twice. If a daemon before this one did it, `again` makes
-    /// the answer from the inode that it was about.
-    fn once<T>(
-        &self,
-        request: &Request,
-        change: impl FnOnce() -> FsResult<T>,
-        again: impl FnOnce(Ino) -> FsResult<T>,
-    ) -> FsResult<T> {
-        let Some(upper) = self.fs.upper() else { return change() };
-        let number = request.unique().0;
-        let first = descriptor::sent_again(number);
-        match first.and_then(|first| upper.journal().done(first)) {
-            Some(about) => again(about),
-            None => upper.journal().answering(first.unwrap_or(number), change),
-        }
-    }
-
-    /// [`Front::once`] for what makes an entry of `folder`.
-    fn make_once(&self, request: &Request, folder: INodeNo, change: impl FnOnce() -> FsResult<Stat>) -> FsResult<Stat> {
-        self.once(request, change, |made| self.fs.made_already(ino(folder), made))
-    }
-
-    /// [`Front::once`] for what has no answer but success.
-    fn do_once(&self, request: &Request, change: impl FnOnce() -> FsResult<()>) -> FsResult<()> {
-        self.once(request, change, |_| Ok(()))
-    }
-
-    fn attributes_changed(&self, number: INodeNo) {
-        if let Some(kernel) = self.notifier.get() {
-            kernel.attributes_changed(ino(number));
-        }
+        reply_written(self.copy_range((ino(ino_in), offset_in), (ino(ino_out), offset_out), length), reply);
     }
 }

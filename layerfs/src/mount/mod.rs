@@ -9,10 +9,12 @@ mod backing;
 pub mod caller;
 mod descriptor;
 pub mod errno;
+mod front;
 pub mod fs;
 mod fuse;
 mod point;
 pub mod registry;
+mod uring;
 pub mod watch;
 
 use std::collections::HashMap;
@@ -22,7 +24,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use point::unescape;
 pub use registry::MountRecord;
@@ -54,6 +56,19 @@ pub enum UpperChoice {
     Existing(UpperId),
 }
 
+/// How requests come from the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// By io_uring where that can be had, else by reading.
+    Auto,
+    /// By io_uring (Linux 6.14, with `/sys/module/fuse/parameters/enable_uring` set): a request costs a fraction.
+    Uring,
+    /// By reading and writing the device.
+    #[default]
+    Read,
+}
+
 /// How to mount.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
@@ -63,11 +78,13 @@ pub struct MountOptions {
     pub allow_other: Option<bool>,
     /// How many threads serve it; 0 stands for a number that fits the machine.
     pub threads: usize,
+    /// How requests come.
+    pub transport: Transport,
 }
 
 impl Default for MountOptions {
     fn default() -> MountOptions {
-        MountOptions { upper: UpperChoice::Fresh, allow_other: None, threads: 0 }
+        MountOptions { upper: UpperChoice::Fresh, allow_other: None, threads: 0, transport: Transport::Read }
     }
 }
 
@@ -88,6 +105,8 @@ pub struct MountInfo {
     /// Its record.
     #[serde(flatten)]
     pub record: MountRecord,
+    /// How requests come: never [`Transport::Auto`].
+    pub serves_by: Transport,
     /// The layer below the upper, now.
     pub base: Option<LayerId>,
     /// The upper's record.
@@ -105,8 +124,9 @@ pub struct Mount {
     store: Arc<Store>,
     record: MountRecord,
     kernel: Kernel,
-    /// The connection to the kernel, for whoever keeps it beyond this process's end.
-    descriptor: OwnedFd,
+    /// What connects it to the kernel, for whoever keeps it beyond this process's end.
+    descriptors: Vec<OwnedFd>,
+    serves_by: Transport,
     device: Option<u64>,
     started: Instant,
     /// None once it has ended.
@@ -136,19 +156,19 @@ pub fn attach(store: &Arc<Store>) -> Result<()> {
     upper::remove_leftovers(store)
 }
 
-/// Mounts again what was mounted when the last daemon ended, or goes on with it where `kept` has the descriptor of a
+/// Mounts again what was mounted when the last daemon ended, or goes on with it where `kept` has the descriptors of a
 /// mount point: programs have noticed nothing but a pause then. What fails keeps its record.
 ///
 /// # Errors
 /// Those of reading the records.
 pub fn restore(
     store: &Arc<Store>,
-    kept: &mut HashMap<PathBuf, OwnedFd>,
+    kept: &mut HashMap<PathBuf, Vec<OwnedFd>>,
 ) -> Result<Vec<(MountRecord, Result<Arc<Mount>>)>> {
     let mut restored = Vec::new();
     for record in registry::list(store.db())? {
         let mount = match kept.remove(&record.dir) {
-            Some(descriptor) => Mount::resume(store, &record, &descriptor),
+            Some(descriptors) => Mount::resume(store, &record, &descriptors),
             None => Mount::start_again(store, &record),
         };
         restored.push((record, mount));
@@ -195,12 +215,13 @@ impl Mount {
     /// As [`Mount::start`].
     pub fn start_again(store: &Arc<Store>, record: &MountRecord) -> Result<Arc<Mount>> {
         let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
-        let options = MountOptions { upper, allow_other: Some(record.allow_other), threads: record.threads.into() };
+        let (allow_other, threads) = (Some(record.allow_other), record.threads.into());
+        let options = MountOptions { upper, allow_other, threads, transport: record.transport };
         Mount::start(store, record.layer, &record.source, &record.dir, &options)
     }
 
-    /// Goes on with the mount of `record`, whose daemon died and left `descriptor`.
-    fn resume(store: &Arc<Store>, record: &MountRecord, descriptor: &OwnedFd) -> Result<Arc<Mount>> {
+    /// Goes on with the mount of `record`, whose daemon died and left `kept`.
+    fn resume(store: &Arc<Store>, record: &MountRecord, kept: &[OwnedFd]) -> Result<Arc<Mount>> {
         let pin = record.layer.map(|layer| store.pin(layer)).transpose()?;
         let (view, upper) = match record.upper {
             Some(id) => {
@@ -210,7 +231,7 @@ impl Mount {
             None => (open_view(store, record.layer)?, None),
         };
         let fs = Arc::new(Fs::resumed(view, upper));
-        let session = Session::resume(fs.clone(), &fuse_options(store, record), descriptor)?;
+        let session = Session::resume(fs.clone(), &fuse_options(store, record), kept)?;
         let mount = Mount::run(store, fs, session, record.clone())?;
         *mount.pin.lock() = pin;
         Ok(mount)
@@ -227,7 +248,8 @@ impl Mount {
         let allow_other = options.allow_other.unwrap_or(rustix::process::geteuid().is_root());
         let upper = fs.upper().map(Upper::id);
         let layer = if upper.is_none() { fs.view().top() } else { None };
-        let record = MountRecord { dir, source: source.to_owned(), layer, upper, allow_other, threads: threads as u16 };
+        let (threads, transport) = (threads as u16, options.transport);
+        let record = MountRecord { dir, source: source.to_owned(), layer, upper, allow_other, threads, transport };
         let session = Session::mount(fs.clone(), &fuse_options(store, &record))?;
         let mount = Mount::run(store, fs, session, record)?;
         if let Err(error) = registry::put(store.db(), &mount.record) {
@@ -239,13 +261,14 @@ impl Mount {
 
     /// Serves `session` until it ends.
     fn run(store: &Arc<Store>, fs: Arc<Fs>, session: Session, record: MountRecord) -> Result<Arc<Mount>> {
-        let (kernel, descriptor) = (session.kernel(), session.descriptor()?);
+        let (kernel, descriptors, serves_by) = (session.kernel(), session.descriptors()?, session.transport());
         if fs.is_writable() && rustix::process::geteuid().is_root() && Hold::is_possible() {
-            fs.pass_through(Box::new(Device::new(session.descriptor()?)));
+            fs.pass_through(Box::new(Device::new(session.device()?)));
         }
         let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
+        let (memory, dir) = (session.memory(), record.dir.clone());
         let serve = move || {
-            let result = session.serve();
+            let result = session.serve(&dir);
             if let Ok(mount) = receive.recv() {
                 mount.finish(result);
             }
@@ -253,12 +276,16 @@ impl Mount {
         let thread = std::thread::Builder::new().name("mount".to_owned()).spawn(serve);
         thread.map_err(|e| Error::io("starting a thread", e))?;
         let device = point::device(&record.dir);
+        if let (Some(memory), Some(device)) = (memory, device) {
+            memory.set_device(device);
+        }
         point::set_read_ahead(device);
         let mount = Arc::new(Mount {
             store: store.clone(),
             record,
             kernel,
-            descriptor,
+            descriptors,
+            serves_by,
             device,
             started: Instant::now(),
             fs: Mutex::new(Some(fs)),
@@ -271,9 +298,10 @@ impl Mount {
         Ok(mount)
     }
 
-    /// The connection to the kernel: while a copy of it is open the mount is there, whatever becomes of this process.
-    pub fn descriptor(&self) -> BorrowedFd<'_> {
-        self.descriptor.as_fd()
+    /// The connection to the kernel, and with io_uring the memory that requests are in: while copies of them are open the
+    /// mount is there, whatever becomes of this process, and [`restore`] goes on with them.
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.descriptors.iter().map(AsFd::as_fd).collect()
     }
 
     /// Its record.
@@ -296,6 +324,7 @@ impl Mount {
         });
         Some(MountInfo {
             record: self.record.clone(),
+            serves_by: self.serves_by,
             base: fs.view().top(),
             upper_record: fs.upper().map(Upper::record),
             upper_size,
@@ -480,6 +509,7 @@ fn fuse_options(store: &Store, record: &MountRecord) -> FuseOptions {
         allow_other: record.allow_other,
         is_root: rustix::process::geteuid().is_root(),
         threads: record.threads.max(1).into(),
+        transport: record.transport,
         store_folder: store.folder().to_owned(),
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::Transport;
 use crate::codec::{Put, Reader};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId, UpperId};
@@ -28,6 +29,8 @@ pub struct MountRecord {
     pub allow_other: bool,
     /// How many threads serve it.
     pub threads: u16,
+    /// How requests shall come.
+    pub transport: Transport,
 }
 
 impl MountRecord {
@@ -40,6 +43,11 @@ impl MountRecord {
         out.put_u64(self.upper.map_or(0, |upper| upper.0));
         out.put_u8(u8::from(self.allow_other));
         out.put_u16(self.threads);
+        out.put_u8(match self.transport {
+            Transport::Auto => 0,
+            Transport::Uring => 1,
+            Transport::Read => 2,
+        });
         out
     }
 
@@ -54,8 +62,14 @@ impl MountRecord {
         let layer = Some(LayerId(reader.id()?)).filter(|_| has_layer);
         let upper = Some(UpperId(reader.u64()?)).filter(|upper| upper.0 != 0);
         let (allow_other, threads) = (reader.u8()? != 0, reader.u16()?);
+        let transport = match reader.u8()? {
+            1 => Transport::Uring,
+            2 => Transport::Read,
+            _ => Transport::Auto,
+        };
         reader.finish()?;
-        Ok(MountRecord { dir: PathBuf::from(OsStr::from_bytes(dir)), source, layer, upper, allow_other, threads })
+        let dir = PathBuf::from(OsStr::from_bytes(dir));
+        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport })
     }
 }
 
@@ -97,8 +111,9 @@ mod tests {
             upper: Some(UpperId(9)),
             allow_other: true,
             threads: 4,
+            transport: Transport::Uring,
         };
-        let bare = MountRecord { layer: None, upper: None, ..record.clone() };
+        let bare = MountRecord { layer: None, upper: None, transport: Transport::Read, ..record.clone() };
         for record in [record, bare] {
             let dir = record.dir.as_os_str().as_bytes().to_vec();
             assert_eq!(MountRecord::decode(&dir, &record.encode()).unwrap(), record);
@@ -109,8 +124,9 @@ mod tests {
     fn golden_record() {
         let layer = Some(LayerId(ChunkId([0xee; 32])));
         let (dir, source) = (PathBuf::from("/mnt"), "x".to_owned());
-        let record = MountRecord { dir, source, layer, upper: Some(UpperId(9)), allow_other: true, threads: 4 };
+        let (upper, transport) = (Some(UpperId(9)), Transport::Uring);
+        let record = MountRecord { dir, source, layer, upper, allow_other: true, threads: 4, transport };
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        assert_eq!(hex, format!("01010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "00"));
+        assert_eq!(hex, format!("01010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "0001"));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use layerfs::mount::Transport;
 use serde::{Deserialize, Serialize};
 
 use super::Timestamp;
@@ -22,6 +23,9 @@ pub struct MountRequest {
     /// A named upper.
     #[serde(default)]
     pub upper: Option<String>,
+    /// How requests shall come: `auto`, `uring`, `read`.
+    #[serde(default)]
+    pub transport: Transport,
 }
 
 /// A mount.
@@ -41,6 +45,9 @@ pub struct MountInfo {
     pub upper_name: Option<String>,
     /// Since when.
     pub since: Timestamp,
+    /// How requests come: `uring` or `read`.
+    #[serde(default)]
+    pub transport: Transport,
     /// If data of its layers is still on its way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial: Option<PartialInfo>,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::layers::Kind;
 
@@ -15,6 +15,7 @@ use super::layers::Kind;
     layerctl mount debian /mnt\n  \
     layerctl mount debian /mnt --read-only\n  \
     layerctl mount app /srv/web --upper web         changes are kept under that name\n  \
+    layerctl mount app /srv/web --transport uring   fail rather than be slower where io_uring is not to be had\n  \
     mount -t layerfs app /srv/web -o upper=web      the same through mount(8)")]
 pub struct Mount {
     /// A name, or at least eight digits of a layer's id
@@ -29,6 +30,30 @@ pub struct Mount {
     /// Keep the changes in the upper of this name; made if it does not exist
     #[arg(long, short, value_name = "UPPER")]
     pub upper: Option<String>,
+    /// How the kernel hands requests over
+    #[arg(long, value_name = "HOW", default_value = "read")]
+    pub transport: Transport,
+}
+
+/// How the kernel hands requests over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// By io_uring where that can be had, else by reading
+    Auto,
+    /// By io_uring: Linux 6.14 with /sys/module/fuse/parameters/enable_uring set
+    Uring,
+    /// By reading the device
+    Read,
+}
+
+impl From<Transport> for layerfs::mount::Transport {
+    fn from(transport: Transport) -> layerfs::mount::Transport {
+        match transport {
+            Transport::Auto => layerfs::mount::Transport::Auto,
+            Transport::Uring => layerfs::mount::Transport::Uring,
+            Transport::Read => layerfs::mount::Transport::Read,
+        }
+    }
 }
 
 /// Unmount.

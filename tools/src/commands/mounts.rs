@@ -18,8 +18,8 @@ const FUSE_MAGIC: rustix::fs::FsWord = 0x6573_5546;
 
 /// `layerctl mount`.
 pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
-    let request =
-        MountRequest { layer: args.layer, dir: real(&args.dir)?, read_only: args.read_only, upper: args.upper };
+    let (dir, transport) = (real(&args.dir)?, args.transport.into());
+    let request = MountRequest { layer: args.layer, dir, read_only: args.read_only, upper: args.upper, transport };
     let info: MountInfo = session.call("mount", &request)?;
     warn_if_invisible(session, &info.dir);
     let paint = session.output.paint();

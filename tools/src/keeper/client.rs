@@ -31,7 +31,7 @@ pub struct Keeping {
 pub struct KeptId(u64);
 
 /// What a daemon before this one left: by mount point, the numbers and descriptors.
-pub type Left = HashMap<PathBuf, (KeptId, OwnedFd)>;
+pub type Left = HashMap<PathBuf, (KeptId, Vec<OwnedFd>)>;
 
 impl Keeping {
     /// The mounts of the store of `settings`, for a daemon that was started as `start` says, and what an earlier daemon
@@ -64,12 +64,12 @@ impl Keeping {
     fn take(&self, socket: OwnedFd) -> Result<Left> {
         let failed = |e: std::io::Error| Failure::from(layerfs::Error::io("taking the mounts from the keeper", e));
         self.greet(socket.as_fd()).map_err(failed)?;
-        send(socket.as_fd(), &Message::Take, None).map_err(failed)?;
+        send(socket.as_fd(), &Message::Take, &[]).map_err(failed)?;
         let mut left = Left::new();
         loop {
             match receive(socket.as_fd()).map_err(failed)? {
-                Some((Message::Kept { id, dir }, Some(descriptor))) => {
-                    left.insert(dir.path(), (KeptId(id), descriptor));
+                Some((Message::Kept { id, dir }, descriptors)) => {
+                    left.insert(dir.path(), (KeptId(id), descriptors));
                 }
                 Some((Message::End, _)) => break,
                 Some(_) => {}
@@ -83,7 +83,7 @@ impl Keeping {
 
     fn greet(&self, socket: BorrowedFd<'_>) -> std::io::Result<()> {
         let hello = Message::Hello { protocol: PROTOCOL, pid: std::process::id(), restart: self.restart.clone() };
-        send(socket, &hello, None)
+        send(socket, &hello, &[])
     }
 
     /// Goes on with `socket`, and answers the keeper's questions.
@@ -93,8 +93,7 @@ impl Keeping {
         let is_well = self.is_well.clone();
         let answer = move || {
             while let Ok(Some((message, _))) = receive(socket.as_fd()) {
-                if matches!(message, Message::Ping) && is_well() && send(socket.as_fd(), &Message::Pong, None).is_err()
-                {
+                if matches!(message, Message::Ping) && is_well() && send(socket.as_fd(), &Message::Pong, &[]).is_err() {
                     break;
                 }
             }
@@ -108,7 +107,7 @@ impl Keeping {
     ///
     /// # Errors
     /// If that fails; the mount works all the same, but ends with this daemon.
-    pub fn keep(&self, dir: &std::path::Path, descriptor: BorrowedFd<'_>) -> Result<Option<KeptId>> {
+    pub fn keep(&self, dir: &std::path::Path, descriptors: &[BorrowedFd<'_>]) -> Result<Option<KeptId>> {
         if !self.is_wanted {
             return Ok(None);
         }
@@ -116,14 +115,14 @@ impl Keeping {
         let message = Message::Keep { id, dir: Bytes::from(dir) };
         let known = self.keeper.lock().clone();
         if let Some(keeper) = known
-            && send(keeper.as_fd(), &message, Some(descriptor)).is_ok()
+            && send(keeper.as_fd(), &message, descriptors).is_ok()
         {
             return Ok(Some(KeptId(id)));
         }
         let failed = |e: std::io::Error| Failure::from(layerfs::Error::io("giving a mount to the keeper", e));
         let socket = self.start()?;
         self.greet(socket.as_fd()).map_err(failed)?;
-        send(socket.as_fd(), &message, Some(descriptor)).map_err(failed)?;
+        send(socket.as_fd(), &message, descriptors).map_err(failed)?;
         self.attach(socket);
         Ok(Some(KeptId(id)))
     }
@@ -138,7 +137,7 @@ impl Keeping {
     /// A mount has ended.
     pub fn let_go(&self, id: KeptId) {
         if let Some(keeper) = &*self.keeper.lock() {
-            let _ = send(keeper.as_fd(), &Message::Drop { id: id.0 }, None);
+            let _ = send(keeper.as_fd(), &Message::Drop { id: id.0 }, &[]);
         }
     }
 

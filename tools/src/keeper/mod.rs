@@ -32,6 +32,8 @@ use crate::failure::{Failure, Result};
 /// The version of what daemon and keeper say to each other.
 const PROTOCOL: u32 = 1;
 const MAX_MESSAGE: usize = 64 * 1024;
+/// How many descriptors a mount has at most.
+const MAX_DESCRIPTORS: usize = 4;
 
 /// What they say. Each is one packet of JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,13 +41,13 @@ const MAX_MESSAGE: usize = 64 * 1024;
 enum Message {
     /// The daemon's first word, and how to start another like it; nothing if somebody else does that.
     Hello { protocol: u32, pid: u32, restart: Option<Restart> },
-    /// The daemon has a new mount. Its descriptor comes along.
+    /// The daemon has a new mount. Its descriptors come along.
     Keep { id: u64, dir: Bytes },
     /// A mount has ended.
     Drop { id: u64 },
     /// The daemon wants everything that is kept.
     Take,
-    /// One that is kept. Its descriptor comes along.
+    /// One that is kept. Its descriptors come along.
     Kept { id: u64, dir: Bytes },
     /// That was all.
     End,
@@ -113,34 +115,33 @@ fn address(path: &Path) -> Result<SocketAddrUnix> {
     SocketAddrUnix::new(path).map_err(|e| Failure::file("use as a socket", path, std::io::Error::from(e)))
 }
 
-/// Sends `message`, with a descriptor if it takes one.
-fn send(socket: BorrowedFd<'_>, message: &Message, descriptor: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+/// Sends `message`, with the descriptors that belong to it.
+fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {
     let packet = serde_json::to_vec(message)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let descriptors: Vec<BorrowedFd<'_>> = descriptor.into_iter().collect();
-    if !descriptors.is_empty() {
-        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(std::io::ErrorKind::InvalidInput.into());
     }
     sendmsg(socket, &[IoSlice::new(&packet)], &mut ancillary, SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
 /// The next message; none at the end.
-fn receive(socket: BorrowedFd<'_>) -> std::io::Result<Option<(Message, Option<OwnedFd>)>> {
+fn receive(socket: BorrowedFd<'_>) -> std::io::Result<Option<(Message, Vec<OwnedFd>)>> {
     let mut packet = vec![0; MAX_MESSAGE];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let got = recvmsg(socket, &mut [IoSliceMut::new(&mut packet)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
     let descriptors = ancillary.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
         _ => None,
     });
-    let descriptor = descriptors.flatten().next();
+    let descriptors = descriptors.flatten().collect();
     if got.bytes == 0 {
         return Ok(None);
     }
-    Ok(Some((serde_json::from_slice(&packet[..got.bytes])?, descriptor)))
+    Ok(Some((serde_json::from_slice(&packet[..got.bytes])?, descriptors)))
 }
 
 /// Connects to the keeper of `store`, if one runs.

@@ -57,7 +57,7 @@ struct Keeper {
     daemon: Option<Daemon>,
     restart: Option<Restart>,
     /// By their numbers: mount point and descriptor.
-    kept: BTreeMap<u64, (Bytes, OwnedFd)>,
+    kept: BTreeMap<u64, (Bytes, Vec<OwnedFd>)>,
     /// The daemon that was started last, to be reaped.
     child: Option<Child>,
     alone_since: Instant,
@@ -144,26 +144,26 @@ impl Keeper {
     fn hear(&mut self) {
         let Some(daemon) = &mut self.daemon else { return };
         match receive(daemon.socket.as_fd()) {
-            Ok(Some((message, descriptor))) => {
+            Ok(Some((message, descriptors))) => {
                 daemon.heard = Instant::now();
-                self.on_message(message, descriptor);
+                self.on_message(message, descriptors);
             }
             Ok(None) | Err(_) => self.lost(),
         }
     }
 
-    fn on_message(&mut self, message: Message, descriptor: Option<OwnedFd>) {
-        match (message, descriptor) {
-            (Message::Hello { protocol: PROTOCOL, pid, restart }, _) => {
+    fn on_message(&mut self, message: Message, descriptors: Vec<OwnedFd>) {
+        match message {
+            Message::Hello { protocol: PROTOCOL, pid, restart } => {
                 self.restart = restart;
                 if let Some(daemon) = &mut self.daemon {
                     daemon.pid = Some(pid);
                 }
             }
-            (Message::Hello { .. }, _) => self.daemon = None,
-            (Message::Keep { id, dir }, Some(descriptor)) => drop(self.kept.insert(id, (dir, descriptor))),
-            (Message::Drop { id }, _) => drop(self.kept.remove(&id)),
-            (Message::Take, _) => self.give(),
+            Message::Hello { .. } => self.daemon = None,
+            Message::Keep { id, dir } if !descriptors.is_empty() => drop(self.kept.insert(id, (dir, descriptors))),
+            Message::Drop { id } => drop(self.kept.remove(&id)),
+            Message::Take => self.give(),
             _ => {}
         }
     }
@@ -171,10 +171,11 @@ impl Keeper {
     fn give(&mut self) {
         let Some(daemon) = &self.daemon else { return };
         let socket = daemon.socket.as_fd();
-        let all_sent = self.kept.iter().try_for_each(|(id, (dir, descriptor))| {
-            send(socket, &Message::Kept { id: *id, dir: dir.clone() }, Some(descriptor.as_fd()))
+        let all_sent = self.kept.iter().try_for_each(|(id, (dir, descriptors))| {
+            let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            send(socket, &Message::Kept { id: *id, dir: dir.clone() }, &descriptors)
         });
-        if all_sent.and_then(|()| send(socket, &Message::End, None)).is_err() {
+        if all_sent.and_then(|()| send(socket, &Message::End, &[])).is_err() {
             self.lost();
         }
     }
@@ -198,7 +199,7 @@ impl Keeper {
         }
         if daemon.pinged.elapsed() > PING {
             daemon.pinged = Instant::now();
-            if send(daemon.socket.as_fd(), &Message::Ping, None).is_err() {
+            if send(daemon.socket.as_fd(), &Message::Ping, &[]).is_err() {
                 self.lost();
             }
         }

@@ -5,6 +5,9 @@
 mod killed;
 mod passed;
 mod real;
+#[path = "real.rs"]
+#[allow(clippy::duplicate_mod)] // once for each transport
+mod real_by_io_uring;
 mod reference;
 mod sealing;
 
@@ -26,7 +29,7 @@ static STORE: LazyLock<(tempfile::TempDir, Arc<Store>)> = LazyLock::new(|| {
     (folder, store)
 });
 
-fn store() -> &'static Arc<Store> {
+pub(super) fn store() -> &'static Arc<Store> {
     &STORE.1
 }
 
@@ -36,7 +39,7 @@ fn unique_name(prefix: &str) -> LayerName {
     LayerName::new(&format!("{prefix}-{number}")).unwrap()
 }
 
-fn empty_fs(store: &Arc<Store>) -> Fs {
+pub(super) fn empty_fs(store: &Arc<Store>) -> Fs {
     let view = Arc::new(View::empty(store.clone()));
     let (upper, tables) = Upper::create(store, &view, None).unwrap();
     Fs::writable(view, upper, tables)

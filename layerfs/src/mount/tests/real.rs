@@ -14,7 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, Timespec, Timestamps, XattrFlags};
 
 use super::*;
-use crate::mount::{Mount, MountOptions, UnmountOptions, UpperChoice, acl};
+use crate::error::Error;
+use crate::mount::{Mount, MountOptions, Transport, UnmountOptions, UpperChoice, acl};
 
 /// A store and a mount of its own, in a temporary folder.
 struct Mounted {
@@ -53,6 +54,11 @@ impl Drop for Mounted {
     }
 }
 
+/// This file is compiled once for each transport.
+fn transport() -> Transport {
+    if module_path!().ends_with("io_uring") { Transport::Uring } else { Transport::Read }
+}
+
 /// None, and a word about it, where mounting isn't possible.
 fn mounted() -> Option<Mounted> {
     if !rustix::process::geteuid().is_root() || File::open("/dev/fuse").is_err() {
@@ -65,7 +71,15 @@ fn mounted() -> Option<Mounted> {
     let store = Store::open(&folder.path().join("store"), options).unwrap();
     crate::mount::attach(&store).unwrap();
     fs::create_dir(folder.path().join("mnt")).unwrap();
-    let mount = Mount::start(&store, None, "test", &folder.path().join("mnt"), &MountOptions::default()).unwrap();
+    let options = MountOptions { transport: transport(), ..Default::default() };
+    let mount = match Mount::start(&store, None, "test", &folder.path().join("mnt"), &options) {
+        Err(error @ Error::Unsupported { .. }) => {
+            eprintln!("SKIPPED: {error}");
+            return None;
+        }
+        mount => mount.unwrap(),
+    };
+    assert_eq!(mount.info().unwrap().serves_by, transport());
     Some(Mounted { mount, store, folder })
 }
 
@@ -116,7 +130,7 @@ fn a_read_only_mount_shows_a_layer() {
     let report = m.seal();
     let dir = m.folder.path().join("ro");
     fs::create_dir(&dir).unwrap();
-    let options = MountOptions { upper: UpperChoice::ReadOnly, ..Default::default() };
+    let options = MountOptions { upper: UpperChoice::ReadOnly, transport: transport(), ..Default::default() };
     let read_only = Mount::start(&m.store, Some(report.layer), "test", &dir, &options).unwrap();
     assert_eq!(fs::read(dir.join("file")).unwrap(), b"content");
     assert_eq!(fs::read(dir.join("file")).unwrap(), b"content");

@@ -82,7 +82,7 @@ impl Mounts {
         self.table.lock().insert(dir.clone(), Served { mount: mount.clone(), is_unclaimed });
         let kept = match kept {
             Some(kept) => Ok(Some(kept)),
-            None => self.keeping.keep(&dir, mount.descriptor()),
+            None => self.keeping.keep(&dir, &mount.descriptors()),
         };
         match kept {
             Ok(None) => {}
@@ -103,7 +103,7 @@ impl Mounts {
     /// Goes on with the mounts that the last daemon left to the keeper, and mounts again what else was mounted when it ended.
     pub fn bring_back(&self, store: &Arc<Store>, left: Left) {
         let ids: BTreeMap<PathBuf, KeptId> = left.iter().map(|(dir, (id, _))| (dir.clone(), *id)).collect();
-        let mut kept = left.into_iter().map(|(dir, (_, descriptor))| (dir, descriptor)).collect();
+        let mut kept = left.into_iter().map(|(dir, (_, descriptors))| (dir, descriptors)).collect();
         let restored = mount::restore(store, &mut kept);
         // Nobody knows these any more: closing the last descriptor ends them.
         kept.keys().filter_map(|dir| ids.get(dir)).for_each(|id| self.keeping.let_go(*id));
@@ -241,7 +241,7 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
         return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {}` first", request.dir.display())));
     }
     let upper = upper_choice(&daemon.store, &request)?;
-    let options = MountOptions { upper, ..MountOptions::default() };
+    let options = MountOptions { upper, transport: request.transport, ..MountOptions::default() };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
     daemon.mounts.serve(mount.clone(), None, false);
@@ -316,6 +316,7 @@ fn describe(context: &Context, catalog: &Catalog, mount: &Mount) -> Result<Mount
         upper: record.upper.map(|id| id.0),
         upper_name: info.upper_record.and_then(|record| record.name).map(|name| name.to_string()),
         since: Timestamp(units::now() - info.seconds as i64),
+        transport: info.serves_by,
         partial,
     })
 }
