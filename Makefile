@@ -19,13 +19,15 @@ HOOKS ?= $(PREFIX)/share/layerfs/hooks
 LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
 CARGO_FLAGS := --release --locked
 
-.PHONY: help build demo test faults bench paper lint fuzz install uninstall setup
+.PHONY: help build demo test faults suites torture bench paper lint fuzz install uninstall setup
 
 help:
 	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
 	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
 	@echo 'make test       every test; those that cannot run here say why'
 	@echo 'make faults     1,000 transfers over links on which everything goes wrong, 200 between daemons that are killed'
+	@echo 'make suites     pjdfstest, fsx, fsstress, unionmount and LTP on a mount, beside the same on the host (SUITES="pjd fsx" for some)'
+	@echo 'make torture    databases, git, packages and a build on a mount whose daemon is killed every few seconds (TORTURE="sqlite git" for some)'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
 	@echo 'make paper      the paper'"'"'s experiment, by its method and by ours: hours in all, CELL=lxc/ram/found for some; it goes on where it was'
 	@echo 'make fuzz       look for inputs that break a decoder, SECONDS_EACH=60 for each target (TARGETS="message import" for some)'
@@ -50,6 +52,12 @@ test: build
 faults: build
 	LAYERFS_FAULT_RUNS=1000 cargo test $(CARGO_FLAGS) -p migrator --lib -- --nocapture whatever_happens_to_the_link
 	LAYERFS_FAULT_PUSHES=200 cargo test $(CARGO_FLAGS) -p layerfs-tests --test integration -- --nocapture faults::
+
+suites: build
+	LAYERCTL=$(LAYERCTL) scripts/suites $(SUITES)
+
+torture: build
+	LAYERCTL=$(LAYERCTL) scripts/torture $(TORTURE)
 
 bench: build
 	@scripts/setup bench || true
