@@ -209,7 +209,7 @@ fn squash() -> anyhow::Result<()> {
         host.start(&["--crash-at", step])?;
         mount_again(&host, &mounted)?;
         change(&mounted, round + 1)?;
-        let expected = host.path(&format!("expected-{round}"));
+        let expected = host.path(format!("expected-{round}"));
         layerfs_tests::case::shell(&format!("cp -a '{}' '{}'", mounted.display(), expected.display()))?;
         let to_seal = mounted.to_string_lossy();
         let answer = host.ctl.run(["seal", &to_seal, "sealed", "--force", "--squash-past", "1"])?;

@@ -184,7 +184,10 @@ mod tests {
             (2.0, 100, 100_000)
         );
         let text = text(&since, Paint::PLAIN);
-        assert!(text.contains("1 running") && text.contains("100.0%") && text.contains("50  1.0 ms     2 µs"), "{text}");
+        assert!(
+            text.contains("1 running") && text.contains("100.0%") && text.contains("50  1.0 ms     2 µs"),
+            "{text}"
+        );
         // The daemon was started again.
         assert_eq!(difference(&list(1.0, 7), &list(10.0, 50)).mounts[0].ops[0].count, 7);
     }

@@ -56,7 +56,8 @@ fn a_layer_is_the_tree_at_one_instant() {
 fn what_waits_for_a_seal_names_itself() {
     use std::time::Duration;
     let fs = empty_fs(store());
-    let make = |folder: Ino, name: &[u8], kind: u32| fs.make(folder, name, kind | 0o755, 0, 0, Caller::ROOT).unwrap().ino;
+    let make =
+        |folder: Ino, name: &[u8], kind: u32| fs.make(folder, name, kind | 0o755, 0, 0, Caller::ROOT).unwrap().ino;
     let outer = make(Ino::ROOT, b"outer", libc::S_IFDIR);
     seal_fs(store(), &fs);
     let inner = make(outer, b"inner", libc::S_IFDIR);
