@@ -19,13 +19,14 @@ HOOKS ?= $(PREFIX)/share/layerfs/hooks
 LAYERCTL := $(CARGO_TARGET_DIR)/release/layerctl
 CARGO_FLAGS := --release --locked
 
-.PHONY: help build demo test faults suites torture bench paper lint fuzz install uninstall setup
+.PHONY: help build demo test faults migrations suites torture bench paper lint fuzz install uninstall setup
 
 help:
 	@echo 'make build      build layerctl (installs the packages it needs, on Debian and Ubuntu)'
 	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
 	@echo 'make test       every test; those that cannot run here say why'
 	@echo 'make faults     1,000 transfers over links on which everything goes wrong, 200 between daemons that are killed'
+	@echo 'make migrations 50 moves of a guest to and fro, and one of a guest with 330 MB in use; says how long each stood still'
 	@echo 'make suites     pjdfstest, fsx, fsstress, unionmount and LTP on a mount, beside the same on the host (SUITES="pjd fsx" for some)'
 	@echo 'make torture    databases, git, packages and a build on a mount whose daemon is killed every few seconds (TORTURE="sqlite git" for some)'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
@@ -58,6 +59,10 @@ suites: build
 
 torture: build
 	LAYERCTL=$(LAYERCTL) scripts/torture $(TORTURE)
+
+migrations: build
+	LAYERFS_MIGRATIONS=50 cargo test $(CARGO_FLAGS) -p layerfs-tests --test integration -- --nocapture migrate::nothing_is_left_behind
+	LAYERFS_MEMORY=330 cargo test $(CARGO_FLAGS) -p layerfs-tests --test integration -- --nocapture migrate::memory_in_use
 
 bench: build
 	@scripts/setup bench || true

@@ -145,8 +145,9 @@ def text(r, most):
 
 
 def prepare(r):
-    fields = dict(move=r.take(16), epoch=r.u64(), flags=r.u8(), stack=r.id(), description=text(r, 60000))
-    need(fields["flags"] & ~10 == 0, f"Prepare: flags {fields['flags']}")
+    fields = dict(move=r.take(16), epoch=r.u64(), flags=r.u8(), stack=r.id(), description=text(r, 60000),
+                  surroundings=text(r, 8000))
+    need(fields["flags"] & ~14 == 0, f"Prepare: flags {fields['flags']}")
     return fields
 
 

@@ -37,6 +37,39 @@ pub fn kernel() -> PathBuf {
     guest_tools().join("kernel/vmlinuz")
 }
 
+/// What test machines are made of, in `tree`: a kernel, its first files (which are [`build`]'s "machine" and "echo", and the
+/// network's modules), and a disk of nothing.
+pub fn machine(tree: &Path) -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let mut files = Vec::new();
+    for (name, program) in [("init", "machine"), ("echo", "echo")] {
+        build(program, &scratch.path().join(program))?;
+        files.push((name.to_owned(), std::fs::read(scratch.path().join(program))?));
+    }
+    for (number, module) in MODULES.iter().enumerate() {
+        let path = guest_tools().join("kernel/modules/kernel").join(module);
+        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        files.push((format!("module-{number}"), bytes));
+    }
+    std::fs::create_dir_all(tree)?;
+    std::fs::write(tree.join("initrd"), archive(&files))?;
+    std::fs::copy(kernel(), tree.join("vmlinuz"))?;
+    std::fs::File::create(tree.join("disk.raw"))?.set_len(1 << 20)?;
+    Ok(())
+}
+
+/// What a machine's network takes, each after what it depends on.
+const MODULES: [&str; 8] = [
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_pci_modern_dev.ko",
+    "drivers/virtio/virtio_pci_legacy_dev.ko",
+    "drivers/virtio/virtio_pci.ko",
+    "drivers/net/virtio_net.ko",
+];
+
 /// The first files of a machine's kernel: nothing but the program `init`.
 pub fn initrd(init: &[u8]) -> Vec<u8> {
     archive(&[("init".to_owned(), init.to_vec())])

@@ -132,10 +132,15 @@ impl Host {
 
     /// Starts the daemon with further arguments.
     pub fn start(&mut self, args: &[&str]) -> anyhow::Result<()> {
+        // What these daemons leave when they are killed is what a dead machine leaves.
+        self.start_kept(&[&["--no-keeper"], args].concat())
+    }
+
+    /// The same, with a keeper, which holds the mounts of a daemon that is killed and starts another.
+    pub fn start_kept(&mut self, args: &[&str]) -> anyhow::Result<()> {
         ensure!(self.daemon.is_none(), "the daemon runs already");
         let listen = self.listen.clone().or_else(|| self.end.as_ref().map(|end| format!("{}:{PORT}", end.address)));
-        // What these daemons leave when they are killed is what a dead machine leaves.
-        let mut all = vec!["--no-keeper"];
+        let mut all = Vec::new();
         if let Some(listen) = &listen {
             all.extend(["--listen", listen]);
         }

@@ -271,12 +271,8 @@ fn text(value: &Value, key: &str) -> anyhow::Result<String> {
 /// A machine that counts on its console: it goes on with its memory whole, from each of its checkpoints.
 fn machine() -> anyhow::Result<()> {
     let host = Host::new()?;
-    let tree = host.new_folder("tree")?;
-    fixtures::build("machine", &host.path("init"))?;
-    fs::write(tree.join("initrd"), fixtures::initrd(&fs::read(host.path("init"))?))?;
-    fs::copy(fixtures::kernel(), tree.join("vmlinuz"))?;
-    fs::File::create(tree.join("disk.raw"))?.set_len(1 << 20)?;
-    host.import(&tree, "machine", &[])?;
+    fixtures::machine(&host.path("tree"))?;
+    host.import(&host.path("tree"), "machine", &[])?;
     let create = ["guest", "create", "vm", "--driver", "qemu", "--on", "machine", "--memory", "192M"];
     let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append", "console=ttyS0 quiet panic=-1"];
     host.ctl.ok(create.iter().chain(&boot))?;

@@ -3,13 +3,14 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Criu, Fuse, Namespaces, Root, Tool};
+use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
 use layerfs_tests::host::{Host, TwoHosts, run_in};
 use layerfs_tests::network::inside;
 use layerfs_tests::{case, fixtures};
@@ -29,7 +30,47 @@ pub fn cases() -> Vec<Case> {
     let needs = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
     vec![
         Case::new("migrate::process_to_and_fro", needs, process),
-        Case::new("migrate::a_client_stays_connected", needs, client),
+        Case::new("migrate::process_keeps_its_client", needs, || container("process")),
+        Case::new(
+            "migrate::oci_keeps_its_client",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
+            || container("oci"),
+        ),
+        Case::new(
+            "migrate::lxc_keeps_its_client",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
+            || container("lxc"),
+        ),
+        Case::new(
+            "migrate::qemu_keeps_its_client",
+            &[Root, Fuse, Namespaces, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
+            machine,
+        ),
+        Case::new("migrate::process_goes_before_its_memory", needs, || ahead_of_memory("process")),
+        Case::new(
+            "migrate::oci_goes_before_its_memory",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
+            || ahead_of_memory("oci"),
+        ),
+        Case::new(
+            "migrate::lxc_goes_before_its_memory",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
+            || ahead_of_memory("lxc"),
+        ),
+        Case::new("migrate::nothing_is_left_behind", needs, leaks),
+        Case::new("migrate::a_guest_that_is_faster_than_the_link_stays", needs, too_fast),
+        Case::new("migrate::memory_in_use_costs_little", needs, memory),
+        Case::new("migrate::a_restore_that_fails_gives_it_back", needs, restore_fails),
+        Case::new(
+            "migrate::a_container_goes_on_from_its_files",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
+            container_goes_back,
+        ),
+        Case::new("migrate::a_dump_that_fails_changes_nothing", needs, dump_fails),
+        Case::new("migrate::a_full_disk_leaves_it_running", needs, disk_full),
+        Case::new("migrate::the_link_is_cut_before_the_commit", needs, cut_before),
+        Case::new("migrate::the_link_is_cut_after_the_commit", needs, cut_after),
+        Case::new("migrate::the_source_dies_on_the_way", needs, source_dies),
         Case::new("migrate::the_destination_dies_on_the_way", needs, dies),
         Case::new("migrate::obstacles_and_mistakes_are_told", &[Root, Fuse, Namespaces, Tool("cc")], mistakes),
     ]
@@ -59,18 +100,18 @@ impl Moving {
     /// A zoo runs on the first host.
     fn zoo() -> anyhow::Result<Moving> {
         let moving = Moving::new()?;
-        moving.start(&["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+        moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
         Ok(moving)
     }
 
-    /// Starts the guest with `programs` in its root.
-    fn start(&self, programs: &[&str], options: &[&str]) -> anyhow::Result<()> {
+    /// Starts the guest of `driver` with `programs` in its root.
+    fn start(&self, driver: &str, programs: &[&str], options: &[&str]) -> anyhow::Result<()> {
         let a = &self.hosts.a;
         for program in programs {
             fixtures::build(program, &a.path("tree/bin").join(program))?;
         }
         a.import(&a.path("tree"), "app", &["--kind", "base"])?;
-        let create = ["guest", "create", GUEST, "--driver", "process", "--on", "app"];
+        let create = ["guest", "create", GUEST, "--driver", driver, "--on", "app"];
         a.ctl.ok(create.iter().chain(options))?;
         a.ctl.ok(["guest", "start", GUEST])?;
         Ok(())
@@ -159,10 +200,7 @@ fn process() -> anyhow::Result<()> {
             ensure!(bytes < 8 << 20, "turn {turn}: {bytes} bytes for what is there already");
         }
     }
-    // Nothing of it is left where it isn't.
-    let left = moving.host(!is_first);
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    ensure!(!mounts.contains(&*left.ctl.store().join("guests").to_string_lossy()), "a guest that went leaves mounts");
+    left_nothing(&moving, !is_first)?;
     let listed = moving.hosts.a.ctl.json(["report"])?;
     ensure!(listed["reports"].as_array().is_some_and(|reports| !reports.is_empty()), "no reports: {listed}");
     let page = moving.hosts.a.ctl.ok(["report", "latest", "--html", "-"])?.text();
@@ -170,6 +208,288 @@ fn process() -> anyhow::Result<()> {
     moving.host(is_first).ctl.ok(["guest", "remove", GUEST, "--force"])?;
     moving.host(true).fsck()?;
     moving.host(false).fsck()
+}
+
+/// Fails if anything of the guest is mounted where it isn't.
+fn left_nothing(moving: &Moving, on_first: bool) -> anyhow::Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let guests = moving.host(on_first).ctl.store().join("guests");
+    ensure!(!mounts.contains(&*guests.to_string_lossy()), "a guest that went leaves mounts");
+    Ok(())
+}
+
+/// What there is of a host's and of the guest's making that could pile up.
+#[derive(Debug, PartialEq)]
+struct Left {
+    mounts: usize,
+    processes: usize,
+    namespaces: usize,
+    groups: usize,
+    names: Vec<String>,
+    files_in_memory: usize,
+    depth: usize,
+}
+
+impl Left {
+    fn on(host: &Host) -> anyhow::Result<(Left, u64)> {
+        let store = host.ctl.store().display().to_string();
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?.lines().filter(|line| line.contains(&store)).count();
+        let processes = fs::read_dir("/proc")?.flatten().filter(|entry| {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.contains(&store) && !line.contains("foreground")
+        });
+        let namespaces = fs::read_dir("/run/netns")?.flatten().map(|entry| entry.file_name());
+        let namespaces = namespaces.filter(|name| name.to_string_lossy().starts_with("lg")).count();
+        let groups = ["/sys/fs/cgroup/layerfs", "/sys/fs/cgroup/unified/layerfs", "/sys/fs/cgroup/memory/layerfs"];
+        let groups = groups.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+        let groups = groups.filter(|entry| entry.path().is_dir()).count();
+        let memory = format!("/dev/shm/layerfs{}", store.replace('/', "-"));
+        let files_in_memory = walk(Path::new(&memory));
+        let names: Vec<String> = host.names()?.into_keys().collect();
+        let instance = format!("guest/{GUEST}/instance");
+        let depth = match names.contains(&instance) {
+            true => host.ctl.json(["log", &instance])?["layers"].as_array().map_or(0, Vec::len),
+            false => 0,
+        };
+        host.ctl.ok(["gc"])?;
+        let left = Left { mounts, processes: processes.count(), namespaces, groups, names, files_in_memory, depth };
+        Ok((left, host.pack_bytes()?))
+    }
+}
+
+/// The files below `folder`.
+fn walk(folder: &Path) -> usize {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.map(|path| if path.is_dir() { walk(&path) } else { 1 }).sum()
+}
+
+/// Many moves to and fro: what is there after them is what was there after the first few.
+// The figures are for whoever runs it to see them.
+#[allow(clippy::print_stderr)]
+fn leaks() -> anyhow::Result<()> {
+    const WARM_UP: usize = 2;
+    let moving = Moving::zoo()?;
+    let mut count = moving.passes(true, 3)?;
+    let mut is_first = true;
+    let mut before = Vec::new();
+    // An even number, so that it ends where it was when it was looked for the first time.
+    let turns = turns().next_multiple_of(2);
+    for turn in 0..turns + WARM_UP {
+        if turn == WARM_UP {
+            before = vec![Left::on(moving.host(true))?, Left::on(moving.host(false))?];
+        }
+        let report = moving.migrate(!is_first, &[])?;
+        is_first = !is_first;
+        count = moving.passes(is_first, count)?;
+        let (was, predicted) = (&report["downtime"]["seconds"], &report["predicted"]["seconds"]);
+        let (took, bytes) = (&report["seconds"], &report["bytes"]);
+        eprintln!("turn {turn}: took {took} s, {bytes} bytes, stood still for {was} s, predicted {predicted} s");
+    }
+    for (is_first, (before, bytes_before)) in [true, false].into_iter().zip(before) {
+        let (after, bytes) = Left::on(moving.host(is_first))?;
+        let depth = before.depth.max(MOST_LAYERS);
+        ensure!(after.depth <= depth, "the stack has {} layers", after.depth);
+        let same = Left { depth: before.depth, ..after };
+        ensure!(same == before, "after {turns} moves there is {same:?}, before {before:?}");
+        eprintln!("packs: {bytes_before} bytes, then {bytes}");
+        // The guest writes its own small files all the time; packs that are partly dead are rewritten later.
+        ensure!(
+            bytes < bytes_before + (8 << 20) + (turns as u64) * (128 << 10),
+            "packs grew from {bytes_before} to {bytes} bytes"
+        );
+    }
+    Ok(())
+}
+
+/// The most layers that moving a guest may leave it with: its base, those that aren't made one yet, and those of one move.
+const MOST_LAYERS: usize = 12;
+
+/// Puts a program at a point of a move on `host`.
+fn hook(host: &Host, point: &str, script: &str) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = host.ctl.store().join("hooks");
+    fs::create_dir_all(&folder)?;
+    let path = folder.join(point);
+    fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+/// A guest that changes its memory all the time stays if the downtime would be too long, or goes before its memory.
+fn too_fast() -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    moving.hosts.link.shape(20)?;
+    moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "16", "1500"])?;
+    let count = moving.passes(true, 0)?;
+    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b", "--max-downtime", "100"])?.failed_with(5)?;
+    ensure!(said.contains("--max-downtime") && said.contains("link carries"), "{said}");
+    ensure!(said.contains("runs on here"), "{said}");
+    let count = moving.passes(true, count)?;
+    let report = moving.migrate(false, &["--max-downtime", "100", "--postcopy"])?;
+    went_before(&report)?;
+    moving.passes(false, count)?;
+    Ok(())
+}
+
+/// A guest that uses its memory: what goes while it stands still is a small part of it.
+// The figures are for whoever runs it to see them.
+#[allow(clippy::print_stderr)]
+fn memory() -> anyhow::Result<()> {
+    let megabytes = std::env::var("LAYERFS_MEMORY").ok().and_then(|text| text.parse().ok()).unwrap_or(48u64);
+    // The zoo changes so many pages twenty times each second: 500 of 330 MiB, and as many for each MiB of less.
+    let pages = (megabytes * 25 / 330).max(1).to_string();
+    let moving = Moving::new()?;
+    moving.hosts.link.shape(100)?;
+    moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", &megabytes.to_string(), &pages])?;
+    let count = moving.passes(true, 0)?;
+    let report = moving.migrate(false, &[])?;
+    moving.passes(false, count)?;
+    let bytes = report["downtime"]["bytes"].as_u64().context("no bytes")?;
+    let part = bytes as f64 / (megabytes << 20) as f64 * 100.0;
+    eprintln!(
+        "{bytes} bytes while it stood still, {part:.2}% of {megabytes} MiB; downtime {}",
+        report["downtime"]["seconds"]
+    );
+    eprintln!("rounds: {}", report["rounds"]);
+    ensure!(part <= 5.0, "{part:.2}% of the memory went while it stood still: {report}");
+    Ok(())
+}
+
+/// CRIU can't restore it, as a file that it needs is gone: it goes on where it was.
+fn restore_fails() -> anyhow::Result<()> {
+    let moving = Moving::zoo()?;
+    let count = moving.passes(true, 3)?;
+    let program = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/bin/zoo");
+    hook(&moving.hosts.b, "before-restore", &format!("rm {}", program.display()))?;
+    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+    ensure!(said.contains("gave it back") && said.contains("zoo"), "{said}");
+    ensure!(moving.settled()?, "it runs elsewhere");
+    let count = moving.passes(true, count)?;
+    fs::remove_file(moving.hosts.b.ctl.store().join("hooks/before-restore"))?;
+    moving.migrate(false, &[])?;
+    moving.passes(false, count)?;
+    Ok(())
+}
+
+/// The same for a container whose processes end with the dump: it goes on from the files that were written.
+fn container_goes_back() -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    moving.start("oci", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let count = moving.passes(true, 0)?;
+    hook(&moving.hosts.b, "before-restore", "exit 3")?;
+    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+    ensure!(said.contains("before-restore") && said.contains("runs on here"), "{said}");
+    moving.passes(true, count)?;
+    Ok(())
+}
+
+/// CRIU can't dump it, as it can't write its log.
+fn dump_fails() -> anyhow::Result<()> {
+    let moving = Moving::zoo()?;
+    let count = moving.passes(true, 3)?;
+    let log = moving.hosts.a.ctl.store().join("guests").join(GUEST).join("run/dump.log");
+    fs::create_dir(&log)?;
+    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+    ensure!(said.contains("dump") && said.contains("runs on here"), "{said}");
+    let count = moving.passes(true, count)?;
+    fs::remove_dir(&log)?;
+    moving.migrate(false, &[])?;
+    moving.passes(false, count)?;
+    Ok(())
+}
+
+/// The destination's disk is full: it runs on, and goes when there is room.
+fn disk_full() -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let b = &mut moving.hosts.b;
+    b.stop()?;
+    let store = b.ctl.store().to_owned();
+    let aside = b.path("aside");
+    fs::rename(&store, &aside)?;
+    fs::create_dir(&store)?;
+    let tmpfs = ["-t", "tmpfs", "-o", "size=40M,mode=700", "store"];
+    case::output_of(std::process::Command::new("mount").args(tmpfs).arg(&store))?;
+    case::shell(&format!("cp -a {}/. {}", aside.display(), store.display()))?;
+    b.start(&[])?;
+    moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "96", "0"])?;
+    let count = moving.passes(true, 0)?;
+    let refused = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?;
+    ensure!(refused.code != 0, "it went to a full disk: {refused:?}");
+    ensure!(moving.settled()?, "it doesn't run here");
+    let count = moving.passes(true, count)?;
+    case::output_of(std::process::Command::new("mount").args(["-o", "remount,size=1G"]).arg(&store))?;
+    moving.migrate(false, &[])?;
+    moving.passes(false, count)?;
+    Ok(())
+}
+
+/// The link is cut while it is staged: the source never hears that, and goes on; the destination learns it when the link is mended.
+fn cut_before() -> anyhow::Result<()> {
+    let moving = Moving::zoo()?;
+    let count = moving.passes(true, 3)?;
+    let end = &moving.hosts.link.b;
+    let cut = format!("ip -n {} link set {} down", end.namespace, end.interface);
+    hook(&moving.hosts.b, "before-restore", &cut)?;
+    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?;
+    ensure!(said.code != 0, "{said:?}");
+    let count = moving.passes(true, count)?;
+    fs::remove_file(moving.hosts.b.ctl.store().join("hooks/before-restore"))?;
+    run_in(&moving.hosts.b, "ip", &["link", "set", &end.interface, "up"])?;
+    ensure!(moving.settled()?, "it runs elsewhere");
+    moving.migrate(false, &[])?;
+    moving.passes(false, count)?;
+    Ok(())
+}
+
+/// The link is cut when it runs at the destination: the source starts nothing, and hears of it when the link is mended.
+fn cut_after() -> anyhow::Result<()> {
+    let moving = Moving::zoo()?;
+    let count = moving.passes(true, 3)?;
+    let end = &moving.hosts.link.b;
+    let cut = format!("ip -n {} link set {} down", end.namespace, end.interface);
+    hook(&moving.hosts.b, "after-restore", &cut)?;
+    let ctl = moving.hosts.a.ctl.clone();
+    let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+    let count = moving.passes(false, count)?;
+    ensure!(moving.show(true)?["activity"] != "running", "it runs on both");
+    ensure!(moving.show(true)?["state"] == "away", "the source takes it for its own");
+    // It runs a moment before the program at that point does.
+    let began = Instant::now();
+    while !run_in(&moving.hosts.b, "ip", &["link", "show", &end.interface])?.contains("state DOWN") {
+        ensure!(began.elapsed() < PATIENCE, "the link is not cut");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    run_in(&moving.hosts.b, "ip", &["link", "set", &end.interface, "up"])?;
+    asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
+    ensure!(!moving.settled()?, "it runs at the source");
+    moving.passes(false, count)?;
+    Ok(())
+}
+
+/// The source's program is killed at each write of its journal, its mounts and the frozen guest held on; and started anew.
+fn source_dies() -> anyhow::Result<()> {
+    // Moving, stopping, with layers; released, gone.
+    for (step, stays) in [(1, true), (2, true), (3, true), (4, false), (5, false)] {
+        let mut moving = Moving::new()?;
+        let a = &mut moving.hosts.a;
+        a.stop()?;
+        a.start_kept(&["--crash-at", &format!("move.journalled:{step}")])?;
+        moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+        let count = moving.passes(true, 3)?;
+        let ctl = moving.hosts.a.ctl.clone();
+        let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+        moving.hosts.a.wait_for_crash()?;
+        // Its keeper starts another.
+        let is_first = moving.settled().with_context(|| format!("step {step}"))?;
+        asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
+        ensure!(is_first == stays, "step {step}: on the first: {is_first}");
+        let count = moving.passes(is_first, count)?;
+        let report = moving.migrate(!is_first, &[])?;
+        ensure!(report["outcome"] == "moved", "step {step}: {report}");
+        moving.passes(!is_first, count)?;
+    }
+    Ok(())
 }
 
 /// Bridges on both hosts with a cable of their own between them, so that a guest keeps its address.
@@ -195,7 +515,9 @@ fn connect_bridges(hosts: &TwoHosts) -> anyhow::Result<()> {
 pub struct Client {
     stop: Arc<AtomicBool>,
     answers: Arc<AtomicU64>,
-    thread: std::thread::JoinHandle<anyhow::Result<Duration>>,
+    /// The longest that it waited, in microseconds.
+    longest: Arc<AtomicU64>,
+    thread: std::thread::JoinHandle<anyhow::Result<()>>,
 }
 
 impl Client {
@@ -211,10 +533,10 @@ impl Client {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let (stop, answers) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stopped, seen) = (stop.clone(), answers.clone());
+        let longest = Arc::new(AtomicU64::new(0));
+        let (stopped, seen, waited) = (stop.clone(), answers.clone(), longest.clone());
         let thread = std::thread::spawn(move || {
             let mut reader = BufReader::new(stream.try_clone()?);
-            let mut longest = Duration::ZERO;
             let mut number = 0u64;
             while !stopped.load(SeqCst) {
                 number += 1;
@@ -223,13 +545,13 @@ impl Client {
                 let mut answer = String::new();
                 reader.read_line(&mut answer)?;
                 ensure!(answer == format!("{number} line {number}\n"), "line {number} was answered by {answer:?}");
-                longest = longest.max(asked.elapsed());
+                waited.fetch_max(asked.elapsed().as_micros() as u64, SeqCst);
                 seen.store(number, SeqCst);
                 std::thread::sleep(Duration::from_millis(1));
             }
-            Ok(longest)
+            Ok(())
         });
-        Ok(Client { stop, answers, thread })
+        Ok(Client { stop, answers, longest, thread })
     }
 
     /// Waits for `more` answers.
@@ -242,32 +564,112 @@ impl Client {
         Ok(())
     }
 
-    /// The longest that it waited for an answer.
+    /// The longest that it waited for an answer since this was asked last.
+    fn longest(&self) -> Duration {
+        Duration::from_micros(self.longest.swap(0, SeqCst))
+    }
+
+    /// The longest that it waited since then.
     pub fn end(self) -> anyhow::Result<Duration> {
+        let longest = self.longest();
         self.stop.store(true, SeqCst);
-        self.thread.join().map_err(|_| anyhow::anyhow!("the client panicked"))?
+        self.thread.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        Ok(longest)
     }
 }
 
-// The figures are for whoever runs it to see them.
-#[allow(clippy::print_stderr)]
-fn client() -> anyhow::Result<()> {
+/// The address at which the guest serves, and how it gets it.
+const ADDRESS: &str = "10.77.0.2:7777";
+const NETWORK: &str = "bridge:br0,10.77.0.2/24";
+
+/// A container with a service and a zoo in it.
+fn container(driver: &str) -> anyhow::Result<()> {
     let moving = Moving::new()?;
     connect_bridges(&moving.hosts)?;
-    moving.start(&["echo"], &["--network", "bridge:br0,10.77.0.2/24", "--", "/bin/echo", "7777"])?;
-    let client = Client::start(&moving.hosts.a, "10.77.0.2:7777")?;
+    let command = ["/bin/pair", "/bin/echo", "7777", "--", "/bin/zoo", "/zoo-says", "8", "0"];
+    let options = ["--network", NETWORK, "--"];
+    moving.start(driver, &["pair", "echo", "zoo"], &[&options[..], &command].concat())?;
+    let mut count = moving.passes(true, 0)?;
+    serves(&moving, None, |is_first| {
+        count = moving.passes(is_first, count)?;
+        Ok(())
+    })
+}
+
+/// A machine with a service, that checks its memory.
+fn machine() -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    connect_bridges(&moving.hosts)?;
+    fixtures::machine(&moving.hosts.a.path("tree"))?;
+    let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append"];
+    let append = "console=ttyS0 quiet panic=-1 address=10.77.0.2";
+    let options = ["--memory", "192M", "--network", NETWORK];
+    moving.start("qemu", &[], &[&options[..], &boot, &[append]].concat())?;
+    // It goes once before its memory, too.
+    serves(&moving, Some(2), |is_first| {
+        let console = moving.host(is_first).ctl.store().join("guests").join(GUEST).join("run/console");
+        let began = Instant::now();
+        loop {
+            let text = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
+            ensure!(!text.contains("bad"), "the machine has lost memory: {text}");
+            if text.lines().any(|line| line.ends_with(" ok")) {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < PATIENCE, "the machine says nothing: {text}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    })
+}
+
+/// A container, with its memory still at the source at first; and back again.
+fn ahead_of_memory(driver: &str) -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "32", "0"])?;
+    let count = moving.passes(true, 0)?;
+    let report = moving.migrate(false, POST_COPY)?;
+    went_before(&report)?;
+    let count = moving.passes(false, count)?;
+    moving.migrate(true, &[])?;
+    moving.passes(true, count)?;
+    left_nothing(&moving, false)
+}
+
+/// What lets a guest go before its memory, whatever that would save.
+const POST_COPY: &[&str] = &["--postcopy", "--max-downtime", "1", "--rounds", "0"];
+
+fn went_before(report: &Value) -> anyhow::Result<()> {
+    let has = |field: &str, part: &str| report[field].to_string().contains(part);
+    ensure!(has("outcome", "moved") && has("decisions", "post-copy") && has("stages", "rest"), "{report}");
+    Ok(())
+}
+
+/// Moves the guest to and fro with a client connected throughout; in turn `lazily` before its memory. `check` says whether it
+/// is unharmed there.
+// The figures are for whoever runs it to see them.
+#[allow(clippy::print_stderr)]
+fn serves(
+    moving: &Moving,
+    lazily: Option<usize>,
+    mut check: impl FnMut(bool) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let client = Client::start(&moving.hosts.a, ADDRESS)?;
     client.hears(20)?;
+    check(true)?;
     for turn in 0..turns() {
         let to_first = turn % 2 == 1;
-        let report = moving.migrate(to_first, &[])?;
+        let report = moving.migrate(to_first, if lazily == Some(turn) { POST_COPY } else { &[] })?;
         ensure!(report["outcome"] == "moved", "{report}");
+        if lazily == Some(turn) {
+            went_before(&report)?;
+        }
         client.hears(20)?;
         ensure!(!client.thread.is_finished(), "the client has lost its connection: {:?}", client.thread.join());
+        check(to_first)?;
+        let gap = client.longest();
         let (was, predicted) = (&report["downtime"]["seconds"], &report["predicted"]["seconds"]);
-        eprintln!("turn {turn}: stood still for {was} s, predicted {predicted} s");
+        eprintln!("turn {turn}: stood still for {was} s, predicted {predicted} s; the client waited {gap:?}");
     }
-    eprintln!("the client waited {:?} at most", client.end()?);
-    Ok(())
+    client.end().map(drop)
 }
 
 /// The destination's program is killed at each write of its journal, and started anew. (The source's would take the guest's mount

@@ -18,11 +18,12 @@ use std::time::{Duration, Instant};
 use super::launch::{Orders, Private};
 use super::processes::{Process, wait_until};
 use super::programs::{self, Programs};
+use super::{Manner, lazy_pages};
 
 /// Files that are deleted but open travel with the state up to this size.
 const GHOST_LIMIT: &str = "64M";
 /// The label of a network namespace that isn't CRIU's to make.
-const NETWORK: &str = "guestnet";
+pub(super) const NETWORK: &str = "guestnet";
 /// How long CRIU gets to follow an answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The signal-free way to tell that a dump goes wrong: nothing was said for so long.
@@ -48,7 +49,7 @@ fn failed<E: std::fmt::Display>(what: &str) -> impl Fn(E) -> String + '_ {
 
 impl Criu<'_> {
     fn hook(&self) -> PathBuf {
-        self.run.join("hook")
+        hook(self.run)
     }
 
     fn answer(&self) -> PathBuf {
@@ -107,8 +108,7 @@ impl Criu<'_> {
         command.arg("-o").arg(&log).args(self.common()).args(["--ghost-limit", GHOST_LIMIT]);
         command.arg("--action-script").arg(self.hook());
         if let Some(network) = &self.network {
-            let inode = fs::metadata(network).map_err(failed("find the guest's network"))?.ino();
-            command.arg("--external").arg(format!("net[{inode}]:{NETWORK}"));
+            command.arg("--external").arg(external(network)?);
         }
         let began = Instant::now();
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(failed("run CRIU"))?;
@@ -205,7 +205,7 @@ impl Criu<'_> {
     ///
     /// # Errors
     /// Why it can't be restored; nothing of it runs.
-    pub fn restore(&self, from: &Path, at_unlock: Option<&str>) -> Outcome<u32> {
+    pub fn restore(&self, from: &Path, manner: Manner, at_unlock: Option<&str>) -> Outcome<u32> {
         let criu = self.programs.criu()?.to_owned();
         let pidfile = self.run.join("pid");
         let _ = fs::remove_file(&pidfile);
@@ -225,11 +225,11 @@ impl Criu<'_> {
             arguments.extend(["--inherit-fd".into(), format!("fd[0]:{NETWORK}").into()]);
         }
         if let Some(line) = at_unlock {
-            write_script(
-                &self.hook(),
-                &format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = network-unlock ] || exit 0\n{line}\n"),
-            )?;
-            arguments.extend(["--action-script".into(), self.hook().into()]);
+            arguments.extend(["--action-script".into(), write_unlock(self.run, line)?.into()]);
+        }
+        if manner == Manner::Lazily {
+            lazy_pages::serve(self.programs, self.run, from)?;
+            arguments.push("--lazy-pages".into());
         }
         let orders =
             Orders::Private(Private { root: self.root.to_owned(), command: arguments, input: self.network.clone() });
@@ -243,10 +243,28 @@ impl Criu<'_> {
                 if let Some(process) = pid.and_then(Process::of) {
                     process.kill();
                 }
+                lazy_pages::stop(self.run);
                 Err(explain(&log).unwrap_or(error))
             }
         }
     }
+}
+
+fn hook(run: &Path) -> PathBuf {
+    run.join("hook")
+}
+
+/// Writes a script that runs a shell's `line` as soon as connections may work; returns where.
+pub(super) fn write_unlock(run: &Path, line: &str) -> Outcome<PathBuf> {
+    let (hook, guard) = (hook(run), "[ \"$CRTOOLS_SCRIPT_ACTION\" = network-unlock ] || exit 0");
+    write_script(&hook, &format!("#!/bin/sh\n{guard}\n{line}\n"))?;
+    Ok(hook)
+}
+
+/// How CRIU is told that a network namespace isn't its to save.
+pub(super) fn external(network: &Path) -> Outcome<String> {
+    let inode = fs::metadata(network).map_err(failed("find the guest's network"))?.ino();
+    Ok(format!("net[{inode}]:{NETWORK}"))
 }
 
 /// What went wrong by CRIU's log, and what to do about what is known; nothing if it doesn't say.
@@ -281,11 +299,11 @@ const KNOWN: [(&str, &str); 6] = [
     ("soft-dirty", "this kernel can't track written pages"),
 ];
 
-fn quoted(path: &Path) -> String {
+pub(super) fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
 }
 
-fn write_script(path: &Path, text: &str) -> Outcome<()> {
+pub(super) fn write_script(path: &Path, text: &str) -> Outcome<()> {
     // A new file: one that is still executed can't be written.
     let _ = fs::remove_file(path);
     fs::write(path, text).map_err(failed("write a script for CRIU"))?;

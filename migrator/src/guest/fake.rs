@@ -23,7 +23,8 @@ use serde::{Deserialize, Serialize};
 
 use super::state::MEMORY_FILE;
 use super::{
-    Activity, Drivers, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Written,
+    Activity, Drivers, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings,
+    Written,
 };
 use crate::error::{Error, Result};
 
@@ -145,6 +146,8 @@ struct Seen {
     epochs: BTreeMap<GuestName, u64>,
     acknowledged: BTreeMap<GuestName, Vec<u64>>,
     faults: BTreeMap<(String, Call), Vec<When>>,
+    /// What hosts are like, by name.
+    surroundings: BTreeMap<String, Surroundings>,
 }
 
 /// Everything outside of the hosts' programs. Clones share it.
@@ -165,6 +168,11 @@ impl World {
     /// Takes back the faults that haven't come yet.
     pub fn heal(&self) {
         self.0.lock().faults.clear();
+    }
+
+    /// Makes `host` what guests run on.
+    pub fn furnish(&self, host: &str, surroundings: Surroundings) {
+        self.0.lock().surroundings.insert(host.to_owned(), surroundings);
     }
 
     /// Lets every running copy take a step.
@@ -349,7 +357,7 @@ impl FakeGuest {
         save(MEMORY_FILE, &copy.memory)?;
         save(STATE_FILE, &state)?;
         let (memory_bytes, other_bytes) = (copy.memory.len() as u64, state.len() as u64);
-        Ok(Written { memory_bytes, other_bytes, frozen: Duration::ZERO })
+        Ok(Written { memory_bytes, other_bytes, frozen: Duration::ZERO, has_ended: false })
     }
 
     fn end(&self) {
@@ -363,6 +371,10 @@ impl Guest for FakeGuest {
     fn preflight(&self, side: Side) -> Result<Vec<Obstacle>> {
         let fault = self.world.fault(&self.label, Call::Preflight, When::Before);
         Ok(fault.map(|_| Obstacle::new(format!("{side:?} was made to fail"), "call heal")).into_iter().collect())
+    }
+
+    fn surroundings(&self) -> Result<Surroundings> {
+        Ok(self.world.0.lock().surroundings.get(&self.label).cloned().unwrap_or_default())
     }
 
     fn start(&self) -> Result<()> {
@@ -546,6 +558,10 @@ impl Host for FakeHost {
             mounted.insert(guest.clone(), top);
             Ok(top)
         })
+    }
+
+    fn fold(&self, _: &GuestName, _: &LayerName, _: usize) -> Result<Option<LayerId>> {
+        Ok(None)
     }
 
     fn unmount(&self, guest: &GuestName, _: bool) -> Result<()> {

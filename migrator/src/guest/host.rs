@@ -41,6 +41,13 @@ pub trait Host: Send + Sync {
     /// Those of sealing; nothing has changed then.
     fn seal(&self, guest: &GuestName, name: &LayerName) -> Result<LayerId>;
 
+    /// Makes the guest's instance layers one, of the name `name` which refers to the top, if they are more than `past`; the mount
+    /// goes on over that. Returns it if so.
+    ///
+    /// # Errors
+    /// Those of squashing; nothing has changed then.
+    fn fold(&self, guest: &GuestName, name: &LayerName, past: usize) -> Result<Option<LayerId>>;
+
     /// Unmounts the guest's root, and drops its upper with all that isn't sealed if `discard`. Fine if it isn't mounted.
     ///
     /// # Errors

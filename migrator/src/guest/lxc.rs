@@ -1,43 +1,34 @@
 //! The driver "lxc": a container by LXC's own tools, so that `lxc-ls`, `lxc-attach` and `lxc-info` see it too.
 //!
-//! As with runc, a dump ends the container and rolling back restores it from the files that were just written; its network is
-//! ours and outlives it.
+//! As with runc, a dump ends the container: [`Container`] does the rest.
 //!
-//! In the run folder, which is LXC's path (`lxc-ls -P`): `NAME/config`, `dumped` (where the state of a container that stands
-//! still is), `home/` (CRIU's settings).
+//! In the run folder, which is LXC's path (`lxc-ls -P`): `NAME/config`, `home/` (CRIU's settings).
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use super::criu::with_criu;
-use super::network::Link;
-use super::options::ContainerOptions;
-use super::processes::{Process, status_bytes, wait_until};
+use super::container::{Container, Engine, Outcome, PATIENCE, Site};
+use super::criu::{NETWORK, external, quoted, with_criu, write_script, write_unlock};
+use super::processes::{Process, wait_until};
 use super::programs::{Programs, complaint};
-use super::{
-    Activity, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Written, preflight,
-    scan, state,
-};
-use crate::error::{Error, Result};
+use super::{GuestRecord, Host, Manner};
+use crate::error::Result;
 
 /// What LXC calls the log of CRIU's restoring.
 const RESTORE_LOG: &str = "restore.log";
-const PATIENCE: Duration = Duration::from_secs(30);
-
-type Outcome<T> = std::result::Result<T, String>;
+/// What has lxc-checkpoint restore.
+const RESTORE: &str = "-r";
 
 /// A guest of this driver.
-pub struct LxcGuest {
-    name: GuestName,
-    options: ContainerOptions,
-    programs: Arc<Programs>,
-    run: PathBuf,
-    root: PathBuf,
+pub type LxcGuest = Container<Lxc>;
+
+/// LXC's tools, for one container.
+pub struct Lxc {
+    site: Site,
 }
 
 impl LxcGuest {
@@ -46,48 +37,65 @@ impl LxcGuest {
     /// # Errors
     /// [`layerfs::Error::Invalid`] for options that it doesn't know; those of [`Host::run_folder`].
     pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<LxcGuest> {
-        let name = record.spec.name.clone();
-        let options = ContainerOptions::read(&record.spec.options)?;
+        let site = Site::new(record, host, programs)?;
         let has_line_end = |text: &String| text.contains('\n');
+        let options = &site.options;
         if options.command.iter().chain(options.env.values()).chain(options.env.keys()).any(has_line_end) {
             let detail = "a word of an LXC guest's command holds a line's end, which its configuration can't";
             return Err(layerfs::Error::invalid(detail).into());
         }
-        let (run, root) = (host.run_folder(&name)?, host.root(&name));
-        Ok(LxcGuest { name, options, programs, run, root })
+        Ok(Container(Lxc { site }))
+    }
+}
+
+impl Lxc {
+    /// A folder whose `criu` knows the network namespace, which LXC can't tell it, and lets connections through as soon as
+    /// they may work; none without a network.
+    fn wrapper(&self) -> Outcome<Option<PathBuf>> {
+        let Some(link) = self.site.link() else { return Ok(None) };
+        let hook = write_unlock(&self.site.run, &link.release_line())?;
+        let namespace = quoted(&link.namespace());
+        let more = format!("--action-script {} --inherit-fd fd[9]:{NETWORK} 9<{namespace}", quoted(&hook));
+        let folder = self.site.run.join("bin");
+        fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        let criu = quoted(self.site.programs.criu()?);
+        let script = format!("#!/bin/sh\n[ \"$1\" != restore ] || exec {criu} \"$@\" {more}\nexec {criu} \"$@\"\n");
+        write_script(&folder.join("criu"), &script)?;
+        Ok(Some(folder))
     }
 
-    fn failed(&self, action: &'static str) -> impl Fn(String) -> Error + '_ {
-        move |detail| Error::guest(action, &self.name, detail)
+    fn home(&self) -> PathBuf {
+        self.site.run.join("home")
     }
 
-    fn link(&self) -> Option<Link<'_>> {
-        Link::of(&self.programs, &self.options.network, &self.name, &self.run)
-    }
-
-    fn dumped(&self) -> PathBuf {
-        self.run.join("dumped")
+    /// CRIU reads its settings below `HOME`; LXC has no option for what they say.
+    fn set_criu(&self, more: &str) -> Outcome<()> {
+        let settings = "network-lock nftables\nghost-limit 64M\nlink-remap\nfile-locks\ntcp-established\n";
+        let settings = format!("{settings}work-dir {}\n{more}", self.site.run.display());
+        let home = self.home();
+        fs::create_dir_all(home.join(".criu"))
+            .and_then(|()| fs::write(home.join(".criu/default.conf"), settings))
+            .map_err(|error| format!("cannot write CRIU's settings to {}: {error}", home.display()))
     }
 
     fn tool(&self, name: &str) -> Outcome<Command> {
-        let program = self.programs.find(name).ok_or_else(|| format!("there is no {name}: apt-get install lxc"))?;
-        // CRIU reads its settings there; LXC has no option for what they say.
-        let home = self.run.join("home");
-        let settings = "network-lock nftables\nghost-limit 64M\nlink-remap\nfile-locks\ntcp-established\n";
-        let settings = format!("{settings}work-dir {}\n", self.run.display());
-        fs::create_dir_all(home.join(".criu"))
-            .and_then(|()| fs::write(home.join(".criu/default.conf"), settings))
-            .map_err(|error| format!("cannot write CRIU's settings to {}: {error}", home.display()))?;
-        let mut command = self.programs.command(program);
-        command.env("HOME", home).arg("-P").arg(&self.run).arg("-n").arg(self.name.as_str());
+        let program =
+            self.site.programs.find(name).ok_or_else(|| format!("there is no {name}: apt-get install lxc"))?;
+        let mut command = self.site.programs.command(program);
+        command.env("HOME", self.home()).arg("-P").arg(&self.site.run).arg("-n").arg(self.site.name.as_str());
         Ok(command)
     }
 
     /// Runs one of LXC's tools; what it has to say goes to a log.
     fn call(&self, name: &str, words: &[&str], folder: Option<(&str, &Path)>) -> Outcome<()> {
-        let log = self.run.join("lxc.log");
+        let log = self.site.run.join("lxc.log");
         let _ = fs::remove_file(&log);
         let mut command = self.tool(name)?;
+        if words.contains(&RESTORE)
+            && let Some(folder) = self.wrapper()?
+        {
+            self.site.programs.put_first(&mut command, &folder);
+        }
         command.args(words).arg("-o").arg(&log).args(["-l", "ERROR"]).stdout(Stdio::null()).stderr(Stdio::null());
         if let Some((option, folder)) = folder {
             command.arg(option).arg(folder);
@@ -102,39 +110,23 @@ impl LxcGuest {
         Err(format!("{name} failed: {}", if first.is_empty() { "it ended without a word" } else { &first }))
     }
 
-    fn first(&self) -> Outcome<Option<Process>> {
-        if !self.run.join(self.name.as_str()).exists() {
-            return Ok(None);
-        }
-        let mut command = self.tool("lxc-info")?;
-        let output = command.args(["-p", "-H"]).output().map_err(|error| format!("lxc-info cannot be run: {error}"))?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let pid = text.trim().parse::<u32>().ok().filter(|pid| *pid > 0);
-        Ok(pid.and_then(Process::of).filter(Process::is_alive))
-    }
-
-    fn running(&self, action: &'static str) -> Result<Process> {
-        let failed = self.failed(action);
-        self.first().map_err(&failed)?.ok_or_else(|| failed("it isn't running".to_owned()))
-    }
-
     /// Writes the container's configuration.
     fn configure(&self) -> Outcome<()> {
-        let folder = self.run.join(self.name.as_str());
+        let folder = self.site.run.join(self.site.name.as_str());
         fs::create_dir_all(&folder)
             .and_then(|()| fs::write(folder.join("config"), self.config()))
             .map_err(|error| format!("cannot write the container's configuration: {error}"))
     }
 
     fn config(&self) -> String {
-        let mut text = format!("lxc.rootfs.path = dir:{}\n", self.root.display());
-        let hostname = self.options.hostname.clone().unwrap_or_else(|| self.name.to_string());
+        let mut text = format!("lxc.rootfs.path = dir:{}\n", self.site.root.display());
+        let hostname = self.site.hostname();
         let mut put = |key: &str, value: &str| {
             // Writing to memory can't fail.
             let _ = writeln!(text, "{key} = {value}");
         };
         put("lxc.uts.name", &hostname);
-        match self.link() {
+        match self.site.link() {
             // A namespace of ours: LXC leaves it as it is.
             Some(link) => put("lxc.namespace.share.net", &link.namespace().display().to_string()),
             None => put("lxc.net.0.type", "empty"),
@@ -146,8 +138,8 @@ impl LxcGuest {
         if fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.starts_with('Y')) {
             put("lxc.apparmor.profile", "unconfined");
         }
-        put("lxc.init.cwd", &self.options.folder.display().to_string());
-        for (name, value) in self.options.environment() {
+        put("lxc.init.cwd", &self.site.options.folder.display().to_string());
+        for (name, value) in self.site.options.environment() {
             put("lxc.environment", &format!("{name}={value}"));
         }
         put("lxc.init.cmd", &self.command());
@@ -156,31 +148,18 @@ impl LxcGuest {
 
     /// The command as LXC splits it again, with its output sent to its log.
     fn command(&self) -> String {
-        let words: Vec<String> = self.options.command.iter().map(|word| quoted(word)).collect();
+        let words: Vec<String> = self.site.options.command.iter().map(|word| quoted_word(word)).collect();
         let words = words.join(" ");
-        let to = self.options.log.as_ref().map_or_else(|| "/dev/null".to_owned(), |log| log.display().to_string());
-        match &self.options.log {
+        let to = self.site.options.log.as_ref().map_or_else(|| "/dev/null".to_owned(), |log| log.display().to_string());
+        match &self.site.options.log {
             None => words,
-            Some(_) => format!("/bin/sh -c {}", quoted(&format!("exec {words} >>{} 2>&1", quoted(&to)))),
+            Some(_) => format!("/bin/sh -c {}", quoted_word(&format!("exec {words} >>{} 2>&1", quoted_word(&to)))),
         }
-    }
-
-    fn end(&self, action: &'static str) -> Result<()> {
-        let failed = self.failed(action);
-        if let Some(process) = self.first().map_err(&failed)? {
-            process.kill();
-            if !process.wait_gone(PATIENCE) {
-                return Err(failed(format!("process {} does not end", process.pid)));
-            }
-        }
-        self.wait_stopped().map_err(&failed)?;
-        let _ = fs::remove_file(self.dumped());
-        self.link().map_or(Ok(()), |link| link.remove().map_err(&failed))
     }
 
     /// Waits until LXC's monitor has ended too: until then a new container would be refused.
     fn wait_stopped(&self) -> Outcome<()> {
-        if !self.run.join(self.name.as_str()).exists() {
+        if !self.site.run.join(self.site.name.as_str()).exists() {
             return Ok(());
         }
         let mut state = String::new();
@@ -198,7 +177,7 @@ impl LxcGuest {
     /// LXC has CRIU write a log beside the state's files, which may be read-only. Every state of ours has a file of its name,
     /// over which one of the run folder is mounted for the while.
     fn with_log<T>(&self, from: &Path, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
-        let (log, there) = (self.run.join(RESTORE_LOG), from.join(RESTORE_LOG));
+        let (log, there) = (self.site.run.join(RESTORE_LOG), from.join(RESTORE_LOG));
         fs::write(&log, "").map_err(|error| format!("cannot write {}: {error}", log.display()))?;
         rustix::mount::mount_bind(&log, &there)
             .map_err(|error| format!("cannot mount over {}: {error}", there.display()))?;
@@ -207,12 +186,62 @@ impl LxcGuest {
         unmounted.map_err(|error| format!("cannot unmount {}: {error}", there.display()))?;
         outcome
     }
+}
 
-    fn restore_from(&self, from: &Path) -> Outcome<()> {
+impl Engine for Lxc {
+    fn site(&self) -> &Site {
+        &self.site
+    }
+
+    fn program(&self) -> (&'static str, &'static str) {
+        ("lxc-start", "lxc")
+    }
+
+    fn first(&self) -> Outcome<Option<Process>> {
+        if !self.site.run.join(self.site.name.as_str()).exists() {
+            return Ok(None);
+        }
+        let mut command = self.tool("lxc-info")?;
+        let output = command.args(["-p", "-H"]).output().map_err(|error| format!("lxc-info cannot be run: {error}"))?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let pid = text.trim().parse::<u32>().ok().filter(|pid| *pid > 0);
+        Ok(pid.and_then(Process::of).filter(Process::is_alive))
+    }
+
+    fn launch(&self) -> Outcome<()> {
+        self.configure().and_then(|()| self.call("lxc-start", &["-d"], None))
+    }
+
+    fn command(&self, argv: &[OsString]) -> Outcome<Command> {
+        let mut command = self.tool("lxc-attach")?;
+        command.arg("--clear-env").arg("--").args(argv);
+        Ok(command)
+    }
+
+    fn has_failed(&self, output: &Output) -> bool {
+        output.status.code() == Some(1) && output.stdout.is_empty() && complaint(output).contains("lxc-attach: ")
+    }
+
+    fn save(&self, into: &Path) -> Outcome<()> {
+        // The namespace is ours: it is neither saved nor made.
+        let network = match self.site.link() {
+            Some(link) => format!("external {}\n", external(&link.namespace())?),
+            None => String::new(),
+        };
+        self.set_criu(&network)?;
+        self.call("lxc-checkpoint", &["-s"], Some(("-D", into)))
+            .map_err(|error| with_criu(error, &into.join("dump.log")))?;
+        // No part of the state; but the other log's place is.
+        let _ = fs::remove_file(into.join("dump.log"));
+        fs::write(into.join(RESTORE_LOG), "").map_err(|error| format!("cannot write the state: {error}"))
+    }
+
+    fn load(&self, from: &Path, manner: Manner) -> Outcome<()> {
         self.configure()?;
         self.wait_stopped()?;
-        self.with_log(from, || self.call("lxc-checkpoint", &["-r"], Some(("-D", from))))
-            .map_err(|error| with_criu(error, &self.run.join(RESTORE_LOG)))?;
+        self.set_criu(if manner == Manner::Lazily { "lazy-pages\n" } else { "" })?;
+        self.with_log(from, || self.call("lxc-checkpoint", &[RESTORE], Some(("-D", from))))
+            .map_err(|error| with_criu(error, &self.site.run.join(RESTORE_LOG)))?;
         let mut found = None;
         wait_until(PATIENCE, || {
             found = self.first().ok().flatten();
@@ -220,136 +249,13 @@ impl LxcGuest {
         });
         found.map(|_| ()).ok_or_else(|| "LXC restored it, and it is gone".to_owned())
     }
-}
 
-impl Guest for LxcGuest {
-    fn preflight(&self, side: Side) -> Result<Vec<Obstacle>> {
-        let mut found = preflight::host(&self.programs, side);
-        found.extend(preflight::missing(&self.programs, "lxc-start", "lxc"));
-        if let Some(link) = self.link() {
-            found.extend(preflight::network(&self.programs, link.bridge(), link.has_bridge()));
-        }
-        if let (Side::Source, Ok(Some(process))) = (side, self.first()) {
-            found.extend(preflight::processes(&process.tree()));
-        }
-        Ok(found)
-    }
-
-    fn start(&self) -> Result<()> {
-        let failed = self.failed("start");
-        if self.status()?.activity != Activity::Absent {
-            return Err(failed("it runs already".to_owned()));
-        }
-        self.end("start")?;
-        if let Some(link) = self.link() {
-            link.make().map_err(&failed)?;
-        }
-        let started = self.configure().and_then(|()| self.call("lxc-start", &["-d"], None));
-        let linked = started.and_then(|()| self.link().map_or(Ok(()), |link| link.release()));
-        if linked.is_err() {
-            // The failure is what counts.
-            let _ = self.end("start");
-        }
-        linked.map_err(&failed)
-    }
-
-    fn stop(&self) -> Result<()> {
-        self.end("stop")
-    }
-
-    fn exec(&self, argv: &[OsString]) -> Result<ExecOutput> {
-        use std::os::unix::process::ExitStatusExt;
-        self.running("run a command in")?;
-        let failed = self.failed("run a command in");
-        let mut command = self.tool("lxc-attach").map_err(&failed)?;
-        command.arg("--clear-env").arg("--").args(argv);
-        let output = command.output().map_err(|error| failed(format!("lxc-attach cannot be run: {error}")))?;
-        if output.status.code() == Some(1) && output.stdout.is_empty() && complaint(&output).contains("lxc-attach: ") {
-            return Err(failed(complaint(&output)));
-        }
-        let code = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
-        Ok(ExecOutput { code, stdout: output.stdout, stderr: output.stderr })
-    }
-
-    fn status(&self) -> Result<Status> {
-        let process = self.first().map_err(self.failed("look at"))?;
-        let activity = match &process {
-            Some(_) => Activity::Running,
-            None if self.dumped().exists() => Activity::Frozen,
-            None => Activity::Absent,
-        };
-        let memory =
-            process.as_ref().map(|process| process.tree().iter().filter_map(|pid| status_bytes(*pid, "VmRSS")).sum());
-        Ok(Status { activity, pid: process.map(|process| process.pid), memory_bytes: memory })
-    }
-
-    fn scan(&self, into: &Path) -> Result<Written> {
-        let process = self.running("scan")?;
-        scan::tree(&process, into).map_err(self.failed("scan"))
-    }
-
-    fn dump(&self, into: &Path) -> Result<Written> {
-        let process = self.running("dump")?;
-        let failed = self.failed("dump");
-        if let Some(link) = self.link() {
-            link.hold().map_err(&failed)?;
-        }
-        let began = Instant::now();
-        let dumped = self.call("lxc-checkpoint", &["-s"], Some(("-D", into)));
-        let frozen = began.elapsed();
-        if let Err(error) = dumped {
-            if let Some(link) = self.link() {
-                link.release().map_err(&failed)?;
-            }
-            return Err(failed(with_criu(error, &into.join("dump.log"))));
-        }
-        // No part of the state; but the other log's place is.
-        let _ = fs::remove_file(into.join("dump.log"));
-        fs::write(into.join(RESTORE_LOG), "").map_err(|error| failed(format!("cannot write the state: {error}")))?;
-        fs::write(self.dumped(), into.as_os_str().as_encoded_bytes())
-            .map_err(|error| failed(format!("cannot note that it stands still: {error}")))?;
-        if !process.wait_gone(PATIENCE) {
-            return Err(failed("it was dumped and does not end".to_owned()));
-        }
-        let (memory_bytes, other_bytes) = state::sizes(into)?;
-        Ok(Written { memory_bytes, other_bytes, frozen })
-    }
-
-    fn resume(&self) -> Result<()> {
-        use std::os::unix::ffi::OsStringExt;
-        let failed = self.failed("resume");
-        if self.first().map_err(&failed)?.is_none() {
-            let from = fs::read(self.dumped()).map_err(|_| failed("there is nothing left of it".to_owned()))?;
-            self.restore_from(Path::new(&OsString::from_vec(from))).map_err(&failed)?;
-        }
-        let _ = fs::remove_file(self.dumped());
-        self.link().map_or(Ok(()), |link| link.release().map_err(&failed))
-    }
-
-    fn discard(&self) -> Result<()> {
-        self.end("discard")
-    }
-
-    fn restore(&self, from: &Path, _: Manner) -> Result<()> {
-        let failed = self.failed("restore");
-        if self.status()?.activity != Activity::Absent {
-            return Err(failed("it runs already".to_owned()));
-        }
-        self.end("restore")?;
-        if let Some(link) = self.link() {
-            link.make().map_err(&failed)?;
-        }
-        let restored = self.restore_from(from);
-        let linked = restored.and_then(|()| self.link().map_or(Ok(()), |link| link.release()));
-        if linked.is_err() {
-            // The failure is what counts.
-            let _ = self.end("restore");
-        }
-        linked.map_err(&failed)
+    fn settle(&self) -> Outcome<()> {
+        self.wait_stopped()
     }
 }
 
-fn quoted(word: &str) -> String {
+fn quoted_word(word: &str) -> String {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-+=:,@%".contains(&b);
     if !word.is_empty() && word.bytes().all(is_plain) {
         word.to_owned()

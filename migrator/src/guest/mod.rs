@@ -15,13 +15,18 @@
 //! All calls block.
 
 pub mod checkpoint;
+mod container;
 mod criu;
 mod drivers;
 pub mod fake;
 mod host;
 pub mod launch;
+mod lazy_pages;
 mod lxc;
+mod machine;
+mod mapped_ram;
 mod name;
+mod neighbours;
 mod network;
 mod oci;
 pub mod options;
@@ -35,6 +40,7 @@ mod qmp;
 mod records;
 mod scan;
 pub mod state;
+mod surroundings;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -47,6 +53,7 @@ pub use drivers::{DRIVERS, HostDrivers};
 pub use host::Host;
 pub use name::GuestName;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
+pub use surroundings::Surroundings;
 
 use crate::error::Result;
 
@@ -60,6 +67,8 @@ pub enum Side {
     Source,
     /// It is to be restored here.
     Destination,
+    /// It is to be restored here before all of its memory is.
+    PostCopy,
 }
 
 /// What is in the way, and how to get it out of the way.
@@ -121,6 +130,8 @@ pub struct Written {
     pub other_bytes: u64,
     /// How long the guest has stood still for it; none after a scan.
     pub frozen: Duration,
+    /// Whether its processes have ended with the dump: then it can be resumed only as long as the files are there.
+    pub has_ended: bool,
 }
 
 /// How a state comes to life.
@@ -129,7 +140,7 @@ pub struct Written {
 pub enum Manner {
     /// All of the memory is read first.
     Whole,
-    /// It runs at once, and memory is read when it is touched (post-copy). Drivers that can't do it do [`Manner::Whole`].
+    /// It runs at once, and memory is read when it is touched (post-copy). What it takes is asked for by [`Side::PostCopy`].
     Lazily,
 }
 
@@ -140,6 +151,12 @@ pub trait Guest: Send + Sync {
     /// # Errors
     /// If it can't be found out.
     fn preflight(&self, side: Side) -> Result<Vec<Obstacle>>;
+
+    /// What it runs on here, or would.
+    ///
+    /// # Errors
+    /// If it can't be found out.
+    fn surroundings(&self) -> Result<Surroundings>;
 
     /// Starts it anew on the root that [`Host::root`] names, which is mounted.
     ///

@@ -11,7 +11,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use super::GuestName;
+use super::neighbours;
 use super::options::Network;
 use super::programs::{Programs, run};
 
@@ -65,12 +69,30 @@ impl<'a> Tap<'a> {
         self.0.release()
     }
 
+    /// Tells the neighbours that the machine is here now. Its own bridge is told the way, which may still be another one; the
+    /// others hear it through the bridge.
+    pub fn announce(&self) {
+        let hardware = Network::hardware_text(self.0.hardware);
+        if let Some(bridge) = self.0.programs.find("bridge") {
+            let words = ["fdb", "replace", &hardware, "dev", self.name(), "master", "dynamic"];
+            if let Err(error) = run(Command::new(bridge).args(words).stdin(std::process::Stdio::null())) {
+                tracing::debug!(error, "a bridge wasn't told where a machine is");
+            }
+        }
+        self.0.announce_by(None, self.bridge());
+    }
+
     /// Removes it, if it is there.
     pub fn remove(&self) -> Result<(), String> {
         self.0.remove()
     }
 }
 
+/// The interface in the namespace.
+const INSIDE: &str = "eth0";
+/// The pauses before each word to the neighbours.
+const ANNOUNCEMENTS: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(200), Duration::from_millis(500)];
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
 
@@ -79,8 +101,8 @@ pub struct Link<'a> {
     programs: &'a Programs,
     bridge: &'a str,
     address: &'a str,
-    gateway: Option<std::net::IpAddr>,
-    hardware: String,
+    gateway: Option<IpAddr>,
+    hardware: [u8; 6],
     /// The name of the namespace and of the pair's outer end.
     name: String,
 }
@@ -96,7 +118,7 @@ impl<'a> Link<'a> {
             bridge,
             address,
             gateway: *gateway,
-            hardware: Network::hardware_address(guest),
+            hardware: Network::hardware_bytes(guest),
             name: format!("lg{}", &hash[..10]),
         })
     }
@@ -117,22 +139,9 @@ impl<'a> Link<'a> {
     }
 
     fn make_parts(&self) -> Result<(), String> {
-        let name = self.name.as_str();
+        let (name, hardware) = (self.name.as_str(), Network::hardware_text(self.hardware));
         self.ip(&["netns", "add", name])?;
-        self.ip(&[
-            "link",
-            "add",
-            name,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "address",
-            &self.hardware,
-            "netns",
-            name,
-        ])?;
+        self.ip(&["link", "add", name, "type", "veth", "peer", "name", "eth0", "address", &hardware, "netns", name])?;
         self.ip(&["link", "set", name, "master", self.bridge])?;
         let inside = |arguments: &[&str]| self.ip(&[&["-n", name], arguments].concat());
         inside(&["link", "set", "lo", "up"])?;
@@ -152,6 +161,26 @@ impl<'a> Link<'a> {
     /// Lets everything pass.
     pub fn release(&self) -> Result<(), String> {
         self.ip(&["link", "set", &self.name, "up"])
+    }
+
+    /// Tells the neighbours that the guest is here now, at once and some times after, as frames may be lost. Doesn't wait.
+    pub fn announce(&self) {
+        self.announce_by(Some(self.namespace()), INSIDE);
+    }
+
+    fn announce_by(&self, namespace: Option<PathBuf>, interface: &str) {
+        let Some(address) = self.address.split_once('/').and_then(|(address, _)| address.parse::<IpAddr>().ok()) else {
+            return;
+        };
+        let (hardware, interface) = (self.hardware, interface.to_owned());
+        std::thread::spawn(move || {
+            for pause in ANNOUNCEMENTS {
+                std::thread::sleep(pause);
+                if let Err(error) = neighbours::tell(namespace.as_deref(), &interface, hardware, address) {
+                    tracing::debug!(%address, %error, "the neighbours weren't told where a guest is");
+                }
+            }
+        });
     }
 
     /// A line for a shell that does [`Link::release`].

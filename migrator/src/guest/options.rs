@@ -77,10 +77,20 @@ impl Network {
 
     /// The guest's hardware address: the same on every host, so that its neighbours need not learn a new one.
     pub fn hardware_address(guest: &GuestName) -> String {
+        Network::hardware_text(Network::hardware_bytes(guest))
+    }
+
+    /// The same, as it stands in frames.
+    pub fn hardware_bytes(guest: &GuestName) -> [u8; 6] {
         let hash = blake3::hash(guest.as_str().as_bytes());
         let bytes = hash.as_bytes();
         // Locally administered, of one interface.
-        format!("02:{:02x}:{:02x}:{:02x}:{:02x}:{:02x}", bytes[0], bytes[1], bytes[2], bytes[3], bytes[4])
+        [2, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]]
+    }
+
+    /// A hardware address as people write it.
+    pub fn hardware_text(bytes: [u8; 6]) -> String {
+        bytes.map(|byte| format!("{byte:02x}")).join(":")
     }
 }
 

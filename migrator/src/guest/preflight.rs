@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use super::programs::Programs;
+use super::programs::{Programs, run};
 use super::{Obstacle, Side};
 
 const CAP_SYS_RESOURCE: u64 = 1 << 24;
@@ -19,6 +19,15 @@ pub(super) fn host(programs: &Programs, side: Side) -> Vec<Obstacle> {
         && let Err(reason) = programs.criu()
     {
         found.push(Obstacle::new(reason, SETUP));
+    }
+    if side == Side::PostCopy
+        && let Ok(criu) = programs.criu()
+    {
+        let mut command = programs.command(criu);
+        if let Err(reason) = run(command.args(["check", "--feature", "uffd-noncoop"])) {
+            let fix = "use a kernel with CONFIG_USERFAULTFD and a CRIU that knows it, or move without --postcopy";
+            found.push(Obstacle::new(format!("memory can't be read when it is touched: {reason}"), fix));
+        }
     }
     for (program, package) in [("ip", "iproute2"), ("nsenter", "util-linux")] {
         found.extend(missing(programs, program, package));

@@ -1,34 +1,26 @@
 //! The driver "process": a process tree in namespaces of its own on the mounted stack, dumped and restored by CRIU directly.
 //!
-//! What it keeps is in the run folder: the first process (`process.json`), and what [`Criu`] and [`Link`] have there.
+//! What it keeps is in the run folder: the first process (`process.json`), and what [`Criu`] has there.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
 
+use super::container::{PATIENCE, Site, exec_output, memory_bytes};
 use super::criu::Criu;
 use super::launch::{Orders, Start};
-use super::network::Link;
-use super::options::ContainerOptions;
-use super::processes::{Process, status_bytes};
+use super::processes::Process;
 use super::programs::Programs;
 use super::{
-    Activity, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Written, preflight, scan,
+    Activity, ExecOutput, Guest, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written, lazy_pages,
+    scan, state,
 };
 use crate::error::{Error, Result};
 
-/// How long a guest gets to end.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// A guest of this driver.
 pub struct ProcessGuest {
-    name: GuestName,
-    options: ContainerOptions,
-    programs: Arc<Programs>,
-    run: PathBuf,
-    root: PathBuf,
+    site: Site,
 }
 
 impl ProcessGuest {
@@ -37,18 +29,15 @@ impl ProcessGuest {
     /// # Errors
     /// [`layerfs::Error::Invalid`] for options that it doesn't know; those of [`Host::run_folder`].
     pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<ProcessGuest> {
-        let name = record.spec.name.clone();
-        let options = ContainerOptions::read(&record.spec.options)?;
-        let (run, root) = (host.run_folder(&name)?, host.root(&name));
-        Ok(ProcessGuest { name, options, programs, run, root })
+        Ok(ProcessGuest { site: Site::new(record, host, programs)? })
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(String) -> Error + '_ {
-        move |detail| Error::guest(action, &self.name, detail)
+        self.site.failed(action)
     }
 
     fn saved(&self) -> PathBuf {
-        self.run.join("process.json")
+        self.site.run.join("process.json")
     }
 
     fn first(&self) -> Option<Process> {
@@ -63,13 +52,9 @@ impl ProcessGuest {
         }
     }
 
-    fn link(&self) -> Option<Link<'_>> {
-        Link::of(&self.programs, &self.options.network, &self.name, &self.run)
-    }
-
     fn criu(&self) -> Criu<'_> {
-        let network = self.link().map(|link| link.namespace());
-        Criu { programs: &self.programs, run: &self.run, root: &self.root, network }
+        let network = self.site.link().map(|link| link.namespace());
+        Criu { programs: &self.site.programs, run: &self.site.run, root: &self.site.root, network }
     }
 
     fn keep(&self, action: &'static str, pid: u32) -> Result<()> {
@@ -93,46 +78,39 @@ impl ProcessGuest {
             }
             let _ = std::fs::remove_file(self.saved());
         }
-        if let Some(link) = self.link() {
-            link.remove().map_err(self.failed(action))?;
-        }
-        Ok(())
+        lazy_pages::stop(&self.site.run);
+        self.site.disconnect().map_err(self.failed(action))
     }
 }
 
 impl Guest for ProcessGuest {
     fn preflight(&self, side: Side) -> Result<Vec<Obstacle>> {
-        let mut found = preflight::host(&self.programs, side);
-        if let Some(link) = self.link() {
-            found.extend(preflight::network(&self.programs, link.bridge(), link.has_bridge()));
-        }
-        if let (Side::Source, Some(process)) = (side, self.first()) {
-            found.extend(preflight::processes(&process.tree()));
-        }
-        Ok(found)
+        Ok(self.site.preflight(side, self.first().as_ref()))
+    }
+
+    fn surroundings(&self) -> Result<Surroundings> {
+        Ok(Surroundings::of_processes())
     }
 
     fn start(&self) -> Result<()> {
         self.must_be_absent("start")?;
         let failed = self.failed("start");
-        if let Some(link) = self.link() {
-            link.make().map_err(&failed)?;
-        }
+        self.site.connect().map_err(&failed)?;
         let start = Start {
-            root: self.root.clone(),
-            command: self.options.command.clone(),
-            env: self.options.environment(),
-            folder: self.options.folder.clone(),
-            hostname: self.options.hostname.clone().unwrap_or_else(|| self.name.to_string()),
-            log: self.options.log.clone(),
-            network: self.link().map(|link| link.namespace()),
+            root: self.site.root.clone(),
+            command: self.site.options.command.clone(),
+            env: self.site.options.environment(),
+            folder: self.site.options.folder.clone(),
+            hostname: self.site.hostname(),
+            log: self.site.options.log.clone(),
+            network: self.site.link().map(|link| link.namespace()),
         };
-        let started = self
-            .programs
-            .obey(&Orders::Start(start))
-            .and_then(|said| said.trim().parse::<u32>().map_err(|_| format!("its launcher said {:?}", said.trim())));
+        let started =
+            self.site.programs.obey(&Orders::Start(start)).and_then(|said| {
+                said.trim().parse::<u32>().map_err(|_| format!("its launcher said {:?}", said.trim()))
+            });
         let kept = started.map_err(&failed).and_then(|pid| self.keep("start", pid));
-        let linked = kept.and_then(|()| self.link().map_or(Ok(()), |link| link.release().map_err(&failed)));
+        let linked = kept.and_then(|()| self.site.release().map_err(&failed));
         if linked.is_err() {
             // The failure is what counts.
             let _ = self.end("start");
@@ -149,18 +127,19 @@ impl Guest for ProcessGuest {
     }
 
     fn exec(&self, argv: &[OsString]) -> Result<ExecOutput> {
-        use std::os::unix::process::ExitStatusExt;
         let process = self.running("run a command in")?;
         let failed = self.failed("run a command in");
-        let enter =
-            self.programs.find("nsenter").ok_or_else(|| failed("there is no nsenter: install util-linux".into()))?;
+        let enter = self
+            .site
+            .programs
+            .find("nsenter")
+            .ok_or_else(|| failed("there is no nsenter: install util-linux".into()))?;
         let mut command = Command::new(enter);
         command.args(["--target", &process.pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--root"]);
         command.arg(format!("--wd=/proc/{}/root", process.pid)).arg("--").args(argv);
-        command.env_clear().envs(self.options.environment()).stdin(std::process::Stdio::null());
+        command.env_clear().envs(self.site.options.environment()).stdin(std::process::Stdio::null());
         let output = command.output().map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
-        let code = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
-        Ok(ExecOutput { code, stdout: output.stdout, stderr: output.stderr })
+        Ok(exec_output(output))
     }
 
     fn status(&self) -> Result<Status> {
@@ -168,8 +147,7 @@ impl Guest for ProcessGuest {
             return Ok(Status { activity: Activity::Absent, pid: None, memory_bytes: None });
         };
         let activity = if self.criu().is_held() { Activity::Frozen } else { Activity::Running };
-        let memory = process.tree().iter().filter_map(|pid| status_bytes(*pid, "VmRSS")).sum();
-        Ok(Status { activity, pid: Some(process.pid), memory_bytes: Some(memory) })
+        Ok(Status { activity, pid: Some(process.pid), memory_bytes: Some(memory_bytes(&process)) })
     }
 
     fn scan(&self, into: &Path) -> Result<Written> {
@@ -180,22 +158,17 @@ impl Guest for ProcessGuest {
     fn dump(&self, into: &Path) -> Result<Written> {
         let process = self.running("dump")?;
         let failed = self.failed("dump");
-        let link = self.link();
-        if let Some(link) = &link {
-            link.hold().map_err(&failed)?;
-        }
-        let dumped = self.criu().dump(process.pid, into);
-        let began = match dumped {
+        lazy_pages::wait(&self.site.run).map_err(&failed)?;
+        self.site.hold().map_err(&failed)?;
+        let began = match self.criu().dump(process.pid, into) {
             Ok(began) => began,
             Err(error) => {
-                if let Some(link) = &link {
-                    link.release().map_err(&failed)?;
-                }
+                self.site.release().map_err(&failed)?;
                 return Err(failed(error));
             }
         };
-        let (memory_bytes, other_bytes) = super::state::sizes(into)?;
-        Ok(Written { memory_bytes, other_bytes, frozen: began.elapsed() })
+        let (memory_bytes, other_bytes) = state::sizes(into)?;
+        Ok(Written { memory_bytes, other_bytes, frozen: began.elapsed(), has_ended: false })
     }
 
     fn resume(&self) -> Result<()> {
@@ -204,7 +177,7 @@ impl Guest for ProcessGuest {
         if self.first().is_none() {
             return Err(failed("there is nothing left of it".to_owned()));
         }
-        self.link().map_or(Ok(()), |link| link.release().map_err(&failed))
+        self.site.release().map_err(&failed)
     }
 
     fn discard(&self) -> Result<()> {
@@ -212,17 +185,14 @@ impl Guest for ProcessGuest {
         self.end("discard")
     }
 
-    fn restore(&self, from: &Path, _: Manner) -> Result<()> {
+    fn restore(&self, from: &Path, manner: Manner) -> Result<()> {
         self.must_be_absent("restore")?;
         let failed = self.failed("restore");
-        let link = self.link();
-        if let Some(link) = &link {
-            link.make().map_err(&failed)?;
-        }
-        let at_unlock = link.as_ref().map(Link::release_line);
-        let restored = self.criu().restore(from, at_unlock.as_deref()).map_err(&failed);
+        self.site.connect().map_err(&failed)?;
+        let at_unlock = self.site.link().map(|link| link.release_line());
+        let restored = self.criu().restore(from, manner, at_unlock.as_deref()).map_err(&failed);
         let kept = restored.and_then(|pid| self.keep("restore", pid));
-        let linked = kept.and_then(|()| link.as_ref().map_or(Ok(()), |link| link.release().map_err(&failed)));
+        let linked = kept.and_then(|()| self.site.release().map_err(&failed));
         if linked.is_err() {
             // The failure is what counts.
             let _ = self.end("restore");

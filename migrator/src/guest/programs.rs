@@ -85,6 +85,15 @@ impl Programs {
         command
     }
 
+    /// Lets `command` and its children find the programs in `folder` before all others.
+    pub fn put_first(&self, command: &mut Command, folder: &Path) {
+        let set = command.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
+        let others: Vec<PathBuf> = set.map(|path| std::env::split_paths(path).collect()).unwrap_or_default();
+        if let Ok(path) = std::env::join_paths(std::iter::once(folder.to_owned()).chain(others)) {
+            command.env("PATH", path);
+        }
+    }
+
     /// Has this program's hidden command `guest-launch` obey `orders`. Returns what it prints.
     ///
     /// # Errors

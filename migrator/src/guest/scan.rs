@@ -108,7 +108,7 @@ pub(super) fn tree(first: &Process, into: &Path) -> Result<Written, String> {
         }
     }
     let (memory_bytes, other_bytes) = state::sizes(into).map_err(|error| error.to_string())?;
-    Ok(Written { memory_bytes, other_bytes, frozen: Duration::ZERO })
+    Ok(Written { memory_bytes, other_bytes, frozen: Duration::ZERO, has_ended: false })
 }
 
 /// Memory that is shared, by its inode: mappings of it that don't overlap, by offset.

@@ -144,15 +144,17 @@ impl Destination {
                 vec![Step::AskLater]
             }
 
-            // Ours: it was released, and what was begun is finished. But an operator may have taken it back meanwhile.
+            // Ours: it was released, and what was begun is finished. But whoever begins anew asks first.
             (Phase::Committed, Event::Restarted) => vec![Step::AskLater],
             (Phase::Committed, Event::Told(Fate::Aborted) | Event::GiveUp) => {
                 self.is_giving_back = true;
                 vec![Step::Clear]
             }
-            (Phase::Committed, Event::Again) if self.is_giving_back => vec![Step::Clear],
+            (Phase::Committed, Event::Again | Event::Silence) if self.is_giving_back => vec![Step::Clear],
             (Phase::Committed, Event::Commit) if self.is_giving_back => vec![self.reply()],
-            (Phase::Committed, Event::Commit | Event::Told(_) | Event::Silence | Event::Again | Event::RunHere) => {
+            // Begun by an earlier run of this program, or given up by it: an operator may have taken it back at the source meanwhile.
+            (Phase::Committed, Event::Silence) => vec![Step::AskLater],
+            (Phase::Committed, Event::Commit | Event::Told(_) | Event::Again | Event::RunHere) => {
                 self.is_giving_back = false;
                 vec![Step::Restore]
             }
@@ -210,6 +212,18 @@ mod tests {
         for event in all.into_iter().chain(told) {
             let mut side = Destination::new(Phase::Staged, true);
             assert!(!side.on(event).contains(&Step::Restore), "{event:?}");
+        }
+    }
+
+    #[test]
+    fn a_committed_guest_isnt_restored_anew_without_the_sources_word_or_an_operators() {
+        for event in [Event::Restarted, Event::Silence] {
+            let mut side = Destination::new(Phase::Committed, true);
+            assert_eq!(side.on(event), [Step::AskLater], "{event:?}");
+        }
+        for event in [Event::Commit, Event::Told(Fate::Released), Event::RunHere] {
+            let mut side = Destination::new(Phase::Committed, true);
+            assert_eq!(side.on(event), [Step::Restore], "{event:?}");
         }
     }
 

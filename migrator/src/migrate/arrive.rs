@@ -9,7 +9,9 @@ use tokio::task::spawn_blocking;
 
 use super::{Arrival, HookPoint, Migrations, busy};
 use crate::error::{Error, Result};
-use crate::guest::{Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide};
+use crate::guest::{
+    Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide, Surroundings,
+};
 use crate::handover::destination::{Destination, Event, Found, Phase, Step};
 use crate::handover::journal::{Layers, Row, Side};
 use crate::handover::{Fate, MoveId};
@@ -141,7 +143,16 @@ impl Migrations {
         }
         let record = GuestRecord { epoch: prepare.epoch, ..GuestRecord::new(spec.clone()) };
         match self.0.drivers.guest(&record, self.0.host.clone()) {
-            Ok(guest) => found.extend(guest.preflight(GuestSide::Destination)?),
+            Ok(guest) => {
+                found.extend(guest.preflight(if prepare.post_copy {
+                    GuestSide::PostCopy
+                } else {
+                    GuestSide::Destination
+                })?);
+                // What isn't understood isn't compared: it may be of a later version.
+                let there: Surroundings = serde_json::from_str(&prepare.surroundings).unwrap_or_default();
+                found.extend(guest.surroundings()?.lacks(&there));
+            }
             Err(error) => found.push(Obstacle::new(error.to_string(), "use a driver that the destination has")),
         }
         Ok(found)

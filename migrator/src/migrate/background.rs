@@ -14,6 +14,8 @@ use crate::send::joined;
 
 /// What moves call the layers of a guest, after `guest/NAME/`.
 const PARTS: [&str; 5] = ["base", "instance", "state", "round-0", "round-1"];
+/// Those that count only as what the next move's are like.
+const PASSING: [&str; 3] = ["state", "round-0", "round-1"];
 /// How long one question in the background may take.
 const QUESTION: Duration = Duration::from_secs(5);
 /// So often in the time of a lease it is looked whether anything was heard.
@@ -44,8 +46,12 @@ impl Migrations {
     /// # Errors
     /// Those of the index.
     pub fn forget_layers(&self, guest: &crate::guest::GuestName) -> Result<()> {
+        self.forget_parts(guest, &PARTS)
+    }
+
+    fn forget_parts(&self, guest: &crate::guest::GuestName, parts: &[&str]) -> Result<()> {
         let store = self.0.guests.store();
-        for part in PARTS {
+        for part in parts {
             match store.remove_name(&guest.layer(part)?) {
                 Ok(_) | Err(layerfs::Error::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
@@ -54,18 +60,29 @@ impl Migrations {
         Ok(())
     }
 
-    /// Does so for guests that went away and whose last move began longer ago than `age`. Until then what they left makes
-    /// their way back short. Blocks.
+    /// Does so for guests that went away and whose last move began longer ago than `age`, and removes the states of those that
+    /// came. Until then what they left makes their way back short. Blocks.
     ///
     /// # Errors
     /// Those of the index.
     pub fn expire(&self, age: Duration) -> Result<()> {
         let rows = self.0.journal.list()?;
         let since = layerfs::attr::Time::now().seconds.saturating_sub_unsigned(age.as_secs());
-        for record in self.0.guests.list()?.iter().filter(|record| record.state == GuestState::Away) {
+        for record in self.0.guests.list()? {
             let name = &record.spec.name;
-            if rows.iter().all(|row| row.guest() != name || (row.is_ended() && row.began < since)) {
-                self.forget_layers(name)?;
+            let is_old = |row: &Row| row.guest() != name || (row.is_ended() && row.began < since);
+            match record.state {
+                GuestState::Away if rows.iter().all(is_old) => self.forget_parts(name, &PARTS)?,
+                // It has gone on from that state since, and its layers lie below its mount.
+                GuestState::Running if rows.iter().all(is_old) && rows.iter().any(|row| row.guest() == name) => {
+                    self.forget_parts(name, &PASSING)?;
+                    let state = name.layer("state")?;
+                    self.0.guests.update(name, |record| {
+                        record.state_layer.take_if(|layer| *layer == state);
+                        Ok(())
+                    })?;
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -134,7 +151,7 @@ impl Migrations {
         let row = joined(spawn_blocking(move || Ok(journal.get(id)?)).await)?;
         let Some(row) = row.filter(|row| !row.is_ended()) else { return Ok(true) };
         if matches!(row.side, Side::Source { .. }) && self.0.leaving.lock().contains(row.guest()) {
-            return Ok(true);
+            return Ok(false);
         }
         // Only those that are in doubt have something to ask; the others try again what failed.
         let asks =

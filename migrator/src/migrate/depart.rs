@@ -8,7 +8,7 @@ use super::control::{Control, Said};
 use super::{HookPoint, Migrations};
 use crate::error::{Error, Result, chain};
 use crate::guest::{Activity, Guest, GuestState, Manner};
-use crate::handover::journal::{Row, Side};
+use crate::handover::journal::{Layers, Row, Side};
 use crate::handover::source::{Event, Outcome, Phase, Source, Step};
 use crate::handover::{Fate, MoveId};
 use crate::wire::Message;
@@ -150,21 +150,31 @@ impl Migrations {
         self.0.drivers.guest(&self.0.guests.get(row.guest())?, self.0.host.clone())
     }
 
-    /// Lets it go on: from its frozen copy, or from its state if that died with the machine.
+    /// Lets it go on: from its frozen copy, or from its state if that can't, or died with the machine.
     fn resume(&self, row: &Row) -> Result<()> {
         let guest = self.guest_of(row)?;
         match guest.status()?.activity {
-            Activity::Running => Ok(()),
-            Activity::Frozen => guest.resume(),
-            Activity::Absent => {
-                let Some(layers) = row.layers else { return Ok(()) };
-                self.0.host.mount(row.guest(), layers.instance)?;
-                self.0.host.close_layer(row.guest())?;
-                let path = self.0.host.open_layer(row.guest(), layers.state)?;
-                guest.restore(&path, Manner::Whole)?;
-                self.0.host.close_layer(row.guest())
-            }
+            Activity::Running => guest.resume(),
+            Activity::Frozen => match (guest.resume(), row.layers) {
+                // It has never gone on: the state is as good as it was.
+                (Err(error), Some(layers)) if guest.status()?.activity == Activity::Frozen => {
+                    tracing::warn!(guest = %row.guest(), %error, "a frozen copy can't go on; its state is taken instead");
+                    guest.discard()?;
+                    self.take_back(row, layers, &*guest)
+                }
+                (resumed, _) => resumed,
+            },
+            Activity::Absent => row.layers.map_or(Ok(()), |layers| self.take_back(row, layers, &*guest)),
         }
+    }
+
+    /// Lets it go on from the layers that it was to move with.
+    fn take_back(&self, row: &Row, layers: Layers, guest: &dyn Guest) -> Result<()> {
+        self.0.host.mount(row.guest(), layers.instance)?;
+        self.0.host.close_layer(row.guest())?;
+        let path = self.0.host.open_layer(row.guest(), layers.state)?;
+        guest.restore(&path, Manner::Whole)?;
+        self.0.host.close_layer(row.guest())
     }
 
     /// Removes what is left of it here.
@@ -174,6 +184,8 @@ impl Migrations {
         if guest.status()?.activity != Activity::Absent {
             return Err(Error::guest("remove what is left of", row.guest(), "something of it is still here"));
         }
+        // One that came here by post-copy has kept its state open.
+        self.0.host.close_layer(row.guest())?;
         self.0.host.unmount(row.guest(), true)
     }
 

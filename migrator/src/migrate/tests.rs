@@ -17,7 +17,7 @@ use tokio::task::spawn_blocking;
 
 use super::*;
 use crate::guest::fake::{Call, DRIVER, FakeDrivers, FakeHost, When, World};
-use crate::guest::{GuestRecord, GuestSpec, GuestState};
+use crate::guest::{GuestRecord, GuestSpec, GuestState, Surroundings};
 use crate::peers::{Peer, PeerName, Rights};
 use crate::tests::pair::name as layer_name;
 use crate::{Listener, NodeOptions};

@@ -14,7 +14,7 @@ use crate::handover::{Fate, MoveId};
 use super::{
     Bundle, CHUNKS_TARGET_BYTES, HEADER_BYTES, Hello, MAX_ASK, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS,
     MAX_ERROR_TEXT, MAX_HINTS, MAX_LAYERS, MAX_NAMES, MAX_NUMBERED, MAX_OBSTACLE_TEXT, MAX_OBSTACLES, MAX_SPEC,
-    Message, Offer, OfferedLayer, Prepare,
+    MAX_SURROUNDINGS, Message, Offer, OfferedLayer, Prepare,
 };
 
 const HELLO: u8 = 0x01;
@@ -178,9 +178,11 @@ fn encode_prepare(prepare: &Prepare, out: &mut Vec<u8>) {
     put_move(PREPARE, &prepare.id, out);
     out.put_u64(prepare.epoch);
     let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
-    out.put_u8(flag(prepare.dry_run, FLAG_DRY_RUN) | flag(prepare.gives_back, FLAG_GIVES_BACK));
+    let post_copy = flag(prepare.post_copy, FLAG_LAZY);
+    out.put_u8(flag(prepare.dry_run, FLAG_DRY_RUN) | flag(prepare.gives_back, FLAG_GIVES_BACK) | post_copy);
     out.put_id(&prepare.stack.0);
     out.put_bytes16(prepare.spec.as_bytes());
+    out.put_bytes16(prepare.surroundings.as_bytes());
 }
 
 fn close(start: usize, out: &mut [u8]) {
@@ -290,7 +292,7 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         JOIN => Message::Join { token: token(reader)? },
         PART => Message::Part { number: reader.u64()? },
         GOT => Message::Got { frames: reader.u64()? },
-        PREPARE => Message::Prepare(decode_prepare(reader)?),
+        PREPARE => Message::Prepare(Box::new(decode_prepare(reader)?)),
         PREPARED => Message::Prepared { obstacles: list(reader, "obstacles", 0, MAX_OBSTACLES, decode_obstacle)? },
         STAGE => decode_stage(reader)?,
         COMMIT => Message::Commit { id: move_id(reader)? },
@@ -330,13 +332,15 @@ fn decode_obstacle(reader: &mut Reader<'_>) -> Result<Obstacle> {
 
 fn decode_prepare(reader: &mut Reader<'_>) -> Result<Prepare> {
     let (id, epoch, flags) = (move_id(reader)?, reader.u64()?, reader.u8()?);
-    if flags & !(FLAG_DRY_RUN | FLAG_GIVES_BACK) != 0 {
+    if flags & !(FLAG_DRY_RUN | FLAG_GIVES_BACK | FLAG_LAZY) != 0 {
         return Err(Error::Unsupported { what: "prepare", detail: format!("flags {flags:#04x}") });
     }
     let stack = LayerId(reader.id()?);
     let spec = decode_text(reader, "a guest's description", MAX_SPEC)?;
-    let (dry_run, gives_back) = (flags & FLAG_DRY_RUN != 0, flags & FLAG_GIVES_BACK != 0);
-    Ok(Prepare { id, epoch, dry_run, gives_back, stack, spec })
+    let surroundings = decode_text(reader, "what the source's host is like", MAX_SURROUNDINGS)?;
+    let has = |flag| flags & flag != 0;
+    let (dry_run, gives_back, post_copy) = (has(FLAG_DRY_RUN), has(FLAG_GIVES_BACK), has(FLAG_LAZY));
+    Ok(Prepare { id, epoch, dry_run, gives_back, post_copy, stack, spec, surroundings })
 }
 
 fn decode_stage(reader: &mut Reader<'_>) -> Result<Message> {

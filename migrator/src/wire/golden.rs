@@ -132,21 +132,24 @@ fn golden() -> Vec<(Message, &'static str)> {
         (Message::Part { number: 4 }, "09000000210400000000000000"),
         (Message::Got { frames: 3 }, "090000001c0300000000000000"),
         (
-            Message::Prepare(Prepare {
+            Message::Prepare(Box::new(Prepare {
                 id: MoveId([12; 16]),
                 epoch: 3,
                 dry_run: true,
                 gives_back: true,
+                post_copy: true,
                 stack: LayerId(id(1)),
                 spec: "{}".to_owned(),
-            }),
+                surroundings: "{ }".to_owned(),
+            })),
             concat!(
-                "3e00000030",
+                "4300000030",
                 "0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c",
                 "0300000000000000",
-                "0a",
+                "0e",
                 "0101010101010101010101010101010101010101010101010101010101010101",
                 "02007b7d",
+                "03007b207d",
             ),
         ),
         (Message::prepared(vec![Obstacle::new("a", "bc")]), "0a00000031010001006102006263"),

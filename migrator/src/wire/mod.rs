@@ -53,6 +53,8 @@ pub const MAX_WAITING: usize = 16;
 pub const MAX_ERROR_TEXT: usize = 2000;
 /// The most bytes of a guest's description in a [`Message::Prepare`].
 pub const MAX_SPEC: usize = 60_000;
+/// The most bytes of what the source's host is like in a [`Message::Prepare`].
+pub const MAX_SURROUNDINGS: usize = 8_000;
 /// The most obstacles in a [`Message::Prepared`].
 pub const MAX_OBSTACLES: usize = 64;
 /// The most bytes of an obstacle's text, and of its fix.
@@ -167,7 +169,7 @@ pub enum Message {
         changed: u16,
     },
     /// A guest is to move here. Answered by [`Message::Prepared`].
-    Prepare(Prepare),
+    Prepare(Box<Prepare>),
     /// What stands in the way of it; if nothing does, the guest is expected.
     Prepared {
         /// Up to [`MAX_OBSTACLES`].
@@ -221,10 +223,14 @@ pub struct Prepare {
     pub dry_run: bool,
     /// If it can't be restored, it goes back by itself.
     pub gives_back: bool,
+    /// It may run there before all of its memory is there.
+    pub post_copy: bool,
     /// The layer that its stack's name stands for at the source.
     pub stack: LayerId,
     /// Its [`crate::guest::GuestSpec`] as JSON.
     pub spec: String,
+    /// Its [`crate::guest::Surroundings`] at the source as JSON.
+    pub surroundings: String,
 }
 
 /// The first message of either side.

@@ -150,7 +150,7 @@ pub struct GuestCreate {
     /// How many processors a machine has [default: 1]
     #[arg(long, value_name = "N", help_heading = "Machines (driver qemu)")]
     pub cpus: Option<u32>,
-    /// What emulates a machine: tcg, which works everywhere, or kvm, which is fast [default: tcg]
+    /// What emulates a machine: tcg, which works everywhere, kvm, which is fast, or auto, the best that works [default: auto]
     #[arg(long, value_name = "WHAT", help_heading = "Machines (driver qemu)")]
     pub accel: Option<String>,
     /// The kernel that a machine boots, as a path in its layers [default: what is on its disk]

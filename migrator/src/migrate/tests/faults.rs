@@ -99,7 +99,7 @@ async fn either_side_may_die_at_every_write() {
 async fn in_doubt_nothing_starts_and_the_operator_decides() {
     // The source dies when it has released the guest, before it could say so.
     let mut two = Two::new().await;
-    two.a.faults().die_at(3, true);
+    two.a.faults().die_at(4, true);
     assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
     let (there, name) = (two.b.migrations.clone(), two.name.clone());
     assert!(there.open_move(&name).unwrap().is_in_doubt());
@@ -145,7 +145,7 @@ async fn a_lost_destination_leaves_the_source_frozen_until_it_is_told_to_go_on()
 async fn a_machine_that_dies_with_its_guest_restores_it_from_its_state() {
     // The destination refuses, and meanwhile the frozen copy is lost.
     let mut two = Two::new().await;
-    two.a.faults().die_at(3, true);
+    two.a.faults().die_at(4, true);
     assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
     let (there, name) = (two.b.migrations.clone(), two.name.clone());
     spawn_blocking(move || there.resolve(&name, Resolution::GiveUp)).await.unwrap().unwrap();
@@ -154,6 +154,37 @@ async fn a_machine_that_dies_with_its_guest_restores_it_from_its_state() {
     two.a.restart(&world).await;
     two.settle().await;
     assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_dies_before_the_release_goes_on_from_the_layers() {
+    // What the stop left is noted, and the machine dies with the frozen copy.
+    let mut two = Two::new().await;
+    two.a.faults().die_at(3, true);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    two.world.crash("a");
+    let world = two.world.clone();
+    two.a.restart(&world).await;
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_lacks_what_the_guest_may_use_is_found_before_anything_changes() {
+    let two = Two::new().await;
+    let with = |abilities: &[&str], kernel| Surroundings {
+        abilities: abilities.iter().map(|ability| (*ability).to_owned()).collect(),
+        kernel: Some(kernel),
+        ..Surroundings::default()
+    };
+    two.world.furnish("a", with(&["avx2", "avx512f"], (6, 18)));
+    two.world.furnish("b", with(&["avx2"], (6, 1)));
+    let error = two.migrate(false, MigrateOptions::default()).await.unwrap_err().to_string();
+    assert!(error.contains("avx512f") && error.contains("6.1"), "{error}");
+    assert_eq!((two.check(), two.b.state(&two.name)), ("a".to_owned(), None));
+    two.world.furnish("b", with(&["avx2", "avx512f", "amx_tile"], (6, 19)));
+    two.migrate(false, MigrateOptions::default()).await.unwrap();
+    assert_eq!(two.check(), "b");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -136,6 +136,13 @@ impl Host for DaemonHost {
         Ok(mount.seal(&options, &Silent)?.layer)
     }
 
+    fn fold(&self, guest: &GuestName, name: &LayerName, past: usize) -> Result<Option<LayerId>> {
+        let mount = self.daemon.mounts.at(&self.root(guest));
+        let mount = mount.ok_or_else(|| Error::NotFound { what: "mount of guest", name: guest.to_string() })?;
+        let squashed = mount.squash(past, std::slice::from_ref(name), &Silent)?;
+        Ok(squashed.map(|squashed| squashed.layer))
+    }
+
     fn unmount(&self, guest: &GuestName, discard: bool) -> Result<()> {
         self.unmount_dir(&self.root(guest))?;
         if discard && let Some(record) = upper::find(self.daemon.store.db(), &upper_name(guest)?)? {

@@ -1,0 +1,137 @@
+//! While the guest stands still: dump, pack, send, stage, and the destination's word.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use layerfs::LayerId;
+use layerfs::error::ErrorClass;
+use layerfs::monitor::check;
+use layerfs::store::Expect;
+
+use super::super::plan::Downtime;
+use super::super::report::Stage;
+use super::super::{Ahead, HookPoint};
+use super::Run;
+use super::copy::{Part, Scratch};
+use crate::error::{Error, Result};
+use crate::handover::Fate;
+use crate::handover::journal::Layers;
+use crate::handover::source::Event;
+use crate::wire::Message;
+
+impl Run<'_> {
+    /// From the stop to the destination's last word.
+    pub(super) fn hand_over(&mut self, lazily: bool) -> Result<()> {
+        let stopped = Instant::now();
+        let bytes_before = self.report.bytes;
+        let folder = self.me.0.host.scratch(self.name(), self.report.memory_bytes)?;
+        let guard = Scratch(&folder);
+        let written = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)))?;
+        let frozen = stopped.elapsed().saturating_sub(written.frozen);
+        let stopped = if written.frozen.is_zero() { stopped } else { stopped + frozen };
+        self.me.0.hooks.run(HookPoint::AfterStop, &self.row)?;
+        let (instance, state) = self.stage("pack", true, |run| Ok((run.pack(&folder)?, 0)))?;
+        // What has ended with its dump goes on from these files if nothing comes of the move.
+        let _guard = written.has_ended.then_some(guard);
+        self.row.layers = Some(Layers { instance, state, lazily });
+        self.stage("send", true, |run| {
+            let (me, row) = (run.me.clone(), run.row.clone());
+            // If this host dies, the guest goes on from the layers.
+            let noted = std::thread::spawn(move || me.write(&row));
+            let pushed = run.send(lazily);
+            // In any case: what is journalled next comes after this.
+            let panicked = |_| Err(Error::guest("journal", run.name(), "writing panicked"));
+            noted.join().unwrap_or_else(panicked)?;
+            Ok(((), pushed?))
+        })?;
+        self.stage("stage", true, |run| {
+            let message = Message::Stage { id: run.row.id, instance, state, lazily };
+            let patience = run.me.0.timing.frozen_patience;
+            let said = run.me.0.runtime.block_on(run.talk.control.fate(&message, patience))?;
+            match said.fate {
+                Fate::Staged => Ok(((), 0)),
+                _ => Err(Error::guest("prepare", run.name(), format!("{}: {}", run.peer.name, said.text))),
+            }
+        })?;
+        check(self.monitor.as_ref())?;
+        self.stage("restore", true, |run| run.depart(Event::Staged).map(|()| ((), 0)))?;
+        if let Some((at, said)) = self.talk.committed.take() {
+            self.split_restore(at, said.took);
+            if said.fate == Fate::Restored {
+                let seconds = at.duration_since(stopped).as_secs_f64();
+                self.report.downtime = Some(Downtime { seconds, bytes: self.report.bytes - bytes_before });
+            }
+        }
+        if lazily && self.report.downtime.is_some() {
+            self.rest(state);
+        }
+        Ok(())
+    }
+
+    /// Sends what the stop left; returns the bytes.
+    fn send(&mut self, lazily: bool) -> Result<u64> {
+        let (instance, state) = (self.name().layer("instance")?, self.name().layer("state")?);
+        let mut first = vec![instance];
+        if self.options.ahead == Ahead::Base {
+            first.push(self.row.spec.stack.clone());
+        }
+        if !lazily {
+            first.push(state);
+            return Ok(self.push("stopped", &first, true, false)?.bytes_sent);
+        }
+        let bytes = self.push("stopped", &first, true, false)?.bytes_sent;
+        Ok(bytes + self.push("stopped", &[state], true, true)?.bytes_sent)
+    }
+
+    /// What came after the destination's word wasn't downtime.
+    fn split_restore(&mut self, at: Instant, restored_in: Duration) {
+        let text = format!(
+            "of the last stage {:.2} s were the restore itself, at {}",
+            restored_in.as_secs_f64(),
+            self.peer.name
+        );
+        self.report.decisions.push(text);
+        self.report.restore_seconds = Some(restored_in.as_secs_f64());
+        let end = at.duration_since(self.began).as_secs_f64();
+        let Some(stage) = self.report.stages.last_mut() else { return };
+        let rest = (stage.at + stage.seconds - end).max(0.0);
+        stage.seconds -= rest;
+        let name = "clean up".to_owned();
+        self.report.stages.push(Stage { name, at: end, seconds: rest, bytes: 0, is_down: false });
+    }
+
+    /// Makes layers of what the stop left: the upper and the state, at the same time.
+    fn pack(&mut self, folder: &Path) -> Result<(LayerId, LayerId)> {
+        let (instance, state) = (self.name().layer("instance")?, self.name().layer("state")?);
+        let me = self.me;
+        let guest = self.name().clone();
+        std::thread::scope(|scope| {
+            let sealing = scope.spawn(|| {
+                let sealed = me.0.host.seal(&guest, &instance)?;
+                me.0.guests.store().set_name(&instance, sealed, Expect::Any)?;
+                Ok(sealed)
+            });
+            let imported = self.import(folder, &state);
+            let sealed = sealing.join().unwrap_or_else(|_| Err(Error::guest("seal", &guest, "sealing panicked")));
+            Ok((sealed?, imported?))
+        })
+    }
+
+    /// After post-copy: the memory that the guest hasn't asked for yet.
+    fn rest(&mut self, state: LayerId) {
+        let sent = self.stage("rest", false, |run| {
+            let (inner, label) = (run.monitor.clone(), "rest".to_owned());
+            let monitor = Arc::new(Part { inner, label, may_cancel: false });
+            let layers = [state];
+            let push = run.me.0.node.push_rest(&layers, run.peer.name.as_str(), monitor);
+            Ok(((), run.me.0.runtime.block_on(push)?.bytes_sent))
+        });
+        match sent {
+            Ok(()) => {}
+            // It fetched all of it meanwhile.
+            Err(error) if error.class() == ErrorClass::NotFound => {}
+            Err(error) => self.monitor.warn(&format!("the rest of the memory is fetched by the destination: {error}")),
+        }
+    }
+}
