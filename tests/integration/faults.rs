@@ -23,9 +23,9 @@ const PUSHES: u64 = 12;
 const MEGABITS: u32 = 200;
 /// Bytes of a push.
 const BYTES: u64 = 16 << 20;
-/// What may be under way at a fault and come again: queues and buffers of both sides and of the relay, frames that aren't
-/// confirmed, chunks that are being verified or lie in a pack's buffer.
-const IN_FLIGHT_BYTES: u64 = 4 << 20;
+/// What may be under way at a fault and come again: queues and buffers of both sides and of the relay, on each of several
+/// connections, frames that aren't confirmed, chunks that are being verified or lie in a pack's buffer.
+const IN_FLIGHT_BYTES: u64 = 6 << 20;
 const RELAY_PORT: u16 = 7500;
 const LONGEST_STALL: Duration = Duration::from_millis(700);
 

@@ -132,7 +132,8 @@ pub fn size(store: &Store, id: UpperId) -> Result<UpperSize> {
     let mut allocated_bytes = 0;
     if let Ok(files) = std::fs::read_dir(folder_path(store, id)) {
         use std::os::unix::fs::MetadataExt;
-        allocated_bytes = files.flatten().filter_map(|file| file.metadata().ok()).map(|stat| stat.blocks() * 512).sum();
+        let data = files.flatten().filter(|file| file.file_name() != opens::NAME);
+        allocated_bytes = data.filter_map(|file| file.metadata().ok()).map(|stat| stat.blocks() * 512).sum();
     }
     let (inodes, dentries) = (count(table::inode_prefix(id))?, count(table::dentry_prefix(id))?);
     Ok(UpperSize { inodes, dentries, allocated_bytes })

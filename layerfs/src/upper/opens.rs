@@ -16,7 +16,7 @@ use crate::codec::{Put, Reader};
 use crate::error::{Error, Result};
 use crate::id::Ino;
 
-const NAME: &str = "opens";
+pub(super) const NAME: &str = "opens";
 const RECORD_BYTES: usize = 32;
 const PASSED: u32 = 1;
 const MAPPED: u32 = 2;

@@ -15,7 +15,7 @@ use super::layers::Kind;
     layerctl mount debian /mnt\n  \
     layerctl mount debian /mnt --read-only\n  \
     layerctl mount app /srv/web --upper web         changes are kept under that name\n  \
-    layerctl mount app /srv/web --transport uring   fail rather than be slower where io_uring is not to be had\n  \
+    layerctl mount app /srv/web --transport uring   by io_uring, or not at all\n  \
     mount -t layerfs app /srv/web -o upper=web      the same through mount(8)")]
 pub struct Mount {
     /// A name, or at least eight digits of a layer's id

@@ -93,8 +93,11 @@ fn what_mounts_do_can_be_seen() {
     }
     let host = mounted_base();
     host.json(&["mount", "base", "mnt"]);
-    let written = host.path("mnt/written");
-    std::fs::write(&written, vec![1; 100_000]).unwrap();
+    // What is written to files of the upper's own is passed through, past the daemon; this one lies below.
+    let mut below = std::fs::OpenOptions::new().write(true).open(host.path("mnt/data.bin")).unwrap();
+    below.write_all(&[1; 100_000]).unwrap();
+    drop(below);
+    std::fs::File::create(host.path("mnt/made")).unwrap();
     let activity = host.json(&["mounts", "--rates"]);
     assert!(activity["uptime_seconds"].as_f64().unwrap() > 0.5 && activity["mounts"].as_array().unwrap().len() == 1);
     assert!(host.json(&["mounts", "--requests", "--longer", "1"])["requests"].as_array().unwrap().is_empty());

@@ -154,7 +154,13 @@ fn metrics(daemon: &Daemon) -> String {
     of_each(&mut out, "mount_read_bytes_total", "counter", "Bytes given to readers, past the kernel's caches.", |a| {
         a.read_bytes
     });
-    of_each(&mut out, "mount_written_bytes_total", "counter", "Bytes taken from writers.", |a| a.written_bytes);
+    of_each(
+        &mut out,
+        "mount_written_bytes_total",
+        "counter",
+        "Bytes taken from writers, but for files that are passed through.",
+        |a| a.written_bytes,
+    );
     of_each(&mut out, "mount_requests_running", "gauge", "Requests that are being answered.", |a| a.running);
     histograms(&mut out, &dirs, &mounts);
     out
