@@ -56,9 +56,6 @@ pub(super) struct Opens {
     shards: [Mutex<HashMap<Ino, Open>>; SHARDS],
     /// A seal has begun to drop what it took: no other data file may come into use.
     is_closed: AtomicBool,
-    /// Files that looked mapped when their last descriptor was closed. Whoever closes gives the file back a moment after we are
-    /// told, so they are looked at once more with the next closing.
-    doubtful: Mutex<Vec<Ino>>,
 }
 
 impl Opens {
@@ -210,35 +207,12 @@ impl Fs {
         {
             tracing::warn!(%ino, ?errno, "cannot drop the data file of a sealed file now");
         }
-        self.look_again(upper, ino);
         if !self.state.read().tables.is_unsaved(ino) {
             return;
         }
         let _gate = self.gate.read();
         if let Err(error) = upper.save(&mut self.state.write().tables, &[ino]) {
             tracing::warn!(%ino, %error, "cannot save the times of a file now");
-        }
-    }
-
-    /// Looks once more whether the files that seemed mapped are; not at `closed`, which has just been closed.
-    fn look_again(&self, upper: &Upper, closed: Ino) {
-        let doubtful: Vec<Ino> = self.opens.doubtful.lock().extract_if(.., |ino| *ino != closed).collect();
-        for ino in doubtful {
-            let sealed = {
-                let _gate = self.gate.read();
-                // Nobody opens it meanwhile.
-                let mut state = self.state.write();
-                match self.opens.get(ino) {
-                    Some(open) if open.record.count == 0 && upper.data().is_ours_alone(ino) => {
-                        self.strike_out(upper, &mut state, ino);
-                        open.sealed
-                    }
-                    _ => None,
-                }
-            };
-            if let Some(Err(errno)) = sealed.map(|sealed| self.drop_sealed(upper, ino, sealed)) {
-                tracing::warn!(%ino, ?errno, "cannot drop the data file of a sealed file now");
-            }
         }
     }
 
@@ -263,7 +237,6 @@ impl Fs {
                 return Closed { is_written_past_us: false, sealed };
             }
             record.is_mapped = true;
-            self.opens.doubtful.lock().push(ino);
         }
         upper.opens().put(open.slot, record);
         Closed { is_written_past_us: record.is_written_past_us(), sealed: None }
