@@ -11,35 +11,50 @@ use std::time::Duration;
 /// How often whoever waits should ask.
 pub const ASK_EVERY: Duration = Duration::from_millis(100);
 
-/// Tells whether nobody waits any more.
-type GivenUp = Rc<dyn Fn() -> bool>;
+/// Who waits for what a thread does.
+#[derive(Clone)]
+enum Waiter {
+    /// Whoever it is, he waits for ever.
+    Unknown,
+    /// The thread of this number.
+    Thread(u32),
+    /// Somebody until this says that nobody does any more.
+    Until(Rc<dyn Fn() -> bool>),
+}
 
 thread_local! {
-    static GIVEN_UP: RefCell<Option<GivenUp>> = const { RefCell::new(None) };
+    static WAITER: RefCell<Waiter> = const { RefCell::new(Waiter::Unknown) };
 }
 
 /// Does `work`, which is of no use any more once `is_given_up` says so.
 pub fn unless<T>(is_given_up: impl Fn() -> bool + 'static, work: impl FnOnce() -> T) -> T {
-    /// So that a panic doesn't leave it set.
-    struct Before(Option<GivenUp>);
-    impl Drop for Before {
-        fn drop(&mut self) {
-            GIVEN_UP.replace(self.0.take());
-        }
-    }
-    let _before = Before(GIVEN_UP.replace(Some(Rc::new(is_given_up))));
-    work()
+    waited_for_by(Waiter::Until(Rc::new(is_given_up)), work)
 }
 
 /// Does `work` on behalf of thread `caller`; 0 for one that isn't known, which is taken to wait for ever.
 pub fn on_behalf_of<T>(caller: u32, work: impl FnOnce() -> T) -> T {
-    unless(move || caller != 0 && is_dying(caller), work)
+    waited_for_by(if caller == 0 { Waiter::Unknown } else { Waiter::Thread(caller) }, work)
+}
+
+fn waited_for_by<T>(waiter: Waiter, work: impl FnOnce() -> T) -> T {
+    /// So that a panic doesn't leave it set.
+    struct Before(Waiter);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            WAITER.replace(std::mem::replace(&mut self.0, Waiter::Unknown));
+        }
+    }
+    let _before = Before(WAITER.replace(waiter));
+    work()
 }
 
 /// Whether nobody waits any more for what this thread does. May cost a file of /proc.
 pub fn is_given_up() -> bool {
-    let ask = GIVEN_UP.with_borrow(Clone::clone);
-    ask.is_some_and(|ask| ask())
+    match WAITER.with_borrow(Clone::clone) {
+        Waiter::Unknown => false,
+        Waiter::Thread(caller) => is_dying(caller),
+        Waiter::Until(is_given_up) => is_given_up(),
+    }
 }
 
 /// A signal that ends a process is a pending SIGKILL for each of its threads.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -74,19 +74,25 @@ fn reads_come_first() -> anyhow::Result<()> {
     hosts.b.ctl.ok(["trace", "remove", "--all"]).map(drop)
 }
 
-fn source_goes() -> anyhow::Result<()> {
+/// A layer that is mounted while most of it is still on its way, and whose source has just died; readers wait so long.
+fn without_source(timeout_seconds: u32) -> anyhow::Result<(TwoHosts, PathBuf)> {
     let mut hosts = TwoHosts::new()?;
     make(&hosts.a.path("tree"))?;
     hosts.a.import(&hosts.a.path("tree"), "tree", &[])?;
     hosts.b.stop()?;
     let config = hosts.b.ctl.store().with_extension("config").join("layerfs");
     fs::create_dir_all(&config)?;
-    fs::write(config.join("config.toml"), "lazy_timeout_seconds = 2\n")?;
+    fs::write(config.join("config.toml"), format!("lazy_timeout_seconds = {timeout_seconds}\n"))?;
     hosts.b.start(&[])?;
     hosts.link.shape(10)?;
     hosts.b.ctl.ok(["pull", "tree", "a", "--lazy"])?;
     let mounted = hosts.b.mount("tree", "mounted", &[])?;
     hosts.a.kill()?;
+    Ok((hosts, mounted))
+}
+
+fn source_goes() -> anyhow::Result<()> {
+    let (mut hosts, mounted) = without_source(2)?;
     let big = mounted.join("big");
     for _ in 0..2 {
         let error = fs::read(&big).err().context("the source is gone, and all of it can be read")?;
@@ -117,19 +123,8 @@ fn source_goes() -> anyhow::Result<()> {
 }
 
 fn killed_reader() -> anyhow::Result<()> {
-    let mut hosts = TwoHosts::new()?;
-    make(&hosts.a.path("tree"))?;
-    hosts.a.import(&hosts.a.path("tree"), "tree", &[])?;
-    hosts.b.stop()?;
-    let config = hosts.b.ctl.store().with_extension("config").join("layerfs");
-    fs::create_dir_all(&config)?;
     // Longer than any test may take: a reader that waits for it fails the test.
-    fs::write(config.join("config.toml"), "lazy_timeout_seconds = 3600\n")?;
-    hosts.b.start(&[])?;
-    hosts.link.shape(10)?;
-    hosts.b.ctl.ok(["pull", "tree", "a", "--lazy"])?;
-    let mounted = hosts.b.mount("tree", "mounted", &[])?;
-    hosts.a.kill()?;
+    let (hosts, mounted) = without_source(3600)?;
     let read = ["if=big", "of=/dev/null", "bs=1M"];
     let read_around_the_cache = ["if=big", "of=/dev/null", "bs=1M", "iflag=direct"];
     let write_a_byte = ["if=/dev/zero", "of=big", "bs=1", "count=1", "seek=11999000", "conv=notrunc"];

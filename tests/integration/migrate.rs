@@ -424,13 +424,18 @@ fn disk_full() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The destination's hook at `point` cuts the link.
+fn cut_at(moving: &Moving, point: &str) -> anyhow::Result<()> {
+    let end = &moving.hosts.link.b;
+    hook(&moving.hosts.b, point, &format!("ip -n {} link set {} down", end.namespace, end.interface))
+}
+
 /// The link is cut while it is staged: the source never hears that, and goes on; the destination learns it when the link is mended.
 fn cut_before() -> anyhow::Result<()> {
     let moving = Moving::zoo()?;
     let count = moving.passes(true, 3)?;
     let end = &moving.hosts.link.b;
-    let cut = format!("ip -n {} link set {} down", end.namespace, end.interface);
-    hook(&moving.hosts.b, "before-restore", &cut)?;
+    cut_at(&moving, "before-restore")?;
     let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?;
     ensure!(said.code != 0, "{said:?}");
     let count = moving.passes(true, count)?;
@@ -447,8 +452,7 @@ fn cut_after() -> anyhow::Result<()> {
     let moving = Moving::zoo()?;
     let count = moving.passes(true, 3)?;
     let end = &moving.hosts.link.b;
-    let cut = format!("ip -n {} link set {} down", end.namespace, end.interface);
-    hook(&moving.hosts.b, "after-restore", &cut)?;
+    cut_at(&moving, "after-restore")?;
     let ctl = moving.hosts.a.ctl.clone();
     let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
     let count = moving.passes(false, count)?;

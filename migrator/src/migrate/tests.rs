@@ -230,6 +230,13 @@ impl Two {
         }
     }
 
+    /// The machine of `a` dies with all that runs on it, and comes back; waits until neither side has anything left to do.
+    pub async fn reboot_a(&mut self) {
+        self.world.crash("a");
+        self.a.restart(&self.world).await;
+        self.settle().await;
+    }
+
     /// Nothing was ever wrong, and just one copy runs, which its records know. Returns where.
     pub fn check(&self) -> String {
         self.world.tick();

@@ -149,10 +149,7 @@ async fn a_machine_that_dies_with_its_guest_restores_it_from_its_state() {
     assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
     let (there, name) = (two.b.migrations.clone(), two.name.clone());
     spawn_blocking(move || there.resolve(&name, Resolution::GiveUp)).await.unwrap().unwrap();
-    two.world.crash("a");
-    let world = two.world.clone();
-    two.a.restart(&world).await;
-    two.settle().await;
+    two.reboot_a().await;
     assert_eq!(two.check(), "a");
 }
 
@@ -162,10 +159,7 @@ async fn a_machine_that_dies_before_the_release_goes_on_from_the_layers() {
     let mut two = Two::new().await;
     two.a.faults().die_at(3, true);
     assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
-    two.world.crash("a");
-    let world = two.world.clone();
-    two.a.restart(&world).await;
-    two.settle().await;
+    two.reboot_a().await;
     assert_eq!(two.check(), "a");
 }
 
