@@ -172,18 +172,23 @@ fn iperf(hosts: &TwoHosts, cell: &Cell, streams: u8) -> anyhow::Result<f64> {
     let address = hosts.b.end()?.address.clone();
     let arguments = ["-J", "-c", &address, "-P", &streams, "-t", &seconds];
     let started = Instant::now();
-    let text = loop {
-        match run_in(&hosts.a, "iperf3", &arguments) {
-            Ok(text) => break text,
+    // Its server takes a moment to listen; the client says so in its report.
+    let rate = loop {
+        let report = run_in(&hosts.a, "iperf3", &arguments).and_then(|text| rate_of(&text));
+        match report {
+            Ok(rate) => break rate,
             Err(error) if started.elapsed() > Duration::from_secs(20) => return Err(error),
             Err(_) => std::thread::sleep(Duration::from_millis(100)),
         }
     };
-    let value: serde_json::Value = serde_json::from_str(&text)?;
-    let rate = value["end"]["sum_received"]["bits_per_second"]
-        .as_f64()
-        .with_context(|| format!("iperf3 tells no rate: {}", value["error"]))?;
     Ok(rate / (cell.megabits as f64 * 1e6) * 100.0)
+}
+
+/// Bits per second, of iperf3's report.
+fn rate_of(report: &str) -> anyhow::Result<f64> {
+    let report: serde_json::Value = serde_json::from_str(report)?;
+    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    rate.with_context(|| format!("iperf3 tells no rate: {}", report["error"]))
 }
 
 /// rsync's daemon gets the same file, within twice the time that it should take.
