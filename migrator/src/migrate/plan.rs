@@ -11,6 +11,8 @@ pub const MAX_ROUNDS: usize = 12;
 /// A round has to shorten the downtime by so many seconds, or by this part of it, whichever is more.
 const WORTHWHILE_SECONDS: f64 = 0.02;
 const WORTHWHILE_PART: f64 = 0.05;
+/// A round that sends at least this part of what the one before has sent, or of what the link carries meanwhile, gains nothing.
+const SATURATED: f64 = 0.9;
 /// Reports that are learnt from.
 const LEARNT: usize = 5;
 
@@ -68,10 +70,25 @@ pub fn bytes_left(rounds: &[Round], now: f64) -> f64 {
     let Some(last) = rounds.last() else { return 0.0 };
     match dirty_rate(rounds) {
         // What changes again and again is sent once: it is never more than the whole memory.
-        Some(rate) => (rate * (now - last.at)).min(rounds[0].bytes.max(last.bytes) as f64),
+        Some(rate) => (rate * (now - last.at)).min(most(rounds)),
         // One round tells nothing of the rate: a tenth of it is a common guess.
         None => last.bytes as f64 * 0.1,
     }
+}
+
+/// The most that a round has sent, which is about what all of the memory takes.
+fn most(rounds: &[Round]) -> f64 {
+    rounds.iter().map(|round| round.bytes).max().unwrap_or_default() as f64
+}
+
+/// Whether memory changes about as fast as this link carries it, or faster. How much faster can't be seen: a round sends what has
+/// changed while the one before was sent, so it is never seen to send more in a time than the link carries.
+pub fn is_too_fast(rounds: &[Round], link: LinkSpeed) -> bool {
+    let [.., before, last] = rounds else { return false };
+    let is_telling = last.bytes as f64 / link.rate > WORTHWHILE_SECONDS;
+    let Some(rate) = dirty_rate(rounds) else { return false };
+    let stays = last.bytes as f64 > before.bytes as f64 * SATURATED && rate > link.rate / 2.0;
+    is_telling && (stays || rate > link.rate * SATURATED)
 }
 
 /// Whether another round is to be made.
@@ -88,7 +105,10 @@ pub fn another(rounds: &[Round], wanted: Rounds, link: LinkSpeed) -> bool {
                 return last.seconds() > 2.0 * WORTHWHILE_SECONDS;
             };
             let seconds = last.read_seconds + now / link.rate + 2.0 * link.round_trip;
-            let then = (rate * seconds).min(rounds[0].bytes as f64);
+            if is_too_fast(rounds, link) {
+                return false;
+            }
+            let then = (rate * seconds).min(most(rounds));
             let gained = (now - then) / link.rate;
             gained > WORTHWHILE_SECONDS.max(now / link.rate * WORTHWHILE_PART)
         }
@@ -213,6 +233,23 @@ mod tests {
     fn a_guest_that_is_faster_than_the_link_ends_soon() {
         assert!(run(330e6, 60e6, 0.4).len() <= 3);
         assert!(run(330e6, LINK.rate, 0.4).len() <= 3);
+    }
+
+    #[test]
+    fn one_that_is_about_as_fast_as_the_link_ends_soon_and_is_told_from_others() {
+        for part in [0.93, 0.97, 1.0, 1.5, 10.0] {
+            let rounds = run(16e6, LINK.rate * part, 0.05);
+            assert!(rounds.len() <= 3 && is_too_fast(&rounds, LINK), "{part}: {rounds:?}");
+        }
+        for part in [0.0, 0.1, 0.5, 0.7] {
+            let rounds = run(16e6, LINK.rate * part, 0.05);
+            assert!(!is_too_fast(&rounds, LINK), "{part}: {rounds:?}");
+        }
+        // The first round found most of it there; the others send all of the memory.
+        let round =
+            |at: f64, bytes: u64| Round { at, read_seconds: 0.05, send_seconds: 6.5, bytes, memory_bytes: 18 << 20 };
+        let slow = LinkSpeed { rate: 2.3e6, round_trip: 0.001 };
+        assert!(!another(&[round(0.0, 12_211_110), round(5.1, 15_354_687)], Rounds::Auto, slow));
     }
 
     #[test]

@@ -140,11 +140,16 @@ impl Run<'_> {
         let rounds = &self.report.rounds;
         let why = match (self.options.rounds, plan::dirty_rate(rounds)) {
             (Rounds::Exactly(_), _) => "as many rounds as were asked for".to_owned(),
-            (Rounds::Auto, Some(rate)) if rate > self.link().rate => format!(
-                "after round {}: memory changes faster ({}/s) than the link carries",
+            (Rounds::Auto, Some(rate)) if plan::is_too_fast(rounds, self.link()) => format!(
+                "after round {}: memory changes about as fast as the link carries, or faster (in a second {} went, and the link \
+                 carries {}); more rounds would send it again and again",
                 rounds.len(),
-                mebibytes(rate)
+                mebibytes(rate),
+                mebibytes(self.link().rate),
             ),
+            (Rounds::Auto, _) if rounds.len() == plan::MAX_ROUNDS => {
+                format!("after round {}: never more", rounds.len())
+            }
             (Rounds::Auto, _) => format!("after round {}: another would not make the downtime shorter", rounds.len()),
         };
         self.report.decisions.push(why);
