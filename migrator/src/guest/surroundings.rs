@@ -60,7 +60,7 @@ impl Surroundings {
                 "the destination's kernel ({}.{}) is older than the source's ({}.{})",
                 here.0, here.1, there.0, there.1
             );
-            found.push(Obstacle::new(what, format!("update it, or {ANEW}")));
+            found.push(Obstacle::new(what, format!("update it, or {ANEW}; {FORCE}")));
         }
         if let (Some(here), Some(there)) = (self.emulator, needed.emulator)
             && here < there
@@ -85,6 +85,9 @@ impl Surroundings {
 }
 
 const ANEW: &str = "begin it anew there: guest stop, guest checkpoint or push of its layers, guest start";
+
+const FORCE: &str = "--force-kernel moves it all the same: it may not be restored there, and then comes back, or its programs may fail \
+                     later, when they use what that kernel lacks";
 
 /// The first two numbers of a version.
 pub(super) fn version(text: &str) -> Option<(u32, u32)> {

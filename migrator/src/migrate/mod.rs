@@ -97,6 +97,8 @@ pub struct MigrateOptions {
     pub limit: Option<Rate>,
     /// If the destination can't restore it, it goes back by itself.
     pub gives_back: bool,
+    /// The destination's kernel isn't compared with this one.
+    pub any_kernel: bool,
     /// For how long the guest may ask not to be stopped.
     pub defer: Duration,
     /// How the network is used.
@@ -113,6 +115,7 @@ impl Default for MigrateOptions {
             dry_run: false,
             limit: None,
             gives_back: true,
+            any_kernel: false,
             defer: Duration::from_secs(30),
             paths: PathOptions::default(),
         }

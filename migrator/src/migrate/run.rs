@@ -145,7 +145,11 @@ impl Run<'_> {
         }
         let (id, epoch, stack) = (self.row.id, self.row.epoch, self.stack);
         let (gives_back, post_copy) = (self.options.gives_back, self.options.post_copy);
-        let surroundings = self.guest.surroundings()?;
+        let mut surroundings = self.guest.surroundings()?;
+        if self.options.any_kernel {
+            // What isn't known isn't compared.
+            surroundings.kernel = None;
+        }
         let surroundings = serde_json::to_string(&surroundings).unwrap_or_default();
         let prepare = Prepare { id, epoch, dry_run, gives_back, post_copy, stack, spec, surroundings };
         Ok(Message::Prepare(Box::new(prepare)))
@@ -207,6 +211,9 @@ impl Run<'_> {
 
     /// From here on there is something to be taken back.
     fn begin_move(&mut self) -> Result<()> {
+        if self.options.any_kernel {
+            self.report.decisions.push("the destination's kernel was not compared, as was asked for".to_owned());
+        }
         self.me.write(&self.row)?;
         let obstacles = self.ask_to_prepare(false)?;
         if obstacles.is_empty() {

@@ -48,6 +48,9 @@ pub struct MigrateRequest {
     /// A guest that can't be restored stays at the destination.
     #[serde(default)]
     pub no_give_back: bool,
+    /// The peer's kernel may be older than this host's.
+    #[serde(default)]
+    pub force_kernel: bool,
     /// For how many seconds the guest may ask to wait.
     #[serde(default)]
     pub defer: Option<u64>,

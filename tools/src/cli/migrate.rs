@@ -53,6 +53,10 @@ pub struct Migrate {
     /// If the peer can't restore it, leave it there for its operator to try again, instead of running it here again
     #[arg(long)]
     pub no_give_back: bool,
+    /// Move it to a peer with an older kernel all the same. It may not be restored there, and then comes back; or its programs fail
+    /// later, when they use what that kernel lacks
+    #[arg(long)]
+    pub force_kernel: bool,
     /// For how long the guest may ask to wait
     #[arg(long, value_name = "TIME", value_parser = time, default_value = "30s")]
     pub defer: u64,

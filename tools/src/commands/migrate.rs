@@ -29,6 +29,7 @@ pub fn migrate(session: &Session, args: args::Migrate) -> Result<()> {
         dry_run: args.dry_run,
         limit: args.limit.map(|rate| rate.0),
         no_give_back: args.no_give_back,
+        force_kernel: args.force_kernel,
         defer: Some(args.defer),
     };
     let report: Report = session.work("migrate", &request, &label)?;

@@ -117,6 +117,7 @@ pub fn migrate(context: &Context, request: MigrateRequest) -> Result<Report> {
         dry_run: request.dry_run,
         limit: rate(request.limit.unwrap_or(0))?,
         gives_back: !request.no_give_back,
+        any_kernel: request.force_kernel,
         defer: request.defer.map_or(MigrateOptions::default().defer, Duration::from_secs),
         ..MigrateOptions::default()
     };
