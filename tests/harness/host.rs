@@ -28,11 +28,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `layerctl daemon --foreground …` and waits until its socket answers.
-    fn start(ctl: &Ctl, log: &Path, args: &[&str]) -> anyhow::Result<Daemon> {
+    /// Starts `layerctl daemon --foreground …`, perhaps by another program, and waits until its socket answers.
+    fn start(ctl: &Ctl, log: &Path, by: &[&str], args: &[&str]) -> anyhow::Result<Daemon> {
         let all = ["daemon", "--foreground"].iter().chain(args);
         let file = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
-        let mut command = ctl.command(all);
+        let mut command = started_by(by, ctl.command(all));
         command.stdout(file.try_clone()?).stderr(file).stdin(Stdio::null());
         let mut daemon = Daemon {
             child: command.spawn().with_context(|| format!("cannot start {command:?}"))?,
@@ -78,6 +78,20 @@ impl Daemon {
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
+}
+
+/// `command` as the last words of `by`.
+fn started_by(by: &[&str], command: Command) -> Command {
+    let Some((first, rest)) = by.split_first() else { return command };
+    let mut whole = Command::new(first);
+    whole.args(rest).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => whole.env(name, value),
+            None => whole.env_remove(name),
+        };
+    }
+    whole
 }
 
 /// The most memory that process `pid` ever held, in bytes.
@@ -138,6 +152,11 @@ impl Host {
 
     /// The same, with a keeper, which holds the mounts of a daemon that is killed and starts another.
     pub fn start_kept(&mut self, args: &[&str]) -> anyhow::Result<()> {
+        self.start_by(&[], args)
+    }
+
+    /// The same by a program that becomes it, with these words in front.
+    pub fn start_by(&mut self, by: &[&str], args: &[&str]) -> anyhow::Result<()> {
         ensure!(self.daemon.is_none(), "the daemon runs already");
         let listen = self.listen.clone().or_else(|| self.end.as_ref().map(|end| format!("{}:{PORT}", end.address)));
         let mut all = Vec::new();
@@ -145,7 +164,7 @@ impl Host {
             all.extend(["--listen", listen]);
         }
         all.extend(args);
-        self.daemon = Some(Daemon::start(&self.ctl, &self.folder.path().join("daemon.log"), &all)?);
+        self.daemon = Some(Daemon::start(&self.ctl, &self.folder.path().join("daemon.log"), by, &all)?);
         Ok(())
     }
 
