@@ -26,7 +26,7 @@ help:
 	@echo 'make demo       two hosts, three layers, a push: the whole story in a few minutes'
 	@echo 'make test       every test; those that cannot run here say why'
 	@echo 'make faults     1,000 transfers over links on which everything goes wrong, 200 between daemons that are killed'
-	@echo 'make migrations 50 moves of a guest to and fro, and one of a guest with 330 MB in use; says how long each stood still'
+	@echo 'make migrations 50 moves of a guest to and fro, some by runc, LXC and QEMU, and a guest that rewrites 330 MB: what is left, how long each stood still, and how well that was foretold (MOVES="process memory" for some)'
 	@echo 'make suites     pjdfstest, fsx, fsstress, unionmount and LTP on a mount, beside the same on the host (SUITES="pjd fsx" for some)'
 	@echo 'make torture    databases, git, packages and a build on a mount whose daemon is killed every few seconds (TORTURE="sqlite git" for some)'
 	@echo 'make bench      measure against restic, borg, casync, tar and rsync; writes bench.json'
@@ -61,8 +61,8 @@ torture: build
 	LAYERCTL=$(LAYERCTL) scripts/torture $(TORTURE)
 
 migrations: build
-	LAYERFS_MIGRATIONS=50 cargo test $(CARGO_FLAGS) -p layerfs-tests --test integration -- --nocapture migrate::nothing_is_left_behind
-	LAYERFS_MEMORY=330 cargo test $(CARGO_FLAGS) -p layerfs-tests --test integration -- --nocapture migrate::memory_in_use
+	@scripts/setup test || true
+	scripts/migrations $(MOVES)
 
 bench: build
 	@scripts/setup bench || true

@@ -1,7 +1,7 @@
 //! A guest that moves to a host in another subnet, led along by the hook `follow`: a client's connection goes on.
 
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::ensure;
@@ -24,7 +24,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A router between the subnets of both hosts. Dropping it removes it.
-struct Router(String);
+pub struct Router(pub String);
 
 impl Drop for Router {
     fn drop(&mut self) {
@@ -32,13 +32,13 @@ impl Drop for Router {
     }
 }
 
-fn ip(words: &str) -> anyhow::Result<()> {
+pub fn ip(words: &str) -> anyhow::Result<()> {
     case::output_of(Command::new("ip").args(words.split(' '))).map(drop)
 }
 
 impl Router {
     /// Between the hosts of `link`, which can't reach each other in another way.
-    fn new(link: &Link) -> anyhow::Result<Router> {
+    pub fn new(link: &Link) -> anyhow::Result<Router> {
         let router = Router(format!("{}r", link.a.namespace));
         let name = &router.0;
         ip(&format!("netns add {name}"))?;
@@ -57,9 +57,14 @@ impl Router {
     }
 }
 
+/// The hook, as a program.
+pub fn hook() -> anyhow::Result<PathBuf> {
+    Ok(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/hooks/follow").canonicalize()?)
+}
+
 /// The hook at all of its points, as an operator sets it up, with this program on its path.
-fn install(host: &Host) -> anyhow::Result<()> {
-    let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/hooks/follow").canonicalize()?;
+pub fn install(host: &Host) -> anyhow::Result<()> {
+    let hook = hook()?;
     let folder = host.ctl.store().join("hooks");
     std::fs::create_dir_all(&folder)?;
     for point in POINTS {
@@ -68,7 +73,7 @@ fn install(host: &Host) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn tunnels(host: &Host) -> anyhow::Result<usize> {
+pub fn tunnels(host: &Host) -> anyhow::Result<usize> {
     Ok(run_in(host, "ip", &["-o", "link", "show", "type", "vxlan"])?.lines().count())
 }
 

@@ -15,11 +15,15 @@ mod guests;
 mod judges;
 mod lazy;
 mod migrate;
+mod moves;
+mod mptcp;
 mod outlive;
+mod partial;
 mod paths;
 mod push;
 mod ranges;
 mod registry;
+mod rollback;
 mod roundtrip;
 mod ssh;
 mod template;
@@ -48,7 +52,11 @@ fn main() -> std::process::ExitCode {
         guests::cases(),
         drivers::cases(),
         migrate::cases(),
+        moves::cases(),
+        rollback::cases(),
         follow::cases(),
+        mptcp::cases(),
+        partial::cases(),
         outlive::cases(),
         ranges::cases(),
         template::cases(),

@@ -1,0 +1,160 @@
+//! A guest that goes back while a client sends to it without a pause: what it has acknowledged is answered, once and in order.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use layerfs_tests::case::Case;
+use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
+use layerfs_tests::fixtures;
+use layerfs_tests::host::Host;
+use layerfs_tests::network::inside;
+
+use crate::migrate::{ADDRESS, GUEST, Moving, NETWORK, PATIENCE, connect_bridges, hook};
+
+/// The cases.
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("rollback::process_loses_no_packet", &[Root, Fuse, Namespaces, Tool("cc"), Criu], || {
+            container("process")
+        }),
+        Case::new(
+            "rollback::oci_loses_no_packet",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
+            || container("oci"),
+        ),
+        Case::new(
+            "rollback::lxc_loses_no_packet",
+            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
+            || container("lxc"),
+        ),
+        Case::new(
+            "rollback::qemu_loses_no_packet",
+            &[Root, Fuse, Namespaces, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
+            machine,
+        ),
+    ]
+}
+
+/// A client that sends lines as fast as they go, and checks that each is answered once, in order.
+pub struct Stream {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    answered: Arc<AtomicU64>,
+    sender: JoinHandle<anyhow::Result<()>>,
+    reader: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Stream {
+    /// Connects from `host` to a service that numbers lines.
+    pub fn start(host: &Host, address: &str) -> anyhow::Result<Stream> {
+        let began = Instant::now();
+        let stream = loop {
+            match inside(host.end()?, || TcpStream::connect(address)) {
+                Ok(stream) => break stream,
+                Err(error) => ensure!(began.elapsed() < PATIENCE, "the guest doesn't answer: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        Stream::over(stream)
+    }
+
+    /// The same over a connection that is there.
+    pub fn over(stream: TcpStream) -> anyhow::Result<Stream> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (sent, answered) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (stopped, count, mut out) = (stop.clone(), sent.clone(), stream.try_clone()?);
+        let sender = std::thread::spawn(move || {
+            let mut number = 0u64;
+            while !stopped.load(SeqCst) {
+                number += 1;
+                out.write_all(format!("line {number}\n").as_bytes()).context("the guest takes nothing")?;
+                count.store(number, SeqCst);
+            }
+            out.shutdown(Shutdown::Write)?;
+            Ok(())
+        });
+        let count = answered.clone();
+        let reader = std::thread::spawn(move || {
+            let mut lines = BufReader::new(stream);
+            let mut answer = String::new();
+            for number in 1u64.. {
+                answer.clear();
+                if lines.read_line(&mut answer).with_context(|| format!("line {number} isn't answered"))? == 0 {
+                    break;
+                }
+                ensure!(answer == format!("{number} line {number}\n"), "line {number} was answered by {answer:?}");
+                count.store(number, SeqCst);
+            }
+            Ok(())
+        });
+        Ok(Stream { stop, sent, answered, sender, reader })
+    }
+
+    /// Waits for `more` answers.
+    pub fn hears(&self, more: u64) -> anyhow::Result<()> {
+        let (began, until) = (Instant::now(), self.answered.load(SeqCst) + more);
+        while self.answered.load(SeqCst) < until {
+            ensure!(!self.reader.is_finished() && !self.sender.is_finished(), "the client has lost its connection");
+            ensure!(began.elapsed() < PATIENCE, "the client hears nothing");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Ends it; fails if anything that was sent isn't answered. Returns how much that was.
+    pub fn end(self) -> anyhow::Result<u64> {
+        self.stop.store(true, SeqCst);
+        let panicked = |_| anyhow::anyhow!("the client panicked");
+        self.sender.join().map_err(panicked)??;
+        self.reader.join().map_err(panicked)??;
+        let (sent, answered) = (self.sent.load(SeqCst), self.answered.load(SeqCst));
+        ensure!(sent == answered, "{sent} lines were sent, {answered} answered");
+        Ok(sent)
+    }
+}
+
+fn container(driver: &str) -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    connect_bridges(&moving.hosts)?;
+    let options = ["--network", NETWORK, "--", "/bin/echo", "7777"];
+    moving.start(driver, &["echo"], &options)?;
+    let root = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/bin/echo");
+    // The destination refuses it before the release; then it can't restore it, after that.
+    goes_back(&moving, &["exit 3", &format!("rm {}", root.display())])
+}
+
+fn machine() -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    connect_bridges(&moving.hosts)?;
+    fixtures::machine(&moving.hosts.a.path("tree"))?;
+    let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append"];
+    let append = "console=ttyS0 quiet panic=-1 address=10.77.0.2";
+    let options = ["--memory", "192M", "--network", NETWORK];
+    moving.start("qemu", &[], &[&options[..], &boot, &[append]].concat())?;
+    let root = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/vmlinuz");
+    goes_back(&moving, &["exit 3", &format!("rm {}", root.display())])
+}
+
+/// Tries to move it with each of these scripts in the way at the destination, and then with none.
+fn goes_back(moving: &Moving, scripts: &[&str]) -> anyhow::Result<()> {
+    let client = Stream::start(&moving.hosts.a, ADDRESS)?;
+    client.hears(1000)?;
+    for script in scripts {
+        hook(&moving.hosts.b, "before-restore", script)?;
+        let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+        ensure!(said.contains("runs on here") || said.contains("runs here again"), "{script}: {said}");
+        client.hears(1000).with_context(|| format!("after {script}"))?;
+    }
+    std::fs::remove_file(moving.hosts.b.ctl.store().join("hooks/before-restore"))?;
+    let report = moving.migrate(false, &[])?;
+    ensure!(report["outcome"] == "moved", "{report}");
+    client.hears(1000)?;
+    client.end().map(drop)
+}
