@@ -25,6 +25,8 @@ const SEEN: usize = 5;
 const MOST_LAYERS: u64 = 12;
 /// A daemon may have so many files more open than at first.
 const SOME_FILES: usize = 24;
+/// A move that takes so many seconds has its stages shown.
+const SLOW: f64 = 5.0;
 /// So many moves at each end are compared.
 const SOME_MOVES: usize = 10;
 
@@ -89,8 +91,8 @@ impl<'a> Ledger<'a> {
             "turn {turn}: took {:.2} s, {} bytes, stood still for {:.3} s, predicted {:.3} s",
             done.seconds, done.bytes, done.downtime, done.predicted
         );
-        if !is_near(&done) {
-            eprintln!("  missed: {}; {}", stages(&report), report["link"]);
+        if !is_near(&done) || done.seconds > SLOW {
+            eprintln!("  {}; {}", stages(&report), report["link"]);
         }
         self.turns.push(done);
         self.note(to_first)?;

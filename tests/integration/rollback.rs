@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Shutdown, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread::JoinHandle;
@@ -126,8 +127,7 @@ fn container(driver: &str) -> anyhow::Result<()> {
     let options = ["--network", NETWORK, "--", "/bin/echo", "7777"];
     moving.start(driver, &["echo"], &options)?;
     let root = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/bin/echo");
-    // The destination refuses it before the release; then it can't restore it, after that.
-    goes_back(&moving, &["exit 3", &format!("rm {}", root.display())])
+    goes_back(&moving, &root)
 }
 
 fn machine() -> anyhow::Result<()> {
@@ -139,20 +139,29 @@ fn machine() -> anyhow::Result<()> {
     let options = ["--memory", "192M", "--network", NETWORK];
     moving.start("qemu", &[], &[&options[..], &boot, &[append]].concat())?;
     let root = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/vmlinuz");
-    goes_back(&moving, &["exit 3", &format!("rm {}", root.display())])
+    goes_back(&moving, &root)
 }
 
-/// Tries to move it with each of these scripts in the way at the destination, and then with none.
-fn goes_back(moving: &Moving, scripts: &[&str]) -> anyhow::Result<()> {
-    let client = Stream::start(&moving.hosts.a, ADDRESS)?;
+/// Tries to move it with something in the way at one point after the other, and then with nothing. It can't be restored without
+/// the file `needed`.
+fn goes_back(moving: &Moving, needed: &Path) -> anyhow::Result<()> {
+    let (a, b) = (&moving.hosts.a, &moving.hosts.b);
+    let remove = format!("rm {}", needed.display());
+    let client = Stream::start(a, ADDRESS)?;
     client.hears(1000)?;
-    for script in scripts {
-        hook(&moving.hosts.b, "before-restore", script)?;
+    // Before anything of it is stored here; before the release; and after that.
+    for (host, point, script) in
+        [(a, "after-stop", "exit 3"), (b, "before-restore", "exit 3"), (b, "before-restore", &remove)]
+    {
+        hook(host, point, script)?;
         let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
         ensure!(said.contains("runs on here") || said.contains("runs here again"), "{script}: {said}");
         client.hears(1000).with_context(|| format!("after {script}"))?;
+        // From what is there, not from what was stored.
+        let log = moving.hosts.a.daemon.as_ref().context("no daemon")?.log_text();
+        ensure!(!log.contains("a frozen copy can't go on"), "{script}: {log}");
+        std::fs::remove_file(host.ctl.store().join("hooks").join(point))?;
     }
-    std::fs::remove_file(moving.hosts.b.ctl.store().join("hooks/before-restore"))?;
     let report = moving.migrate(false, &[])?;
     ensure!(report["outcome"] == "moved", "{report}");
     client.hears(1000)?;

@@ -10,6 +10,7 @@ use layerfs::LayerId;
 use layerfs::error::ErrorClass;
 use layerfs::monitor::{Monitor, check};
 
+use self::copy::Scratch;
 use super::depart::Talk;
 use super::plan::Learnt;
 use super::report::{self, Report, Stage};
@@ -79,6 +80,7 @@ impl Migrations {
             report,
             began: Instant::now(),
             learnt: Learnt::default(),
+            kept: None,
         };
         run.all()
     }
@@ -98,6 +100,8 @@ struct Run<'a> {
     report: Report,
     began: Instant,
     learnt: Learnt,
+    /// The files that a guest which ended with its dump goes on from, if it comes back: they go with this.
+    kept: Option<Scratch>,
 }
 
 impl Run<'_> {

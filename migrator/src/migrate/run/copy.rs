@@ -1,6 +1,6 @@
 //! What goes over while the guest runs: layers, rounds of memory, and the decision to stop.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -165,7 +165,7 @@ impl Run<'_> {
             // Two names in turn: while one goes over, the other still says what is there.
             let name = run.name().layer(&format!("round-{}", number % 2))?;
             let folder = run.me.0.host.scratch(run.name(), run.report.memory_bytes)?;
-            let guard = Scratch(&folder);
+            let guard = Scratch(folder.clone());
             let written = run.guest.scan(&folder)?;
             run.import(&folder, &name)?;
             drop(guard);
@@ -261,11 +261,11 @@ impl Run<'_> {
 }
 
 /// A folder that goes when this is dropped.
-pub(super) struct Scratch<'a>(pub &'a Path);
+pub(super) struct Scratch(pub PathBuf);
 
-impl Drop for Scratch<'_> {
+impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(self.0) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
             tracing::debug!(path = %self.0.display(), %error, "a folder for a state wasn't removed");
         }
     }

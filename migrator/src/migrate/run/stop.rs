@@ -26,14 +26,15 @@ impl Run<'_> {
         let stopped = Instant::now();
         let bytes_before = self.report.bytes;
         let folder = self.me.0.host.scratch(self.name(), self.report.memory_bytes)?;
-        let guard = Scratch(&folder);
+        let guard = Scratch(folder.clone());
         let written = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)))?;
+        // What has ended with its dump goes on from these files if nothing comes of the move, which is seen after this function.
+        let guard = if written.has_ended { self.kept.replace(guard) } else { Some(guard) };
         let frozen = stopped.elapsed().saturating_sub(written.frozen);
         let stopped = if written.frozen.is_zero() { stopped } else { stopped + frozen };
         self.me.0.hooks.run(HookPoint::AfterStop, &self.row)?;
         let (instance, state) = self.stage("pack", true, |run| Ok((run.pack(&folder)?, 0)))?;
-        // What has ended with its dump goes on from these files if nothing comes of the move.
-        let _guard = written.has_ended.then_some(guard);
+        drop(guard);
         self.row.layers = Some(Layers { instance, state, lazily });
         self.stage("send", true, |run| {
             let (me, row) = (run.me.clone(), run.row.clone());
