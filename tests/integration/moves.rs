@@ -290,6 +290,10 @@ impl Left {
 /// How many programs but the daemon work for the guests of `store`, and in how many namespaces there is a mount on one of `devices`.
 fn processes(store: &str, devices: &BTreeSet<String>) -> anyhow::Result<(usize, usize)> {
     let own = fs::read_link("/proc/self/ns/mnt")?;
+    // Devices' numbers are used again: what is mounted here elsewhere is somebody else's.
+    let here = fs::read_to_string("/proc/self/mountinfo")?;
+    let device = |line: &str| line.split(' ').nth(2).map(str::to_owned);
+    let others: BTreeSet<String> = here.lines().filter(|line| !line.contains(store)).filter_map(device).collect();
     let mut namespaces = BTreeSet::new();
     let mut count = 0;
     for entry in
@@ -301,7 +305,8 @@ fn processes(store: &str, devices: &BTreeSet<String>) -> anyhow::Result<(usize, 
             continue;
         };
         let mounts = fs::read_to_string(entry.path().join("mountinfo")).unwrap_or_default();
-        let is_one = |line: &str| line.split(' ').nth(2).is_some_and(|device| devices.contains(device));
+        let is_one =
+            |line: &str| device(line).is_some_and(|device| devices.contains(&device) && !others.contains(&device));
         if mounts.lines().any(is_one) {
             namespaces.insert(namespace);
         }

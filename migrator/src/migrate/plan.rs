@@ -11,8 +11,10 @@ pub const MAX_ROUNDS: usize = 12;
 /// A round has to shorten the downtime by so many seconds, or by this part of it, whichever is more.
 const WORTHWHILE_SECONDS: f64 = 0.02;
 const WORTHWHILE_PART: f64 = 0.05;
-/// A round that sends at least this part of what the one before has sent, or of what the link carries meanwhile, gains nothing.
+/// A round that sends at least this part of what the one before has sent gains nothing.
 const SATURATED: f64 = 0.9;
+/// After one that sends at most this part of it, the next is believed to gain as much: rates are noisy, this isn't.
+const SHRINKING: f64 = 0.7;
 /// Reports that are learnt from.
 const LEARNT: usize = 5;
 
@@ -86,9 +88,8 @@ fn most(rounds: &[Round]) -> f64 {
 pub fn is_too_fast(rounds: &[Round], link: LinkSpeed) -> bool {
     let [.., before, last] = rounds else { return false };
     let is_telling = last.bytes as f64 / link.rate > WORTHWHILE_SECONDS;
-    let Some(rate) = dirty_rate(rounds) else { return false };
-    let stays = last.bytes as f64 > before.bytes as f64 * SATURATED && rate > link.rate / 2.0;
-    is_telling && (stays || rate > link.rate * SATURATED)
+    let stays = last.bytes as f64 > before.bytes as f64 * SATURATED;
+    is_telling && stays && dirty_rate(rounds).is_some_and(|rate| rate > link.rate / 2.0)
 }
 
 /// Whether another round is to be made.
@@ -107,6 +108,11 @@ pub fn another(rounds: &[Round], wanted: Rounds, link: LinkSpeed) -> bool {
             let seconds = last.read_seconds + now / link.rate + 2.0 * link.round_trip;
             if is_too_fast(rounds, link) {
                 return false;
+            }
+            let before = rounds[rounds.len() - 2].bytes as f64;
+            let shrinks = (last.bytes as f64) < before * SHRINKING;
+            if shrinks && last.bytes as f64 * (1.0 - SHRINKING) / link.rate > WORTHWHILE_SECONDS {
+                return true;
             }
             let then = (rate * seconds).min(most(rounds));
             let gained = (now - then) / link.rate;
@@ -250,6 +256,12 @@ mod tests {
             |at: f64, bytes: u64| Round { at, read_seconds: 0.05, send_seconds: 6.5, bytes, memory_bytes: 18 << 20 };
         let slow = LinkSpeed { rate: 2.3e6, round_trip: 0.001 };
         assert!(!another(&[round(0.0, 12_211_110), round(5.1, 15_354_687)], Rounds::Auto, slow));
+        // A busy machine: the link seems slow, but each round is much smaller than the last.
+        assert!(another(
+            &[round(0.0, 347_130_022), round(14.0, 50_797_529)],
+            Rounds::Auto,
+            LinkSpeed { rate: 4.0e6, ..slow }
+        ));
     }
 
     #[test]
