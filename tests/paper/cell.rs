@@ -47,8 +47,10 @@ pub enum Case {
 pub enum Method {
     /// The paper's: copies of folders, rsync, and the tools' checkpoints.
     Paper,
-    /// `layerctl migrate`.
+    /// `layerctl migrate`, as one would give the order for this application.
     Ours,
+    /// `layerctl migrate` by rounds alone, where [`Method::Ours`] sends memory after the guest has moved; only when asked for.
+    Rounds,
 }
 
 /// The paper's memory size, in MB, and its link, in Mbit/s.
@@ -125,7 +127,7 @@ impl Case {
 }
 
 impl Method {
-    /// Both; the paper's first.
+    /// Those of the tables; the paper's first.
     pub const ALL: [Method; 2] = [Method::Paper, Method::Ours];
 
     /// Its name.
@@ -133,6 +135,7 @@ impl Method {
         match self {
             Method::Paper => "paper",
             Method::Ours => "ours",
+            Method::Rounds => "rounds",
         }
     }
 }
@@ -225,7 +228,8 @@ impl FromStr for Cell {
             None => App::ROWS.into_iter().find(|one| one.name() == app).with_context(bad)?,
         };
         let case = Case::ALL.into_iter().find(|one| one.as_str() == case).with_context(bad)?;
-        let method = Method::ALL.into_iter().find(|one| one.as_str() == method).with_context(bad)?;
+        let methods = [Method::Paper, Method::Ours, Method::Rounds];
+        let method = methods.into_iter().find(|one| one.as_str() == method).with_context(bad)?;
         Ok(Cell { kind, app, case, megabits, method })
     }
 }
@@ -241,6 +245,7 @@ mod tests {
         }
         let odd: Cell = "kvm/ram:600/found/paper@10".parse().unwrap();
         assert_eq!((odd.app, odd.megabits), (App::Ram(600), 10));
+        assert_eq!("lxc/ram/found/rounds".parse::<Cell>().unwrap().method, Method::Rounds);
         for bad in ["", "lxc/ram/found", "lxc/ram/found/ours@x", "xen/ram/found/ours", "lxc/ram:x/found/ours"] {
             assert!(bad.parse::<Cell>().is_err(), "{bad}");
         }

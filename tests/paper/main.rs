@@ -30,7 +30,8 @@ use crate::cell::{Cell, Kind, Method};
 use crate::record::Records;
 
 const USAGE: &str = "usage: layerfs-paper [CELL…] [--again] [--to DIR]\n\
-    \n  CELL         only these, such as lxc/ram/found/ours, or all whose name begins so: lxc/ram\
+    \n  CELL         only these, such as lxc/ram/found/ours, or all whose name begins so: lxc/ram;\
+    \n               lxc/ram/found/rounds is ours without post-copy, and in no table\
     \n  --again      also what was measured before\
     \n  --list       say what the cells are called and which are measured, and end\
     \n  --tables     measure nothing: write the tables and pictures again\
@@ -117,7 +118,7 @@ fn run(options: &Options) -> anyhow::Result<usize> {
         }
         eprint!("{cell}: ");
         let measured = match cell.method {
-            Method::Ours => ours::run(cell),
+            Method::Ours | Method::Rounds => ours::run(cell),
             Method::Paper => theirs::run(cell),
         };
         match measured {
