@@ -1,8 +1,9 @@
 //! For whom a thread works, and whether anybody still waits for it.
 //!
-//! The kernel tells a filesystem that the caller of a request has been killed by another request, which `fuser` turns
-//! away. So whoever waits for long on a caller's behalf (for a chunk that another host has) asks here now and then.
-//! Hides that /proc is read for it.
+//! The kernel tells a filesystem of each signal that a request's caller gets, not whether it ends it. So whoever waits for
+//! long on a caller's behalf (for a chunk that another host has) asks here now and then. Hides that /proc is read for it.
+//!
+//! And before a thread waits it says so ([`waits`]): others may count on it meanwhile.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -24,6 +25,20 @@ enum Waiter {
 
 thread_local! {
     static WAITER: RefCell<Waiter> = const { RefCell::new(Waiter::Unknown) };
+    static BEFORE_WAITS: RefCell<Option<Rc<dyn Fn()>>> = const { RefCell::new(None) };
+}
+
+/// From now on `tell` is called before this thread waits for others.
+pub fn before_waits(tell: impl Fn() + 'static) {
+    BEFORE_WAITS.replace(Some(Rc::new(tell)));
+}
+
+/// This thread is about to wait for others, or for a disk.
+pub fn waits() {
+    let tell = BEFORE_WAITS.with_borrow(Clone::clone);
+    if let Some(tell) = tell {
+        tell();
+    }
 }
 
 /// Does `work`, which is of no use any more once `is_given_up` says so.

@@ -116,6 +116,7 @@ impl Slot {
                 SlotState::Ready(plain) => return Ok(plain.clone()),
                 SlotState::Failed => break,
                 SlotState::Fetching => {
+                    patience::waits();
                     if self.changed.wait_for(&mut state, patience::ASK_EVERY).timed_out() && patience::is_given_up() {
                         return Err(Error::GivenUp(self.id));
                     }

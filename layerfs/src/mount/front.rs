@@ -1,9 +1,9 @@
 //! What each request of the kernel means, whichever way it comes.
 //!
-//! [`fuse`](super::fuse) hears requests through the FUSE library, [`uring`](super::uring) through io_uring; both call
-//! what is here, so that a mount behaves the same. Hides what a request means beyond [`Fs`]: how one that was sent twice is
-//! done once, what a read-only mount refuses so that the kernel stops asking, what is notified. Invariant: it knows nothing
-//! of how requests and answers look.
+//! [`device`](super::device) reads requests, [`uring`](super::uring) gets them by io_uring; for both
+//! [`requests`](super::requests) decodes them and calls what is here. Hides what a request means beyond [`Fs`]: how one
+//! that was sent twice is done once, what a read-only mount refuses so that the kernel stops asking, what is notified. Invariant:
+//! it knows nothing of how requests and answers look.
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -65,8 +65,8 @@ pub(super) struct Front {
     pub fs: Arc<Fs>,
     pub kernel: OnceLock<Kernel>,
     pub store_folder: PathBuf,
-    /// Whether all users may use it.
-    pub for_all: bool,
+    /// Who may use it, if not all users may.
+    pub owner: Option<u32>,
 }
 
 impl std::fmt::Debug for Front {
@@ -78,7 +78,8 @@ impl std::fmt::Debug for Front {
 impl Front {
     pub fn new(fs: Arc<Fs>, options: &FuseOptions) -> Front {
         let store_folder = options.store_folder.clone();
-        Front { fs, kernel: OnceLock::new(), store_folder, for_all: options.allow_other }
+        let owner = (!options.allow_other).then(|| rustix::process::geteuid().as_raw());
+        Front { fs, kernel: OnceLock::new(), store_folder, owner }
     }
 
     /// Does what `asked` asks for, in a way that it isn't done twice. If a daemon before this one did it, `again` makes

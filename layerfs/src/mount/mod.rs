@@ -1,19 +1,24 @@
 //! Mounts: a filesystem on a folder of the host, from start to end.
 //!
-//! [`fs`] is the filesystem without a kernel, [`fuse`] its front; here is what holds them: which layer and upper,
+//! [`fs`] is the filesystem without a kernel; [`fuse`] mounts it, [`device`] or [`uring`] brings requests, which
+//! [`requests`] decodes for [`front`]. Here is what holds them: which layer and upper,
 //! what is recorded so that a daemon that starts again mounts it again, and what is cleaned up when it ends, by our
 //! doing or by somebody's `umount`. Invariant: a mount whose session has ended has saved its upper.
 
+mod abi;
 pub mod acl;
 mod backing;
 pub mod caller;
 mod descriptor;
+mod device;
 pub mod errno;
 mod front;
 pub mod fs;
 mod fuse;
+mod leader;
 mod point;
 pub mod registry;
+mod requests;
 mod uring;
 pub mod watch;
 

@@ -299,6 +299,7 @@ impl Inner {
                 && failing.len() == sources.len()
                 && failing.iter().all(|(since, _)| since.elapsed() > timeout);
             let why = failing.first().map(|(_, error)| error.clone());
+            patience::waits();
             if patience::is_given_up() {
                 return Err(layerfs::Error::GivenUp(*id));
             }

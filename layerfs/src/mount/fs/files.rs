@@ -339,7 +339,7 @@ impl Fs {
     pub fn fsync(&self, ino: Ino) -> FsResult<()> {
         let _seen = self.seen(Op::Fsync, ino, None);
         let Some(upper) = &self.upper else { return Ok(()) };
-        let _gate = self.gate.read();
+        let _gate = self.changes();
         let mut state = self.state.write();
         self.catch_up(upper, &mut state, ino)?;
         if state.tables.is_unsaved(ino) {

@@ -38,6 +38,7 @@ use super::watch::{Activity, Op, Running, Seen, Watch, shown};
 use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
 use crate::id::Ino;
 use crate::inode::{Inode, Node, Target};
+use crate::patience;
 use crate::readahead::{FetchPool, FileReader};
 use crate::store::trace::Recorder;
 use crate::upper::Upper;
@@ -239,7 +240,17 @@ impl Fs {
 
     /// Held by whatever changes something; a seal waits for it, and then makes others wait.
     fn enter(&self) -> FsResult<(&Upper, RwLockReadGuard<'_, ()>)> {
-        Ok((self.writable_upper()?, self.gate.read()))
+        Ok((self.writable_upper()?, self.changes()))
+    }
+
+    /// Holds seals back.
+    fn changes(&self) -> RwLockReadGuard<'_, ()> {
+        let gate = self.gate.try_read().unwrap_or_else(|| {
+            patience::waits();
+            self.gate.read()
+        });
+        self.close_late();
+        gate
     }
 
     /// Held by whatever changes the data of `ino`.
@@ -293,7 +304,7 @@ impl Fs {
         self.surely_closed(upper, ino);
         let is_orphan = |state: &State| state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink == 0);
         if is_orphan(&self.state.read()) {
-            let _gate = self.gate.read();
+            let _gate = self.changes();
             let _stripe = self.stripe(ino).lock();
             let mut state = self.state.write();
             if is_orphan(&state) {

@@ -8,10 +8,10 @@
 //!   have it as of a stamp that [`DataFolder::known`](crate::upper::data::DataFolder::known) tells, and catch up when it matters.
 //! - Its inode stays in the upper, over seals too, as long as its data file is in use.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -27,8 +27,11 @@ use crate::upper::table::{Change, Stamp, UpperInode};
 
 /// Larger files aren't passed through: a seal reads what is passed through whole, in about a second per gigabyte.
 const PASSED_MAX: u64 = 1 << 30;
-/// A time of change that is as young as this may stay the same with the next change.
+/// A seal waits no longer than this for the clock of times of change, which moves on every 1 to 10 ms.
 const COARSE: Duration = Duration::from_millis(20);
+const TICK: Duration = Duration::from_millis(1);
+/// How often a file is looked at again.
+const LOOKS: u32 = 10;
 
 /// The kernel's register of files that it may read and write without asking.
 pub trait Backings: Send + Sync {
@@ -56,6 +59,9 @@ pub(super) struct Opens {
     shards: [Mutex<HashMap<Ino, Open>>; SHARDS],
     /// A seal has begun to drop what it took: no other data file may come into use.
     is_closed: AtomicBool,
+    /// What was closed and isn't counted yet, since a seal is going on.
+    late: Queue<Late>,
+    doubts: Doubts,
 }
 
 impl Opens {
@@ -103,10 +109,98 @@ struct Closed {
     sealed: Option<Stamp>,
 }
 
-/// How long ago `time` was, in nanoseconds.
-fn age(time: Time) -> i128 {
-    let nanos = |time: Time| i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos);
-    nanos(Time::now()) - nanos(time)
+/// Whether what changes now gets a later time of change than `time`. The kernel's clock for that stands still between ticks.
+fn has_passed(time: Time) -> bool {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+    (now.tv_sec, now.tv_nsec as u32) > (time.seconds, time.nanos)
+}
+
+/// A descriptor that was closed.
+#[derive(Clone, Copy)]
+struct Late {
+    ino: Ino,
+    access: Access,
+    again: bool,
+}
+
+/// What waits, in order.
+struct Queue<T> {
+    waiting: Mutex<VecDeque<T>>,
+    count: AtomicUsize,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Queue<T> {
+        Queue { waiting: Mutex::default(), count: AtomicUsize::new(0) }
+    }
+}
+
+impl<T> Queue<T> {
+    fn put(&self, item: T) {
+        self.waiting.lock().push_back(item);
+        self.count.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Does `work` with each; when it returns, it has been done with all that were there before, by whomever.
+    fn take_all(&self, mut work: impl FnMut(T)) {
+        if self.count.load(Ordering::SeqCst) > 0 {
+            let mut waiting = self.waiting.lock();
+            while let Some(item) = waiting.pop_front() {
+                work(item);
+                self.count.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+/// Files that programs closed while somebody had their data files still, perhaps only whoever was about to give them back: they
+/// are looked at again after one request, two, four, and so on.
+#[derive(Default)]
+struct Doubts {
+    files: Mutex<HashMap<Ino, Doubt>>,
+    count: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Doubt {
+    looks: u32,
+    left_out: u32,
+}
+
+impl Doubts {
+    fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Relaxed) == 0
+    }
+
+    fn add(&self, ino: Ino) {
+        let mut files = self.files.lock();
+        files.insert(ino, Doubt::default());
+        self.count.store(files.len(), Ordering::Relaxed);
+    }
+
+    fn settle(&self, ino: Ino) {
+        let mut files = self.files.lock();
+        files.remove(&ino);
+        self.count.store(files.len(), Ordering::Relaxed);
+    }
+
+    /// Those to look at now.
+    fn due(&self) -> Vec<Ino> {
+        let mut files = self.files.lock();
+        let mut due = Vec::new();
+        files.retain(|ino, doubt| {
+            if doubt.left_out > 0 {
+                doubt.left_out -= 1;
+                return true;
+            }
+            due.push(*ino);
+            doubt.left_out = 1 << doubt.looks;
+            doubt.looks += 1;
+            doubt.looks < LOOKS
+        });
+        self.count.store(files.len(), Ordering::Relaxed);
+        due
+    }
 }
 
 /// The files that a seal must leave where they are.
@@ -128,7 +222,7 @@ impl Fs {
     pub fn opened(&self, ino: Ino, flags: i32) -> Option<Backing> {
         let upper = self.upper.as_ref()?;
         let access = Access::of(flags);
-        let _gate = access.writes.then(|| self.gate.read());
+        let _gate = access.writes.then(|| self.changes());
         // Held to the end: no seal takes the data file away meanwhile.
         let state = self.state.read();
         let mut shard = self.opens.shard(ino).lock();
@@ -186,33 +280,71 @@ impl Fs {
         let Some(upper) = &self.upper else { return };
         let access = Access::of(flags);
         let is_written = access.writes && upper.data().known(ino).is_some();
-        let closed = if again {
-            // It may have been counted: rather one too many than too few.
-            Closed { is_written_past_us: true, sealed: None }
-        } else if is_written {
-            let _gate = self.gate.read();
-            let mut state = self.state.write();
-            let closed = self.close(upper, ino, access);
-            if let Err(errno) = self.catch_up(upper, &mut state, ino) {
-                tracing::warn!(%ino, ?errno, "cannot tell what became of a file that was written to");
-            } else if !closed.is_written_past_us {
-                upper.data().unknow(ino);
-            }
-            closed
+        if again || is_written {
+            // What changes something from now on does it after this, even if it passes a seal first.
+            self.opens.late.put(Late { ino, access, again });
+            drop(self.changes());
         } else {
-            self.close(upper, ino, access)
-        };
-        if let Some(sealed) = closed.sealed
-            && let Err(errno) = self.drop_sealed(upper, ino, sealed)
-        {
-            tracing::warn!(%ino, ?errno, "cannot drop the data file of a sealed file now");
+            let closed = self.close(upper, ino, access);
+            if let Some(sealed) = closed.sealed {
+                let _gate = self.changes();
+                self.drop_sealed(upper, ino, sealed);
+            }
         }
         if !self.state.read().tables.is_unsaved(ino) {
             return;
         }
-        let _gate = self.gate.read();
+        let _gate = self.changes();
         if let Err(error) = upper.save(&mut self.state.write().tables, &[ino]) {
             tracing::warn!(%ino, %error, "cannot save the times of a file now");
+        }
+    }
+
+    /// Counts what was closed and isn't counted yet. Whoever calls it holds seals back.
+    pub(super) fn close_late(&self) {
+        let Some(upper) = &self.upper else { return };
+        self.opens.late.take_all(|late| {
+            let mut state = self.state.write();
+            let closed = match late.again {
+                // It may have been counted: rather one too many than too few.
+                true => Closed { is_written_past_us: true, sealed: None },
+                false => self.close(upper, late.ino, late.access),
+            };
+            if let Err(errno) = self.catch_up(upper, &mut state, late.ino) {
+                tracing::warn!(ino = %late.ino, ?errno, "cannot tell what became of a file that was written to");
+            } else if !closed.is_written_past_us {
+                upper.data().unknow(late.ino);
+            }
+            drop(state);
+            if let Some(sealed) = closed.sealed {
+                self.drop_sealed(upper, late.ino, sealed);
+            }
+        });
+    }
+
+    /// Looks again at files that weren't given back yet when we heard of their closing. Call it now and then; what it costs when
+    /// there are none is nothing.
+    pub fn look_again(&self) {
+        let (Some(upper), false) = (&self.upper, self.opens.doubts.is_empty()) else { return };
+        let Some(_gate) = self.gate.try_read() else { return };
+        for ino in self.opens.doubts.due() {
+            let mut state = self.state.write();
+            let sealed = {
+                let mut shard = self.opens.shard(ino).lock();
+                let is_closed = |open: &&Open| open.record.count == 0 && upper.data().is_ours_alone(ino);
+                let Some(Open { slot, sealed, .. }) = shard.get(&ino).filter(is_closed).copied() else { continue };
+                shard.remove(&ino);
+                upper.opens().give_back(slot);
+                sealed
+            };
+            self.opens.doubts.settle(ino);
+            if self.catch_up(upper, &mut state, ino).is_ok() {
+                upper.data().unknow(ino);
+            }
+            drop(state);
+            if let Some(sealed) = sealed {
+                self.drop_sealed(upper, ino, sealed);
+            }
         }
     }
 
@@ -237,6 +369,7 @@ impl Fs {
                 return Closed { is_written_past_us: false, sealed };
             }
             record.is_mapped = true;
+            self.opens.doubts.add(ino);
         }
         upper.opens().put(open.slot, record);
         Closed { is_written_past_us: record.is_written_past_us(), sealed: None }
@@ -253,7 +386,7 @@ impl Fs {
         if self.opens.get(ino).is_none() {
             return;
         }
-        let _gate = self.gate.read();
+        let _gate = self.changes();
         let mut state = self.state.write();
         self.strike_out(upper, &mut state, ino);
     }
@@ -345,11 +478,20 @@ impl Fs {
         self.opens.is_closed.store(false, Ordering::Release);
     }
 
-    /// The file `ino`, which stays in the upper, was sealed while its data file had `stamp`.
-    pub(super) fn was_sealed(&self, ino: Ino, stamp: Stamp) {
-        let is_old = age(stamp.mtime) > COARSE.as_nanos() as i128;
-        if let Some(open) = self.opens.shard(ino).lock().get_mut(&ino) {
-            open.sealed = Some(stamp).filter(|_| is_old);
+    /// The files `in_use`, which stay in the upper, were sealed as their data files are now. Whoever calls it holds their writers
+    /// back, and waits here until what they write next has another time.
+    pub(super) fn were_sealed(&self, upper: &Upper, in_use: &[Ino]) {
+        let stamps = in_use.iter().filter_map(|ino| Some((*ino, upper.data().stamp(*ino).ok()?)));
+        let stamps: Vec<_> = stamps.collect();
+        let Some(newest) = stamps.iter().map(|(_, stamp)| stamp.mtime).max() else { return };
+        let begun = Instant::now();
+        while !has_passed(newest) && begun.elapsed() < COARSE {
+            std::thread::sleep(TICK);
+        }
+        for (ino, stamp) in stamps {
+            if let Some(open) = self.opens.shard(ino).lock().get_mut(&ino) {
+                open.sealed = Some(stamp).filter(|stamp| has_passed(stamp.mtime));
+            }
         }
     }
 
@@ -364,10 +506,17 @@ impl Fs {
         }
     }
 
-    /// Drops from the upper a file that was in use during a seal, if the sealed layers have it as it is.
-    fn drop_sealed(&self, upper: &Upper, ino: Ino, sealed: Stamp) -> FsResult<()> {
-        let _gate = self.gate.read();
-        let _stripe = self.stripe(ino).lock();
+    /// Drops from the upper a file that was in use during a seal, if the sealed layers have it as it is. Whoever calls it holds
+    /// seals back.
+    fn drop_sealed(&self, upper: &Upper, ino: Ino, sealed: Stamp) {
+        if let Err(errno) = self.try_drop_sealed(upper, ino, sealed) {
+            tracing::warn!(%ino, ?errno, "cannot drop the data file of a sealed file now");
+        }
+    }
+
+    fn try_drop_sealed(&self, upper: &Upper, ino: Ino, sealed: Stamp) -> FsResult<()> {
+        // Else the next seal takes it: others wait meanwhile.
+        let Some(_stripe) = self.stripe(ino).try_lock_for(COARSE) else { return Ok(()) };
         let mut state = self.state.write();
         let Some(inode) = state.tables.inode(ino) else { return Ok(()) };
         let is_whole = inode.backed.is_some_and(|backed| backed.base_bytes == 0);

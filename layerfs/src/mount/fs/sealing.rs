@@ -90,7 +90,7 @@ impl Fs {
     /// Writes what memory knows better than the upper's rows, as before unmounting.
     pub fn save(&self) -> Result<()> {
         let Some(upper) = &self.upper else { return Ok(()) };
-        let _gate = self.gate.read();
+        let _gate = self.changes();
         let mut state = self.state.write();
         if let Err(errno) = self.catch_up_all(upper, &mut state) {
             tracing::warn!(?errno, "cannot tell what became of files that were written to");
@@ -102,7 +102,7 @@ impl Fs {
     /// Drops the inodes that nobody can reach any more, because nobody has the mount any more.
     pub fn drop_orphans(&self) {
         let Some(upper) = &self.upper else { return };
-        let _gate = self.gate.read();
+        let _gate = self.changes();
         let mut state = self.state.write();
         let orphans = state.tables.inodes().filter(|inode| inode.inode.nlink == 0).map(|inode| inode.inode.ino);
         let orphans: Vec<Ino> = orphans.collect();
@@ -267,11 +267,7 @@ impl Frozen<'_> {
         self.fs.readers.lock().clear();
         drop(state);
         backed.into_iter().for_each(|ino| self.upper.data().remove(ino));
-        for ino in &self.in_use.all {
-            if let Ok(stamp) = self.upper.data().stamp(*ino) {
-                self.fs.was_sealed(*ino, stamp);
-            }
-        }
+        self.fs.were_sealed(self.upper, &self.in_use.all);
         folders.sort_unstable();
         folders.dedup();
         folders

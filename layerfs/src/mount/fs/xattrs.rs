@@ -52,7 +52,7 @@ impl Fs {
         if let (CAPABILITY, Some(upper)) = (name, &self.upper)
             && upper.data().known(ino).is_some()
         {
-            let _gate = self.gate.read();
+            let _gate = self.changes();
             self.catch_up(upper, &mut self.state.write(), ino)?;
         }
         let state = self.state.read();

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 
-use super::abi::HEADER_BYTES;
+use super::super::abi::HEADER_BYTES;
 use crate::error::Result;
 
 /// The largest piece of data in a request or an answer.

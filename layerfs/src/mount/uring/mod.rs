@@ -12,9 +12,7 @@
 //! - What came while nobody was there waits in the queue; the kernel looks at it when a request of that queue is answered, so a new
 //!   daemon makes one.
 
-mod abi;
 mod memory;
-mod requests;
 mod ring;
 
 use std::io;
@@ -27,8 +25,9 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 pub(super) use memory::{Memory, PAYLOAD_BYTES};
 
+use super::abi::{Request, answer_header};
 use super::front::Front;
-use abi::{Answer, Operation, Request, answer_header};
+use super::requests::perform;
 use memory::{KEPT_PAYLOAD_BYTES, Left, Parts, Slot};
 use ring::Ring;
 
@@ -156,29 +155,11 @@ fn read(front: &Front, device: BorrowedFd<'_>) -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         };
         let Ok(request) = Request::whole(&buffer[..count]) else { continue };
-        match request.operation {
-            Operation::Forget | Operation::BatchForget => requests::forget(front, &request),
-            // What is asked for is done; who asked may leave as soon as it is. An answer would be to the interruption.
-            Operation::Interrupt => {}
-            _ => {
-                let (errno, bytes) = perform(front, &request, &mut room);
-                let header = answer_header(request.asked.number, errno, bytes);
-                // The request may be gone, with who asked.
-                let _ = rustix::io::write(device, &[&header[..], &room[..bytes]].concat());
-            }
+        if let Some((errno, bytes)) = perform(front, &request, &mut room) {
+            let header = answer_header(request.asked.number, errno, bytes);
+            // The request may be gone, with who asked.
+            let _ = rustix::io::write(device, &[&header[..], &room[..bytes]].concat());
         }
-    }
-}
-
-/// Performs `request`: the error number (0: none), and how much of `room` the answer takes.
-fn perform(front: &Front, request: &Request<'_>, room: &mut [u8]) -> (i32, usize) {
-    let mut answer = Answer::new(room);
-    // A mistake of ours shall cost one request, not the mount.
-    let performed = catch_unwind(AssertUnwindSafe(|| requests::answer(front, request, &mut answer)));
-    match performed {
-        Ok(Ok(())) => (0, answer.bytes()),
-        Ok(Err(errno)) => (errno.0, 0),
-        Err(_) => (libc::EIO, 0),
     }
 }
 
@@ -281,7 +262,7 @@ impl Served<'_> {
                 if again {
                     request.asked.number = super::descriptor::again(number);
                 }
-                perform(self.front, &request, room)
+                perform(self.front, &request, room).unwrap_or((0, 0))
             }
             Err(_) => (libc::EIO, 0),
         };

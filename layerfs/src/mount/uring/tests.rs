@@ -8,6 +8,8 @@ use proptest::prelude::*;
 
 use super::memory::{Left, Parts};
 use super::*;
+use crate::mount::abi::{Answer, Operation};
+use crate::mount::requests;
 use crate::mount::tests::{empty_fs, store};
 
 /// What the kernel would write into a slot: header, the operation's structure, and what follows.
@@ -102,7 +104,7 @@ fn processors_without_gaps_are_counted() {
 /// A front over an empty filesystem that can be written to.
 fn front() -> Front {
     let (fs, store_folder) = (Arc::new(empty_fs(store())), store().folder().to_owned());
-    Front { fs, kernel: Default::default(), store_folder, for_all: true }
+    Front { fs, kernel: Default::default(), store_folder, owner: None }
 }
 
 proptest! {

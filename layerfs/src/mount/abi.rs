@@ -10,7 +10,7 @@ use crate::mount::front::{Asked, Opened, encoded_device};
 use crate::mount::fs::Stat;
 
 /// Bytes of the header that each request begins with, and of that of an answer.
-pub(in super::super) const HEADER_BYTES: usize = 40;
+pub(super) const HEADER_BYTES: usize = 40;
 pub(super) const ANSWER_HEADER_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 128;
 const DIRENT_BYTES: usize = 24;

@@ -1,5 +1,7 @@
 //! What answers a request, from bytes to bytes: it decodes, calls [`Front`], encodes.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use super::abi::{Answer, Dirent, Operation, Request, Short};
 use crate::attr::{Attrs, FileKind};
 use crate::id::Ino;
@@ -23,6 +25,50 @@ impl From<Short> for Errno {
     fn from(_: Short) -> Errno {
         Errno(libc::EINVAL)
     }
+}
+
+/// Performs `request`: the error number of the answer (0: none), and how much of `room` it takes. None if the kernel waits for
+/// no answer.
+pub(super) fn perform(front: &Front, request: &Request<'_>, room: &mut [u8]) -> Option<(i32, usize)> {
+    front.fs.look_again();
+    let mut result = Answer::new(room);
+    // A mistake of ours shall cost one request, not the mount.
+    let performed = catch_unwind(AssertUnwindSafe(|| match request.operation {
+        Operation::Forget | Operation::BatchForget => {
+            forget(front, request);
+            None
+        }
+        _ if is_refused(front, request) => Some(fail(libc::EACCES)),
+        _ => Some(answer(front, request, &mut result)),
+    }));
+    match performed {
+        Ok(None) => None,
+        Ok(Some(Ok(()))) => Some((0, result.bytes())),
+        Ok(Some(Err(errno))) => Some((errno.0, 0)),
+        Err(_) => match request.operation {
+            Operation::Forget | Operation::BatchForget => None,
+            _ => Some((libc::EIO, 0)),
+        },
+    }
+}
+
+/// Whether the mount is somebody else's than whoever asks. The kernel sees to that too, but may be told to let the superuser in. What
+/// it does by itself it does in nobody's name.
+fn is_refused(front: &Front, request: &Request<'_>) -> bool {
+    let by_itself = matches!(
+        request.operation,
+        Operation::Destroy
+            | Operation::Interrupt
+            | Operation::Read
+            | Operation::Write
+            | Operation::Readdir
+            | Operation::Readdirplus
+            | Operation::Fsync
+            | Operation::Fsyncdir
+            | Operation::Release
+            | Operation::Releasedir
+    );
+    !by_itself && front.owner.is_some_and(|owner| owner != request.asked.caller.uid)
 }
 
 /// Does what `request` asks for; the answer's payload goes to `answer`.
@@ -75,6 +121,8 @@ pub(super) fn answer(front: &Front, request: &Request<'_>, answer: &mut Answer<'
             fs.allocate(ino, mode, offset, bytes).map(|()| true)?
         }
         Operation::Destroy => true,
+        // Not to be told again: whether a signal ends who asked is found out otherwise.
+        Operation::Interrupt => return fail(libc::ENOSYS),
         Operation::Ioctl => return fail(libc::ENOTTY),
         _ => return answer_data(front, request, answer),
     };

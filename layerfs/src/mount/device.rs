@@ -1,0 +1,252 @@
+//! Requests by reading the device, answers by writing to it.
+//!
+//! Threads share one descriptor, which outlives the daemon in the keeper's hands: what a daemon that died has read and not
+//! answered comes again from it. One thread reads at a time and serves what it has read ([`Role`]); before what may take long,
+//! and while more is waiting than one thread gets done, another reads on. Memory: a thread has room for the largest request and the
+//! largest answer, 2 MiB, of which what was once used is resident.
+//!
+//! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
+//! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
+//! a mount that is idle nothing, and isn't done where there is one processor.
+
+use std::cell::Cell;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
+
+use super::abi::{Operation, Request, answer_header};
+use super::front::Front;
+use super::leader::{Role, Turn};
+use super::requests;
+use crate::patience;
+
+/// The most that a request writes, or an answer reads.
+pub(super) const DATA_BYTES: usize = 1 << 20;
+/// The headers of a request and of what it asks for have more than enough room in it.
+const HEADERS_BYTES: usize = 4096;
+/// Another reads on if so many requests were there as soon as they were asked for.
+const BACKLOG: u32 = 4;
+/// Reading or writing more than this at once takes long.
+const SMALL_BYTES: u32 = 64 << 10;
+/// For how long to look before sleeping.
+const LOOKS_FOR: Duration = Duration::from_micros(40);
+/// Looking that was in vain is left out up to so often, as a power of two.
+const IN_VAIN_MAX: u32 = 6;
+const PAUSES: usize = 32;
+
+/// Serves the mount until it ends, with up to `limit` threads; the calling one is the first.
+pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) -> io::Result<()> {
+    let device = device.try_clone_to_owned()?;
+    let flags = rustix::fs::fcntl_getfl(&device)?;
+    rustix::fs::fcntl_setfl(&device, flags | OFlags::NONBLOCK)?;
+    let looks = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
+    let served = Served {
+        front: front.clone(),
+        device,
+        role: Arc::new(Role::new(limit)),
+        looks,
+        at_once: AtomicU32::new(0),
+        in_vain: AtomicU32::new(0),
+        left_out: AtomicU32::new(0),
+        made: AtomicUsize::new(1),
+    };
+    let role = served.role.clone();
+    Arc::new(served).work();
+    role.join()
+}
+
+/// What all threads of a mount share. The counters are the leader's: they are of use if they are about right.
+struct Served {
+    front: Arc<Front>,
+    device: OwnedFd,
+    role: Arc<Role>,
+    /// Whether looking before sleeping can pay.
+    looks: bool,
+    /// How many requests were there as soon as they were asked for, in a row.
+    at_once: AtomicU32,
+    /// How often in a row it looked in vain, and how often it will not look.
+    in_vain: AtomicU32,
+    left_out: AtomicU32,
+    made: AtomicUsize,
+}
+
+/// What a thread works with.
+struct Hands {
+    request: Vec<u8>,
+    answer: Vec<u8>,
+    /// While it serves as the leader: its turn.
+    turn: Rc<Cell<Option<Turn>>>,
+}
+
+impl Served {
+    /// What a thread does. Once it has left the role it holds nothing of the mount any more.
+    fn work(self: Arc<Served>) {
+        let role = self.role.clone();
+        self.take_turns();
+        patience::before_waits(|| {});
+        drop(self);
+        role.leave();
+    }
+
+    fn take_turns(self: &Arc<Served>) {
+        let (request, answer) = (vec![0; DATA_BYTES + HEADERS_BYTES], vec![0; DATA_BYTES]);
+        let mut hands = Hands { request, answer, turn: Rc::default() };
+        let (served, turn) = (self.clone(), hands.turn.clone());
+        patience::before_waits(move || {
+            if let Some(turn) = turn.take() {
+                served.give(turn);
+            }
+        });
+        while let Some(taken) = self.role.wait() {
+            if taken.wants_thread {
+                self.add_thread();
+            }
+            let led = catch_unwind(AssertUnwindSafe(|| self.lead(&mut hands, taken.turn)));
+            if let Some(result) = led.unwrap_or_else(|_| Some(Err(io::Error::other("a mistake")))) {
+                self.role.end(result);
+            }
+        }
+    }
+
+    fn add_thread(self: &Arc<Served>) {
+        let served = self.clone();
+        let name = format!("fuse-{}", self.made.fetch_add(1, Ordering::Relaxed));
+        if let Err(error) = std::thread::Builder::new().name(name).spawn(move || served.work()) {
+            tracing::warn!(%error, "a mount gets no more threads");
+            self.role.leave();
+        }
+    }
+
+    fn give(self: &Arc<Served>, turn: Turn) {
+        self.at_once.store(0, Ordering::Relaxed);
+        if self.role.give(turn) {
+            self.add_thread();
+        }
+    }
+
+    /// Reads and serves until the role is lost; returns how the mount ended, if it did.
+    fn lead(self: &Arc<Served>, hands: &mut Hands, mut turn: Turn) -> Option<io::Result<()>> {
+        loop {
+            let bytes = match self.next(&mut hands.request) {
+                Ok(bytes) => bytes,
+                Err(rustix::io::Errno::NODEV) => return Some(Ok(())),
+                Err(errno) => return Some(Err(errno.into())),
+            };
+            let request = Request::whole(&hands.request[..bytes]);
+            // Whoever closed a file doesn't wait, and what it does next must find it closed.
+            let in_order = matches!(&request, Ok(request) if request.operation == Operation::Release);
+            let is_slow = matches!(&request, Ok(request) if may_take_long(request));
+            let serving = self.role.serves(turn, in_order);
+            if is_slow || (!in_order && self.at_once.load(Ordering::Relaxed) >= BACKLOG) {
+                self.give(serving);
+            } else {
+                hands.turn.set(Some(serving));
+            }
+            match request {
+                Ok(request) => self.answer(&request, &mut hands.answer),
+                Err(_) => self.refuse(&hands.request[..bytes]),
+            }
+            hands.turn.set(None);
+            turn = self.role.reads(serving)?;
+        }
+    }
+
+    /// The next request: waits for it.
+    fn next(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+        if let Some(bytes) = self.read(buffer)? {
+            self.at_once.fetch_add(1, Ordering::Relaxed);
+            return Ok(bytes);
+        }
+        self.at_once.store(0, Ordering::Relaxed);
+        if let Some(bytes) = self.look(buffer)? {
+            return Ok(bytes);
+        }
+        loop {
+            match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+            if let Some(bytes) = self.read(buffer)? {
+                return Ok(bytes);
+            }
+        }
+    }
+
+    /// Looks for a request for a short time, if that seems to pay.
+    fn look(&self, buffer: &mut [u8]) -> rustix::io::Result<Option<usize>> {
+        let left_out = self.left_out.load(Ordering::Relaxed);
+        if !self.looks || left_out > 0 {
+            self.left_out.store(left_out.saturating_sub(1), Ordering::Relaxed);
+            return Ok(None);
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < LOOKS_FOR {
+            (0..PAUSES).for_each(|_| std::hint::spin_loop());
+            if let Some(bytes) = self.read(buffer)? {
+                self.in_vain.store(0, Ordering::Relaxed);
+                return Ok(Some(bytes));
+            }
+            std::thread::yield_now();
+        }
+        let in_vain = (self.in_vain.load(Ordering::Relaxed) + 1).min(IN_VAIN_MAX);
+        self.in_vain.store(in_vain, Ordering::Relaxed);
+        self.left_out.store(1 << in_vain, Ordering::Relaxed);
+        Ok(None)
+    }
+
+    /// A request, if there is one.
+    fn read(&self, buffer: &mut [u8]) -> rustix::io::Result<Option<usize>> {
+        loop {
+            match rustix::io::read(&self.device, &mut *buffer) {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                // Who asked has gone while it was read.
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    fn answer(&self, request: &Request<'_>, room: &mut [u8]) {
+        if let Some((errno, bytes)) = requests::perform(&self.front, request, room) {
+            self.write(request.asked.number, errno, &room[..bytes]);
+        }
+    }
+
+    /// Answers what can't be understood.
+    fn refuse(&self, bytes: &[u8]) {
+        if let Ok(number) = super::abi::long(bytes, 8) {
+            self.write(number, libc::EINVAL, &[]);
+        }
+    }
+
+    fn write(&self, number: u64, errno: i32, data: &[u8]) {
+        let header = answer_header(number, errno, data.len());
+        match rustix::io::writev(&self.device, &[IoSlice::new(&header), IoSlice::new(data)]) {
+            // Who asked has gone, or the mount.
+            Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV) => {}
+            Err(error) => {
+                tracing::warn!(%error, "the kernel didn't take an answer");
+                let _ = rustix::io::write(self.device.as_fd(), &answer_header(number, libc::EIO, 0));
+            }
+        }
+    }
+}
+
+/// Whether others should not wait until `request` is done.
+fn may_take_long(request: &Request<'_>) -> bool {
+    match request.operation {
+        Operation::Fsync | Operation::Fsyncdir | Operation::Fallocate | Operation::Lseek | Operation::CopyFileRange => {
+            true
+        }
+        Operation::Read | Operation::Write => request.word(16) > SMALL_BYTES,
+        _ => false,
+    }
+}
