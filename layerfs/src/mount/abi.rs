@@ -63,6 +63,7 @@ pub(super) enum Operation {
     Rename2,
     Lseek,
     CopyFileRange,
+    Tmpfile,
     /// Nothing that we know.
     Other,
 }
@@ -106,6 +107,7 @@ impl Operation {
             45 => (Operation::Rename2, 16),
             46 => (Operation::Lseek, 24),
             47 => (Operation::CopyFileRange, 56),
+            51 => (Operation::Tmpfile, 16),
             _ => (Operation::Other, 0),
         }
     }

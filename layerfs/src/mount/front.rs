@@ -163,10 +163,27 @@ impl Front {
         flags: i32,
     ) -> FsResult<(Stat, Opened)> {
         let stat = self.make(asked, folder, name, mode & 0o7777 | libc::S_IFREG, umask, 0)?;
+        Ok(self.opened_new(stat, flags))
+    }
+
+    /// Makes a file without a name (`O_TMPFILE`), and opens it.
+    pub fn make_unnamed(
+        &self,
+        asked: Asked,
+        folder: Ino,
+        (mode, umask): (u32, u32),
+        flags: i32,
+    ) -> FsResult<(Stat, Opened)> {
+        let make = || self.fs.make_unnamed(folder, mode, umask, asked.caller);
+        let stat = self.make_once(asked, folder, make)?;
+        Ok(self.opened_new(stat, flags))
+    }
+
+    fn opened_new(&self, stat: Stat, flags: i32) -> (Stat, Opened) {
         let backing = self.fs.opened_new(stat.ino, flags);
         // What is passed through and can be mapped changes without the kernel's knowledge.
         let may_change = backing.is_some() && flags & libc::O_ACCMODE == libc::O_RDWR;
-        Ok((Stat { may_change, ..stat }, Opened::file(backing)))
+        (Stat { may_change, ..stat }, Opened::file(backing))
     }
 
     pub fn release(&self, asked: Asked, ino: Ino, flags: i32) {

@@ -105,6 +105,11 @@ pub(super) fn answer(front: &Front, request: &Request<'_>, answer: &mut Answer<'
             let (stat, opened) = front.create(asked, ino, request.name()?.0, (mode, umask), flags)?;
             answer.entry(&stat) && answer.opened(&opened)
         }
+        Operation::Tmpfile => {
+            let (flags, mode, umask) = (request.word(0) as i32, request.word(4), request.word(8));
+            let (stat, opened) = front.make_unnamed(asked, ino, (mode, umask), flags)?;
+            answer.entry(&stat) && answer.opened(&opened)
+        }
         Operation::Opendir => answer.opened(&front.open_folder(ino)?),
         Operation::Statfs => answer.space(&front.space()?),
         Operation::Release => {

@@ -98,6 +98,8 @@ pub struct Fs {
     opens: opens::Opens,
     /// Set if files can be passed through.
     backings: OnceLock<Box<dyn Backings>>,
+    /// Files that have had no name yet, and may get one.
+    unnamed: Mutex<HashSet<Ino>>,
     /// Held by a seal from its begin to its end.
     sealing: Mutex<()>,
     /// While a seal reads ahead: the files whose data has changed since it began to.
@@ -155,6 +157,7 @@ impl Fs {
             folders: folders::Folders::default(),
             opens: opens::Opens::default(),
             backings: OnceLock::new(),
+            unnamed: Mutex::default(),
             sealing: Mutex::new(()),
             changed: Mutex::new(None),
             ranges_from: RANGES_FROM,
@@ -327,6 +330,7 @@ impl Fs {
     fn removed(&self, upper: &Upper, ino: Ino) {
         upper.data().remove(ino);
         self.parents.write().remove(&ino);
+        self.unnamed.lock().remove(&ino);
     }
 
     /// What `stat` tells of `ino`.

@@ -80,7 +80,23 @@ impl Fs {
         self.stat(&state, ino)
     }
 
-    /// Gives inode `ino` another name.
+    /// Makes a file of `folder` that has no name yet: [`Fs::link`] gives it one, else it ends when nobody has it open.
+    pub fn make_unnamed(&self, folder: Ino, mode: u32, umask: u32, caller: Caller) -> FsResult<Stat> {
+        let _seen = self.seen(Op::Make, folder, None);
+        let (upper, _gate) = self.enter()?;
+        let mut edit = Edit::new(self, upper);
+        let parent = edit.living_folder(folder)?;
+        let (permissions, umask) = ((mode & 0o7777) as u16, (umask & 0o777) as u16);
+        let ino = edit.make(&parent, Node::File(Content::empty()), permissions, umask, caller);
+        edit.update(ino, |inode| inode.inode.nlink = 0)?;
+        edit.answer_with(ino);
+        let state = edit.commit()?;
+        self.unnamed.lock().insert(ino);
+        self.remember(folder, ino, FileKind::File);
+        self.stat(&state, ino)
+    }
+
+    /// Gives inode `ino` another name; one that has lost its last name gets none any more.
     pub fn link(&self, ino: Ino, folder: Ino, name: &[u8]) -> FsResult<Stat> {
         let _seen = self.seen(Op::Link, folder, Some(name));
         let (upper, _gate) = self.enter()?;
@@ -94,7 +110,8 @@ impl Fs {
         let kind = inode.inode.kind();
         match inode.inode.nlink {
             _ if kind == FileKind::Folder => return fail(libc::EPERM),
-            0 => return fail(libc::ENOENT),
+            // Which are unnamed since they were made a daemon before this one knew; the kernel does.
+            0 if !self.is_resumed && !self.unnamed.lock().contains(&ino) => return fail(libc::ENOENT),
             LINK_MAX.. => return fail(libc::EMLINK),
             _ => {}
         }
@@ -103,6 +120,9 @@ impl Fs {
         edit.touch_folder(folder, 0)?;
         edit.answer_with(ino);
         let state = edit.commit()?;
+        if inode.inode.nlink == 0 {
+            self.unnamed.lock().remove(&ino);
+        }
         self.remember(folder, ino, kind);
         self.stat(&state, ino)
     }

@@ -640,3 +640,36 @@ fn setting_or_removing_what_changes_nothing_succeeds_as_on_ext4() {
     rustix::fs::setxattr(m.path("file"), "user.a", b"2", XattrFlags::empty()).unwrap();
     assert_ne!(ctime("file"), before);
 }
+
+#[test]
+fn files_without_a_name_get_one_or_end() {
+    let Some(mounted) = mounted() else { return };
+    let open =
+        |flags| OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE | flags).open(mounted.path(""));
+    let counts = || mounted.mount.fs().unwrap().upper_counts();
+    let link = |file: &File, name: &str| {
+        rustix::fs::linkat(file, "", rustix::fs::CWD, mounted.path(name), AtFlags::EMPTY_PATH)
+    };
+    let before = counts();
+    let (mut file, other, exclusive) = (open(0).unwrap(), open(0).unwrap(), open(libc::O_EXCL).unwrap());
+    file.write_all(b"its bytes").unwrap();
+    assert_eq!((file.metadata().unwrap().nlink(), other.metadata().unwrap().nlink()), (0, 0));
+    assert_eq!(link(&exclusive, "never"), Err(rustix::io::Errno::NOENT));
+    mounted.seal();
+    file.write_all(b", and more").unwrap();
+    link(&file, "named").unwrap();
+    assert_eq!(fs::read(mounted.path("named")).unwrap(), b"its bytes, and more");
+    assert_eq!(file.metadata().unwrap().nlink(), 1);
+    link(&file, "twice").unwrap();
+    fs::remove_file(mounted.path("named")).unwrap();
+    fs::remove_file(mounted.path("twice")).unwrap();
+    assert_eq!(link(&file, "again"), Err(rustix::io::Errno::NOENT), "it has lost its last name");
+    drop((file, other));
+    let kept = open(0).unwrap();
+    link(&kept, "kept").unwrap();
+    drop((kept, exclusive));
+    let mounted = mounted.remount();
+    assert_eq!(fs::read_dir(mounted.path("")).unwrap().count(), 1);
+    let (inodes, _) = mounted.mount.fs().unwrap().upper_counts();
+    assert!(inodes <= before.0 + 2, "{inodes}: the folder and the file");
+}

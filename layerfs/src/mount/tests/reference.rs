@@ -40,6 +40,7 @@ enum Op {
     SetXattr(Path, u8, Vec<u8>, i32),
     RemoveXattr(Path, u8),
     Open(Path),
+    OpenUnnamed(Path, u32),
     WriteOpen(usize, u64, usize, u8),
     LinkOpen(usize, Path),
     Close(usize),
@@ -62,7 +63,7 @@ fn offset() -> impl Strategy<Value = u64> {
 
 fn op() -> impl Strategy<Value = Op> {
     let mode = prop::sample::select(vec![0o644, 0o755, 0o600, 0o4755, 0o2755, 0o2644, 0o1777, 0o000]);
-    let modes = mode.clone();
+    let (modes, more_modes) = (mode.clone(), mode.clone());
     let kinds = prop::sample::select(vec![libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR, libc::S_IFREG]);
     let flags = prop::sample::select(vec![0, 0, 0, 0, 1, 2, 4]);
     let allocate = prop::sample::select(vec![0, 1, 3, 0x10, 0x11]);
@@ -94,6 +95,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Seal),
         1 => (1usize..9).prop_map(Op::Squash),
         1 => Just(Op::Crash),
+        1 => (path(), more_modes).prop_map(|(p, m)| Op::OpenUnnamed(p, m)),
     ]
 }
 
@@ -200,6 +202,12 @@ impl Host {
             Op::Open(p) => {
                 let file = self.file(p).map_err(HostErrno::raw_os_error)?;
                 self.open.push(Some(file));
+                Ok(0)
+            }
+            Op::OpenUnnamed(p, mode) => {
+                let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::NOFOLLOW;
+                let file = rustix::fs::openat(at, joined(p), flags, Mode::from_raw_mode(*mode));
+                self.open.push(Some(file.map_err(HostErrno::raw_os_error)?));
                 Ok(0)
             }
             Op::WriteOpen(i, offset, count, seed) => match self.open.get(*i).and_then(Option::as_ref) {
@@ -347,6 +355,15 @@ impl Ours {
                 let (folder, name) = self.parent(p).map_err(|errno| errno.0)?;
                 self.file(p).map_err(|errno| errno.0)?;
                 let stat = fs.lookup(folder, name).map_err(|errno| errno.0)?.unwrap();
+                self.open.push(Some(stat.ino));
+                Ok(0)
+            }
+            Op::OpenUnnamed(p, mode) => {
+                let folder = self.resolve(p).map_err(|errno| errno.0)?;
+                if folder.kind != FileKind::Folder {
+                    return Err(libc::ENOTDIR);
+                }
+                let stat = fs.make_unnamed(folder.ino, *mode, umask(), Caller::ROOT).map_err(|errno| errno.0)?;
                 self.open.push(Some(stat.ino));
                 Ok(0)
             }
@@ -571,7 +588,7 @@ fn is_for_the_kernel(host: &Host, op: &Op) -> bool {
             vec![p]
         }
         Op::Rename(p, q, _) | Op::Link(p, q) => vec![p, q],
-        Op::Chown(p, ..) | Op::SetMtime(p, ..) | Op::LinkOpen(_, p) => vec![p],
+        Op::Chown(p, ..) | Op::SetMtime(p, ..) | Op::LinkOpen(_, p) | Op::OpenUnnamed(p, _) => vec![p],
         Op::Write(p, ..) | Op::Truncate(p, _) | Op::Allocate(p, ..) | Op::Open(p) => {
             return leads_through_symlink(host, p) || is_special(host, p);
         }
