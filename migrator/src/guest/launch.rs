@@ -100,8 +100,8 @@ fn outside(start: Start) -> Outcome<u32> {
         }
     }
     unshare(UnshareFlags::NEWPID | UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC)?;
-    let own = std::env::current_exe().map_err(failed("find this program"))?;
-    let mut child = Command::new(own)
+    // Not by its path, which another root's mounts hide, or an upgrade.
+    let mut child = Command::new("/proc/self/exe")
         .arg("guest-launch")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
