@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
@@ -138,9 +138,23 @@ pub struct Mount {
     fs: Mutex<Option<Arc<Fs>>>,
     pin: Mutex<Option<Pin>>,
     ending: Mutex<UnmountOptions>,
-    ended: Mutex<bool>,
-    end: Condvar,
+    phase: Mutex<Phase>,
+    turned: Condvar,
 }
+
+/// How far a mount's life is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The kernel asks.
+    Served,
+    /// It doesn't any more: what it changed is being saved.
+    CleanedUp,
+    Ended,
+}
+
+/// For how long the kernel may still ask after a mount was taken from its folder: it goes on for ever where another mount
+/// namespace has a copy.
+const COPIED_WAIT: Duration = Duration::from_secs(5);
 
 impl std::fmt::Debug for Mount {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -296,8 +310,8 @@ impl Mount {
             fs: Mutex::new(Some(fs)),
             pin: Mutex::new(None),
             ending: Mutex::default(),
-            ended: Mutex::new(false),
-            end: Condvar::new(),
+            phase: Mutex::new(Phase::Served),
+            turned: Condvar::new(),
         });
         let _ = send.send(mount.clone());
         Ok(mount)
@@ -400,6 +414,8 @@ impl Mount {
 
     /// Unmounts, and waits until everything is saved (but not if programs keep a lazily unmounted one going).
     ///
+    /// A copy in another mount namespace (a container's, or made by `unshare`) goes on until that namespace gives it up.
+    ///
     /// # Errors
     /// [`Error::Busy`] if programs use it.
     pub fn unmount(&self, options: &UnmountOptions) -> Result<()> {
@@ -412,16 +428,29 @@ impl Mount {
             return Err(error);
         }
         if !options.lazy {
-            self.wait();
+            self.wait_unless_copied();
         }
         Ok(())
     }
 
+    /// Waits until it has ended, unless the kernel goes on with it somewhere else.
+    fn wait_unless_copied(&self) {
+        let (mut phase, until) = (self.phase.lock(), Instant::now() + COPIED_WAIT);
+        while *phase == Phase::Served && !self.turned.wait_until(&mut phase, until).timed_out() {}
+        if *phase == Phase::Served {
+            let dir = self.record.dir.display();
+            tracing::warn!(%dir, "unmounted, but another mount namespace has a copy of it: it ends when that goes");
+            return;
+        }
+        drop(phase);
+        self.wait();
+    }
+
     /// Waits until it has ended.
     pub fn wait(&self) {
-        let mut ended = self.ended.lock();
-        while !*ended {
-            self.end.wait(&mut ended);
+        let mut phase = self.phase.lock();
+        while *phase != Phase::Ended {
+            self.turned.wait(&mut phase);
         }
     }
 
@@ -434,7 +463,12 @@ impl Mount {
 
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
-        *self.ended.lock()
+        *self.phase.lock() == Phase::Ended
+    }
+
+    fn turn(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+        self.turned.notify_all();
     }
 
     fn gone(&self) -> Error {
@@ -445,13 +479,13 @@ impl Mount {
         if let Err(error) = served {
             tracing::error!(dir = %self.record.dir.display(), %error, "a mount's session failed");
         }
+        self.turn(Phase::CleanedUp);
         let options = *self.ending.lock();
         if let Err(error) = self.clean_up(options) {
             tracing::error!(dir = %self.record.dir.display(), %error, "cannot clean up after a mount");
         }
         *self.pin.lock() = None;
-        *self.ended.lock() = true;
-        self.end.notify_all();
+        self.turn(Phase::Ended);
     }
 
     fn clean_up(&self, options: UnmountOptions) -> Result<()> {

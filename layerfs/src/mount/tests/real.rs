@@ -199,6 +199,26 @@ impl Mapper {
 }
 
 #[test]
+fn a_copy_in_another_namespace_holds_nobody_up() {
+    let Some(m) = mounted() else { return };
+    fs::write(m.path("file"), b"there").unwrap();
+    let mut other = Command::new("unshare");
+    other.args(["--mount", "--propagation", "private", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut other = other.spawn().unwrap();
+    let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
+    // Once it answers, it has its namespace.
+    input.write_all(b"?").unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+    assert!(!m.mount.has_ended() && !m.path("file").exists());
+    drop(input);
+    other.wait().unwrap();
+    m.mount.wait();
+    let m = m.remount();
+    assert_eq!(fs::read(m.path("file")).unwrap(), b"there");
+}
+
+#[test]
 fn mappings_and_programs_work() {
     let Some(m) = mounted() else { return };
     fs::write(m.path("mapped"), vec![0; 100_000]).unwrap();
