@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
@@ -359,6 +359,12 @@ fn start_busy(moving: &Moving, megabytes: u64, pages: u64) -> anyhow::Result<u64
     let words = busy(megabytes, pages);
     let options: Vec<&str> = std::iter::once("--").chain(words.iter().map(String::as_str)).collect();
     moving.start("process", &["pair", "ramsim", "zoo"], &options)?;
+    // What it has yet to fill would look like memory that is rewritten.
+    let began = Instant::now();
+    while moving.show(true)?["memory_bytes"].as_u64().context("no memory")? < megabytes << 20 {
+        ensure!(began.elapsed() < Duration::from_secs(60), "{megabytes} MiB aren't filled in a minute");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     moving.passes(true, 0)
 }
 
