@@ -11,13 +11,15 @@ use layerfs::import::{ImportOptions, SourceSpec, import};
 use layerfs::monitor::Silent;
 use layerfs::store::{Store, StoreOptions};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
+use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Root, Tool};
 use layerfs_tests::host::{Host, TwoHosts};
 use layerfs_tests::{ctl, fixtures};
 use migrator::guest::fake::{FakeHost, World};
 use migrator::guest::programs::Programs;
 use migrator::guest::{Drivers, Guest, GuestName, GuestRecord, GuestSpec, Host as _, HostDrivers, state};
 use serde_json::Value;
+
+use crate::migrate::{LXC, OCI, PROCESS};
 
 /// The longest that a guest may take to do something.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,17 +28,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("drivers::process_goes_on_from_checkpoints", &[Root, Fuse, Tool("cc"), Criu], process),
-        Case::new("drivers::process_goes_on_elsewhere", &[Root, Fuse, Namespaces, Tool("cc"), Criu], process_elsewhere),
+        Case::new("drivers::process_goes_on_elsewhere", PROCESS, process_elsewhere),
         Case::new(
             "drivers::oci_goes_on_from_checkpoints",
             &[Root, Fuse, Containers, Tool("cc"), Criu, GuestTool("runc")],
             oci,
         ),
-        Case::new(
-            "drivers::oci_goes_on_elsewhere",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
-            oci_elsewhere,
-        ),
+        Case::new("drivers::oci_goes_on_elsewhere", OCI, oci_elsewhere),
         Case::new(
             "drivers::qemu_goes_on_from_checkpoints",
             &[Root, Fuse, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
@@ -47,11 +45,7 @@ pub fn cases() -> Vec<Case> {
             &[Root, Fuse, Containers, Tool("cc"), Criu, Tool("lxc-start")],
             lxc,
         ),
-        Case::new(
-            "drivers::lxc_goes_on_elsewhere",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
-            lxc_elsewhere,
-        ),
+        Case::new("drivers::lxc_goes_on_elsewhere", LXC, lxc_elsewhere),
         Case::new("drivers::a_scan_has_the_chunks_of_a_dump", &[Root, Tool("cc"), Criu], scan),
         Case::new("drivers::process_outlives_the_daemon", &[Root, Fuse, Tool("cc")], outlives),
         Case::new("drivers::mistakes_are_told", &[Root, Fuse, Tool("cc")], mistakes),

@@ -3,13 +3,14 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
+use layerfs_tests::case::Need::{self, Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
 use layerfs_tests::host::{Host, TwoHosts, run_in};
 use layerfs_tests::network::inside;
 use layerfs_tests::{case, fixtures};
@@ -26,50 +27,31 @@ const TURNS: usize = 4;
 /// The destination dies at these steps, one by one.
 pub const STEPS: &[&str] = &["move.journalled:1", "move.journalled:2", "move.journalled:3"];
 
+/// What guests of each driver need to move between two hosts.
+pub const PROCESS: &[Need] = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
+pub const OCI: &[Need] = &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")];
+pub const LXC: &[Need] = &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")];
+pub const QEMU: &[Need] = &[Root, Fuse, Namespaces, Tool("cc"), Tool("qemu-system-x86_64"), Kernel];
+
 /// The cases.
 pub fn cases() -> Vec<Case> {
-    let needs = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
     vec![
-        Case::new("migrate::process_to_and_fro", needs, process),
-        Case::new("migrate::process_keeps_its_client", needs, || container("process")),
-        Case::new(
-            "migrate::oci_keeps_its_client",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
-            || container("oci"),
-        ),
-        Case::new(
-            "migrate::lxc_keeps_its_client",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
-            || container("lxc"),
-        ),
-        Case::new(
-            "migrate::qemu_keeps_its_client",
-            &[Root, Fuse, Namespaces, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
-            machine,
-        ),
-        Case::new("migrate::process_goes_before_its_memory", needs, || ahead_of_memory("process")),
-        Case::new(
-            "migrate::oci_goes_before_its_memory",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
-            || ahead_of_memory("oci"),
-        ),
-        Case::new(
-            "migrate::lxc_goes_before_its_memory",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
-            || ahead_of_memory("lxc"),
-        ),
-        Case::new("migrate::a_restore_that_fails_gives_it_back", needs, restore_fails),
-        Case::new(
-            "migrate::a_container_goes_on_from_its_files",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
-            container_goes_back,
-        ),
-        Case::new("migrate::a_dump_that_fails_changes_nothing", needs, dump_fails),
-        Case::new("migrate::a_full_disk_leaves_it_running", needs, disk_full),
-        Case::new("migrate::the_link_is_cut_before_the_commit", needs, cut_before),
-        Case::new("migrate::the_link_is_cut_after_the_commit", needs, cut_after),
-        Case::new("migrate::the_source_dies_on_the_way", needs, source_dies),
-        Case::new("migrate::the_destination_dies_on_the_way", needs, dies),
+        Case::new("migrate::process_to_and_fro", PROCESS, process),
+        Case::new("migrate::process_keeps_its_client", PROCESS, || container("process")),
+        Case::new("migrate::oci_keeps_its_client", OCI, || container("oci")),
+        Case::new("migrate::lxc_keeps_its_client", LXC, || container("lxc")),
+        Case::new("migrate::qemu_keeps_its_client", QEMU, machine),
+        Case::new("migrate::process_goes_before_its_memory", PROCESS, || ahead_of_memory("process")),
+        Case::new("migrate::oci_goes_before_its_memory", OCI, || ahead_of_memory("oci")),
+        Case::new("migrate::lxc_goes_before_its_memory", LXC, || ahead_of_memory("lxc")),
+        Case::new("migrate::a_restore_that_fails_gives_it_back", PROCESS, restore_fails),
+        Case::new("migrate::a_container_goes_on_from_its_files", OCI, container_goes_back),
+        Case::new("migrate::a_dump_that_fails_changes_nothing", PROCESS, dump_fails),
+        Case::new("migrate::a_full_disk_leaves_it_running", PROCESS, disk_full),
+        Case::new("migrate::the_link_is_cut_before_the_commit", PROCESS, cut_before),
+        Case::new("migrate::the_link_is_cut_after_the_commit", PROCESS, cut_after),
+        Case::new("migrate::the_source_dies_on_the_way", PROCESS, source_dies),
+        Case::new("migrate::the_destination_dies_on_the_way", PROCESS, dies),
         Case::new("migrate::obstacles_and_mistakes_are_told", &[Root, Fuse, Namespaces, Tool("cc")], mistakes),
     ]
 }
@@ -103,6 +85,18 @@ impl Moving {
         Ok(moving)
     }
 
+    /// A machine with a service runs on the first host; both have a bridge in one subnet.
+    pub fn machine() -> anyhow::Result<Moving> {
+        let moving = Moving::new()?;
+        connect_bridges(&moving.hosts)?;
+        fixtures::machine(&moving.hosts.a.path("tree"))?;
+        let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append"];
+        let append = "console=ttyS0 quiet panic=-1 address=10.77.0.2";
+        let options = ["--memory", "192M", "--network", NETWORK];
+        moving.start("qemu", &[], &[&options[..], &boot, &[append]].concat())?;
+        Ok(moving)
+    }
+
     /// Starts the guest of `driver` with `programs` in its root.
     pub fn start(&self, driver: &str, programs: &[&str], options: &[&str]) -> anyhow::Result<()> {
         let a = &self.hosts.a;
@@ -132,7 +126,7 @@ impl Moving {
 
     /// What the zoo counts to there, if it has lost nothing.
     fn count(&self, is_first: bool) -> anyhow::Result<u64> {
-        let file = self.host(is_first).ctl.store().join("guests").join(GUEST).join("root/zoo-says");
+        let file = folder(self.host(is_first)).join("root/zoo-says");
         let text = fs::read_to_string(file).context("the zoo says nothing")?;
         let (count, rest) = text.trim().split_once(' ').with_context(|| format!("the zoo says {text:?}"))?;
         ensure!(rest == "ok", "bad: the zoo says {text:?}");
@@ -176,6 +170,11 @@ impl Moving {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Where `host` keeps what belongs to the guest: its root, and what its runtime leaves.
+pub fn folder(host: &Host) -> PathBuf {
+    host.ctl.store().join("guests").join(GUEST)
 }
 
 /// How often a guest goes to and fro.
@@ -233,7 +232,7 @@ pub fn hook(host: &Host, point: &str, script: &str) -> anyhow::Result<()> {
 fn restore_fails() -> anyhow::Result<()> {
     let moving = Moving::zoo()?;
     let count = moving.passes(true, 3)?;
-    let program = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/bin/zoo");
+    let program = folder(&moving.hosts.b).join("root/bin/zoo");
     hook(&moving.hosts.b, "before-restore", &format!("rm {}", program.display()))?;
     let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
     ensure!(said.contains("gave it back") && said.contains("zoo"), "{said}");
@@ -261,7 +260,7 @@ fn container_goes_back() -> anyhow::Result<()> {
 fn dump_fails() -> anyhow::Result<()> {
     let moving = Moving::zoo()?;
     let count = moving.passes(true, 3)?;
-    let log = moving.hosts.a.ctl.store().join("guests").join(GUEST).join("run/dump.log");
+    let log = folder(&moving.hosts.a).join("run/dump.log");
     fs::create_dir(&log)?;
     let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
     ensure!(said.contains("dump") && said.contains("runs on here"), "{said}");
@@ -388,6 +387,18 @@ pub fn connect_bridges(hosts: &TwoHosts) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Connects from `host` to a guest, as soon as it answers.
+pub fn connect(host: &Host, address: &str) -> anyhow::Result<TcpStream> {
+    let began = Instant::now();
+    loop {
+        match inside(host.end()?, || TcpStream::connect(address)) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => ensure!(began.elapsed() < PATIENCE, "the guest doesn't answer: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A client on the first host that asks the guest again and again, over one connection.
 pub struct Client {
     stop: Arc<AtomicBool>,
@@ -399,14 +410,7 @@ pub struct Client {
 
 impl Client {
     pub fn start(host: &Host, address: &str) -> anyhow::Result<Client> {
-        let began = Instant::now();
-        let stream = loop {
-            match inside(host.end()?, || TcpStream::connect(address)) {
-                Ok(stream) => break stream,
-                Err(error) => ensure!(began.elapsed() < PATIENCE, "the guest doesn't answer: {error}"),
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
+        let stream = connect(host, address)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let (stop, answers) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -475,16 +479,10 @@ fn container(driver: &str) -> anyhow::Result<()> {
 
 /// A machine with a service, that checks its memory.
 fn machine() -> anyhow::Result<()> {
-    let moving = Moving::new()?;
-    connect_bridges(&moving.hosts)?;
-    fixtures::machine(&moving.hosts.a.path("tree"))?;
-    let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append"];
-    let append = "console=ttyS0 quiet panic=-1 address=10.77.0.2";
-    let options = ["--memory", "192M", "--network", NETWORK];
-    moving.start("qemu", &[], &[&options[..], &boot, &[append]].concat())?;
+    let moving = Moving::machine()?;
     // It goes once before its memory, too.
     serves(&moving, Some(2), |is_first| {
-        let console = moving.host(is_first).ctl.store().join("guests").join(GUEST).join("run/console");
+        let console = folder(moving.host(is_first)).join("run/console");
         let began = Instant::now();
         loop {
             let text = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();

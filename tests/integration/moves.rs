@@ -11,11 +11,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Criu, Fuse, Namespaces, Root, Tool};
 use layerfs_tests::host::Host;
 use serde_json::Value;
 
-use crate::migrate::{GUEST, Moving, POST_COPY, turns, went_before};
+use crate::migrate::{GUEST, Moving, POST_COPY, PROCESS, folder, turns, went_before};
 
 /// So many moves come first: only then everything is there that stays.
 const WARM_UP: usize = 2;
@@ -32,11 +31,10 @@ const SOME_MOVES: usize = 10;
 
 /// The cases.
 pub fn cases() -> Vec<Case> {
-    let needs = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
     vec![
-        Case::new("moves::nothing_is_left_behind", needs, to_and_fro),
-        Case::new("moves::memory_in_use_costs_little", needs, memory),
-        Case::new("moves::a_guest_that_is_faster_than_the_link_ends_by_its_rules", needs, too_fast),
+        Case::new("moves::nothing_is_left_behind", PROCESS, to_and_fro),
+        Case::new("moves::memory_in_use_costs_little", PROCESS, memory),
+        Case::new("moves::a_guest_that_is_faster_than_the_link_ends_by_its_rules", PROCESS, too_fast),
     ]
 }
 
@@ -107,7 +105,7 @@ impl<'a> Ledger<'a> {
     /// Remembers by what the guest would be known later.
     fn note(&mut self, on_first: bool) -> anyhow::Result<()> {
         let host = self.moving.host(on_first);
-        let device = fs::metadata(root(host))?.dev();
+        let device = fs::metadata(folder(host).join("root"))?.dev();
         self.devices.insert(format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
         let Some(pid) = self.moving.show(on_first)?["pid"].as_u64() else { return Ok(()) };
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
@@ -202,10 +200,6 @@ fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or_default()
-}
-
-fn root(host: &Host) -> PathBuf {
-    host.ctl.store().join("guests").join(GUEST).join("root")
 }
 
 /// What there is of a host's and of the guest's making that could pile up.
@@ -318,7 +312,7 @@ fn processes(store: &str, devices: &BTreeSet<String>) -> anyhow::Result<(usize, 
 
 /// How many of the guest's networks there are on this host, by the names that its driver gives them.
 fn networks(host: &Host) -> anyhow::Result<usize> {
-    let run = host.ctl.store().join("guests").join(GUEST).join("run");
+    let run = folder(host).join("run");
     let name = format!("lg{}", &blake3::hash(run.as_os_str().as_encoded_bytes()).to_hex()[..10]);
     let links = layerfs_tests::host::run_in(host, "ip", &["-o", "link", "show"])?;
     let links = links.lines().filter(|line| line.contains(&name)).count();

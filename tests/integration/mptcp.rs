@@ -12,14 +12,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Fuse, Kernel, Namespaces, Root, Tool};
 use layerfs_tests::fixtures;
 use layerfs_tests::host::{PORT, TwoHosts, run_in};
 use layerfs_tests::network::{End, Link, inside};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto};
 
 use crate::follow::{self, Router};
-use crate::migrate::{GUEST, Moving, PATIENCE};
+use crate::migrate::{GUEST, Moving, PATIENCE, QEMU};
 use crate::rollback::Stream;
 
 const FIRST: Ipv4Addr = Ipv4Addr::new(10, 88, 1, 2);
@@ -30,8 +29,7 @@ const SERVICE: u16 = 7777;
 
 /// The cases.
 pub fn cases() -> Vec<Case> {
-    let needs = &[Root, Fuse, Namespaces, Tool("cc"), Tool("qemu-system-x86_64"), Kernel];
-    vec![Case::new("mptcp::a_client_stays_connected_to_a_machine_that_changes_its_address", needs, across)]
+    vec![Case::new("mptcp::a_client_stays_connected_to_a_machine_that_changes_its_address", QEMU, across)]
 }
 
 fn across() -> anyhow::Result<()> {

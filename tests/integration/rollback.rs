@@ -10,34 +10,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
-use layerfs_tests::case::Need::{Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
-use layerfs_tests::fixtures;
 use layerfs_tests::host::Host;
-use layerfs_tests::network::inside;
 
-use crate::migrate::{ADDRESS, GUEST, Moving, NETWORK, PATIENCE, connect_bridges, hook};
+use crate::migrate::{
+    ADDRESS, GUEST, LXC, Moving, NETWORK, OCI, PATIENCE, PROCESS, QEMU, connect, connect_bridges, folder, hook,
+};
 
 /// The cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("rollback::process_loses_no_packet", &[Root, Fuse, Namespaces, Tool("cc"), Criu], || {
-            container("process")
-        }),
-        Case::new(
-            "rollback::oci_loses_no_packet",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, GuestTool("runc")],
-            || container("oci"),
-        ),
-        Case::new(
-            "rollback::lxc_loses_no_packet",
-            &[Root, Fuse, Containers, Namespaces, Tool("cc"), Criu, Tool("lxc-start")],
-            || container("lxc"),
-        ),
-        Case::new(
-            "rollback::qemu_loses_no_packet",
-            &[Root, Fuse, Namespaces, Tool("cc"), Tool("qemu-system-x86_64"), Kernel],
-            machine,
-        ),
+        Case::new("rollback::process_loses_no_packet", PROCESS, || container("process")),
+        Case::new("rollback::oci_loses_no_packet", OCI, || container("oci")),
+        Case::new("rollback::lxc_loses_no_packet", LXC, || container("lxc")),
+        Case::new("rollback::qemu_loses_no_packet", QEMU, machine),
     ]
 }
 
@@ -53,15 +38,7 @@ pub struct Stream {
 impl Stream {
     /// Connects from `host` to a service that numbers lines.
     pub fn start(host: &Host, address: &str) -> anyhow::Result<Stream> {
-        let began = Instant::now();
-        let stream = loop {
-            match inside(host.end()?, || TcpStream::connect(address)) {
-                Ok(stream) => break stream,
-                Err(error) => ensure!(began.elapsed() < PATIENCE, "the guest doesn't answer: {error}"),
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        Stream::over(stream)
+        Stream::over(connect(host, address)?)
     }
 
     /// The same over a connection that is there.
@@ -126,19 +103,13 @@ fn container(driver: &str) -> anyhow::Result<()> {
     connect_bridges(&moving.hosts)?;
     let options = ["--network", NETWORK, "--", "/bin/echo", "7777"];
     moving.start(driver, &["echo"], &options)?;
-    let root = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/bin/echo");
+    let root = folder(&moving.hosts.b).join("root/bin/echo");
     goes_back(&moving, &root)
 }
 
 fn machine() -> anyhow::Result<()> {
-    let moving = Moving::new()?;
-    connect_bridges(&moving.hosts)?;
-    fixtures::machine(&moving.hosts.a.path("tree"))?;
-    let boot = ["--kernel", "/vmlinuz", "--initrd", "/initrd", "--append"];
-    let append = "console=ttyS0 quiet panic=-1 address=10.77.0.2";
-    let options = ["--memory", "192M", "--network", NETWORK];
-    moving.start("qemu", &[], &[&options[..], &boot, &[append]].concat())?;
-    let root = moving.hosts.b.ctl.store().join("guests").join(GUEST).join("root/vmlinuz");
+    let moving = Moving::machine()?;
+    let root = folder(&moving.hosts.b).join("root/vmlinuz");
     goes_back(&moving, &root)
 }
 
