@@ -16,8 +16,9 @@ use crate::wire::Message;
 
 /// Items that wait at most, per connection that takes them. A frame has about half a MiB.
 const ROOM: usize = 4;
-/// Frames that joined connections have taken and that aren't confirmed, in bytes: 1 Gbit/s for half a second.
-pub(crate) const MAX_KEPT_BYTES: usize = 64 << 20;
+/// Frames that joined connections have taken and that aren't confirmed, in bytes: 1 Gbit/s for a second, which
+/// is what two round trips of 200 ms and the repair of what was lost take.
+pub(crate) const MAX_KEPT_BYTES: usize = 128 << 20;
 
 /// What is to be written.
 #[derive(Debug)]

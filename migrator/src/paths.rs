@@ -38,7 +38,7 @@ const SOME_ROUND_TRIP: Duration = Duration::from_millis(4);
 /// With a long round trip, from so much to carry on, several connections are opened before the first has shown what it
 /// can do: by then they are up to speed together.
 const MUCH_BYTES: u64 = 4 << 20;
-/// From so much on a shorter round trip is reason enough.
+/// From so much on a shorter round trip is reason enough, and a long one for all there may be: each doubles what it carries in a round trip.
 const VERY_MUCH_BYTES: u64 = 16 << 20;
 /// A connection keeps so much under way without effort; without losses more of them are of no use.
 const EASY_BYTES: u64 = 128 << 10;
@@ -111,7 +111,7 @@ impl Sample {
     fn first_target(&self, routes: usize) -> usize {
         let is_far = self.info.round_trip >= LONG_ROUND_TRIP;
         let few = match self.expected_bytes {
-            VERY_MUCH_BYTES.. if is_far => 8,
+            VERY_MUCH_BYTES.. if is_far => MAX_AUTO,
             VERY_MUCH_BYTES.. if self.info.round_trip >= SOME_ROUND_TRIP => 4,
             _ if is_far => 4,
             _ => 1,

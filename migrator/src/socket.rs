@@ -16,6 +16,11 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 const MAX_UNSENT_BYTES: u32 = 256 * 1024;
 /// The same for a long path, which several connections share: the last of them shall not be busy long after the first.
 const MAX_UNSENT_BYTES_FAR: u32 = 64 * 1024;
+/// On a long path a send buffer holds what is on its way and what waits behind a lost packet, for which the limit that the
+/// kernel's own sizing has, mostly 4 MiB, is too low. The kernel makes it twice this, for its overhead.
+const SEND_BUFFER_FAR: usize = 8 << 20;
+/// From this round trip on the kernel's own limit of the send buffer may be too low.
+const FAR_ROUND_TRIP: Duration = Duration::from_millis(40);
 /// Below this round trip losses are repaired so fast that the kernel's default does as well, for less work.
 const LONG_ROUND_TRIP: Duration = Duration::from_millis(2);
 /// The congestion control for long or lossy paths: it doesn't take every loss for congestion.
@@ -101,6 +106,10 @@ impl Probe {
             return;
         }
         let _ = socket2::SockRef::from(&self.0).set_tcp_notsent_lowat(MAX_UNSENT_BYTES_FAR);
+        if info.round_trip >= FAR_ROUND_TRIP {
+            // Not without privilege: the kernel sizes it by itself then, up to `net.ipv4.tcp_wmem`.
+            let _ = sockopt::set_socket_send_buffer_size_force(&self.0, SEND_BUFFER_FAR);
+        }
         if sockopt::tcp_congestion(&self.0).is_ok_and(|name| name != FOR_LOSS)
             && sockopt::set_tcp_congestion(&self.0, FOR_LOSS).is_err()
         {

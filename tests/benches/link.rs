@@ -17,11 +17,12 @@ use layerfs_tests::host::{Host, TwoHosts, run_in};
 use layerfs_tests::network::{End, Link};
 use layerfs_tests::tree;
 
-/// Seconds that a cell's bytes take at its full rate, with a short round trip and with a long one.
+/// Seconds that a cell's bytes take at its full rate: without delay, with some, and with a long one.
 const SECONDS: u64 = 10;
-const SECONDS_FAR: u64 = 40;
+const SECONDS_SOME: u64 = 30;
+const SECONDS_FAR: u64 = 120;
 /// The most bytes of a cell: they lie on the disk three times.
-const MAX_BYTES: u64 = 2_500_000_000;
+const MAX_BYTES: u64 = 4_000_000_000;
 
 /// One row of the table, by name: `100/20/1` is 100 Mbit/s, 20 ms, 1% loss.
 struct Cell {
@@ -46,7 +47,11 @@ impl Cell {
     }
 
     fn seconds(&self) -> u64 {
-        let seconds = if self.millis >= 100 { SECONDS_FAR } else { SECONDS };
+        let seconds = match self.millis {
+            0 => SECONDS,
+            1..100 => SECONDS_SOME,
+            _ => SECONDS_FAR,
+        };
         seconds.min(MAX_BYTES / (self.megabits * 125_000))
     }
 
@@ -90,7 +95,7 @@ pub fn run(only: Option<&str>) -> anyhow::Result<()> {
         return crate::unlimited::run();
     }
     println!(
-        "use of the link in %: {SECONDS} s of its rate in bytes, {SECONDS_FAR} s from 100 ms on, {MAX_BYTES} bytes at most;"
+        "use of the link in %: {SECONDS} s of its rate in bytes, {SECONDS_SOME} s with delay, {SECONDS_FAR} s from 100 ms on, {MAX_BYTES} bytes at most;"
     );
     println!(
         "delay is the round trip's, loss each way; wire is all that our side sent, with headers and what went twice,"
