@@ -166,6 +166,14 @@ pub trait ChunkRead: Send + Sync {
     /// [`Error::ChunkMissing`], [`Error::ChunkDamaged`], or that of the disk.
     fn get(&self, id: &ChunkId) -> Result<Bytes>;
 
+    /// As [`ChunkRead::get`], for what won't be needed again soon: it takes no place in a cache.
+    ///
+    /// # Errors
+    /// As [`ChunkRead::get`].
+    fn get_once(&self, id: &ChunkId) -> Result<Bytes> {
+        self.get(id)
+    }
+
     /// Whether some chunks may have to come from another host, so that reading far ahead pays.
     fn is_remote(&self) -> bool {
         false

@@ -13,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::chunk::ChunkRead;
-use crate::content::{self, Content, Extent, Extents, get_sized};
+use crate::content::{self, Content, Extent, Extents, List, get_sized};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
 use crate::patience;
@@ -369,6 +369,8 @@ impl FileReader {
         let end = offset + count as u64;
         let runs = match self.content {
             Content::Inline(_) => None,
+            // There is nothing ahead.
+            Content::Extents { list: List::Direct(ref extents), .. } if extents.len() == 1 => None,
             Content::Extents { .. } => self.runs(offset, end)?,
         };
         let Some(runs) = runs else {

@@ -3,12 +3,14 @@
 //! Everybody takes turns, run for run; each figure is the median, each ratio is to the kernel's overlay: of times ours by the
 //! overlay's (below 1 is faster), of rates as well (above 1 is faster). Rows are picked by words in their names.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
+mod held;
+mod stack;
+mod work;
+
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use layerfs_tests::case::output_of;
@@ -25,9 +27,9 @@ const USAGE: &str = "usage: layerfs-bench mount [--runs N] [--files N] [--large 
     \n  --both        also mounts whose requests come by io_uring\
     \n  ROW           only rows whose names hold one of these words; list shows the names";
 
-/// Where the reads and writes of the rate rows go to, in bytes.
-const FILE_BYTES: u64 = 512 << 20;
-const BLOCK: usize = 4096;
+/// The length of the file that is read cold, and how many crates are compiled.
+const COLD_BYTES: u64 = 512 << 20;
+const CRATES: usize = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -82,7 +84,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::ReadOnly],
         goal: (1.2, 1.5),
-        work: find,
+        work: work::find,
     },
     Row {
         name: "find-second",
@@ -90,7 +92,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::ReadOnly],
         goal: (1.0, 1.3),
-        work: twice_find,
+        work: work::twice_find,
     },
     Row {
         name: "tar-first",
@@ -98,7 +100,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::ReadOnly],
         goal: (2.0, 3.0),
-        work: tar,
+        work: work::tar,
     },
     Row {
         name: "tar-second",
@@ -106,7 +108,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::ReadOnly],
         goal: (1.2, 1.7),
-        work: twice_tar,
+        work: work::twice_tar,
     },
     Row {
         name: "open-read-close",
@@ -114,17 +116,40 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::ReadOnly],
         goal: (1.5, 2.0),
-        work: open_read_close,
+        work: work::open_read_close,
     },
-    Row { name: "untar", unit: Unit::Seconds, lower: "large", others: &[Kind::Ext4], goal: (2.0, 3.5), work: untar },
-    Row { name: "remove", unit: Unit::Seconds, lower: "large", others: &[Kind::Ext4], goal: (2.0, 3.5), work: remove },
+    Row {
+        name: "four-clients",
+        unit: Unit::Seconds,
+        lower: "tree",
+        others: &[Kind::ReadOnly],
+        goal: (1.5, 2.0),
+        work: work::clients,
+    },
+    Row { name: "compile", unit: Unit::Seconds, lower: "crates", others: &[], goal: (1.05, 1.15), work: work::compile },
+    Row {
+        name: "untar",
+        unit: Unit::Seconds,
+        lower: "large",
+        others: &[Kind::Ext4],
+        goal: (2.0, 3.5),
+        work: work::untar,
+    },
+    Row {
+        name: "remove",
+        unit: Unit::Seconds,
+        lower: "large",
+        others: &[Kind::Ext4],
+        goal: (2.0, 3.5),
+        work: work::remove,
+    },
     Row {
         name: "first-write",
         unit: Unit::Seconds,
         lower: "large",
         others: &[],
         goal: (0.01, 0.05),
-        work: first_write,
+        work: work::first_write,
     },
     Row {
         name: "sustained-random-write",
@@ -132,7 +157,7 @@ const ROWS: &[Row] = &[
         lower: "large",
         others: &[],
         goal: (0.9, 0.5),
-        work: sustained,
+        work: work::sustained,
     },
     Row {
         name: "read-sealed",
@@ -140,16 +165,31 @@ const ROWS: &[Row] = &[
         lower: "large",
         others: &[Kind::ReadOnly],
         goal: (0.9, 0.7),
-        work: read_sealed,
+        work: work::read_sealed,
     },
-    Row { name: "read-own", unit: Unit::Rate, lower: "tree", others: &[Kind::Ext4], goal: (1.0, 0.9), work: read_own },
+    Row {
+        name: "read-cold",
+        unit: Unit::Rate,
+        lower: "cold",
+        others: &[Kind::ReadOnly],
+        goal: (1.5, 0.9),
+        work: work::read_cold,
+    },
+    Row {
+        name: "read-own",
+        unit: Unit::Rate,
+        lower: "tree",
+        others: &[Kind::Ext4],
+        goal: (1.0, 0.9),
+        work: work::read_own,
+    },
     Row {
         name: "write-buffered",
         unit: Unit::Rate,
         lower: "tree",
         others: &[Kind::Ext4],
         goal: (1.0, 0.9),
-        work: write_buffered,
+        work: work::write_buffered,
     },
     Row {
         name: "write-fsync",
@@ -157,7 +197,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::Ext4],
         goal: (1.0, 0.9),
-        work: write_fsync,
+        work: work::write_fsync,
     },
     Row {
         name: "random-read",
@@ -165,7 +205,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::Ext4],
         goal: (1.0, 0.9),
-        work: random_read,
+        work: work::random_read,
     },
     Row {
         name: "random-write",
@@ -173,7 +213,7 @@ const ROWS: &[Row] = &[
         lower: "tree",
         others: &[Kind::Ext4],
         goal: (1.0, 0.9),
-        work: random_write,
+        work: work::random_write,
     },
 ];
 
@@ -207,6 +247,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
             }
             "list" => {
                 ROWS.iter().for_each(|row| println!("{}", row.name));
+                println!("{}", stack::NAME);
                 return Ok(());
             }
             word if word.starts_with('-') => bail!("unknown argument {word:?}\n{USAGE}"),
@@ -215,7 +256,14 @@ pub fn run(arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
     }
     let wanted = |row: &&Row| words.is_empty() || words.iter().any(|word| row.name.contains(word.as_str()));
     let rows: Vec<&Row> = ROWS.iter().filter(wanted).collect();
-    ensure!(!rows.is_empty(), "no row has such a name\n{USAGE}");
+    let wants_stack = words.is_empty() || words.iter().any(|word| stack::NAME.contains(word.as_str()));
+    ensure!(wants_stack || !rows.is_empty(), "no row has such a name\n{USAGE}");
+    if wants_stack {
+        stack::measure(runs)?;
+    }
+    if rows.is_empty() {
+        return Ok(());
+    }
     let bench = Bench { both, ..Bench::prepare(&rows, runs, files, large << 30, seconds)? };
     println!("{:<24} {:<20} {:>14} {:>9}  goal (floor)", "", "", "median", "ratio");
     rows.into_iter().try_for_each(|row| bench.measure(row))
@@ -235,7 +283,19 @@ impl Bench {
             (0..large_bytes / piece.len() as u64).try_for_each(|_| file.write_all(&piece))?;
             host.import(&large, "large", &[])?;
         }
-        if rows.iter().any(|row| row.lower == "tree") {
+        let is_wanted = |lower| rows.iter().any(|row| row.lower == lower);
+        if is_wanted("cold") {
+            let mut random = Random::new(10);
+            let mut file = File::create(host.new_folder("cold")?.join("file"))?;
+            (0..COLD_BYTES >> 20).try_for_each(|_| file.write_all(&random.text(1 << 20)))?;
+            host.import(&host.path("cold"), "cold", &[])?;
+        }
+        if is_wanted("crates") {
+            let folder = host.new_folder("crates")?;
+            write_crates(&folder)?;
+            host.import(&folder, "crates", &[])?;
+        }
+        if is_wanted("tree") {
             host.import(&tree, "tree", &[])?;
         }
         Ok(Bench { runs, both: false, seconds, large_bytes, host, archive })
@@ -246,6 +306,10 @@ impl Bench {
         kinds.extend(self.both.then_some(Kind::ByRing));
         kinds.extend(row.others);
         if Command::new("fuse-overlayfs").arg("--version").output().is_err() {
+            kinds.retain(|kind| *kind != Kind::FuseOverlayfs);
+        }
+        if row.lower == "cold" {
+            // Its server isn't held to the rate.
             kinds.retain(|kind| *kind != Kind::FuseOverlayfs);
         }
         let mut figures = vec![Vec::new(); kinds.len()];
@@ -329,142 +393,31 @@ impl Drop for Mounted<'_> {
     }
 }
 
-fn timed(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
-    let started = Instant::now();
-    work()?;
-    Ok(started.elapsed().as_secs_f64())
-}
-
-fn shell(dir: &Path, line: &str) -> anyhow::Result<()> {
-    output_of(Command::new("sh").args(["-c", line]).current_dir(dir)).map(drop)
-}
-
-fn find(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    timed(|| shell(dir, "find . -printf '%s %m %u %T@\\n' >/dev/null"))
-}
-
-fn twice_find(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    find(bench, dir)?;
-    find(bench, dir)
-}
-
-fn tar(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    timed(|| shell(dir, "tar -cf - . | cat >/dev/null"))
-}
-
-fn twice_tar(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    tar(bench, dir)?;
-    tar(bench, dir)
-}
-
-/// A second pass over the first 2,000 files.
-fn open_read_close(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let mut files = Vec::new();
-    layerfs_tests::compare::walk(dir, &mut |path, metadata| {
-        if metadata.is_file() && files.len() < 2000 {
-            files.push(path.to_owned());
+/// A Rust project of [`CRATES`] crates, each of which depends on three before it.
+fn write_crates(folder: &Path) -> anyhow::Result<()> {
+    let mut random = Random::new(11);
+    for number in 0..CRATES {
+        let sources = folder.join(format!("crates/part{number}/src"));
+        fs::create_dir_all(&sources)?;
+        let below: Vec<usize> = (number.saturating_sub(3)..number).collect();
+        let dependencies: String =
+            below.iter().map(|other| format!("part{other} = {{ path = \"../part{other}\" }}\n")).collect();
+        let manifest = format!(
+            "[package]\nname = \"part{number}\"\nversion = \"0.1.0\"\nedition = \"2021\"\n\n[dependencies]\n{dependencies}"
+        );
+        fs::write(sources.with_file_name("Cargo.toml"), manifest)?;
+        let mut source: String =
+            below.iter().map(|other| format!("pub use part{other}::Thing0 as Of{other};\n")).collect();
+        for thing in 0..30 {
+            let factor = random.below(1000);
+            source.push_str(&format!(
+                "/// A thing.\n#[derive(Clone, Debug, PartialEq)]\npub struct Thing{thing} {{ pub name: String, pub parts: Vec<u64> }}\n\
+                 impl Thing{thing} {{\n    pub fn sum(&self) -> u64 {{ self.parts.iter().map(|part| part * {factor}).sum() }}\n    \
+                 pub fn sorted(mut self) -> Self {{ self.parts.sort_unstable_by_key(|part| part % {factor}.max(1)); self }}\n}}\n"
+            ));
         }
-        Ok(())
-    })?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut pass = || -> anyhow::Result<()> {
-        for file in &files {
-            let _ = File::open(dir.join(file))?.read(&mut buffer)?;
-        }
-        Ok(())
-    };
-    pass()?;
-    timed(|| (0..5).try_for_each(|_| pass()))
-}
-
-fn untar(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let new = dir.join("new");
-    fs::create_dir(&new)?;
-    timed(|| shell(&new, &format!("tar -xf {}", bench.archive.display())))
-}
-
-fn remove(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    untar(bench, dir)?;
-    timed(|| shell(dir, "rm -rf new"))
-}
-
-/// The first write into a file that is below, from opening it on: the overlay copies it then.
-fn first_write(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    timed(|| {
-        let file = OpenOptions::new().write(true).open(dir.join("file"))?;
-        Ok(file.write_all_at(&[7; BLOCK], 123_456 * BLOCK as u64)?)
-    })
-}
-
-/// Random writes into a file that was below, for as long as is asked for, after a first one.
-fn sustained(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    first_write(bench, dir)?;
-    let file = OpenOptions::new().write(true).open(dir.join("file"))?;
-    let blocks = bench.large_bytes / BLOCK as u64;
-    random(bench.seconds, blocks, |offset, block| Ok(file.write_all_at(block, offset)?))
-}
-
-/// How often in a second `one` is done at random places of `blocks` blocks.
-fn random(seconds: u64, blocks: u64, mut one: impl FnMut(u64, &mut [u8]) -> anyhow::Result<()>) -> anyhow::Result<f64> {
-    let mut random = Random::new(17);
-    let mut block = random.bytes(BLOCK);
-    let (started, mut count) = (Instant::now(), 0u64);
-    while started.elapsed() < Duration::from_secs(seconds) {
-        for _ in 0..64 {
-            one(random.below(blocks) * BLOCK as u64, &mut block)?;
-        }
-        count += 64;
+        fs::write(sources.join("lib.rs"), source)?;
     }
-    Ok(count as f64 / started.elapsed().as_secs_f64())
-}
-
-fn read_all(path: &Path, bytes: u64) -> anyhow::Result<f64> {
-    let mut buffer = vec![0; 1 << 20];
-    let mut pass = || -> anyhow::Result<()> {
-        let file = File::open(path)?;
-        let mut at = 0;
-        while at < bytes {
-            at += file.read_at(&mut buffer, at)?.max(1) as u64;
-        }
-        Ok(())
-    };
-    pass()?;
-    Ok(bytes as f64 / timed(pass)?)
-}
-
-fn read_sealed(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    read_all(&dir.join("file"), bench.large_bytes.min(1 << 30))
-}
-
-fn write_whole(dir: &Path) -> anyhow::Result<(File, f64)> {
-    let path = dir.join("written");
-    let piece = Random::new(3).bytes(1 << 20);
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
-    let seconds = timed(|| Ok((0..FILE_BYTES >> 20).try_for_each(|at| file.write_all_at(&piece, at << 20))?))?;
-    Ok((file, seconds))
-}
-
-fn read_own(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    write_whole(dir)?;
-    read_all(&dir.join("written"), FILE_BYTES)
-}
-
-fn write_buffered(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    Ok(FILE_BYTES as f64 / write_whole(dir)?.1)
-}
-
-fn write_fsync(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let (file, seconds) = write_whole(dir)?;
-    Ok(FILE_BYTES as f64 / (seconds + timed(|| Ok(file.sync_all()?))?))
-}
-
-fn random_read(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    write_whole(dir)?;
-    let file = File::open(dir.join("written"))?;
-    random(3, FILE_BYTES / BLOCK as u64, |offset, block| Ok(file.read_exact_at(block, offset)?))
-}
-
-fn random_write(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let (file, _) = write_whole(dir)?;
-    random(3, FILE_BYTES / BLOCK as u64, |offset, block| Ok(file.write_all_at(block, offset)?))
+    fs::write(folder.join("Cargo.toml"), "[workspace]\nresolver = \"2\"\nmembers = [\"crates/*\"]\n")?;
+    Ok(())
 }

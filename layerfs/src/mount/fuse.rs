@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use fuser::{Config, Filesystem, INodeNo, InitFlags, KernelConfig, MountOption, Notifier, Request, SessionACL};
 
 use super::front::Front;
-use super::fs::Fs;
+use super::fs::{Fs, Pages};
 use super::uring::{self, Memory};
 use super::{Transport, descriptor, device};
 use crate::error::{Error, Result};
@@ -158,6 +158,12 @@ impl FuseOptions {
         config.mount_options = mount_options;
         config.acl = if self.allow_other { SessionACL::All } else { SessionACL::Owner };
         config
+    }
+}
+
+impl Pages for Kernel {
+    fn store(&self, ino: Ino, bytes: &[u8]) {
+        self.send(self.0.store(INodeNo(ino.0), 0, bytes));
     }
 }
 

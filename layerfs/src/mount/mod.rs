@@ -284,6 +284,7 @@ impl Mount {
         if fs.is_writable() && rustix::process::geteuid().is_root() && Hold::is_possible() {
             fs.pass_through(Box::new(Device::new(session.device()?)));
         }
+        fs.give_ahead(Box::new(kernel.clone()));
         let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
         let (memory, dir) = (session.memory(), record.dir.clone());
         let serve = move || {
@@ -490,6 +491,7 @@ impl Mount {
 
     fn clean_up(&self, options: UnmountOptions) -> Result<()> {
         let Some(fs) = self.fs.lock().take() else { return Ok(()) };
+        fs.stop_giving();
         save_trace(&self.store, &fs);
         fs.drop_orphans();
         fs.save()?;

@@ -301,6 +301,13 @@ impl ChunkRead for Store {
         }
     }
 
+    fn get_once(&self, id: &ChunkId) -> Result<Bytes> {
+        match self.get_uncached(id) {
+            Err(Error::ChunkMissing(_)) if self.partials.any() => self.get_absent(id),
+            result => result,
+        }
+    }
+
     fn is_remote(&self) -> bool {
         self.partials.any()
     }

@@ -138,6 +138,9 @@ impl Fs {
                 idle.release();
             }
         }
+        if offset == 0 {
+            self.giving.asked(ino);
+        }
         let count = reader.read_at(offset, buffer)?;
         if offset + count as u64 >= reader.content().len() {
             reader.release();

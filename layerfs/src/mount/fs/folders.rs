@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::super::errno::{Errno, FsResult, fail};
 use super::super::watch::Op;
+use super::giving::is_small;
 use super::{Fs, Stat, State};
 use crate::attr::FileKind;
 use crate::id::Ino;
@@ -99,7 +100,8 @@ impl Fs {
     ) -> FsResult<()> {
         let _seen = self.seen(Op::Readdir, folder, None);
         let state = self.state.read();
-        let mut lister = Lister { fs: self, state: &state, folder, with_stat, emit };
+        let small = (with_stat && self.giving.is_on()).then(Vec::new);
+        let mut lister = Lister { fs: self, state: &state, folder, with_stat, emit, small };
         if after < 1 && !lister.dot(b".", folder, 1) {
             return Ok(());
         }
@@ -108,9 +110,15 @@ impl Fs {
         }
         let frozen = self.frozen_listing(folder, handle, after);
         match frozen {
-            Some(frozen) => lister.frozen(&frozen, after),
-            None => lister.merged(after),
+            Some(frozen) => lister.frozen(&frozen, after)?,
+            None => lister.merged(after)?,
         }
+        let small = lister.small.take();
+        drop(state);
+        if let Some(small) = small {
+            self.giving.listed(folder, after == 0, &small);
+        }
+        Ok(())
     }
 
     /// The listing that a seal has left to `handle`, unless it starts anew.
@@ -137,7 +145,7 @@ impl Fs {
                         entries.push((item.cookie, Box::from(item.name)));
                         true
                     };
-                    Lister { fs: self, state, folder: open.folder, with_stat: false, emit: &mut emit }
+                    Lister { fs: self, state, folder: open.folder, with_stat: false, emit: &mut emit, small: None }
                         .merged(2)
                         .unwrap_or_else(
                             |errno| tracing::warn!(folder = %open.folder, ?errno, "a listing is cut short"),
@@ -162,6 +170,8 @@ struct Lister<'a> {
     folder: Ino,
     with_stat: bool,
     emit: &'a mut dyn FnMut(&Item<'_>) -> bool,
+    /// The small sealed files among them, if they are of interest.
+    small: Option<Vec<Ino>>,
 }
 
 impl Lister<'_> {
@@ -172,9 +182,17 @@ impl Lister<'_> {
     fn item(&mut self, name: &[u8], ino: Ino, kind: FileKind, cookie: u64) -> FsResult<bool> {
         let stat = if self.with_stat { Some(self.fs.stat(self.state, ino)?) } else { None };
         let has_stat = stat.is_some();
+        let is_small = stat.as_ref().is_some_and(|stat| is_small(stat.kind, stat.size));
         let taken = (self.emit)(&Item { name, ino, kind, cookie, stat });
         if taken && has_stat {
             self.fs.remember(self.folder, ino, kind);
+        }
+        if let Some(small) = &mut self.small
+            && taken
+            && is_small
+            && self.state.tables.inode(ino).is_none()
+        {
+            small.push(ino);
         }
         Ok(taken)
     }

@@ -12,7 +12,10 @@ mod attrs;
 mod edit;
 mod files;
 mod folders;
+mod giving;
+mod late;
 mod names;
+mod neighbours;
 mod opens;
 mod ranges;
 mod sealing;
@@ -29,6 +32,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 pub use attrs::{SetAttr, SetTime};
 pub use files::Written;
 pub use folders::{FolderHandle, Item};
+pub use giving::Pages;
 pub use opens::Backings;
 pub use ranges::ChangedFile;
 pub use sealing::{Frozen, FrozenState, HeldFile, Sealing};
@@ -96,6 +100,7 @@ pub struct Fs {
     pool: Arc<FetchPool>,
     folders: folders::Folders,
     opens: opens::Opens,
+    giving: giving::Giving,
     /// Set if files can be passed through.
     backings: OnceLock<Box<dyn Backings>>,
     /// Files that have had no name yet, and may get one.
@@ -156,6 +161,7 @@ impl Fs {
             pool,
             folders: folders::Folders::default(),
             opens: opens::Opens::default(),
+            giving: giving::Giving::default(),
             backings: OnceLock::new(),
             unnamed: Mutex::default(),
             sealing: Mutex::new(()),

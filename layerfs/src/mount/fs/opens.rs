@@ -8,15 +8,16 @@
 //!   have it as of a stamp that [`DataFolder::known`](crate::upper::data::DataFolder::known) tells, and catch up when it matters.
 //! - Its inode stays in the upper, over seals too, as long as its data file is in use.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::super::errno::FsResult;
 use super::attrs::{clear_privileges, is_privileged};
+use super::late::{Doubts, Queue};
 use super::{Fs, SHARDS, State};
 use crate::attr::Time;
 use crate::id::Ino;
@@ -30,8 +31,6 @@ const PASSED_MAX: u64 = 1 << 30;
 /// A seal waits no longer than this for the clock of times of change, which moves on every 1 to 10 ms.
 const COARSE: Duration = Duration::from_millis(20);
 const TICK: Duration = Duration::from_millis(1);
-/// How often a file is looked at again.
-const LOOKS: u32 = 10;
 
 /// The kernel's register of files that it may read and write without asking.
 pub trait Backings: Send + Sync {
@@ -123,86 +122,6 @@ struct Late {
     again: bool,
 }
 
-/// What waits, in order.
-struct Queue<T> {
-    waiting: Mutex<VecDeque<T>>,
-    count: AtomicUsize,
-}
-
-impl<T> Default for Queue<T> {
-    fn default() -> Queue<T> {
-        Queue { waiting: Mutex::default(), count: AtomicUsize::new(0) }
-    }
-}
-
-impl<T> Queue<T> {
-    fn put(&self, item: T) {
-        self.waiting.lock().push_back(item);
-        self.count.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Does `work` with each; when it returns, it has been done with all that were there before, by whomever.
-    fn take_all(&self, mut work: impl FnMut(T)) {
-        if self.count.load(Ordering::SeqCst) > 0 {
-            let mut waiting = self.waiting.lock();
-            while let Some(item) = waiting.pop_front() {
-                work(item);
-                self.count.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
-    }
-}
-
-/// Files that programs closed while somebody had their data files still, perhaps only whoever was about to give them back: they
-/// are looked at again after one request, two, four, and so on.
-#[derive(Default)]
-struct Doubts {
-    files: Mutex<HashMap<Ino, Doubt>>,
-    count: AtomicUsize,
-}
-
-#[derive(Default)]
-struct Doubt {
-    looks: u32,
-    left_out: u32,
-}
-
-impl Doubts {
-    fn is_empty(&self) -> bool {
-        self.count.load(Ordering::Relaxed) == 0
-    }
-
-    fn add(&self, ino: Ino) {
-        let mut files = self.files.lock();
-        files.insert(ino, Doubt::default());
-        self.count.store(files.len(), Ordering::Relaxed);
-    }
-
-    fn settle(&self, ino: Ino) {
-        let mut files = self.files.lock();
-        files.remove(&ino);
-        self.count.store(files.len(), Ordering::Relaxed);
-    }
-
-    /// Those to look at now.
-    fn due(&self) -> Vec<Ino> {
-        let mut files = self.files.lock();
-        let mut due = Vec::new();
-        files.retain(|ino, doubt| {
-            if doubt.left_out > 0 {
-                doubt.left_out -= 1;
-                return true;
-            }
-            due.push(*ino);
-            doubt.left_out = 1 << doubt.looks;
-            doubt.looks += 1;
-            doubt.looks < LOOKS
-        });
-        self.count.store(files.len(), Ordering::Relaxed);
-        due
-    }
-}
-
 /// The files that a seal must leave where they are.
 #[derive(Debug, Default)]
 pub(super) struct InUse {
@@ -260,6 +179,19 @@ impl Fs {
             }
         }
         self.opened(ino, flags)
+    }
+
+    /// Does `work` unless somebody has `ino` open; nobody opens it meanwhile.
+    pub(super) fn unless_open(&self, ino: Ino, work: impl FnOnce()) {
+        let shard = self.opens.shard(ino).lock();
+        if !shard.contains_key(&ino) {
+            work();
+        }
+    }
+
+    /// Whether somebody has `ino` open.
+    pub(super) fn is_open(&self, ino: Ino) -> bool {
+        self.opens.shard(ino).lock().contains_key(&ino)
     }
 
     /// A backing for a file that nobody has open, if it is to be passed through.

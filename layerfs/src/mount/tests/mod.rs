@@ -54,7 +54,7 @@ fn reopen(store: &Arc<Store>, id: UpperId) -> Fs {
     Fs::writable(view, upper, tables)
 }
 
-fn seal_fs(store: &Arc<Store>, fs: &Fs) -> SealReport {
+pub(super) fn seal_fs(store: &Arc<Store>, fs: &Fs) -> SealReport {
     let options = SealOptions { name: unique_name("sealed"), expect: Expect::Absent, kind: LayerKind::Instance };
     seal(store, fs, &options, &Silent).unwrap()
 }
