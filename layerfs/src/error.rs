@@ -25,7 +25,7 @@ pub enum ErrorClass {
     Busy,
     /// Stored or received bytes are damaged.
     Corrupt,
-    /// The store or a peer speaks a version that this program doesn't.
+    /// The store or a peer speaks a version that this program doesn't, or the machine lacks what was asked for.
     Unsupported,
     /// No space, or quota exceeded.
     NoSpace,
@@ -125,6 +125,14 @@ pub enum Error {
         /// Version or feature.
         detail: String,
     },
+    /// This machine lacks something, or has it switched off.
+    #[error("{what} can't be had here: {detail}")]
+    Platform {
+        /// What was asked for: "FUSE over io_uring".
+        what: &'static str,
+        /// What is missing, and what the user can do.
+        detail: String,
+    },
     /// The second tier failed.
     #[error("{action} {place} failed: {detail}")]
     Tier {
@@ -180,7 +188,7 @@ impl Error {
             Error::Absent { .. } => ErrorClass::Network,
             Error::ChunkMissing(_) | Error::ChunkDamaged { .. } | Error::Corrupt { .. } => ErrorClass::Corrupt,
             Error::Tier { class, .. } => *class,
-            Error::Unsupported { .. } => ErrorClass::Unsupported,
+            Error::Unsupported { .. } | Error::Platform { .. } => ErrorClass::Unsupported,
             Error::Denied(_) => ErrorClass::Denied,
         }
     }

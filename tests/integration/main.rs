@@ -18,6 +18,7 @@ mod migrate;
 mod moves;
 mod mptcp;
 mod outlive;
+mod owners;
 mod partial;
 mod paths;
 mod push;
@@ -58,6 +59,7 @@ fn main() -> std::process::ExitCode {
         mptcp::cases(),
         partial::cases(),
         outlive::cases(),
+        owners::cases(),
         ranges::cases(),
         template::cases(),
     ];

@@ -54,7 +54,7 @@ impl Session {
     /// Mounts.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if io_uring is asked for and not to be had.
+    /// [`Error::Platform`] if io_uring is asked for and not to be had.
     pub fn mount(fs: Arc<Fs>, options: &FuseOptions) -> Result<Session> {
         let memory = match options.transport {
             Transport::Read => None,
@@ -79,12 +79,12 @@ impl Session {
     /// Goes on with the mount that `kept` is what a daemon that died had of it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if this kernel can't send requests again.
+    /// [`Error::Platform`] if this kernel can't send requests again.
     pub fn resume(fs: Arc<Fs>, options: &FuseOptions, kept: &[OwnedFd]) -> Result<Session> {
         let failed = |error: std::io::Error| match error.raw_os_error() {
             Some(libc::EINVAL) => {
                 let detail = "it needs Linux 6.9 to send requests again".to_owned();
-                Error::Unsupported { what: "taking over a mount", detail }
+                Error::Platform { what: "taking over a mount", detail }
             }
             _ => Error::file("take over the mount on", &options.dir, error),
         };

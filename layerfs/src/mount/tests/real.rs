@@ -73,7 +73,7 @@ fn mounted() -> Option<Mounted> {
     fs::create_dir(folder.path().join("mnt")).unwrap();
     let options = MountOptions { transport: transport(), ..Default::default() };
     let mount = match Mount::start(&store, None, "test", &folder.path().join("mnt"), &options) {
-        Err(error @ Error::Unsupported { .. }) => {
+        Err(error @ Error::Platform { .. }) => {
             eprintln!("SKIPPED: {error}");
             return None;
         }

@@ -88,7 +88,7 @@ impl Memory {
     /// them may be without.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) if this machine can't do it, and why.
+    /// [`Error::Platform`](crate::Error::Platform) if this machine can't do it, and why.
     pub fn new(threads: usize) -> Result<Memory> {
         let queues = super::queues()?;
         let most = (MAX_BYTES / SLOT_BYTES / queues).min(MAX_DEPTH);

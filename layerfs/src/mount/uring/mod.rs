@@ -45,7 +45,7 @@ const READ_BYTES: usize = PAYLOAD_BYTES + 4096;
 
 /// That there is no io_uring for FUSE here, and why.
 pub(super) fn unsupported(why: &str) -> Error {
-    Error::Unsupported { what: "FUSE over io_uring", detail: why.to_owned() }
+    Error::Platform { what: "FUSE over io_uring", detail: why.to_owned() }
 }
 
 /// How many queues the kernel will have.
@@ -56,7 +56,7 @@ fn queues() -> Result<usize> {
         return Err(unsupported(&format!("it is switched off; `echo Y > {ENABLED}` switches it on")));
     }
     // A seccomp filter may forbid what the kernel could do.
-    Ring::new().map_err(|error| unsupported(&format!("io_uring can't be used here: {error}")))?;
+    Ring::new().map_err(|error| unsupported(&format!("io_uring failed: {error}")))?;
     let possible =
         std::fs::read_to_string(PROCESSORS).map_err(|e| Error::io("reading which processors there are", e))?;
     let count = count_of(possible.trim());
