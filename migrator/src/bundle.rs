@@ -159,6 +159,11 @@ pub fn pack(prefix: &[u8], table: &Table, plain: &[u8], level: i32) -> Option<(V
     let mut all = Vec::with_capacity(plain.len() + table.chunks.len() * 4 + table.holes.len() * 3 + 8);
     table.encode(&mut all);
     all.extend_from_slice(plain);
+    Some((squeeze(prefix, &all, level)?, all.len() as u32))
+}
+
+/// Compresses `all` at `level` against `prefix`. Returns the frame, or nothing if zstd finds no memory.
+pub fn squeeze(prefix: &[u8], all: &[u8], level: i32) -> Option<Vec<u8>> {
     debug_assert!(all.len() <= MAX_BUNDLE_BYTES && prefix.len() <= MAX_BUNDLE_BYTES);
     let span = (prefix.len() + all.len()).next_power_of_two().ilog2();
     let mut context = CCtx::try_create()?;
@@ -174,8 +179,8 @@ pub fn pack(prefix: &[u8], table: &Table, plain: &[u8], level: i32) -> Option<(V
         context.ref_prefix(prefix).ok()?;
     }
     let mut frame = Vec::with_capacity(zstd::zstd_safe::compress_bound(all.len()));
-    context.compress2(&mut frame, &all).ok()?;
-    Some((frame, all.len() as u32))
+    context.compress2(&mut frame, all).ok()?;
+    Some(frame)
 }
 
 /// What was in a bundle.
@@ -189,6 +194,12 @@ pub struct Unpacked {
 }
 
 impl Unpacked {
+    /// Chunks without holes.
+    pub(crate) fn of(table: Table, plain: Vec<u8>) -> Unpacked {
+        debug_assert!(table.holes.is_empty() && table.chunk_bytes() == plain.len());
+        Unpacked { table, plain, start: 0 }
+    }
+
     /// The numbers of the chunks whose ids are wanted, without those of the bundle itself, whose first is `first`.
     pub fn wanted(&self, first: Option<u32>) -> impl Iterator<Item = u32> + '_ {
         let own = first.map_or(0..0, |first| first..first + self.table.chunks.len() as u32);
@@ -234,7 +245,21 @@ impl Unpacked {
 /// # Errors
 /// [`Error::Corrupt`] if the frame doesn't hold just these.
 pub fn unpack(prefix: &[u8], frame: &[u8], chunks: u16, plain_bytes: u32) -> Result<Unpacked> {
-    let total = plain_bytes as usize;
+    let plain = expand(prefix, frame, plain_bytes as usize)?;
+    let mut reader = Reader::new("bundle", &plain);
+    let table = Table::decode(&mut reader, chunks)?;
+    let start = plain.len() - reader.rest().len();
+    if table.chunk_bytes() != plain.len() - start {
+        return Err(corrupt(format!("chunks of {} bytes in {}", table.chunk_bytes(), plain.len() - start)));
+    }
+    Ok(Unpacked { table, plain, start })
+}
+
+/// The `total` bytes that `frame` holds, packed against `prefix`.
+///
+/// # Errors
+/// [`Error::Corrupt`] if it doesn't hold as many.
+pub fn expand(prefix: &[u8], frame: &[u8], total: usize) -> Result<Vec<u8>> {
     if total == 0 || total > MAX_BUNDLE_BYTES || prefix.len() > MAX_BUNDLE_BYTES {
         return Err(corrupt(format!("{total} plain bytes over {} of bases", prefix.len())));
     }
@@ -249,13 +274,7 @@ pub fn unpack(prefix: &[u8], frame: &[u8], chunks: u16, plain_bytes: u32) -> Res
     if plain.len() != total {
         return Err(corrupt(format!("{} plain bytes instead of {total}", plain.len())));
     }
-    let mut reader = Reader::new("bundle", &plain);
-    let table = Table::decode(&mut reader, chunks)?;
-    let start = total - reader.rest().len();
-    if table.chunk_bytes() != total - start {
-        return Err(corrupt(format!("chunks of {} bytes in {}", table.chunk_bytes(), total - start)));
-    }
-    Ok(Unpacked { table, plain, start })
+    Ok(plain)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! One group of chunks into frames: as they lie in the packs, or as bundles.
+//! One group of chunks into frames: as they lie in the packs, as bundles, or as the pages that have changed.
 //!
 //! Hides which of the two, what goes together, and which bases help. Invariants: a base is used only if the planner or the
 //! search names it; a bundle that isn't smaller than the chunks as stored isn't sent, unless nobody knows the ids; at
@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use crate::bundle::{self, Hole, MAX_TABLE_BYTES, Table};
 use crate::level::Effort;
 use crate::numbers::{Named, Numbers};
+use crate::patch;
 use crate::plan::{Base, Candidate};
 use crate::similar::{self, Similar};
 use crate::wire::{
@@ -139,6 +140,99 @@ impl Together {
     }
 }
 
+/// Chunks of which only pages go.
+#[derive(Default)]
+struct Patched {
+    chunks: Vec<StoredChunk>,
+    named: Vec<Named>,
+    bases: Vec<BaseName>,
+    pages: Vec<u16>,
+    /// The pages as they are there, and as they are.
+    old: Vec<u8>,
+    new: Vec<u8>,
+    plain_bytes: usize,
+    is_ahead: bool,
+}
+
+impl Patched {
+    /// Takes a chunk if it differs from one of its bases in a few pages. Returns whether it does.
+    fn take(&mut self, store: &Store, candidate: &Candidate, stored: &StoredChunk, plain: &[u8]) -> bool {
+        if plain.len() > patch::MAX_BYTES || plain.len() <= patch::PAGE || candidate.class != Class::Data {
+            return false;
+        }
+        let named = candidate.bases.as_deref().unwrap_or_default().iter();
+        let differing = |base: &Base| {
+            let old = store.get(&base.id).ok()?;
+            let pages = patch::differing(plain, &old).filter(|pages| patch::are_few(*pages, plain.len()))?;
+            Some((pages, base.id, old))
+        };
+        let as_long = named.filter(|base| base.bytes as usize == plain.len());
+        let Some((pages, id, old)) = as_long.filter_map(differing).min_by_key(|(pages, ..)| pages.count_ones()) else {
+            return false;
+        };
+        if self.plain_bytes + plain.len() > MAX_BUNDLE_BYTES || self.bases.len() == MAX_BASES {
+            return false;
+        }
+        let mut name = [0; 8];
+        name.copy_from_slice(&id.0[..8]);
+        self.bases.push(name);
+        self.pages.push(pages);
+        patch::put(&old, pages, &mut self.old);
+        patch::put(plain, pages, &mut self.new);
+        self.plain_bytes += plain.len();
+        self.named.push(self::named(candidate));
+        self.chunks.push(stored.clone());
+        self.is_ahead |= candidate.is_certain;
+        true
+    }
+
+    /// Makes a frame of them; unless they must go so, only if that is a gain.
+    fn close(
+        self,
+        source: Source<'_>,
+        effort: Effort,
+        must: bool,
+        frames: &mut Vec<Frame>,
+        as_stored: &mut Vec<StoredChunk>,
+    ) -> layerfs::Result<()> {
+        if self.chunks.is_empty() {
+            return Ok(());
+        }
+        let frame = bundle::squeeze(&self.old, &self.new, effort.level_when_near()).ok_or_else(no_memory)?;
+        if !must && !is_worthwhile(frame.len() + self.bases.len() * 10, &self.chunks) {
+            as_stored.extend(self.chunks);
+            return Ok(());
+        }
+        let first = source.numbers.lock().assign(&self.named);
+        let bundle = Bundle {
+            chunks: self.bases.len() as u16,
+            bases: self.bases,
+            pages: self.pages,
+            first,
+            plain_bytes: self.new.len() as u32,
+            frame: frame.into(),
+        };
+        frames.push(Frame {
+            chunks: self.chunks.len(),
+            plain_bytes: self.plain_bytes as u64,
+            stored_bytes: bundle.frame.len() as u64,
+            bytes: FrameBytes::Encoded(encode_bundle(&bundle)),
+            is_ahead: self.is_ahead,
+        });
+        Ok(())
+    }
+}
+
+fn no_memory() -> layerfs::Error {
+    layerfs::Error::Index("zstd found no memory".to_owned())
+}
+
+/// Whether a frame of so many bytes is noticeably smaller than `chunks` as they are stored.
+fn is_worthwhile(bytes: usize, chunks: &[StoredChunk]) -> bool {
+    let stored: usize = chunks.iter().map(|chunk| chunk.stored.len() + ChunksWriter::CHUNK_HEADER_BYTES).sum();
+    bytes * (WORTHWHILE + 1) <= stored * WORTHWHILE
+}
+
 fn named(candidate: &Candidate) -> Named {
     (candidate.id, candidate.bases.as_ref().and_then(|bases| bases.first()).map(|base| base.id))
 }
@@ -166,7 +260,7 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
     // Nobody waits for these ids, so they go by their bytes alone.
     let is_ahead = group.first().is_some_and(|first| first.is_certain);
     let mut as_stored = Vec::new();
-    let mut together = Together::new();
+    let (mut together, mut patched) = (Together::new(), Patched::default());
     let mut frames = Vec::new();
     for candidate in group {
         let stored = store.read_stored(&candidate.id)?;
@@ -180,6 +274,9 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
             continue;
         }
         let plain = chunk::verify(stored.clone())?.0;
+        if has_bases && patched.take(store, candidate, &stored, &plain) {
+            continue;
+        }
         let named = candidate.bases.as_deref().filter(|_| has_bases).unwrap_or_default();
         let is_near = searches && is_near(store, &plain, named);
         let found = if searches && !is_near { search(similar, candidate, &plain) } else { Vec::new() };
@@ -198,6 +295,7 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
         }
         together.add(candidate, stored, &plain);
     }
+    patched.close(source, effort, is_ahead, &mut frames, &mut as_stored)?;
     close(source, &mut together, effort, is_ahead, &mut frames, &mut as_stored)?;
     frames.extend(stored_frames(&as_stored, source.frame_bytes));
     Ok(frames)
@@ -254,13 +352,11 @@ fn close(
     if chunks.is_empty() {
         return Ok(());
     }
-    let no_memory = || layerfs::Error::Index("zstd found no memory".to_owned());
     let lengths = chunks.iter().map(|chunk| (chunk.class, chunk.plain_bytes)).collect();
     let level = if is_near && !prefix.is_empty() { effort.level_when_near() } else { effort.level() };
     let packed = bundle::pack(&prefix, &Table { chunks: lengths, holes }, &plain, level);
     let (frame, plain_bytes) = packed.ok_or_else(no_memory)?;
-    let stored: usize = chunks.iter().map(|chunk| chunk.stored.len() + ChunksWriter::CHUNK_HEADER_BYTES).sum();
-    if !must && (frame.len() + bases.len() * 8) * (WORTHWHILE + 1) > stored * WORTHWHILE {
+    if !must && !is_worthwhile(frame.len() + bases.len() * 8, &chunks) {
         as_stored.extend(chunks);
         return Ok(());
     }
@@ -271,6 +367,7 @@ fn close(
         stored_bytes: frame.len() as u64,
         bytes: FrameBytes::Encoded(encode_bundle(&Bundle {
             bases,
+            pages: Vec::new(),
             first,
             chunks: chunks.len() as u16,
             plain_bytes,

@@ -33,6 +33,7 @@ pub mod migrate;
 pub mod node;
 mod numbers;
 pub mod outbox;
+pub mod patch;
 pub mod paths;
 pub mod peers;
 pub mod plan;

@@ -60,6 +60,8 @@ pub struct PushOptions {
     pub force: bool,
     /// Only the layers' structure is sent, so that they can be mounted there; [`Node::push_rest`] sends the data.
     pub lazy: bool,
+    /// Somebody waits for its end: nothing is searched for that would only save bytes.
+    pub hurry: bool,
     /// How the network is used.
     pub paths: PathOptions,
     /// How the transfer is to go.
@@ -287,6 +289,7 @@ impl Node {
         };
         let prepared = joined(spawn_blocking(prepare).await)?;
         let prepared = if options.lazy { prepared.lazily() } else { prepared };
+        let prepared = if options.hurry { prepared.in_a_hurry() } else { prepared };
         let job = Job::Push(&prepared, names, Vec::new());
         attempt::transfer(self, peer, job, options.paths, entry).await
     }

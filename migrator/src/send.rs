@@ -44,6 +44,8 @@ const MAX_HINT_NAMES: usize = 1000;
 /// What is offered, kept from collection meanwhile.
 pub(crate) struct Prepared {
     offer: Offer,
+    /// Whether chunks without a base are searched for similar ones.
+    searches: bool,
     _pins: Vec<Pin>,
 }
 
@@ -119,10 +121,16 @@ fn finish_offer(store: &Arc<Store>, mut offer: Offer, mut pins: Vec<Pin>, visibl
     let (hints, hint_pins) = hints(store, &offer.layers, visible)?;
     offer.hints = hints;
     pins.extend(hint_pins);
-    Ok(Prepared { offer, _pins: pins })
+    Ok(Prepared { offer, searches: true, _pins: pins })
 }
 
 impl Prepared {
+    /// Somebody waits for its end.
+    pub(crate) fn in_a_hurry(mut self) -> Prepared {
+        self.searches = false;
+        self
+    }
+
     /// Only the structure is to be sent.
     pub(crate) fn lazily(mut self) -> Prepared {
         self.offer.lazy = true;
@@ -186,8 +194,7 @@ pub(crate) async fn run(
     let offer = prepared.offer.clone();
     tally.layers.store(offer.layers.len() as u64, Relaxed);
     let (machine, first) = Sender::new(offer);
-    let mut driver =
-        Driver { link, store, offer: &prepared.offer, machine, tally, monitor, planner: None, encoder: None };
+    let mut driver = Driver { link, store, prepared, machine, tally, monitor, planner: None, encoder: None };
     tally.phase("negotiate");
     monitor.phase("comparing", None);
     // The threads end by themselves once their queues are gone.
@@ -197,7 +204,7 @@ pub(crate) async fn run(
 struct Driver<'a> {
     link: &'a mut Link,
     store: &'a Arc<Store>,
-    offer: &'a Offer,
+    prepared: &'a Prepared,
     machine: Sender,
     tally: &'a Arc<Tally>,
     monitor: &'a Arc<dyn Monitor>,
@@ -296,20 +303,22 @@ impl Driver<'_> {
     }
 
     fn plan(&mut self, lacking: &[bool], held_hints: &[bool]) -> Result<()> {
-        let offered = || self.offer.layers.iter().zip(lacking);
+        let offer = &self.prepared.offer;
+        let offered = || offer.layers.iter().zip(lacking);
         let lacks: Vec<LayerId> = offered().filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.id).collect();
         let total = offered().filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.file_bytes).sum();
         // Ancestors first: what they share is the most.
         let mut held: Vec<LayerId> = offered().filter(|(_, lacks)| !**lacks).map(|(layer, _)| layer.id).collect();
-        held.extend(self.offer.hints.iter().zip(held_hints).filter(|(_, held)| **held).map(|(id, _)| *id));
+        held.extend(offer.hints.iter().zip(held_hints).filter(|(_, held)| **held).map(|(id, _)| *id));
         self.tally.layers_lacking.store(lacks.len() as u64, Relaxed);
         self.tally.phase("send");
         self.monitor.phase("sending", Some(total));
         // What was sent before a link failed is there: it shall be asked for.
         let is_again = self.tally.chunks.load(Relaxed) > 0;
         let sent_ahead = Arc::new(AtomicU64::new(if is_again { MAX_BYTES_AHEAD } else { 0 }));
-        let similar = Similar::new(self.store.clone(), lacks.clone(), held.clone());
-        let kind = match (self.offer.lazy, self.offer.names.is_empty()) {
+        let searched = if self.prepared.searches { held.clone() } else { Vec::new() };
+        let similar = Similar::new(self.store.clone(), lacks.clone(), searched);
+        let kind = match (offer.lazy, offer.names.is_empty()) {
             (true, _) => Kind::Structure,
             (false, true) => Kind::Rest,
             (false, false) => Kind::Whole,
@@ -320,7 +329,7 @@ impl Driver<'_> {
             outbox: self.link.outbox()?,
             tally: self.tally.clone(),
             monitor: self.monitor.clone(),
-            is_dry: self.offer.dry_run,
+            is_dry: offer.dry_run,
             sent_ahead,
             similar,
         };

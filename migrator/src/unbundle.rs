@@ -15,6 +15,7 @@ use crate::access::Access;
 use crate::bundle::{self, Unpacked};
 use crate::error::{Error, Result};
 use crate::numbers::Arrived;
+use crate::patch;
 use crate::wire::{BaseName, Bundle, MAX_BUNDLE_BYTES, MAX_WAITING};
 
 /// A bundle whose holes aren't filled yet.
@@ -38,19 +39,26 @@ pub(crate) enum Opened {
 /// A base that isn't there, or isn't there for this peer, or is damaged; a frame that isn't what it says; those of the
 /// store.
 pub(crate) fn open(store: &Store, session: &Session, access: &Access, bundle: &Bundle, peer: &str) -> Result<Opened> {
-    let mut prefix = Vec::new();
+    let mut bases = Vec::new();
+    let mut bytes = 0;
     for name in &bundle.bases {
         let base = find(store, session, access, name, peer)?;
         let plain = session.get(&base).map_err(|error| match error {
             StoreError::ChunkDamaged { .. } | StoreError::ChunkMissing(_) => damaged_base(peer, error),
             other => other.into(),
         })?;
-        if prefix.len() + plain.len() > MAX_BUNDLE_BYTES {
+        bytes += plain.len();
+        if bytes > MAX_BUNDLE_BYTES {
             return Err(Error::protocol(peer, "a bundle with too large bases"));
         }
-        prefix.extend_from_slice(&plain);
+        bases.push(plain);
     }
-    let unpacked = bundle::unpack(&prefix, &bundle.frame, bundle.chunks, bundle.plain_bytes);
+    let unpacked = if bundle.pages.is_empty() {
+        bundle::unpack(&bases.concat(), &bundle.frame, bundle.chunks, bundle.plain_bytes)
+    } else {
+        let bases: Vec<_> = bundle.pages.iter().copied().zip(bases).collect();
+        patch::unpack(&bases, &bundle.frame, bundle.plain_bytes as usize)
+    };
     let half = Half { unpacked: unpacked.map_err(|error| broken(peer, error))?, first: bundle.first };
     if half.unpacked.wanted(half.first).next().is_some() {
         return Ok(Opened::Half(half));

@@ -14,7 +14,7 @@ import json
 import sys
 
 from frames import Reader, Stream, need
-from layers import listing, open_bundle, open_chunk
+from layers import listing, open_bundle, open_chunk, open_patches
 
 
 class Transfer:
@@ -32,7 +32,7 @@ class Transfer:
         from_sender = side == self.sender
         handler = getattr(self, f"on_{name.lower()}", None)
         need(handler is not None, f"{name} in a transfer")
-        need(from_sender == (name in ("Ask", "Chunks", "Bundle", "End")), f"{name} from the wrong side")
+        need(from_sender == (name in ("Ask", "Chunks", "Bundle", "Patches", "End")), f"{name} from the wrong side")
         return handler(fields)
 
     def on_need(self, fields):
@@ -66,7 +66,10 @@ class Transfer:
             self.known[chunk["id"]] = open_chunk(chunk)
         self.sent += len(fields["chunks"])
 
-    def on_bundle(self, fields):
+    def on_patches(self, fields):
+        self.on_bundle(fields, open_patches)
+
+    def on_bundle(self, fields, opened=open_bundle):
         need(self.state == "sending" and not self.is_dry, "Bundle too late, or in a dry run")
 
         def base(begin):
@@ -74,7 +77,7 @@ class Transfer:
             need(len(found) == 1, f"base {begin.hex()} isn't known")
             return found[0]
 
-        chunks, holes = open_bundle(fields, base, self.numbered)
+        chunks, holes = opened(fields, base, self.numbered)
         self.holes += holes
         for id_, plain in chunks:
             self.known[id_] = plain

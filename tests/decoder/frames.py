@@ -125,6 +125,16 @@ def bundle(r):
     return dict(bases=bases, first=None if first == 0xFFFFFFFF else first, chunks=chunks, plain_bytes=plain_bytes, frame=frame)
 
 
+def patches(r):
+    bases = r.list(lambda: r.take(8), 1, 256)
+    pages = [r.u16() for _ in bases]
+    need(all(pages), "Patches: pages")
+    first, plain_bytes, frame = r.u32(), r.u32(), r.bytes32()
+    need(first == 0xFFFFFFFF or first + len(bases) <= 65536, "Patches: numbers")
+    need(1 <= plain_bytes <= 1 << 20 and 1 <= len(frame) <= 1 << 20, "Patches: frame")
+    return dict(bases=bases, pages=pages, first=None if first == 0xFFFFFFFF else first, chunks=len(bases), plain_bytes=plain_bytes, frame=frame)
+
+
 def look(r):
     fields = dict(names=r.list(r.name, 0, 256), layers=r.list(r.id, 0, 1024))
     need(bool(fields["names"]) != bool(fields["layers"]), "Look: either names or layers")
@@ -171,6 +181,7 @@ MESSAGES = {
     0x17: ("Done", lambda r: dict(changed=r.u16())),
     0x18: ("Get", lambda r: dict(ids=r.list(r.id, 1, 1024))),
     0x19: ("Bundle", bundle),
+    0x3C: ("Patches", patches),
     0x1A: ("Group", lambda r: dict(token=r.take(16))),
     0x1B: ("Join", lambda r: dict(token=r.take(16))),
     0x1C: ("Got", lambda r: dict(frames=r.u64())),
@@ -209,7 +220,7 @@ class Stream:
         self.data += data
         while len(self.data) >= 5:
             length, kind = int.from_bytes(self.data[:4], "little"), self.data[4]
-            most = 2097152 if kind in (0x15, 0x19) else 131072
+            most = 2097152 if kind in (0x15, 0x19, 0x3C) else 131072
             need(1 <= length <= most, f"a frame of {length} bytes of type {kind:#04x}")
             if len(self.data) < 4 + length:
                 return

@@ -91,6 +91,32 @@ def open_bundle(fields, base, numbered):
     return chunks, filled
 
 
+def pages_of(plain, pages):
+    """Where those pages of a chunk lie, as (begin, end)."""
+    need(len(plain) <= 65536 and not pages >> -(-len(plain) // 4096), "pages beyond a base's end")
+    return [(at * 4096, min(at * 4096 + 4096, len(plain))) for at in range(16) if pages >> at & 1]
+
+
+def open_patches(fields, base, numbered):
+    """The same for chunks of which only pages came."""
+    bases = [base(begin) for begin in fields["bases"]]
+    need(sum(map(len, bases)) <= 1 << 20, "the bases of patches are too long")
+    places = [pages_of(plain, pages) for plain, pages in zip(bases, fields["pages"])]
+    prefix = b"".join(plain[begin:end] for plain, some in zip(bases, places) for begin, end in some)
+    need(len(prefix) == fields["plain_bytes"], "the length of patches")
+    data, chunks = unzstd(fields["frame"], prefix, len(prefix)), []
+    need(len(data) == len(prefix), "the length of patches' frame")
+    for index, (plain, some) in enumerate(zip(bases, places)):
+        piece = bytearray(plain)
+        for begin, end in some:
+            piece[begin:end], data = data[:end - begin], data[end - begin:]
+        chunks.append((blake3(bytes(piece)), bytes(piece)))
+        if fields["first"] is not None:
+            need(fields["first"] + index not in numbered, "a number twice")
+            numbered[fields["first"] + index] = chunks[-1][0]
+    return chunks, 0
+
+
 def extent(r):
     tag = r.u8()
     if tag == 0:

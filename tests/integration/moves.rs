@@ -382,6 +382,7 @@ fn memory() -> anyhow::Result<()> {
         let bytes = report["downtime"]["bytes"].as_u64().context("no bytes")?;
         let part = bytes as f64 / (megabytes << 20) as f64 * 100.0;
         eprintln!("  {bytes} bytes while it stood still, {part:.2}% of {megabytes} MiB; {}", stages(&report));
+        eprintln!("  {}; {}; rounds {}", report["link"], report["decisions"], report["rounds"]);
         ensure!(part <= 5.0, "{part:.2}% of the memory went while it stood still: {report}");
     }
     ledger.close()

@@ -172,15 +172,22 @@ impl Run<'_> {
 
     fn preflight(&mut self) -> Result<()> {
         self.stage("preflight", false, |run| {
-            let status = run.guest.status()?;
+            // The other side looks at its own things meanwhile.
+            let guest = run.guest.clone();
+            let (here, there) = std::thread::scope(|scope| {
+                let here = scope.spawn(|| Ok((guest.status()?, guest.preflight(GuestSide::Source)?)));
+                let there = run.ask_to_prepare(true);
+                let panicked = |_| Err(Error::guest("look at", run.name(), "looking panicked"));
+                (here.join().unwrap_or_else(panicked), there)
+            });
+            let (status, obstacles) = here?;
             if status.activity != Activity::Running {
                 let text = "it doesn't run; `layerctl guest show` says what it does";
                 return Err(Error::guest("migrate", run.name(), text));
             }
             run.report.memory_bytes = status.memory_bytes.unwrap_or_default();
-            run.report.obstacles = run.guest.preflight(GuestSide::Source)?;
-            let there = run.ask_to_prepare(true)?;
-            run.report.obstacles.extend(there);
+            run.report.obstacles = obstacles;
+            run.report.obstacles.extend(there?);
             let reports = report::load(run.me.0.guests.store())?;
             let (guest, driver) = (run.name().to_string(), run.row.spec.driver.clone());
             run.learnt = Learnt::from(&reports, &guest, &driver, run.report.memory_bytes);

@@ -310,7 +310,14 @@ fn bundle_of(chunks: &[Candidate]) -> Message {
 }
 
 fn bundle(chunks: usize, frame: Vec<u8>) -> Bundle {
-    Bundle { bases: Vec::new(), first: None, chunks: chunks as u16, plain_bytes: 1, frame: frame.into() }
+    Bundle {
+        bases: Vec::new(),
+        pages: Vec::new(),
+        first: None,
+        chunks: chunks as u16,
+        plain_bytes: 1,
+        frame: frame.into(),
+    }
 }
 
 fn any_message() -> impl Strategy<Value = Message> {

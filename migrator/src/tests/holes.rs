@@ -34,7 +34,14 @@ fn parents_first() -> (Message, Vec<Bundle>, layerfs::LayerId) {
         let holes = numbers.punch(&mut plain, 1000);
         let table = Table { chunks: vec![(candidate.class, plain.len() as u32)], holes };
         let (frame, plain_bytes) = bundle::pack(b"", &table, &plain, 3).unwrap();
-        Bundle { bases: Vec::new(), first: Some(number as u32), chunks: 1, plain_bytes, frame: frame.into() }
+        Bundle {
+            bases: Vec::new(),
+            pages: Vec::new(),
+            first: Some(number as u32),
+            chunks: 1,
+            plain_bytes,
+            frame: frame.into(),
+        }
     });
     let layers = vec![OfferedLayer { id: layer, file_bytes: 1 }];
     let offer = Offer { layers, names: vec![(name("mine/x"), 0)], ..Offer::default() };

@@ -115,9 +115,11 @@ async fn an_independent_decoder_reads_a_session() {
     let text: Vec<u8> = (0..6000).flat_map(|n| format!("line {n} of a text that compresses\n").into_bytes()).collect();
     let mut files = tree(30, 150_000);
     files.insert("text".to_owned(), text.clone());
+    files.insert("memory".to_owned(), noise(9, 60_000));
     let base = add_layer(here.store(), "base", &files);
     let mut changed = files.clone();
     changed.get_mut("large").unwrap()[70_000] ^= 1;
+    changed.get_mut("memory").unwrap()[30_000] ^= 1;
     changed.get_mut("text").unwrap().splice(100_000..100_000, *b"something new ");
     let next = add_layer(here.store(), "next", &changed);
     let other_files: Tree = [("other".to_owned(), noise(7, 40_000)), ("small".to_owned(), b"x".to_vec())].into();
@@ -157,6 +159,8 @@ async fn an_independent_decoder_reads_a_session() {
     for kind in ["Hello", "Offer", "Need", "Ask", "Want", "End", "Done", "Fetch", "Get"] {
         assert!(decoded["messages"][kind].as_u64().is_some_and(|count| count > 0), "{kind}: {}", decoded["messages"]);
     }
+    // One is among the golden frames.
+    assert!(decoded["messages"]["Patches"].as_u64().is_some_and(|count| count > 1), "{}", decoded["messages"]);
     assert!(decoded["holes"].as_u64().is_some_and(|count| count > 0), "no bundle with holes");
     let of_kinds = golden_frames().len() as u64;
     let all: u64 = decoded["messages"].as_object().unwrap().values().filter_map(Value::as_u64).sum();

@@ -102,7 +102,8 @@ async fn hidden_layers_and_chunks_are_as_such_that_do_not_exist() {
         base.copy_from_slice(&chunk.0[..8]);
         let table = Table { chunks: vec![(Class::Data, 1)], holes: Vec::new() };
         let (frame, plain_bytes) = crate::bundle::pack(b"", &table, b"x", 3).unwrap();
-        let bundle = Bundle { bases: vec![base], first: None, chunks: 1, plain_bytes, frame: frame.into() };
+        let bundle =
+            Bundle { bases: vec![base], pages: Vec::new(), first: None, chunks: 1, plain_bytes, frame: frame.into() };
         let bundle = Message::Bundle(bundle);
         let refused = answers(&host, vec![offer(layer, "mine/x", layer, false), bundle], 2).await.join("\n");
         let hex: String = base.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -36,6 +36,8 @@ const TRACED: u8 = 0x1f;
 const PACE: u8 = 0x20;
 /// The type of [`Message::Bundle`], likewise.
 pub(super) const BUNDLE: u8 = 0x19;
+/// The type of a [`Message::Bundle`] of which only pages go, likewise.
+pub(super) const PATCHES: u8 = 0x3c;
 const GROUP: u8 = 0x1a;
 const JOIN: u8 = 0x1b;
 const GOT: u8 = 0x1c;
@@ -244,18 +246,22 @@ fn put_chunk(chunk: &StoredChunk, out: &mut Vec<u8>) {
 }
 
 fn put_bundle(bundle: &Bundle, out: &mut Vec<u8>) {
-    out.put_u8(BUNDLE);
+    let is_patches = !bundle.pages.is_empty();
+    out.put_u8(if is_patches { PATCHES } else { BUNDLE });
     out.put_u16(bundle.bases.len() as u16);
     bundle.bases.iter().for_each(|base| out.extend_from_slice(base));
+    bundle.pages.iter().for_each(|pages| out.put_u16(*pages));
     out.put_u32(bundle.first.unwrap_or(UNNUMBERED));
-    out.put_u16(bundle.chunks);
+    if !is_patches {
+        out.put_u16(bundle.chunks);
+    }
     out.put_u32(bundle.plain_bytes);
     out.put_bytes32(&bundle.frame);
 }
 
 /// The frame of a [`Message::Bundle`].
 pub fn encode_bundle(bundle: &Bundle) -> Bytes {
-    let around = HEADER_BYTES + 16 + bundle.bases.len() * 8;
+    let around = HEADER_BYTES + 16 + bundle.bases.len() * 8 + bundle.pages.len() * 2;
     let mut out = Vec::with_capacity(around + bundle.frame.len());
     out.put_u32(0);
     put_bundle(bundle, &mut out);
@@ -285,7 +291,8 @@ pub fn decode(kind: u8, body: &Bytes) -> Result<Message> {
         ASK => Message::Ask { seq: reader.u32()?, ids: list(reader, "ids", 1, MAX_ASK, |r| r.id())? },
         WANT => Message::Want { seq: reader.u32()?, wanted: bits(reader, MAX_ASK)? },
         CHUNKS => Message::Chunks(list(reader, "chunks", 1, usize::from(u16::MAX), |r| decode_chunk(r, body))?),
-        BUNDLE => Message::Bundle(decode_bundle(reader, body)?),
+        BUNDLE => Message::Bundle(decode_bundle(reader, body, false)?),
+        PATCHES => Message::Bundle(decode_bundle(reader, body, true)?),
         END => Message::End { chunks: reader.u64()? },
         DONE => Message::Done { changed: reader.u16()? },
         GROUP => Message::Group { token: token(reader)? },
@@ -493,15 +500,23 @@ fn decode_chunk(reader: &mut Reader<'_>, body: &Bytes) -> Result<StoredChunk> {
     Ok(StoredChunk { id, class, codec, plain_bytes, stored: body.slice_ref(stored) })
 }
 
-fn decode_bundle(reader: &mut Reader<'_>, body: &Bytes) -> Result<Bundle> {
+fn decode_bundle(reader: &mut Reader<'_>, body: &Bytes, is_patches: bool) -> Result<Bundle> {
     let base = |r: &mut Reader<'_>| {
         let mut name = [0; 8];
         name.copy_from_slice(r.take(8)?);
         Ok(name)
     };
-    let bases = list(reader, "bases", 0, MAX_BASES, base)?;
+    let bases = list(reader, "bases", usize::from(is_patches), MAX_BASES, base)?;
+    let mut pages = Vec::new();
+    while is_patches && pages.len() < bases.len() {
+        let some = reader.u16()?;
+        if some == 0 {
+            return Err(reader.error("a patch without pages".to_owned()));
+        }
+        pages.push(some);
+    }
     let first = Some(reader.u32()?).filter(|first| *first != UNNUMBERED);
-    let chunks = reader.u16()?;
+    let chunks = if is_patches { bases.len() as u16 } else { reader.u16()? };
     if !(1..=MAX_BUNDLE_CHUNKS).contains(&usize::from(chunks)) {
         return Err(reader.error(format!("{chunks} chunks")));
     }
@@ -514,7 +529,7 @@ fn decode_bundle(reader: &mut Reader<'_>, body: &Bytes) -> Result<Bundle> {
     if !fits(plain_bytes as usize) || !fits(frame.len()) {
         return Err(reader.error(format!("a bundle of {plain_bytes} plain bytes in {}", frame.len())));
     }
-    Ok(Bundle { bases, first, chunks, plain_bytes, frame: body.slice_ref(frame) })
+    Ok(Bundle { bases, pages, first, chunks, plain_bytes, frame: body.slice_ref(frame) })
 }
 
 /// Fills one [`Message::Chunks`] frame, copying each chunk's bytes once.

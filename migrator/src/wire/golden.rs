@@ -106,6 +106,7 @@ fn golden() -> Vec<(Message, &'static str)> {
         (
             Message::Bundle(Bundle {
                 bases: vec![[1; 8], [2; 8]],
+                pages: vec![],
                 first: Some(0x0102),
                 chunks: 2,
                 plain_bytes: 65_840,
@@ -124,8 +125,36 @@ fn golden() -> Vec<(Message, &'static str)> {
             ),
         ),
         (
-            Message::Bundle(Bundle { bases: vec![], first: None, chunks: 1, plain_bytes: 9, frame: "z".into() }),
+            Message::Bundle(Bundle {
+                bases: vec![],
+                pages: vec![],
+                first: None,
+                chunks: 1,
+                plain_bytes: 9,
+                frame: "z".into(),
+            }),
             concat!("1200000019", "0000", "ffffffff", "0100", "09000000", "01000000", "7a"),
+        ),
+        (
+            Message::Bundle(Bundle {
+                bases: vec![[1; 8], [2; 8]],
+                pages: vec![0x8001, 2],
+                first: Some(5),
+                chunks: 2,
+                plain_bytes: 12_288,
+                frame: "zzz".into(),
+            }),
+            concat!(
+                "260000003c",
+                "0200",
+                "0101010101010101",
+                "0202020202020202",
+                "01800200",
+                "05000000",
+                "00300000",
+                "03000000",
+                "7a7a7a",
+            ),
         ),
         (Message::Group { token: Token([10; 16]) }, "110000001a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a"),
         (Message::Join { token: Token([11; 16]) }, "110000001b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b"),

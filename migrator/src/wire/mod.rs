@@ -288,6 +288,9 @@ pub type BaseName = [u8; 8];
 pub struct Bundle {
     /// Chunks of held layers, whose plain bytes one after the other are the prefix of the frame.
     pub bases: Vec<BaseName>,
+    /// If there are any, one for each base: then each chunk is its base but for the pages that this has bits for, and the frame
+    /// holds these pages and no table, its prefix the bases' pages in their place ([`crate::patch`]).
+    pub pages: Vec<u16>,
     /// The first chunk's number, if they have any: the others have those that follow.
     pub first: Option<u32>,
     /// How many chunks there are.
@@ -390,7 +393,8 @@ impl FrameHeader {
     pub fn decode(header: &[u8; HEADER_BYTES]) -> layerfs::Result<FrameHeader> {
         let [a, b, c, d, kind] = *header;
         let bytes = u32::from_le_bytes([a, b, c, d]) as usize;
-        let most = if matches!(kind, codec::CHUNKS | codec::BUNDLE) { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
+        let is_bulk = matches!(kind, codec::CHUNKS | codec::BUNDLE | codec::PATCHES);
+        let most = if is_bulk { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
         if bytes == 0 || bytes > most {
             return Err(layerfs::Error::corrupt("frame", format!("{bytes} bytes of type {kind:#04x}")));
         }

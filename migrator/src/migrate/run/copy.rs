@@ -28,6 +28,8 @@ const TELLING: u64 = 512 * 1024;
 const MOST_LAYERS: usize = 8;
 /// Post-copy is worth it if it saves so many seconds.
 const POST_COPY_SECONDS: f64 = 0.3;
+/// Memory that takes less than so many seconds on the link isn't compared with anything but itself.
+const LITTLE_SECONDS: f64 = 0.2;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Says in front of each phase which part of the migration it belongs to.
@@ -79,7 +81,9 @@ impl Run<'_> {
         };
         // A guest's own names are this host's to set; the stack's may be somebody else's.
         let force = names.iter().all(|name| *name != self.row.spec.stack);
-        let options = PushOptions { force, lazy, paths, manner, dry_run: false };
+        // Looking for what is alike takes longer than so little takes on the link.
+        let is_little = self.report.memory_bytes as f64 / self.link().rate < LITTLE_SECONDS;
+        let options = PushOptions { force, lazy, hurry: is_down || is_little, paths, manner, dry_run: false };
         let monitor = self.part(label);
         let began = Instant::now();
         let push = self.me.0.node.push(names, self.peer.name.as_str(), options, monitor);

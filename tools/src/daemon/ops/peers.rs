@@ -185,6 +185,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
     let options = PushOptions {
         force: request.force,
         lazy: request.lazy,
+        hurry: false,
         dry_run: request.dry_run,
         manner: manner(&node, &request)?,
         paths: paths(&request.network)?,
