@@ -210,8 +210,10 @@ mod tests {
     use crate::mount::fs::SetAttr;
     use crate::mount::tests::{empty_fs, seal_fs, store};
 
+    type Given = (Ino, Vec<u8>);
+
     /// What is given goes to a channel.
-    struct Told(Sender<(Ino, Vec<u8>)>);
+    struct Told(Sender<Given>);
 
     impl Pages for Told {
         fn store(&self, ino: Ino, bytes: &[u8]) {
@@ -222,7 +224,7 @@ mod tests {
     const FILES: usize = 40;
 
     /// A sealed folder with files, their numbers in the order of its listing, and what is given of them.
-    fn sealed() -> (Arc<Fs>, Vec<Ino>, Receiver<(Ino, Vec<u8>)>) {
+    fn sealed() -> (Arc<Fs>, Vec<Ino>, Receiver<Given>) {
         let fs = Arc::new(empty_fs(store()));
         let caller = Caller { uid: 0, gid: 0, pid: 1 };
         let files: Vec<Ino> = (0..FILES)
@@ -265,7 +267,7 @@ mod tests {
     }
 
     /// Lets the first two files be read after a listing, and tells what is given, until nothing is to be given any more.
-    fn given(fs: &Arc<Fs>, files: &[Ino], receive: &Receiver<(Ino, Vec<u8>)>) -> Vec<(Ino, Vec<u8>)> {
+    fn given(fs: &Arc<Fs>, files: &[Ino], receive: &Receiver<Given>) -> Vec<Given> {
         list(fs);
         read(fs, files[0]);
         read(fs, files[1]);

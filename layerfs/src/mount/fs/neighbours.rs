@@ -82,7 +82,7 @@ impl Order {
             list.files.push(*ino);
             self.files += 1;
         }
-        self.to_the_top(folder);
+        self.put_on_top(folder);
         while self.files > LISTED_MAX
             && let Some(oldest) = self.folders.front().copied().filter(|oldest| *oldest != folder)
         {
@@ -103,7 +103,7 @@ impl Order {
         }
     }
 
-    fn to_the_top(&mut self, folder: Ino) {
+    fn put_on_top(&mut self, folder: Ino) {
         if self.folders.back() != Some(&folder) {
             self.folders.retain(|other| *other != folder);
             self.folders.push_back(folder);
@@ -122,7 +122,7 @@ impl Order {
             list.next = index + 1;
             self.window /= 2;
             self.left = self.left.min(self.window);
-            self.to_the_top(folder);
+            self.put_on_top(folder);
             return false;
         }
         let is_late = self.busy.is_some_and(|busy| busy.folder == folder && busy.index <= index) || index >= list.next;
@@ -132,7 +132,7 @@ impl Order {
         }
         self.window = if left_out == 0 { (self.window * 2).clamp(FIRST, LAST) } else { self.window / 2 };
         (self.left, self.left_bytes, self.probe_in) = (self.window, AHEAD_BYTES, self.window / 2);
-        self.to_the_top(folder);
+        self.put_on_top(folder);
         self.left > 0
     }
 
