@@ -18,6 +18,7 @@ use layerfs::monitor::Silent;
 use layerfs::store::{Expect, Store, StoreOptions};
 use layerfs::{ChunkId, LayerId, LayerName};
 use migrator::identity::{Fingerprint, PublicKey};
+use migrator::patch;
 use migrator::peers::{Peer, PeerName, Visible, normalize_address};
 use migrator::protocol::{Receiver, ReceiverStep, Sender};
 use migrator::wire::{self, FrameHeader, HEADER_BYTES, Message};
@@ -38,6 +39,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("text", text),
     ("import", import_stream),
     ("bundle", bundle),
+    ("patches", patches),
     ("table", table),
 ];
 
@@ -112,6 +114,43 @@ fn bundle(data: &[u8]) {
             chunks += 1;
         });
         assert!(filled.is_err() || chunks == usize::from(count));
+    }
+}
+
+/// Patches of two bases: the pages of each, the first one's length, what the frame holds, then the frame. And what is made of pages that differ
+/// opens again.
+fn patches(data: &[u8]) {
+    let Some((head, frame)) = data.split_first_chunk::<8>() else { return };
+    let [a, b, c, d, e, f, g, h] = *head;
+    let pages = [u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])];
+    let lengths = [usize::from(u16::from_le_bytes([e, f])), 5000];
+    let total = usize::from(u16::from_le_bytes([g, h]));
+    let olds = lengths.map(|length| (0..length).map(|at| (at / 7) as u8).collect::<Vec<u8>>());
+    let bases: Vec<_> = pages.into_iter().zip(&olds).collect();
+    let opened = |frame: &[u8], total| {
+        let mut chunks: Vec<Vec<u8>> = Vec::new();
+        patch::unpack(&bases, frame, total)?.visit(None, &|_| None, &mut |id, _, plain: &[u8]| {
+            assert_eq!(id, ChunkId::of(plain));
+            chunks.push(plain.to_vec());
+        })?;
+        Ok::<_, layerfs::Error>(chunks)
+    };
+    if let Ok(chunks) = opened(frame, total) {
+        assert_eq!(chunks.iter().map(Vec::len).collect::<Vec<_>>(), lengths);
+    }
+    let (mut old, mut new) = (Vec::new(), Vec::new());
+    for (pages, base) in &bases {
+        patch::put(base, *pages, &mut old);
+    }
+    new.extend(old.iter().zip(data.iter().cycle()).map(|(old, change)| old ^ change));
+    if let Some(frame) = migrator::bundle::squeeze(&old, &new, 1)
+        && let Ok(chunks) = opened(&frame, new.len())
+    {
+        let mut again = Vec::new();
+        for (pages, chunk) in pages.iter().zip(&chunks) {
+            patch::put(chunk, *pages, &mut again);
+        }
+        assert_eq!(again, new);
     }
 }
 
