@@ -21,7 +21,7 @@ use crate::plan::{Base, Candidate};
 use crate::similar::{self, Similar};
 use crate::wire::{
     BaseName, Bundle, ChunksWriter, MAX_BASES, MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, MAX_HOLES, MAX_WAITING, Message,
-    encode_bundle,
+    base_name, encode_bundle,
 };
 
 /// A bundle has to be smaller than the stored chunks by this part.
@@ -114,9 +114,7 @@ impl Together {
             // What is damaged here may be whole there, but can't help.
             let Ok(plain) = store.get(&base.id) else { continue };
             if self.prefix.len() + plain.len() <= MAX_BUNDLE_BYTES {
-                let mut name = [0; 8];
-                name.copy_from_slice(&base.id.0[..8]);
-                self.bases.push(name);
+                self.bases.push(base_name(&base.id));
                 self.prefix.extend_from_slice(&plain);
             }
         }
@@ -160,6 +158,9 @@ impl Patched {
         if plain.len() > patch::MAX_BYTES || plain.len() <= patch::PAGE || candidate.class != Class::Data {
             return false;
         }
+        if self.plain_bytes + plain.len() > MAX_BUNDLE_BYTES || self.bases.len() == MAX_BASES {
+            return false;
+        }
         let named = candidate.bases.as_deref().unwrap_or_default().iter();
         let differing = |base: &Base| {
             let old = store.get(&base.id).ok()?;
@@ -170,12 +171,7 @@ impl Patched {
         let Some((pages, id, old)) = as_long.filter_map(differing).min_by_key(|(pages, ..)| pages.count_ones()) else {
             return false;
         };
-        if self.plain_bytes + plain.len() > MAX_BUNDLE_BYTES || self.bases.len() == MAX_BASES {
-            return false;
-        }
-        let mut name = [0; 8];
-        name.copy_from_slice(&id.0[..8]);
-        self.bases.push(name);
+        self.bases.push(base_name(&id));
         self.pages.push(pages);
         patch::put(&old, pages, &mut self.old);
         patch::put(plain, pages, &mut self.new);
@@ -212,14 +208,18 @@ impl Patched {
             plain_bytes: self.new.len() as u32,
             frame: frame.into(),
         };
-        frames.push(Frame {
-            chunks: self.chunks.len(),
-            plain_bytes: self.plain_bytes as u64,
-            stored_bytes: bundle.frame.len() as u64,
-            bytes: FrameBytes::Encoded(encode_bundle(&bundle)),
-            is_ahead: self.is_ahead,
-        });
+        frames.push(frame_of(&bundle, self.plain_bytes, self.is_ahead));
         Ok(())
+    }
+}
+
+fn frame_of(bundle: &Bundle, plain_bytes: usize, is_ahead: bool) -> Frame {
+    Frame {
+        chunks: usize::from(bundle.chunks),
+        plain_bytes: plain_bytes as u64,
+        stored_bytes: bundle.frame.len() as u64,
+        bytes: FrameBytes::Encoded(encode_bundle(bundle)),
+        is_ahead,
     }
 }
 
@@ -361,20 +361,9 @@ fn close(
         return Ok(());
     }
     let first = first.or_else(|| source.numbers.lock().assign(&named));
-    frames.push(Frame {
-        chunks: chunks.len(),
-        plain_bytes: plain.len() as u64,
-        stored_bytes: frame.len() as u64,
-        bytes: FrameBytes::Encoded(encode_bundle(&Bundle {
-            bases,
-            pages: Vec::new(),
-            first,
-            chunks: chunks.len() as u16,
-            plain_bytes,
-            frame: frame.into(),
-        })),
-        is_ahead,
-    });
+    let bundle =
+        Bundle { bases, pages: Vec::new(), first, chunks: chunks.len() as u16, plain_bytes, frame: frame.into() };
+    frames.push(frame_of(&bundle, plain.len(), is_ahead));
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use crate::group::{Token, Trunk};
 use crate::link::{Link, Patience};
 use crate::progress::Tally;
 use crate::retry::RetryFor;
-use crate::socket::{Info, Probe};
+use crate::socket::{FAR_ROUND_TRIP, Info, Probe};
 use crate::transfers::Transfer;
 use crate::wire::Message;
 
@@ -32,8 +32,6 @@ const LONGEST_ROUND: Duration = Duration::from_secs(3);
 const ENOUGH_BYTES: u64 = 256 << 10;
 /// A rate counts as better from here on, in percent of the one before.
 const BETTER_PERCENT: u64 = 112;
-/// From this round trip on a single connection takes long to get up to speed.
-const LONG_ROUND_TRIP: Duration = Duration::from_millis(40);
 const SOME_ROUND_TRIP: Duration = Duration::from_millis(4);
 /// With a long round trip, from so much to carry on, several connections are opened before the first has shown what it
 /// can do: by then they are up to speed together.
@@ -109,7 +107,7 @@ struct Sample {
 impl Sample {
     /// How many connections to begin with.
     fn first_target(&self, routes: usize) -> usize {
-        let is_far = self.info.round_trip >= LONG_ROUND_TRIP;
+        let is_far = self.info.round_trip >= FAR_ROUND_TRIP;
         let few = match self.expected_bytes {
             VERY_MUCH_BYTES.. if is_far => MAX_AUTO,
             VERY_MUCH_BYTES.. if self.info.round_trip >= SOME_ROUND_TRIP => 4,
@@ -123,7 +121,7 @@ impl Sample {
     fn is_much(&self) -> bool {
         match self.expected_bytes {
             VERY_MUCH_BYTES.. => self.info.round_trip >= SOME_ROUND_TRIP,
-            MUCH_BYTES.. => self.info.round_trip >= LONG_ROUND_TRIP,
+            MUCH_BYTES.. => self.info.round_trip >= FAR_ROUND_TRIP,
             _ => false,
         }
     }

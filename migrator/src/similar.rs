@@ -20,6 +20,7 @@ use layerfs::{LayerId, Result};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::plan::Base;
+use crate::wire::base_name;
 
 /// So many windows are remembered at most; what is read after that isn't found.
 const MAX_SAMPLES: usize = 3_000_000;
@@ -261,9 +262,7 @@ impl Similar {
                 let Node::File(content) = &inode.node else { continue };
                 walk_content(store, content, &mut |part| {
                     let Part::Chunk(id, bytes) = part else { return Ok(true) };
-                    let mut name = [0; 8];
-                    name.copy_from_slice(&id.0[..8]);
-                    if bytes < MIN_BYTES || !seen.insert(name) {
+                    if bytes < MIN_BYTES || !seen.insert(base_name(&id)) {
                         return Ok(true);
                     }
                     if self.is_given_up.load(Relaxed) {

@@ -19,8 +19,9 @@ const MAX_UNSENT_BYTES_FAR: u32 = 64 * 1024;
 /// On a long path a send buffer holds what is on its way and what waits behind a lost packet, for which the limit that the
 /// kernel's own sizing has, mostly 4 MiB, is too low. The kernel makes it twice this, for its overhead.
 const SEND_BUFFER_FAR: usize = 8 << 20;
-/// From this round trip on the kernel's own limit of the send buffer may be too low.
-const FAR_ROUND_TRIP: Duration = Duration::from_millis(40);
+/// A path is long from this round trip on: a single connection takes long to get up to speed there, and the kernel's own limit of its
+/// send buffer may be too low.
+pub(crate) const FAR_ROUND_TRIP: Duration = Duration::from_millis(40);
 /// Below this round trip losses are repaired so fast that the kernel's default does as well, for less work.
 const LONG_ROUND_TRIP: Duration = Duration::from_millis(2);
 /// The congestion control for long or lossy paths: it doesn't take every loss for congestion.

@@ -96,9 +96,15 @@ fn started_by(by: &[&str], command: Command) -> Command {
 
 /// The most memory that process `pid` ever held, in bytes.
 pub fn peak_memory_of(pid: u32) -> anyhow::Result<u64> {
+    memory_of(pid, "VmHWM")
+}
+
+/// What `/proc/PID/status` says of process `pid`'s memory under the name `field`, in bytes.
+pub fn memory_of(pid: u32, field: &str) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+    let (_, value) = lines.find(|(name, _)| *name == field).with_context(|| format!("no {field}"))?;
+    let kibibytes: u64 = value.trim().trim_end_matches(" kB").parse()?;
     Ok(kibibytes * 1024)
 }
 
@@ -173,6 +179,17 @@ impl Host {
         let mut daemon = self.daemon.take().context("no daemon runs")?;
         daemon.child.kill()?;
         daemon.wait().map(drop)
+    }
+
+    /// The process id of the daemon that serves the store, whoever started it.
+    pub fn serving_pid(&self) -> anyhow::Result<i32> {
+        Ok(self.ctl.json(["daemon", "status"])?["pid"].as_i64().context("no pid")? as i32)
+    }
+
+    /// Kills the daemon that serves the store as `kill -9` does; its keeper, if it has one, starts another.
+    pub fn kill_serving(&self) -> anyhow::Result<()> {
+        let pid = rustix::process::Pid::from_raw(self.serving_pid()?).context("no process")?;
+        Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
     }
 
     /// Asks the daemon to end, and waits until it has.

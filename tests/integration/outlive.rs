@@ -44,15 +44,6 @@ fn mounted(args: &[&str]) -> anyhow::Result<(Host, PathBuf)> {
     Ok((host, mnt))
 }
 
-fn pid(host: &Host) -> anyhow::Result<i32> {
-    Ok(host.ctl.json(["daemon", "status"])?["pid"].as_i64().context("no pid")? as i32)
-}
-
-fn kill(pid: i32) -> anyhow::Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("no process")?;
-    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
-}
-
 /// By reading, unless `LAYERFS_TRANSPORT` says otherwise.
 fn kills() -> anyhow::Result<()> {
     let transport = std::env::var("LAYERFS_TRANSPORT").unwrap_or_else(|_| "read".to_owned());
@@ -80,7 +71,7 @@ fn kills() -> anyhow::Result<()> {
                 ensure!(!workers.iter().any(std::thread::ScopedJoinHandle::is_finished), "a worker has failed");
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
-            kill(pid(&host)?)
+            host.kill_serving()
         });
         stop.store(true, Ordering::Relaxed);
         for worker in workers {
@@ -282,9 +273,9 @@ fn handed_over() -> anyhow::Result<()> {
     let (host, mnt) = mounted(&[])?;
     let mut held = Held::open(&mnt)?;
     fs::write(mnt.join("before"), "x")?;
-    let first = pid(&host)?;
+    let first = host.serving_pid()?;
     host.ctl.ok(["daemon", "restart"])?;
-    ensure!(pid(&host)? != first, "the same daemon goes on");
+    ensure!(host.serving_pid()? != first, "the same daemon goes on");
     held.check()?;
     fs::rename(mnt.join("before"), mnt.join("after"))?;
     // What was done before and after is sealed together.
@@ -301,7 +292,7 @@ fn handed_over() -> anyhow::Result<()> {
 fn read_only() -> anyhow::Result<()> {
     let (host, mnt) = mounted(&["--read-only"])?;
     let file = File::open(mnt.join("below7"))?;
-    kill(pid(&host)?)?;
+    host.kill_serving()?;
     let mut bytes = vec![0; 3000];
     file.read_exact_at(&mut bytes, 0)?;
     ensure!(bytes == Random::new(7).bytes(3000), "other bytes after the daemon was replaced");

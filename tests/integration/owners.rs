@@ -148,8 +148,7 @@ fn idmapped() -> anyhow::Result<()> {
     check(&mnt, 0)?;
     check(&shifted, BASE)?;
 
-    let pid = host.ctl.json(["daemon", "status"])?["pid"].as_i64().context("no pid")?;
-    shell(&format!("kill -9 {pid}"))?;
+    host.kill_serving()?;
     container.shell(&format!("cd {}; echo after > later; test $(stat -c %u later) = 0", shifted.display()))?;
     check(&shifted, BASE)?;
     host.seal(&mnt, "sealed")?;

@@ -204,7 +204,7 @@ fn random_changes() -> anyhow::Result<()> {
                 seals += 1;
                 host.ctl.ok(["seal", &mnt.to_string_lossy(), &format!("sealed-{seals}")])?;
             } else {
-                kill(&host)?;
+                host.kill_serving()?;
             }
             next += BETWEEN;
         }
@@ -223,12 +223,6 @@ fn random_changes() -> anyhow::Result<()> {
     host.fsck()
 }
 
-fn kill(host: &Host) -> anyhow::Result<()> {
-    let pid = host.ctl.json(["daemon", "status"])?["pid"].as_i64().context("no pid")? as i32;
-    let pid = rustix::process::Pid::from_raw(pid).context("no process")?;
-    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
-}
-
 fn first_write() -> anyhow::Result<()> {
     let (host, ours, plain) = large()?;
     let mnt = ours.parent().context("the mount")?.to_string_lossy().into_owned();
@@ -242,7 +236,7 @@ fn first_write() -> anyhow::Result<()> {
         .sum::<std::io::Result<u64>>()?;
     ensure!(own < 100_000, "{own} bytes for a write of 4096");
     // The same after the daemon was killed, and in the seal, which stores little.
-    kill(&host)?;
+    host.kill_serving()?;
     ensure!(fs::read(&ours)? == fs::read(&plain)?, "other bytes after a kill");
     let report = host.ctl.json(["seal", &mnt, "changed"])?;
     let new = report["bytes_stored"].as_u64().with_context(|| format!("no figure in {report}"))?;

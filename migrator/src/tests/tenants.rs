@@ -98,8 +98,7 @@ async fn hidden_layers_and_chunks_are_as_such_that_do_not_exist() {
             heard.push(answers(&host, vec![offer(layer, "mine/x", layer, dry_run), ask], 2).await.join("\n"));
         }
         heard.push(answers(&host, vec![Message::Get { ids: vec![chunk, layer.0] }], 1).await.join("\n"));
-        let mut base = [0; 8];
-        base.copy_from_slice(&chunk.0[..8]);
+        let base = crate::wire::base_name(&chunk);
         let table = Table { chunks: vec![(Class::Data, 1)], holes: Vec::new() };
         let (frame, plain_bytes) = crate::bundle::pack(b"", &table, b"x", 3).unwrap();
         let bundle =

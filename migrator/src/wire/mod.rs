@@ -283,6 +283,13 @@ pub struct Offer {
 /// How a bundle names a base: the first bytes of its id.
 pub type BaseName = [u8; 8];
 
+/// The name of `id` as a base.
+pub fn base_name(id: &ChunkId) -> BaseName {
+    let mut name = [0; 8];
+    name.copy_from_slice(&id.0[..8]);
+    name
+}
+
 /// Chunks compressed together. Their ids aren't told: they are what the plain bytes hash to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bundle {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use layerfs_tests::case::output_of;
-use layerfs_tests::host::Host;
+use layerfs_tests::host::{Host, memory_of};
 
 use crate::measure::middle;
 
@@ -86,10 +86,5 @@ fn fill(folder: &Path, layer: usize, files: usize) -> anyhow::Result<()> {
 
 /// What process `pid` holds in memory, in bytes; and what of it isn't pages of files.
 fn resident(pid: u32) -> anyhow::Result<(u64, u64)> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let of = |name: &str| -> anyhow::Result<u64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
-        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
-    };
-    Ok((of("VmRSS:")?, of("RssAnon:")?))
+    Ok((memory_of(pid, "VmRSS")?, memory_of(pid, "RssAnon")?))
 }
