@@ -156,6 +156,11 @@ impl Call<'_> {
             self.tally.resent_bytes.fetch_add(trunk.returned_bytes(), Relaxed);
         }
         link.close_group();
+        if result.is_ok() && self.arrivals.is_none() {
+            // The other side has said that all is done: nobody needs to wait a round trip for its good-bye.
+            tokio::spawn(link.close());
+            return result;
+        }
         finish(link, result).await
     }
 

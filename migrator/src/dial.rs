@@ -149,9 +149,6 @@ impl Dialer {
         let result = timeout(limit, connecting).await.map_err(|_| late("TLS handshake"))?;
         match (result, self.key, found.get()) {
             (Ok(stream), _, _) => {
-                if let Some(probe) = weak.upgrade() {
-                    probe.tune();
-                }
                 let micros = Some(round_trip.as_micros() as u64);
                 let measured = Measured { round_trip_micros: micros, ..Measured::default() };
                 Ok(Dialled { stream, found, measured, probe: weak })

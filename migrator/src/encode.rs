@@ -67,6 +67,8 @@ pub(crate) struct Work {
     pub sent_ahead: Arc<AtomicU64>,
     /// Finds bases for what the planner has none for.
     pub similar: Arc<Similar>,
+    /// Somebody waits for the end.
+    pub is_in_a_hurry: bool,
 }
 
 /// The threads that make frames.
@@ -339,7 +341,8 @@ fn make(work: &Work, numbers: &Mutex<Numbers>, group: Group, effort: Effort) -> 
     let started = Instant::now();
     // The last of several connections shall not be busy with its frame long after the others.
     let frame_bytes = (CHUNKS_TARGET_BYTES / work.outbox.connections()).max(LEAST_FRAME_BYTES);
-    let source = Source { store: &work.store, similar: &work.similar, numbers, frame_bytes };
+    let Work { store, similar, is_in_a_hurry, .. } = work;
+    let source = Source { store, similar, numbers, frame_bytes, is_in_a_hurry: *is_in_a_hurry };
     let encode = || match content {
         Content::Last(message) => Ok(vec![Frame::message(message)]),
         Content::Chunks(chunks) => frames::encode(source, &chunks, effort),

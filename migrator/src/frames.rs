@@ -63,6 +63,8 @@ pub(crate) struct Source<'a> {
     pub numbers: &'a Mutex<Numbers>,
     /// Frames with chunks as stored have about so many bytes.
     pub frame_bytes: usize,
+    /// Somebody waits for the end.
+    pub is_in_a_hurry: bool,
 }
 
 /// Whether bases for it are looked for by content.
@@ -153,9 +155,10 @@ struct Patched {
 }
 
 impl Patched {
-    /// Takes a chunk if it differs from one of its bases in a few pages. Returns whether it does.
+    /// Takes a chunk of memory if it differs from one of its bases in a few pages. Returns whether it does.
     fn take(&mut self, store: &Store, candidate: &Candidate, stored: &StoredChunk, plain: &[u8]) -> bool {
-        if plain.len() > patch::MAX_BYTES || plain.len() <= patch::PAGE || candidate.class != Class::Data {
+        // Memory is cut into chunks of this length. Of files cut by their content few chunks would go so, and cost a frame of their own.
+        if plain.len() != patch::MAX_BYTES || candidate.class != Class::Data {
             return false;
         }
         if self.plain_bytes + plain.len() > MAX_BUNDLE_BYTES || self.bases.len() == MAX_BASES {
@@ -262,6 +265,8 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
     let mut as_stored = Vec::new();
     let (mut together, mut patched) = (Together::new(), Patched::default());
     let mut frames = Vec::new();
+    // A whole chunk is compressed against all of its base, and so to fewer bytes than its changed pages, but far more slowly.
+    let by_pages = source.is_in_a_hurry || effort.saves_work();
     for candidate in group {
         let stored = store.read_stored(&candidate.id)?;
         // What didn't compress in the pack won't now.
@@ -274,7 +279,7 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
             continue;
         }
         let plain = chunk::verify(stored.clone())?.0;
-        if has_bases && patched.take(store, candidate, &stored, &plain) {
+        if by_pages && has_bases && patched.take(store, candidate, &stored, &plain) {
             continue;
         }
         let named = candidate.bases.as_deref().filter(|_| has_bases).unwrap_or_default();
@@ -392,17 +397,23 @@ fn stored_frames(as_stored: &[StoredChunk], frame_bytes: usize) -> Vec<Frame> {
 #[cfg(test)]
 mod tests {
     use layerfs::LayerId;
+    use layerfs::chunk::ChunkWrite;
 
     use super::*;
     use crate::tests::pair::{Host, Tree, add_layer, noise, tree};
     use crate::wire::CHUNKS_TARGET_BYTES;
 
     /// The bytes that the groups of a transfer of `new` take for a receiver that holds `old`.
-    fn bytes_of(host: &Host, old: LayerId, new: LayerId) -> (usize, usize) {
+    fn bytes_of(host: &Host, old: LayerId, new: LayerId, is_in_a_hurry: bool) -> (usize, usize) {
         let similar = Similar::new(host.store().clone(), vec![new], vec![old]);
         let numbers = Mutex::default();
-        let source =
-            Source { store: host.store(), similar: &similar, numbers: &numbers, frame_bytes: CHUNKS_TARGET_BYTES };
+        let source = Source {
+            store: host.store(),
+            similar: &similar,
+            numbers: &numbers,
+            frame_bytes: CHUNKS_TARGET_BYTES,
+            is_in_a_hurry,
+        };
         let mut all = Vec::new();
         crate::plan::candidates(host.store().as_ref(), &[new], &[old], &mut |candidate| {
             all.push(candidate);
@@ -435,7 +446,7 @@ mod tests {
         library.rotate_left(1_000_000);
         files.insert("zz-libfoo.so.1.3".to_owned(), library);
         let new = add_layer(host.store(), "two", &files);
-        let (plain, sent) = bytes_of(&host, old, new);
+        let (plain, sent) = bytes_of(&host, old, new, false);
         assert!(plain > 3 << 20 && sent < 100_000, "{plain} {sent}");
     }
 
@@ -447,8 +458,36 @@ mod tests {
         let image = files.get_mut("image").unwrap();
         (0..image.len()).step_by(50_000).for_each(|at| image[at] ^= 1);
         let new = add_layer(host.store(), "two", &files);
-        let (plain, sent) = bytes_of(&host, old, new);
+        let (plain, sent) = bytes_of(&host, old, new, false);
         // Nearly every chunk has changed, by a byte or two: with the ids of 600 chunks it would be 19,000 more.
         assert!(plain > 35 << 20 && sent < 24_000, "{plain} {sent}");
+    }
+
+    #[test]
+    fn pages_of_memory_go_alone_where_frames_are_waited_for() {
+        let host = Host::new();
+        let memory = noise(5, patch::MAX_BYTES * 3 / 2);
+        let kinds = |bytes: std::ops::Range<usize>, effort, is_in_a_hurry| {
+            let mut changed = memory[bytes.clone()].to_vec();
+            changed[5000] ^= 1;
+            let session = host.store().session("test");
+            let base = Base { id: session.put(Class::Data, &memory[bytes]).unwrap(), bytes: changed.len() as u32 };
+            let id = session.put(Class::Data, &changed).unwrap();
+            session.commit().unwrap();
+            let candidate = Candidate { bases: Some(vec![base].into()), ..Candidate::new(id, changed.len() as u32) };
+            let (similar, numbers) = (Similar::new(host.store().clone(), Vec::new(), Vec::new()), Mutex::default());
+            let (store, frame_bytes) = (host.store(), CHUNKS_TARGET_BYTES);
+            let source = Source { store, similar: &similar, numbers: &numbers, frame_bytes, is_in_a_hurry };
+            let kind = |frame: &Frame| match &frame.bytes {
+                FrameBytes::Encoded(bytes) => bytes[4],
+                FrameBytes::Message(_) => 0,
+            };
+            encode(source, &[candidate], effort).unwrap().iter().map(kind).collect::<Vec<_>>()
+        };
+        let (bundle, patches) = ([0x19], [0x3c]);
+        assert_eq!(kinds(0..patch::MAX_BYTES, Effort::FIRST, false), bundle);
+        assert_eq!(kinds(0..patch::MAX_BYTES, Effort::FIRST, true), patches);
+        assert_eq!(kinds(0..patch::MAX_BYTES, Effort::LEAST_REPACKED, false), patches);
+        assert_eq!(kinds(0..patch::MAX_BYTES * 3 / 2, Effort::FIRST, true), bundle, "a file's chunk");
     }
 }

@@ -24,6 +24,8 @@ const SPEEDS: [f64; 8] = [1e9, 150e6, 120e6, 60e6, 30e6, 14e6, 5e6, 2.5e6];
 impl Effort {
     /// What a transfer begins with: good enough if it is small, and left at once if the link is quick.
     pub const FIRST: Effort = Effort(5);
+    /// The least that compresses anew what has no bases.
+    pub(crate) const LEAST_REPACKED: Effort = Effort(2);
     /// The least that looks at what the receiver has.
     const LEAST_BASES: Effort = Effort(1);
     const MOST: Effort = Effort(LEVELS.len() as u8 - 1);
@@ -41,6 +43,12 @@ impl Effort {
     /// Whether chunks are compared with what the receiver has.
     pub fn uses_bases(self) -> bool {
         self.0 >= 1
+    }
+
+    /// Whether chunks are compared page by page first, which costs the least work and some bytes: the link waits for frames,
+    /// and has done so for a while.
+    pub fn saves_work(self) -> bool {
+        self <= Effort::LEAST_REPACKED
     }
 
     /// Whether bases are looked for by content.

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::governor::{Gate, Rate, Way};
 use crate::group::Trunk;
 use crate::outbox::{self, Numbered, Outgoing, Takes};
-use crate::socket::Probe;
+use crate::socket::{Probe, Tuner};
 use crate::wire::{self, FrameHeader, HEADER_BYTES, Hello, Message};
 
 /// Messages that wait to be handled. A [`Message::Chunks`] has about half a MiB.
@@ -91,8 +91,8 @@ impl Counters {
 pub struct Counted<S> {
     inner: S,
     counters: Arc<Counters>,
-    /// Lives as long as the stream.
-    _probe: Option<Arc<Probe>>,
+    /// Its probe lives as long as the stream.
+    tuner: Option<Tuner>,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -101,14 +101,14 @@ pub struct Counted<S> {
 impl<S> Counted<S> {
     /// Counts what passes through `inner`.
     pub fn new(inner: S, counters: Arc<Counters>) -> Counted<S> {
-        Counted { inner, counters, _probe: None, buffer: vec![0; READ_BUFFER_BYTES].into(), start: 0, end: 0 }
+        Counted { inner, counters, tuner: None, buffer: vec![0; READ_BUFFER_BYTES].into(), start: 0, end: 0 }
     }
 }
 
 impl<S> Counted<S> {
-    /// Keeps `probe` for as long as the stream lives.
+    /// Keeps `probe` for as long as the stream lives, and fits the socket to its path.
     pub(crate) fn with_probe(self, probe: Arc<Probe>) -> Counted<S> {
-        Counted { _probe: Some(probe), ..self }
+        Counted { tuner: Some(Tuner::new(probe)), ..self }
     }
 }
 
@@ -165,8 +165,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
 }
 
 impl<S> Counted<S> {
-    fn count_written(&self, result: &Poll<io::Result<usize>>) {
+    fn count_written(&mut self, result: &Poll<io::Result<usize>>) {
         if let Poll::Ready(Ok(count)) = result {
+            if let Some(tuner) = &mut self.tuner {
+                tuner.wrote();
+            }
             self.counters.written.fetch_add(*count as u64, Ordering::Relaxed);
         }
     }

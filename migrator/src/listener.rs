@@ -130,7 +130,7 @@ async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: Socke
     socket::set_up(&stream, patience.idle).map_err(set_up)?;
     let probe = Arc::new(Probe::new(&stream).map_err(set_up)?);
     let counters = Arc::new(Counters::default());
-    let counted = Counted::new(stream, counters.clone()).with_probe(probe.clone());
+    let counted = Counted::new(stream, counters.clone()).with_probe(probe);
     let handshake = timeout(patience.connect, acceptor.accept(counted)).await;
     let late = |_| Error::Timeout { action: "handshake", peer: address.clone(), seconds: patience.connect.as_secs() };
     let stream = handshake.map_err(late)?.map_err(|e| Error::link("shaking hands with", &address, e))?;
@@ -149,8 +149,6 @@ async fn serve(node: Node, acceptor: TlsAcceptor, stream: TcpStream, from: Socke
         link::turn_away(stream, &error, patience).await;
         return Err(error);
     };
-    probe.tune();
-    drop(probe);
     let mut link = Link::start(stream, peer.name.as_str(), patience);
     let result = match serve_peer(&node, &peer, &mut link).await {
         Ok(Some(trunk)) => trunk.carry(link).await,

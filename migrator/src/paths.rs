@@ -36,10 +36,13 @@ const SOME_ROUND_TRIP: Duration = Duration::from_millis(4);
 /// With a long round trip, from so much to carry on, several connections are opened before the first has shown what it
 /// can do: by then they are up to speed together.
 const MUCH_BYTES: u64 = 4 << 20;
-/// From so much on a shorter round trip is reason enough, and a long one for all there may be: each doubles what it carries in a round trip.
+/// From so much on a shorter round trip is reason enough.
 const VERY_MUCH_BYTES: u64 = 16 << 20;
-/// A connection keeps so much under way without effort; without losses more of them are of no use.
-const EASY_BYTES: u64 = 128 << 10;
+/// So many begin together then, over a short and over a long round trip: each doubles what it carries with every one.
+const FEW: usize = 4;
+const MANY: usize = MAX_AUTO;
+/// A connection keeps so much under way without effort; without losses more of them are of no use, and stand in each other's way.
+const EASY_BYTES: u64 = 512 << 10;
 /// After a round that brought nothing, so long until the next try.
 const REST: Duration = Duration::from_secs(15);
 /// After a connection failed, so long until its route is tried again; doubled each time.
@@ -109,9 +112,9 @@ impl Sample {
     fn first_target(&self, routes: usize) -> usize {
         let is_far = self.info.round_trip >= FAR_ROUND_TRIP;
         let few = match self.expected_bytes {
-            VERY_MUCH_BYTES.. if is_far => MAX_AUTO,
-            VERY_MUCH_BYTES.. if self.info.round_trip >= SOME_ROUND_TRIP => 4,
-            _ if is_far => 4,
+            VERY_MUCH_BYTES.. if is_far => MANY,
+            VERY_MUCH_BYTES.. if self.info.round_trip >= SOME_ROUND_TRIP => FEW,
+            _ if is_far => FEW,
             _ => 1,
         };
         routes.max(few)
@@ -309,9 +312,6 @@ impl Manager {
     fn sample(&self) -> Sample {
         let counters = &self.dialer.counters;
         let probe = self.first.1.upgrade();
-        if let Some(probe) = &probe {
-            probe.tune();
-        }
         Sample {
             bytes: counters.written() + counters.read(),
             is_backed_up: self.is_sending.then(|| self.trunk.is_backed_up()),
@@ -368,9 +368,9 @@ mod tests {
     fn more_connections_only_as_long_as_they_help() {
         let long = Info { round_trip: Duration::from_millis(200), ..Info::default() };
         let short = Info { round_trip: Duration::from_micros(200), ..Info::default() };
-        assert_eq!(play(1, long, 60, |count| count as u64 * MIB), MAX_AUTO);
+        assert_eq!(play(1, long, 60, |count| 4 * count as u64 * MIB), MAX_AUTO);
         assert_eq!(play(1, short, 60, |count| count as u64 * MIB), 1);
-        assert_eq!(play(1, long, 10, |_| 8 * MIB), 8, "four at once, then one try");
+        assert_eq!(play(1, long, 10, |_| 16 * MIB), 8, "four at once, then one try");
         assert_eq!(play(1, long, 10, |_| MIB), 4, "four at once; so little is under way that they do");
         assert_eq!(play(3, short, 10, |_| MIB), 3, "one for each route");
         let some = Info { round_trip: Duration::from_millis(20), ..Info::default() };

@@ -44,8 +44,8 @@ const MAX_HINT_NAMES: usize = 1000;
 /// What is offered, kept from collection meanwhile.
 pub(crate) struct Prepared {
     offer: Offer,
-    /// Whether chunks without a base are searched for similar ones.
-    searches: bool,
+    /// Somebody waits for its end: less work goes before fewer bytes.
+    is_in_a_hurry: bool,
     _pins: Vec<Pin>,
 }
 
@@ -121,13 +121,13 @@ fn finish_offer(store: &Arc<Store>, mut offer: Offer, mut pins: Vec<Pin>, visibl
     let (hints, hint_pins) = hints(store, &offer.layers, visible)?;
     offer.hints = hints;
     pins.extend(hint_pins);
-    Ok(Prepared { offer, searches: true, _pins: pins })
+    Ok(Prepared { offer, is_in_a_hurry: false, _pins: pins })
 }
 
 impl Prepared {
     /// Somebody waits for its end.
     pub(crate) fn in_a_hurry(mut self) -> Prepared {
-        self.searches = false;
+        self.is_in_a_hurry = true;
         self
     }
 
@@ -316,7 +316,9 @@ impl Driver<'_> {
         // What was sent before a link failed is there: it shall be asked for.
         let is_again = self.tally.chunks.load(Relaxed) > 0;
         let sent_ahead = Arc::new(AtomicU64::new(if is_again { MAX_BYTES_AHEAD } else { 0 }));
-        let searched = if self.prepared.searches { held.clone() } else { Vec::new() };
+        // Nor are similar chunks looked for, which takes a look at all that the receiver holds.
+        let is_in_a_hurry = self.prepared.is_in_a_hurry;
+        let searched = if is_in_a_hurry { Vec::new() } else { held.clone() };
         let similar = Similar::new(self.store.clone(), lacks.clone(), searched);
         let kind = match (offer.lazy, offer.names.is_empty()) {
             (true, _) => Kind::Structure,
@@ -332,6 +334,7 @@ impl Driver<'_> {
             is_dry: offer.dry_run,
             sent_ahead,
             similar,
+            is_in_a_hurry,
         };
         self.encoder = Some(Encoder::start(work, Sender::WINDOW / MAX_ASK + 2 * PLANNED_BATCHES));
         Ok(())

@@ -6,7 +6,8 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, ipproto, sockopt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -18,7 +19,7 @@ const MAX_UNSENT_BYTES: u32 = 256 * 1024;
 const MAX_UNSENT_BYTES_FAR: u32 = 64 * 1024;
 /// On a long path a send buffer holds what is on its way and what waits behind a lost packet, for which the limit that the
 /// kernel's own sizing has, mostly 4 MiB, is too low. The kernel makes it twice this, for its overhead.
-const SEND_BUFFER_FAR: usize = 8 << 20;
+const SEND_BUFFER_FAR: usize = 16 << 20;
 /// A path is long from this round trip on: a single connection takes long to get up to speed there, and the kernel's own limit of its
 /// send buffer may be too low.
 pub(crate) const FAR_ROUND_TRIP: Duration = Duration::from_millis(40);
@@ -26,8 +27,17 @@ pub(crate) const FAR_ROUND_TRIP: Duration = Duration::from_millis(40);
 const LONG_ROUND_TRIP: Duration = Duration::from_millis(2);
 /// The congestion control for long or lossy paths: it doesn't take every loss for congestion.
 const FOR_LOSS: &str = "bbr";
+/// That for a long path that loses nothing. The other stands still every ten seconds, for a round trip and more, to see how
+/// short that is, and all connections of a transfer do so together.
+const FOR_FULL: &str = "cubic";
 /// One packet of so many that had to be sent again is a lossy path.
 const LOSSY: u64 = 300;
+/// So many packets tell how lossy a path is.
+const TELLING_PACKETS: u64 = 4000;
+/// A path that has lost nothing for so long is taken for one that doesn't.
+const STEADY: Duration = Duration::from_secs(4);
+/// How often a connection that sends is looked at.
+const TUNE_EVERY: Duration = Duration::from_millis(250);
 
 /// What a socket is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,22 +110,106 @@ impl Probe {
         tcp_info(&self.0)
     }
 
-    /// Chooses the congestion control by what the path turned out to be.
-    pub fn tune(&self) {
-        let Some(info) = self.info() else { return };
-        if info.round_trip < LONG_ROUND_TRIP && !info.is_lossy() {
-            return;
+    fn choose(&self, congestion: &str) {
+        if sockopt::tcp_congestion(&self.0).is_ok_and(|name| name != congestion)
+            && sockopt::set_tcp_congestion(&self.0, congestion).is_err()
+        {
+            tracing::debug!("this kernel has no {congestion}: another congestion control stays");
         }
+    }
+
+    fn widen(&self, info: &Info) {
         let _ = socket2::SockRef::from(&self.0).set_tcp_notsent_lowat(MAX_UNSENT_BYTES_FAR);
         if info.round_trip >= FAR_ROUND_TRIP {
             // Not without privilege: the kernel sizes it by itself then, up to `net.ipv4.tcp_wmem`.
             let _ = sockopt::set_socket_send_buffer_size_force(&self.0, SEND_BUFFER_FAR);
         }
-        if sockopt::tcp_congestion(&self.0).is_ok_and(|name| name != FOR_LOSS)
-            && sockopt::set_tcp_congestion(&self.0, FOR_LOSS).is_err()
-        {
-            tracing::debug!("this kernel has no {FOR_LOSS}: its default congestion control stays");
+    }
+}
+
+/// Fits a connection to its path while it sends.
+#[derive(Debug)]
+pub(crate) struct Tuner {
+    probe: Arc<Probe>,
+    next: Instant,
+    history: History,
+}
+
+impl Tuner {
+    /// One for the connection of `probe`.
+    pub fn new(probe: Arc<Probe>) -> Tuner {
+        let now = Instant::now();
+        Tuner { probe, next: now, history: History::new(now) }
+    }
+
+    /// Something was written. Looks at the path if it's time to.
+    pub fn wrote(&mut self) {
+        let now = Instant::now();
+        if now < self.next {
+            return;
         }
+        self.next = now + TUNE_EVERY;
+        let Some(info) = self.probe.info() else { return };
+        let (was, is) = (self.history.path, self.history.look(now, &info));
+        if was == is {
+            return;
+        }
+        match is {
+            Path::Short => {}
+            Path::Lossy => {
+                self.probe.widen(&info);
+                self.probe.choose(FOR_LOSS);
+            }
+            Path::Full => self.probe.choose(FOR_FULL),
+        }
+    }
+}
+
+/// What kind of path it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Path {
+    /// Short, and nothing is lost: the kernel's defaults do.
+    Short,
+    /// Long or lossy, as far as is known.
+    Lossy,
+    /// Long, and nothing is lost.
+    Full,
+}
+
+/// What a path has done of late. Pure.
+#[derive(Debug)]
+struct History {
+    path: Path,
+    since: Instant,
+    segments_out: u64,
+    segments_again: u64,
+}
+
+impl History {
+    fn new(now: Instant) -> History {
+        History { path: Path::Short, since: now, segments_out: 0, segments_again: 0 }
+    }
+
+    fn look(&mut self, now: Instant, info: &Info) -> Path {
+        let late = Info {
+            segments_out: info.segments_out.saturating_sub(self.segments_out),
+            segments_again: info.segments_again.saturating_sub(self.segments_again),
+            ..*info
+        };
+        let begin =
+            |path| History { path, since: now, segments_out: info.segments_out, segments_again: info.segments_again };
+        let is_known = late.segments_out >= TELLING_PACKETS;
+        let is_steady = now.saturating_duration_since(self.since) >= STEADY;
+        *self = match self.path {
+            Path::Short if info.round_trip >= LONG_ROUND_TRIP || info.is_lossy() => begin(Path::Lossy),
+            Path::Lossy if is_known && is_steady && info.round_trip >= FAR_ROUND_TRIP && !late.is_lossy() => {
+                begin(Path::Full)
+            }
+            Path::Full if is_known && late.is_lossy() => begin(Path::Lossy),
+            path if is_known && is_steady => begin(path),
+            _ => return self.path,
+        };
+        self.path
     }
 }
 
@@ -190,13 +284,43 @@ mod tests {
             let (near, (far, _)) = (near.unwrap(), far.unwrap());
             for stream in [&near, &far] {
                 set_up(stream, Duration::from_secs(10)).unwrap();
-                let probe = Probe::new(stream).unwrap();
-                probe.tune();
+                let probe = Arc::new(Probe::new(stream).unwrap());
+                Tuner::new(probe.clone()).wrote();
+                probe.choose("no such thing");
+                probe.choose(FOR_FULL);
                 assert!(probe.info().unwrap().round_trip < Duration::from_secs(1));
             }
         }
         let from = IpAddr::from([127, 0, 0, 2]);
         let (near, _) = tokio::join!(connect(address, Some(from), Kind::Tcp), listener.accept());
         assert_eq!(near.unwrap().local_addr().unwrap().ip(), from);
+    }
+
+    #[test]
+    fn a_path_is_what_it_has_been_of_late() {
+        let start = Instant::now();
+        let mut history = History::new(start);
+        let mut info = Info { round_trip: Duration::from_millis(100), ..Info::default() };
+        // A second each, of so many packets.
+        let mut second = 0;
+        let mut look = |out: u64, again: u64| {
+            second += 1;
+            info.segments_out += out;
+            info.segments_again += again;
+            history.look(start + Duration::from_secs(second), &info)
+        };
+        assert_eq!(look(10, 0), Path::Lossy, "until it's known better");
+        assert_eq!((look(50_000, 0), look(50_000, 3), look(50_000, 0)), (Path::Lossy, Path::Lossy, Path::Lossy));
+        assert_eq!(look(50_000, 0), Path::Full);
+        assert_eq!(look(1000, 30), Path::Full, "too few to tell");
+        assert_eq!(look(4000, 30), Path::Lossy);
+        assert_eq!((1..=20).map(|_| look(4000, 40)).find(|path| *path == Path::Full), None);
+        let steady = (1..=20).position(|_| look(4000, 0) == Path::Full).unwrap();
+        assert!((3..=8).contains(&steady), "{steady}");
+
+        let near = Info { round_trip: Duration::from_micros(300), segments_out: 100_000, ..Info::default() };
+        let mut history = History::new(start);
+        assert_eq!(history.look(start + STEADY * 2, &near), Path::Short);
+        assert_eq!(history.look(start + STEADY * 3, &Info { segments_again: 1000, ..near }), Path::Lossy);
     }
 }

@@ -5,6 +5,7 @@
 //! trip is long, for everybody, as the begin of a connection is what costs there. What counts is the bytes of chunks, or of
 //! rsync's file, over the time from the command's start to its end, commit and all; iperf3 says its own.
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
@@ -21,8 +22,8 @@ use layerfs_tests::tree;
 const SECONDS: u64 = 10;
 const SECONDS_SOME: u64 = 30;
 const SECONDS_FAR: u64 = 120;
-/// The most bytes of a cell: they lie on the disk three times.
-const MAX_BYTES: u64 = 4_000_000_000;
+/// The most bytes of a cell: they lie on the disk twice.
+const MAX_BYTES: u64 = 7_500_000_000;
 
 /// One row of the table, by name: `100/20/1` is 100 Mbit/s, 20 ms, 1% loss.
 struct Cell {
@@ -89,8 +90,8 @@ fn server(host: &Host, arguments: &[&str]) -> anyhow::Result<Server> {
     Ok(Server(command.spawn()?))
 }
 
-/// Prints the table, row by row. With `only`, the rows of that name and `paths`.
-pub fn run(only: Option<&str>) -> anyhow::Result<()> {
+/// Prints the table, row by row. With `only`, the rows of that name and `paths`; `alone`, without the peers.
+pub fn run(only: Option<&str>, alone: bool) -> anyhow::Result<()> {
     if only == Some("unlimited") {
         return crate::unlimited::run();
     }
@@ -106,7 +107,7 @@ pub fn run(only: Option<&str>) -> anyhow::Result<()> {
         "Mbit/ms/loss%", "layerfs", "wire", "middle", "iperf3 -P1", "iperf3 -P8", "rsync"
     );
     for cell in Cell::all().iter().filter(|cell| only.is_none_or(|only| only == cell.name())) {
-        match measure(cell) {
+        match measure(cell, alone) {
             Ok(row) => println!("{row}"),
             Err(error) => println!("{:>14} not measured: {error:#}", cell.name()),
         }
@@ -144,13 +145,17 @@ impl Watch {
     }
 }
 
-fn measure(cell: &Cell) -> anyhow::Result<String> {
+fn measure(cell: &Cell, alone: bool) -> anyhow::Result<String> {
     let hosts = cell.hosts()?;
     let file = hosts.a.new_folder("tree")?.join("noise");
     tree::big_file(&file, 11, cell.bytes())?;
+    let shown =
+        |percent: anyhow::Result<f64>| percent.map_or_else(|_| "-".to_owned(), |percent| format!("{percent:.1}"));
+    let peer = |streams| if alone { Ok("-".to_owned()) } else { iperf(&hosts, cell, streams).map(|p| shown(Ok(p))) };
+    let (single, several) = (peer(1)?, peer(8)?);
+    let rsync = if alone { "-".to_owned() } else { shown(rsync(&hosts, &file, cell)) };
     hosts.a.import(&hosts.a.path("tree"), "noise", &[])?;
-    let single = iperf(&hosts, cell, 1)?;
-    let several = iperf(&hosts, cell, 8)?;
+    std::fs::remove_file(&file)?;
     let watch = Watch::start(hosts.a.end()?.clone())?;
     let report = hosts.push(&["noise"])?;
     let samples = watch.stop()?;
@@ -164,11 +169,12 @@ fn measure(cell: &Cell) -> anyhow::Result<String> {
         _ => wire,
     };
     let connections = number(&report, "connections")?;
-    let rsync = rsync(&hosts, cell).map_or_else(|_| "-".to_owned(), |percent| format!("{percent:.1}"));
+    for two in samples.windows(4).step_by(4) {
+        eprint!("{:.0} ", cell.percent(two[3].1 - two[0].1, (two[3].0 - two[0].0).as_secs_f64()));
+    }
+    eprintln!();
     let name = cell.name();
-    Ok(format!(
-        "{name:>14} {ours:>9.1} {wire:>6.1} {middle:>6.1} {single:>12.1} {several:>12.1} {rsync:>8}  {connections}"
-    ))
+    Ok(format!("{name:>14} {ours:>9.1} {wire:>6.1} {middle:>6.1} {single:>12} {several:>12} {rsync:>8}  {connections}"))
 }
 
 fn iperf(hosts: &TwoHosts, cell: &Cell, streams: u8) -> anyhow::Result<f64> {
@@ -197,7 +203,7 @@ fn rate_of(report: &str) -> anyhow::Result<f64> {
 }
 
 /// rsync's daemon gets the same file, within twice the time that it should take.
-fn rsync(hosts: &TwoHosts, cell: &Cell) -> anyhow::Result<f64> {
+fn rsync(hosts: &TwoHosts, file: &Path, cell: &Cell) -> anyhow::Result<f64> {
     let (config, target) = (hosts.b.path("rsyncd.conf"), hosts.b.new_folder("target")?);
     let text = format!("use chroot = no\nuid = 0\ngid = 0\n[t]\nread only = no\npath = {}\n", target.display());
     std::fs::write(&config, text)?;
@@ -210,13 +216,13 @@ fn rsync(hosts: &TwoHosts, cell: &Cell) -> anyhow::Result<f64> {
         ensure!(ready.elapsed() < Duration::from_secs(20), "the rsync daemon does not answer");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let file = hosts.a.path("tree").join("noise").display().to_string();
     let limit = (cell.seconds() * 2).to_string();
     let started = Instant::now();
     // What has come by then is what counts.
-    let _ = run_in(&hosts.a, "timeout", &[&limit, "rsync", "-W", "--inplace", &file, &url]);
+    let _ = run_in(&hosts.a, "timeout", &[&limit, "rsync", "-W", "--inplace", &file.display().to_string(), &url]);
     let seconds = started.elapsed().as_secs_f64();
     let bytes = std::fs::metadata(target.join("noise")).map_or(0, |metadata| metadata.len());
+    std::fs::remove_dir_all(&target)?;
     Ok(cell.percent(bytes, seconds))
 }
 

@@ -30,7 +30,8 @@ const USAGE: &str = "usage: layerfs-bench [--tree DIR] [--runs N] [--json FILE] 
     \n  --tree DIR    measure on this tree [default: a Debian root, or a made-up tree]\
     \n  --runs N      runs per figure, of which the median counts [default: 3]\
     \n  --json FILE   where to write the figures [default: bench.json]\
-    \n       layerfs-bench link [CELL]     how much of a link is used: all cells, or one, such as 100/20/1, or paths, or unlimited\
+    \n       layerfs-bench link [CELL] [--alone]  how much of a link is used: all cells, or one, such as 100/20/1, or paths, or unlimited;\
+    \n                                      --alone leaves the peers out\
     \n       layerfs-bench mount [ROW…]    the mount beside the kernel's overlay and fuse-overlayfs; mount --help says more\
     \n  --only WORD   only the parts whose name holds WORD: speed, wire, bytes, lazy, storage, memory\
     \n  --row WORD    of bytes only the rows whose name holds WORD: package, disk image, memory image, database, tree\
@@ -66,7 +67,10 @@ struct Options {
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
     let part = match words.next().as_deref() {
-        Some("link") => Some(link::run(words.next().as_deref())),
+        Some("link") => {
+            let (flags, cells): (Vec<_>, Vec<_>) = words.by_ref().partition(|word| word == "--alone");
+            Some(link::run(cells.first().map(String::as_str), !flags.is_empty()))
+        }
         Some("mount") => Some(mount::run(words)),
         _ => None,
     };

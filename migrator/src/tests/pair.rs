@@ -44,12 +44,12 @@ pub fn silent() -> Arc<dyn Monitor> {
     Arc::new(Silent)
 }
 
-fn content(bytes: &[u8], out: &dyn ChunkWrite) -> Content {
+fn content(bytes: &[u8], chunker: Chunker, out: &dyn ChunkWrite) -> Content {
     if bytes.len() <= 512 {
         return Content::Inline(bytes.to_vec());
     }
-    let mut builder = ContentBuilder::new(Chunker::Tree);
-    let mut cutter = Cutter::new(Chunker::Tree);
+    let mut builder = ContentBuilder::new(chunker);
+    let mut cutter = Cutter::new(chunker);
     let mut push = |piece: Piece<'_>| {
         let extent = match piece {
             Piece::Data(data) => Extent::Chunk { id: out.put(Class::Data, data)?, bytes: data.len() as u32 },
@@ -81,7 +81,9 @@ pub fn write_layer(out: &dyn ChunkWrite, tree: &Tree, parent: Option<(LayerId, &
             record.xattrs = (0..4).map(|n| (format!("user.{n}").into_bytes(), value(n))).collect();
             inodes.push(record);
         } else {
-            inodes.push(inode(ino, InodeNode::File(content(bytes, out))));
+            // And these are cut as memory is.
+            let chunker = if name.starts_with("memory") { Chunker::Aligned } else { Chunker::Tree };
+            inodes.push(inode(ino, InodeNode::File(content(bytes, chunker, out))));
         }
     }
     inodes.iter().for_each(|inode| writer.inode(inode).unwrap());

@@ -115,13 +115,16 @@ async fn an_independent_decoder_reads_a_session() {
     let text: Vec<u8> = (0..6000).flat_map(|n| format!("line {n} of a text that compresses\n").into_bytes()).collect();
     let mut files = tree(30, 150_000);
     files.insert("text".to_owned(), text.clone());
-    files.insert("memory".to_owned(), noise(9, 60_000));
+    files.insert("memory".to_owned(), noise(9, 130_000));
     let base = add_layer(here.store(), "base", &files);
     let mut changed = files.clone();
     changed.get_mut("large").unwrap()[70_000] ^= 1;
     changed.get_mut("memory").unwrap()[30_000] ^= 1;
     changed.get_mut("text").unwrap().splice(100_000..100_000, *b"something new ");
     let next = add_layer(here.store(), "next", &changed);
+    let mut later = changed.clone();
+    later.get_mut("memory").unwrap()[50_000] ^= 1;
+    let last = add_layer(here.store(), "last", &later);
     let other_files: Tree = [("other".to_owned(), noise(7, 40_000)), ("small".to_owned(), b"x".to_vec())].into();
     let other = add_layer(there.store(), "other", &other_files);
 
@@ -136,8 +139,10 @@ async fn an_independent_decoder_reads_a_session() {
         listening.close().await;
     });
     let mut link = Link::start(tapped(caller, 0), "there", Patience::default());
-    for (pushed, is_dry) in [("base", true), ("base", false), ("next", false), ("next", false)] {
+    for (pushed, is_dry) in [("base", true), ("base", false), ("next", false), ("next", false), ("last", false)] {
         let prepared = send::prepare(here.store(), &[name(pushed)], &Visible::All, false).unwrap().dry_run(is_dry);
+        // Changed pages go alone then.
+        let prepared = if pushed == "last" { prepared.in_a_hurry() } else { prepared };
         send::run(&mut link, here.store(), &prepared, &Arc::new(Tally::new()), &silent()).await.unwrap();
     }
     link.send(Message::Fetch { names: vec![name("other")], dry_run: false }).await.unwrap();
@@ -153,6 +158,7 @@ async fn an_independent_decoder_reads_a_session() {
     let trees = json!({
         "base": expected(base, &files),
         "next": expected(next, &changed),
+        "last": expected(last, &later),
         "other": expected(other, &other_files),
     });
     assert_eq!(decoded["trees"], trees);
