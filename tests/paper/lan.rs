@@ -55,11 +55,6 @@ impl Lan {
     pub fn learns(&self, hardware: &str) -> anyhow::Result<()> {
         ip(&format!("-n {} neigh replace {GUEST} lladdr {hardware} dev lan nud reachable", self.user.namespace))
     }
-
-    /// The address that a probe asks.
-    pub fn service() -> String {
-        format!("{GUEST}:{PORT}")
-    }
 }
 
 impl Drop for Lan {

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod cell;
+mod clients;
 mod container;
 mod figure;
 mod lan;
@@ -22,6 +23,7 @@ mod verdict;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use layerfs_tests::case::Need::{self, Containers, Criu, Fuse, Kernel, Namespaces, Root, Tool};
@@ -33,6 +35,8 @@ const USAGE: &str = "usage: layerfs-paper [CELL…] [--again] [--to DIR]\n\
     \n  CELL         only these, such as lxc/ram/found/ours, or all whose name begins so: lxc/ram;\
     \n               lxc/ram/found/rounds is ours without post-copy, and in no table\
     \n  --again      also what was measured before\
+    \n  --renew      also what was measured by another build of layerctl\
+    \n  --most S     give a cell up whose migration isn't over after so many seconds\
     \n  --list       say what the cells are called and which are measured, and end\
     \n  --tables     measure nothing: write the tables and pictures again\
     \n  --to DIR     where figures are kept and tables are written [default: docs/results/paper]";
@@ -40,6 +44,8 @@ const USAGE: &str = "usage: layerfs-paper [CELL…] [--again] [--to DIR]\n\
 struct Options {
     cells: Vec<String>,
     again: bool,
+    renew: bool,
+    most: Option<Duration>,
     list: bool,
     tables: bool,
     to: PathBuf,
@@ -61,11 +67,25 @@ fn main() -> ExitCode {
 
 fn parse() -> anyhow::Result<Options> {
     let mut options =
-        Options { cells: Vec::new(), again: false, list: false, tables: false, to: "docs/results/paper".into() };
+        Options {
+            cells: Vec::new(),
+            again: false,
+            renew: false,
+            most: None,
+            list: false,
+            tables: false,
+            to: "docs/results/paper".into(),
+        };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--again" => options.again = true,
+            "--renew" => options.renew = true,
+            "--most" => {
+                let seconds = arguments.next().and_then(|word| word.parse().ok());
+                let seconds = seconds.with_context(|| format!("--most wants a number of seconds\n{USAGE}"))?;
+                options.most = Some(Duration::from_secs(seconds));
+            }
             "--list" => options.list = true,
             "--tables" => options.tables = true,
             "--to" => options.to = arguments.next().with_context(|| format!("--to wants a folder\n{USAGE}"))?.into(),
@@ -101,15 +121,20 @@ fn chosen(words: &[String]) -> anyhow::Result<Vec<Cell>> {
 fn run(options: &Options) -> anyhow::Result<usize> {
     let records = Records(options.to.clone());
     let cells = chosen(&options.cells)?;
+    let build = if options.renew { Some(measure::build()?) } else { None };
+    let is_there = |cell: Cell| {
+        let record = records.get(cell)?;
+        anyhow::Ok(record.is_some_and(|record| build.as_ref().is_none_or(|build| record.build == *build)))
+    };
     if options.list {
         for cell in cells {
-            println!("{cell}{}", if records.get(cell)?.is_some() { "  measured" } else { "" });
+            println!("{cell}{}", if is_there(cell)? { "  measured" } else { "" });
         }
         return Ok(0);
     }
     let mut failed = 0;
     for cell in cells.into_iter().filter(|_| !options.tables) {
-        if !options.again && records.get(cell)?.is_some() {
+        if !options.again && is_there(cell)? {
             continue;
         }
         if let Some(reason) = needs(cell).iter().find_map(|need| need.unmet()) {
@@ -118,8 +143,8 @@ fn run(options: &Options) -> anyhow::Result<usize> {
         }
         eprint!("{cell}: ");
         let measured = match cell.method {
-            Method::Ours | Method::Rounds => ours::run(cell),
-            Method::Paper => theirs::run(cell),
+            Method::Ours | Method::Rounds => ours::run(cell, options.most),
+            Method::Paper => theirs::run(cell, options.most),
         };
         match measured {
             Ok(record) => {

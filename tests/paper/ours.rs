@@ -1,6 +1,6 @@
 //! A cell by `layerctl migrate`, between two daemons.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::host::{Host, TwoHosts};
@@ -8,9 +8,10 @@ use layerfs_tests::network::Link;
 use serde_json::Value;
 
 use crate::cell::{App, Case, Cell, Kind, Method};
+use crate::clients::Clients;
 use crate::lan::{GUEST, Lan, MASK, PORT};
-use crate::probe::Probe;
 use crate::record::{Record, Stage};
+use crate::measure::Bound;
 use crate::{measure, roots};
 
 const NAME: &str = "guest";
@@ -26,8 +27,8 @@ impl Drop for Hosts {
     }
 }
 
-/// Measures `cell`.
-pub fn run(cell: Cell) -> anyhow::Result<Record> {
+/// Measures `cell`, in which the migration takes `most` at most.
+pub fn run(cell: Cell, most: Option<Duration>) -> anyhow::Result<Record> {
     let hosts = Hosts(TwoHosts::on(Link::new()?)?);
     let (a, b, link) = (&hosts.0.a, &hosts.0.b, &hosts.0.link);
     a.ctl.ok(["peer", "set", "b", "--allow-guests"])?;
@@ -40,14 +41,14 @@ pub fn run(cell: Cell) -> anyhow::Result<Record> {
     }
     a.ctl.ok(create(cell))?;
     a.ctl.ok(["guest", "start", NAME])?;
-    let probe = Probe::start(&lan.user, &Lan::service())?;
-    measure::warm_up(cell, &probe);
+    let clients = Clients::start(&lan.user, cell.app)?;
+    measure::warm_up(cell, &clients);
     link.shape(cell.megabits)?;
-    let noise = measure::noise(&probe);
+    let (noise, busy) = measure::quiet(&clients)?;
 
     let (before, began) = (measure::wire_bytes(link)?, Instant::now());
     // Not by the harness, which gives no command longer than a few minutes.
-    let output = a.ctl.command(migrate(cell)).output()?;
+    let output = Bound::after(most).output(&mut a.ctl.command(migrate(cell)))?;
     let total = began.elapsed();
     ensure!(
         output.status.success(),
@@ -58,20 +59,24 @@ pub fn run(cell: Cell) -> anyhow::Result<Record> {
     );
     let report: Value = serde_json::from_slice(&output.stdout).context("layerctl migrate gives no report")?;
     ensure!(report["outcome"] == "moved", "{report}");
-    measure::settle(&probe)?;
+    clients.settle(began)?;
     let mut record = Record {
         cell: cell.to_string(),
         total_seconds: total.as_secs_f64(),
         wire_bytes: measure::wire_bytes(link)? - before,
-        downtime_seconds: probe.longest_gap(began).as_secs_f64(),
+        downtime_seconds: clients.longest_gap(began).as_secs_f64(),
+        first_program_seconds: clients.longest_gap_of_first(began).as_secs_f64(),
         noise_seconds: noise.as_secs_f64(),
+        busy,
         dump_seconds: 0.0,
         restore_seconds: report["restore_seconds"].as_f64().unwrap_or_default(),
         stopped_bytes: report["downtime"]["bytes"].as_u64(),
         memory_bytes: report["memory_bytes"].as_u64(),
         stages: Vec::new(),
-        notes: Vec::new(),
+        notes: clients.notes(),
         machine: measure::machine()?,
+        day: measure::day()?,
+        build: measure::build()?,
     };
     read_stages(&report, &mut record);
     Ok(record)

@@ -42,6 +42,26 @@ pub const FIGURE_5: [&str; 4] = [
     "Migration times are about linear in RAM usage.",
 ];
 
+/// A machine's total time as a multiple of LXC's, as the text of Figure 5 gives it.
+#[derive(Clone, Copy, Debug)]
+pub struct Ratio {
+    /// Memory, in MB.
+    pub megabytes: u32,
+    /// The link's rate, in Mbit/s.
+    pub megabits: u32,
+    /// The multiple, as printed.
+    pub times: &'static str,
+}
+
+/// Those of [`FIGURE_5`] that have a number.
+pub const FIGURE_5_RATIOS: [Ratio; 5] = [
+    Ratio { megabytes: 400, megabits: 100, times: "5" },
+    Ratio { megabytes: 600, megabits: 100, times: "4" },
+    Ratio { megabytes: 330, megabits: 1, times: "2" },
+    Ratio { megabytes: 330, megabits: 10, times: "4" },
+    Ratio { megabytes: 330, megabits: 50, times: "8" },
+];
+
 /// What the table prints for a cell, if it has it.
 pub fn printed(kind: Kind, app: App, case: Case) -> Option<Printed> {
     let rows = match kind {

@@ -28,10 +28,16 @@ pub struct Record {
     pub total_seconds: f64,
     /// Bytes on the link between the hosts, in both directions, frames and all, until the guest answered again.
     pub wire_bytes: u64,
-    /// The longest time between two answers that the client got, in seconds.
+    /// The longest time between two answers that the application's client got, in seconds.
     pub downtime_seconds: f64,
-    /// The same while nothing was moved, in seconds: what the probe itself can't tell apart.
+    /// The same of the guest's first program.
+    #[serde(default)]
+    pub first_program_seconds: f64,
+    /// The application's client while nothing was moved, in seconds: what the probe itself can't tell apart.
     pub noise_seconds: f64,
+    /// How busy the processors were then, of 1: the guest, its clients, and whatever else there was.
+    #[serde(default)]
+    pub busy: f64,
     /// What the checkpoint tool took, in seconds.
     pub dump_seconds: f64,
     /// What the restore tool took, in seconds.
@@ -46,6 +52,12 @@ pub struct Record {
     pub notes: Vec<String>,
     /// The kernel's release, and the processors.
     pub machine: String,
+    /// The day on which it was measured.
+    #[serde(default)]
+    pub day: String,
+    /// By which build: the beginning of `layerctl`'s hash; nothing for those before builds were noted.
+    #[serde(default)]
+    pub build: String,
 }
 
 impl Record {

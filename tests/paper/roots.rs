@@ -3,7 +3,7 @@
 //! ```text
 //! LAYERFS_GUEST_TOOLS/paper/  base/ game/ video/ face/   by scripts/setup-paper
 //!                             ram-HASH/                   base, and the RAM simulation
-//!                             APP-HASH.raw                the base's disk, with APP's files brought into it
+//!                             APP-HASH.raw                the base's disk, with APP's files brought into it; HASH is of our programs
 //! ```
 //!
 //! Invariants: what has its final name is complete; every tree holds the guest's first program, the same in all, so that it is the
@@ -19,6 +19,7 @@ use layerfs_tests::case::output_of;
 use layerfs_tests::fixtures;
 
 use crate::cell::App;
+use crate::clients::COUNTER_PORT;
 
 /// The guest's first program, in every tree.
 pub const SERVICE: &str = "/usr/local/sbin/paper-service";
@@ -50,7 +51,9 @@ pub fn command(app: App) -> Vec<String> {
     match app {
         App::None => Vec::new(),
         App::Game => vec!["/usr/games/teeworlds-server".to_owned()],
-        App::Ram(megabytes) => vec![RAMSIM.to_owned(), megabytes.to_string(), PAGES.to_owned()],
+        App::Ram(megabytes) => {
+            vec![RAMSIM.to_owned(), megabytes.to_string(), PAGES.to_owned(), COUNTER_PORT.to_owned()]
+        }
         App::Video => [
             "/usr/bin/cvlc",
             "-I",
@@ -63,7 +66,7 @@ pub fn command(app: App) -> Vec<String> {
         ]
         .map(str::to_owned)
         .to_vec(),
-        App::Face => ["/usr/bin/python3", FACES, "/film.avi", "/run/paper-faces"].map(str::to_owned).to_vec(),
+        App::Face => ["/usr/bin/python3", FACES, "/film.avi", COUNTER_PORT].map(str::to_owned).to_vec(),
     }
 }
 
@@ -171,6 +174,10 @@ pub fn disk(app: App) -> anyhow::Result<PathBuf> {
         return Ok(base_disk);
     }
     let tree = tree(app)?;
+    let tag = match app {
+        App::Face => hash(&[&base.join(SERVICE.trim_start_matches('/')), &tree.join(FACES.trim_start_matches('/'))])?,
+        _ => tag,
+    };
     let name = tree.file_name().context("a tree without a name")?.to_string_lossy().into_owned();
     made(&folder().join(format!("{name}-{tag}.raw")), |growing| {
         output_of(Command::new("cp").arg("--sparse=always").arg(&base_disk).arg(growing))?;

@@ -20,10 +20,11 @@ use layerfs_tests::network::{End, Link};
 use tempfile::TempDir;
 
 use crate::cell::{App, Case, Cell, Kind};
+use crate::clients::Clients;
 use crate::container::Container;
 use crate::lan::Lan;
 use crate::machine::Machine;
-use crate::probe::Probe;
+use crate::measure::Bound;
 use crate::record::{Record, Stage};
 use crate::{measure, roots};
 
@@ -69,6 +70,7 @@ struct Rsync<'a> {
     server: Child,
     link: &'a Link,
     root: PathBuf,
+    bound: Bound,
 }
 
 impl<'a> Rsync<'a> {
@@ -81,7 +83,7 @@ impl<'a> Rsync<'a> {
         command.args(["--daemon", "--no-detach", "--address", &link.b.address, "--port", &RSYNC_PORT.to_string()]);
         command.arg("--config").arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
         let server = command.spawn().context("cannot start rsync's daemon")?;
-        let rsync = Rsync { server, link, root };
+        let rsync = Rsync { server, link, root, bound: Bound(None) };
         let (began, address) = (Instant::now(), format!("{}:{RSYNC_PORT}", link.b.address));
         while layerfs_tests::network::inside(&link.a, || std::net::TcpStream::connect(&address)).is_err() {
             ensure!(began.elapsed() < PATIENCE, "rsync's daemon doesn't answer");
@@ -100,7 +102,9 @@ impl<'a> Rsync<'a> {
         command.arg("-az").args(is_folder.then_some("--delete"));
         command.arg(format!("{}{end}", from.display()));
         command.arg(format!("rsync://{}:{RSYNC_PORT}/b/{}{end}", self.link.b.address, inside.display()));
-        output_of(&mut command).map(drop)
+        let output = self.bound.output(&mut command)?;
+        ensure!(output.status.success(), "{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 }
 
@@ -136,8 +140,8 @@ fn clone(from: &Path, to: &Path) -> anyhow::Result<()> {
     output_of(Command::new("cp").args(["-a", "--sparse=always"]).arg(from).arg(to)).map(drop)
 }
 
-/// Measures `cell`.
-pub fn run(cell: Cell) -> anyhow::Result<Record> {
+/// Measures `cell`, in which the migration takes `most` at most.
+pub fn run(cell: Cell, most: Option<Duration>) -> anyhow::Result<Record> {
     ensure!(cell.kind != Kind::Process, "the paper's method is of LXC and KVM");
     let places = Places { folder: tempfile::Builder::new().prefix("lfsp").tempdir()? };
     for host in ["a", "b"] {
@@ -151,13 +155,14 @@ pub fn run(cell: Cell) -> anyhow::Result<Record> {
         Kind::Kvm => Box::new(Machine::new(&link, &places, cell.app)?),
         _ => Box::new(Container::new(&link, &places, cell.app)?),
     };
-    let rsync = Rsync::start(&link, &places)?;
+    let mut rsync = Rsync::start(&link, &places)?;
     guest.start()?;
-    let probe = Probe::start(&lan.user, &Lan::service())?;
-    measure::warm_up(cell, &probe);
+    let clients = Clients::start(&lan.user, cell.app)?;
+    measure::warm_up(cell, &clients);
     link.shape(cell.megabits)?;
-    let noise = measure::noise(&probe);
+    let (noise, busy) = measure::quiet(&clients)?;
 
+    rsync.bound = Bound::after(most);
     let (before, began) = (measure::wire_bytes(&link)?, Instant::now());
     let mut stages = Stages(Vec::new());
     let (app_there, instance_there) = (places.at("b", "app"), places.at("b", "instance"));
@@ -185,19 +190,23 @@ pub fn run(cell: Cell) -> anyhow::Result<Record> {
         lan.learns(HARDWARE)
     })?;
     let total = began.elapsed();
-    measure::settle(&probe)?;
+    clients.settle(began)?;
     Ok(Record {
         cell: cell.to_string(),
         total_seconds: total.as_secs_f64(),
         wire_bytes: measure::wire_bytes(&link)? - before,
-        downtime_seconds: probe.longest_gap(began).as_secs_f64(),
+        downtime_seconds: clients.longest_gap(began).as_secs_f64(),
+        first_program_seconds: clients.longest_gap_of_first(began).as_secs_f64(),
         noise_seconds: noise.as_secs_f64(),
+        busy,
         dump_seconds,
         restore_seconds,
         stopped_bytes: Some(stopped_bytes),
         memory_bytes: None,
         stages: stages.0,
-        notes: Vec::new(),
+        notes: clients.notes(),
         machine: measure::machine()?,
+        day: measure::day()?,
+        build: measure::build()?,
     })
 }

@@ -74,7 +74,9 @@ mod tests {
             total_seconds: total,
             wire_bytes: megabytes * 1_000_000,
             downtime_seconds: down,
+            first_program_seconds: down,
             noise_seconds: 0.0,
+            busy: 0.0,
             dump_seconds: tools,
             restore_seconds: 0.0,
             stopped_bytes: Some(0),
@@ -82,6 +84,8 @@ mod tests {
             stages: Vec::new(),
             notes: Vec::new(),
             machine: String::new(),
+            day: String::new(),
+            build: String::new(),
         }
     }
 

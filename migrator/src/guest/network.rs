@@ -17,7 +17,7 @@ use std::time::Duration;
 use super::GuestName;
 use super::neighbours;
 use super::options::Network;
-use super::programs::{Programs, run};
+use super::programs::{Programs, run, run_with};
 
 /// A machine's connection: an interface of the host that QEMU serves, in the bridge.
 pub struct Tap<'a>(Link<'a>);
@@ -140,17 +140,16 @@ impl<'a> Link<'a> {
 
     fn make_parts(&self) -> Result<(), String> {
         let (name, hardware) = (self.name.as_str(), Network::hardware_text(self.hardware));
-        self.ip(&["netns", "add", name])?;
-        self.ip(&["link", "add", name, "type", "veth", "peer", "name", "eth0", "address", &hardware, "netns", name])?;
-        self.ip(&["link", "set", name, "master", self.bridge])?;
-        let inside = |arguments: &[&str]| self.ip(&[&["-n", name], arguments].concat());
-        inside(&["link", "set", "lo", "up"])?;
-        inside(&["address", "add", self.address, "dev", "eth0"])?;
-        inside(&["link", "set", "eth0", "up"])?;
-        if let Some(gateway) = self.gateway {
-            inside(&["route", "add", "default", "via", &gateway.to_string()])?;
-        }
-        Ok(())
+        // A program for each line takes milliseconds, while the guest stands still.
+        let pair = format!(
+            "netns add {name}\nlink add {name} type veth peer name {INSIDE} address {hardware} netns {name}\n\
+             link set {name} master {}\n",
+            self.bridge
+        );
+        self.ip_lines(&[], &pair)?;
+        let route = self.gateway.map(|gateway| format!("route add default via {gateway}\n")).unwrap_or_default();
+        let inside = format!("link set lo up\naddress add {} dev {INSIDE}\nlink set {INSIDE} up\n{route}", self.address);
+        self.ip_lines(&["-n", name], &inside)
     }
 
     /// Lets nothing pass.
@@ -209,8 +208,17 @@ impl<'a> Link<'a> {
         self.ip(&["link", "show", self.bridge, "type", "bridge"]).is_ok()
     }
 
+    fn program(&self) -> Result<PathBuf, String> {
+        Ok(self.programs.find("ip").ok_or("there is no `ip`: install iproute2")?)
+    }
+
+    /// Has one `ip` do what these lines say, up to the first that fails.
+    fn ip_lines(&self, arguments: &[&str], lines: &str) -> Result<(), String> {
+        run_with(Command::new(self.program()?).args(arguments).args(["-batch", "-"]), lines.as_bytes()).map(|_| ())
+    }
+
     fn ip(&self, arguments: &[&str]) -> Result<(), String> {
-        let ip = self.programs.find("ip").ok_or("there is no `ip`: install iproute2")?;
+        let ip = self.program()?;
         run(Command::new(ip).args(arguments).stdin(std::process::Stdio::null())).map(|_| ())
     }
 }

@@ -131,6 +131,21 @@ pub fn run(command: &mut Command) -> Result<Output, String> {
     if output.status.success() { Ok(output) } else { Err(format!("{name} failed: {}", complaint(&output))) }
 }
 
+/// The same, with `input` for it to read.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(command: &mut Command, input: &[u8]) -> Result<Output, String> {
+    let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let failed = |error: std::io::Error| format!("{name} cannot be run: {error}");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(failed)?;
+    // One that ends before it has read all says why.
+    let _ = child.stdin.take().map(|mut pipe| pipe.write_all(input));
+    let output = child.wait_with_output().map_err(failed)?;
+    if output.status.success() { Ok(output) } else { Err(format!("{name} failed: {}", complaint(&output))) }
+}
+
 /// The end of what a program said, in one line.
 pub fn complaint(output: &Output) -> String {
     let said = if output.stderr.iter().all(u8::is_ascii_whitespace) { &output.stdout } else { &output.stderr };
