@@ -167,7 +167,7 @@ impl<'a> LayerPlan<'a> {
     }
 
     /// The held layers that are worth comparing with, as places in [`Held::layers`]: those that share the most, with
-    /// the same parent before others; then those below in the stack, top first.
+    /// the same parent before others, and of the same kind; then those below in the stack, top first.
     fn related(&self, manifest: &Manifest, hits: &[u32]) -> Vec<usize> {
         let layers = &self.held.layers;
         let position = |id: LayerId| layers.iter().position(|(other, _)| *other == id);
@@ -180,7 +180,9 @@ impl<'a> LayerPlan<'a> {
         let is_sibling = |at: usize| layers[at].1.parent == manifest.parent;
         let mut others: Vec<usize> = (0..hits.len()).filter(|at| !below.contains(at)).collect();
         others.retain(|at| hits[*at] > 0 || is_sibling(*at));
-        others.sort_by_key(|at| std::cmp::Reverse((hits[*at], is_sibling(*at))));
+        // A guest's state has no parent, and neither has a base, whose inodes have the same numbers.
+        let is_alike = |at: usize| layers[at].1.kind == manifest.kind;
+        others.sort_by_key(|at| std::cmp::Reverse((hits[*at], is_sibling(*at), is_alike(*at))));
         others.truncate(MAX_RELATED);
         // A layer's predecessor stands beside it. What it stands on was left as it is, mostly.
         others.extend(below);
@@ -246,5 +248,45 @@ impl Recent {
             self.old = std::mem::take(&mut self.young);
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use layerfs::LayerName;
+    use layerfs::monitor::Silent;
+
+    use super::*;
+    use crate::guest::state;
+    use crate::tests::pair::{Host, add_layer, noise};
+
+    #[test]
+    fn a_state_is_compared_with_the_last_one_and_not_with_a_base_of_the_same_inode_numbers() {
+        let host = Host::new();
+        let folder = tempfile::tempdir().unwrap();
+        let memory = folder.path().join(state::MEMORY_FILE);
+        let mut bytes = noise(1, 4 << 20);
+        let disk = add_layer(host.store(), "disk", &[("disk.raw".to_owned(), noise(2, 4 << 20))].into());
+        let mut import = |bytes: &[u8], previous| {
+            std::fs::write(&memory, bytes).unwrap();
+            let name = LayerName::new("guest/web/state").unwrap();
+            state::import(host.store(), folder.path(), &name, previous, &Silent).unwrap().0
+        };
+        let old = import(&bytes, None);
+        (0..bytes.len()).step_by(64 << 10).for_each(|at| bytes[at] ^= 1);
+        let new = import(&bytes, Some(old));
+        let mut of_old = HashSet::new();
+        host.store().data_in_order(old, &mut |id, _| Ok(drop(of_old.insert(id)))).unwrap();
+        let mut paired = 0;
+        candidates(host.store().as_ref(), &[new], &[disk, old], &mut |candidate| {
+            if candidate.class == Class::Data {
+                let bases = candidate.bases.unwrap();
+                assert!(bases.iter().all(|base| of_old.contains(&base.id)), "{bases:?}");
+                paired += 1;
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(paired, 64);
     }
 }

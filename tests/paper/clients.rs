@@ -40,8 +40,7 @@ impl Clients {
     pub fn start(user: &End, app: App) -> anyhow::Result<Clients> {
         let every = if app == App::None { OFTEN } else { SELDOM };
         let first = Probe::datagrams(user, &format!("{GUEST}:{PORT}"), every, Arc::new(Counter))?;
-        let ask =
-            |port: &str, how: Arc<dyn Datagrams>| Probe::datagrams(user, &format!("{GUEST}:{port}"), OFTEN, how);
+        let ask = |port: &str, how: Arc<dyn Datagrams>| Probe::datagrams(user, &format!("{GUEST}:{port}"), OFTEN, how);
         let application = match app {
             App::None => None,
             App::Game => Some(ask(GAME_PORT, Arc::new(Game::default()))?),
@@ -153,7 +152,8 @@ impl Datagrams for Game {
             let (count, rest) = unpacked(rest)?;
             // Version, name, its host's name, map, kind of game.
             let texts: Vec<&[u8]> = rest.split(|byte| *byte == 0).take(5).collect();
-            let same = String::from_utf8_lossy(&[texts.first()?, *texts.get(3)?, *texts.get(4)?].join(&b' ')).into_owned();
+            let same =
+                String::from_utf8_lossy(&[texts.first()?, *texts.get(3)?, *texts.get(4)?].join(&b' ')).into_owned();
             return Some(Said { count: count.into(), same });
         }
         let rest = bytes.get(3..)?.strip_prefix(&own)?.strip_prefix(&[Game::GIVE_TOKEN])?;
@@ -214,7 +214,12 @@ impl Film {
             self.next.drain(..head + 4);
             return self.is_begun.then_some(true);
         }
-        let length = text.lines().find_map(|line| line.strip_prefix("Content-Length:"))?.trim().parse::<usize>().ok()?;
+        // After a picture comes its end, and not what is left of it.
+        if self.pictures > 0 && !text.starts_with("\r\n--") {
+            return None;
+        }
+        let length =
+            text.lines().find_map(|line| line.strip_prefix("Content-Length:"))?.trim().parse::<usize>().ok()?;
         let end = (head + 4).checked_add(length)?;
         if self.next.len() < end {
             return Some(false);
@@ -250,7 +255,7 @@ mod tests {
         given.extend(Game::OWN.to_be_bytes());
         given.extend([Game::GIVE_TOKEN, 1, 2, 3, 4]);
         assert_eq!(game.heard(&given), None);
-        for number in [1, 63, 64, 9000, 123_456_789] {
+        for number in [1, 63, 64, 9001, 123_456_789] {
             let asked = game.ask(number);
             assert_eq!(asked[..5], [0x21, 1, 2, 3, 4]);
             let mut answer = vec![0x21];

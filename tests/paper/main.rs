@@ -66,16 +66,15 @@ fn main() -> ExitCode {
 }
 
 fn parse() -> anyhow::Result<Options> {
-    let mut options =
-        Options {
-            cells: Vec::new(),
-            again: false,
-            renew: false,
-            most: None,
-            list: false,
-            tables: false,
-            to: "docs/results/paper".into(),
-        };
+    let mut options = Options {
+        cells: Vec::new(),
+        again: false,
+        renew: false,
+        most: None,
+        list: false,
+        tables: false,
+        to: "docs/results/paper".into(),
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {

@@ -69,7 +69,8 @@ impl Processors {
     pub fn now() -> anyhow::Result<Processors> {
         let text = std::fs::read_to_string("/proc/stat")?;
         let line = text.lines().next().context("no processors")?;
-        let ticks: Vec<u64> = line.split_ascii_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
+        let ticks: Vec<u64> =
+            line.split_ascii_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
         let idle = ticks.get(3).context("no idle time")? + ticks.get(4).context("no waiting time")?;
         Ok(Processors { idle, all: ticks.iter().sum() })
     }

@@ -56,9 +56,9 @@ fn figures(text: &mut String, records: &Records) -> anyhow::Result<()> {
         for method in Method::ALL {
             let cell = |kind| Cell { kind, app, case: Case::Found, megabits: claim.megabits, method };
             let times = records.get(cell(Kind::Kvm))?.zip(records.get(cell(Kind::Lxc))?);
-            columns.push(times.map_or_else(unmeasured, |(kvm, lxc)| {
-                format!("{:.1}", kvm.total_seconds / lxc.total_seconds)
-            }));
+            columns.push(
+                times.map_or_else(unmeasured, |(kvm, lxc)| format!("{:.1}", kvm.total_seconds / lxc.total_seconds)),
+            );
         }
         let _ = writeln!(text, "| {} MB, {} Mbit/s | {} |", claim.megabytes, claim.megabits, columns.join(" | "));
     }

@@ -15,10 +15,21 @@ use std::path::Path;
 
 /// What is before the memory fits into so many bytes.
 const HEAD: usize = 64 * 1024;
+/// The processor's, in bytes.
+const PAGE: u64 = 4096;
+/// QEMU puts pages at multiples of this.
+const ALIGNED: u64 = 1 << 20;
 /// The name of the machine's memory, with its length in front.
 const NAME: &[u8] = b"\x06memory";
 /// The most bytes of devices' states.
 const MAX_REST: u64 = 1 << 30;
+
+/// Where in a file QEMU puts the pages of so many `bytes` of memory. A copy of them has them at the same place, so that what changes
+/// from it to a file of QEMU's is found by its place.
+pub(super) fn pages_of(bytes: u64) -> u64 {
+    let bitmap = (bytes / PAGE).div_ceil(64) * 8;
+    (HEAD as u64 + bitmap).next_multiple_of(ALIGNED)
+}
 
 /// Where things lie in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +129,7 @@ mod tests {
         let layout = Layout::parse(&good).unwrap();
         let bitmap = (good.len() as u64, 64 * 256 / 8);
         assert_eq!(layout, Layout { machine: "pc-q35-10.0".into(), bytes: 64 << 20, bitmap, pages: 1 << 20 });
+        assert_eq!((layout.pages, pages_of(32 << 30)), (pages_of(64 << 20), 2 << 20));
         assert!((0..good.len()).all(|cut| Layout::parse(&good[..cut]).is_none()));
         assert!(Layout::parse(&head(u64::MAX)).is_none() && Layout::parse(&head(0)).is_none());
     }

@@ -148,7 +148,8 @@ impl<'a> Link<'a> {
         );
         self.ip_lines(&[], &pair)?;
         let route = self.gateway.map(|gateway| format!("route add default via {gateway}\n")).unwrap_or_default();
-        let inside = format!("link set lo up\naddress add {} dev {INSIDE}\nlink set {INSIDE} up\n{route}", self.address);
+        let inside =
+            format!("link set lo up\naddress add {} dev {INSIDE}\nlink set {INSIDE} up\n{route}", self.address);
         self.ip_lines(&["-n", name], &inside)
     }
 

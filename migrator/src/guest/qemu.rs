@@ -19,7 +19,7 @@ use layerfs::import::DISK_NAME;
 use serde_json::json;
 
 use super::machine::{self, AUTO, MachineOptions};
-use super::mapped_ram::Layout;
+use super::mapped_ram::{self, Layout};
 use super::network::Tap;
 use super::options::Network;
 use super::processes::{Process, status_bytes, wait_until};
@@ -315,7 +315,8 @@ impl QemuGuest {
         let Some(link) = links.find(is_memory) else { return self.copy_private(pid, into) };
         let (memory, copy) = (File::open(link).map_err(failed)?, File::create(into.join(MEMORY_FILE)).map_err(failed)?);
         let bytes = memory.metadata().map_err(failed)?.len();
-        copy.set_len(bytes).map_err(failed)?;
+        let base = mapped_ram::pages_of(bytes);
+        copy.set_len(base + bytes).map_err(failed)?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0;
         while at < bytes {
@@ -330,7 +331,7 @@ impl QemuGuest {
             while at < end {
                 let piece = &mut buffer[..(end - at).min(PIECE as u64) as usize];
                 memory.read_exact_at(piece, at).map_err(failed)?;
-                copy.write_all_at(piece, at).map_err(failed)?;
+                copy.write_all_at(piece, base + at).map_err(failed)?;
                 at += piece.len() as u64;
             }
         }
@@ -350,12 +351,13 @@ impl QemuGuest {
         let start = start.ok_or("its memory cannot be found: start it again")?;
         let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
         let copy = File::create(into.join(MEMORY_FILE)).map_err(failed)?;
-        copy.set_len(self.options.memory).map_err(failed)?;
+        let base = mapped_ram::pages_of(self.options.memory);
+        copy.set_len(base + self.options.memory).map_err(failed)?;
         let mut buffer = vec![0; SMALL_PIECE];
         for at in (0..self.options.memory).step_by(SMALL_PIECE) {
             memory.read_exact_at(&mut buffer, start + at).map_err(failed)?;
             if buffer.iter().any(|byte| *byte != 0) {
-                copy.write_all_at(&buffer, at).map_err(failed)?;
+                copy.write_all_at(&buffer, base + at).map_err(failed)?;
             }
         }
         Ok(())
