@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::cell::{App, Case, Cell, Kind, Method};
 use crate::clients::Clients;
 use crate::lan::{GUEST, Lan, MASK, PORT};
-use crate::record::{Record, Stage};
 use crate::measure::Bound;
+use crate::record::{Record, Stage};
 use crate::{measure, roots};
 
 const NAME: &str = "guest";

@@ -91,15 +91,16 @@ impl Lxc {
         let log = self.site.run.join("lxc.log");
         let _ = fs::remove_file(&log);
         let mut command = self.tool(name)?;
-        if words.contains(&RESTORE)
+        if words.first() == Some(&RESTORE)
             && let Some(folder) = self.wrapper()?
         {
             self.site.programs.put_first(&mut command, &folder);
         }
-        command.args(words).arg("-o").arg(&log).args(["-l", "ERROR"]).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg("-o").arg(&log).args(["-l", "ERROR"]).stdout(Stdio::null()).stderr(Stdio::null());
         if let Some((option, folder)) = folder {
             command.arg(option).arg(folder);
         }
+        command.args(words);
         let status = command.status().map_err(|error| format!("{name} cannot be run: {error}"))?;
         if status.success() {
             return Ok(());
@@ -142,19 +143,20 @@ impl Lxc {
         for (name, value) in self.site.options.environment() {
             put("lxc.environment", &format!("{name}={value}"));
         }
-        put("lxc.init.cmd", &self.command());
+        // For people who look: it is started with its words as they are, as LXC splits these at every space.
+        put("lxc.init.cmd", &self.command().join(" "));
         text
     }
 
-    /// The command as LXC splits it again, with its output sent to its log.
-    fn command(&self) -> String {
-        let words: Vec<String> = self.site.options.command.iter().map(|word| quoted_word(word)).collect();
-        let words = words.join(" ");
-        let to = self.site.options.log.as_ref().map_or_else(|| "/dev/null".to_owned(), |log| log.display().to_string());
-        match &self.site.options.log {
-            None => words,
-            Some(_) => format!("/bin/sh -c {}", quoted_word(&format!("exec {words} >>{} 2>&1", quoted_word(&to)))),
+    /// The command, with its output sent to its log.
+    fn command(&self) -> Vec<String> {
+        let options = &self.site.options;
+        let mut words = options.command.clone();
+        if let Some(log) = &options.log {
+            let shell = ["/bin/sh", "-c", "log=$1; shift; exec \"$@\" >>\"$log\" 2>&1", "sh"].map(str::to_owned);
+            words.splice(0..0, shell.into_iter().chain([log.display().to_string()]));
         }
+        words
     }
 
     /// Waits until LXC's monitor has ended too: until then a new container would be refused.
@@ -209,7 +211,10 @@ impl Engine for Lxc {
     }
 
     fn launch(&self) -> Outcome<()> {
-        self.configure().and_then(|()| self.call("lxc-start", &["-d"], None))
+        self.configure()?;
+        let command = self.command();
+        let words: Vec<&str> = ["-d", "--"].into_iter().chain(command.iter().map(String::as_str)).collect();
+        self.call("lxc-start", &words, None)
     }
 
     fn command(&self, argv: &[OsString]) -> Outcome<Command> {
@@ -252,15 +257,6 @@ impl Engine for Lxc {
 
     fn settle(&self) -> Outcome<()> {
         self.wait_stopped()
-    }
-}
-
-fn quoted_word(word: &str) -> String {
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-+=:,@%".contains(&b);
-    if !word.is_empty() && word.bytes().all(is_plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
     }
 }
 
