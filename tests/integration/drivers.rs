@@ -71,7 +71,7 @@ impl<'a> Zoo<'a> {
         fixtures::build("zoo", &tree.join("bin/zoo"))?;
         host.import(&tree, "zoo", &["--kind", "base"])?;
         let create =
-            ["guest", "create", name, "--driver", driver, "--on", "zoo", "--", "/bin/zoo", "/zoo-says", "8", "0"];
+            ["guest", "create", name, "--driver", driver, "--on", "zoo", "--", "/bin/zoo", "/zoo says", "8", "0"];
         host.ctl.ok(create)?;
         let zoo = Zoo { host, name: name.to_owned() };
         zoo.ok(&["start"])?;
@@ -89,7 +89,7 @@ impl<'a> Zoo<'a> {
 
     /// What the zoo counts to, if it has lost nothing.
     fn count(&self) -> anyhow::Result<u64> {
-        let text = fs::read_to_string(self.root().join("zoo-says")).context("the zoo says nothing")?;
+        let text = fs::read_to_string(self.root().join("zoo says")).context("the zoo says nothing")?;
         let (count, rest) = text.trim().split_once(' ').with_context(|| format!("the zoo says {text:?}"))?;
         ensure!(rest == "ok", "the zoo says {text:?}");
         Ok(count.parse()?)
@@ -194,7 +194,7 @@ fn scan() -> anyhow::Result<()> {
         name: GuestName::new("zoo")?,
         driver: "process".to_owned(),
         stack: LayerName::new("zoo")?,
-        options: serde_json::json!({ "command": ["/bin/zoo", "/zoo-says", "64", "0"] }),
+        options: serde_json::json!({ "command": ["/bin/zoo", "/zoo says", "64", "0"] }),
     };
     let name = spec.name.clone();
     let root = host.mount(&name, base)?;
@@ -213,7 +213,7 @@ fn scanned(
     root: &Path,
 ) -> anyhow::Result<()> {
     let began = Instant::now();
-    while !fs::read_to_string(root.join("zoo-says")).is_ok_and(|text| text.contains("ok")) {
+    while !fs::read_to_string(root.join("zoo says")).is_ok_and(|text| text.contains("ok")) {
         ensure!(began.elapsed() < PATIENCE, "the zoo says nothing");
         std::thread::sleep(Duration::from_millis(5));
     }
