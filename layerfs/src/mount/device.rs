@@ -58,6 +58,7 @@ pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) ->
         made: AtomicUsize::new(1),
     };
     let role = served.role.clone();
+    served.front.fs.says_when_idle();
     Arc::new(served).work();
     role.join()
 }
@@ -143,6 +144,11 @@ impl Served {
             // Whoever closed a file doesn't wait, and what it does next must find it closed.
             let in_order = matches!(&request, Ok(request) if request.operation == Operation::Release);
             let is_slow = matches!(&request, Ok(request) if may_take_long(request));
+            // The kernel says so many of these that they tell nothing of how many programs wait.
+            let is_forget = matches!(&request, Ok(request) if matches!(request.operation, Operation::Forget | Operation::BatchForget));
+            if is_forget {
+                self.at_once.store(0, Ordering::Relaxed);
+            }
             let serving = self.role.serves(turn, in_order);
             if is_slow || (!in_order && self.at_once.load(Ordering::Relaxed) >= BACKLOG) {
                 self.give(serving);
@@ -168,6 +174,7 @@ impl Served {
         if let Some(bytes) = self.look(buffer)? {
             return Ok(bytes);
         }
+        self.front.fs.idle();
         loop {
             match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -17,6 +17,7 @@ mod late;
 mod names;
 mod neighbours;
 mod opens;
+mod orphans;
 mod ranges;
 mod sealing;
 mod xattrs;
@@ -101,6 +102,7 @@ pub struct Fs {
     folders: folders::Folders,
     opens: opens::Opens,
     giving: giving::Giving,
+    orphans: orphans::Orphans,
     /// Set if files can be passed through.
     backings: OnceLock<Box<dyn Backings>>,
     /// Files that have had no name yet, and may get one.
@@ -162,6 +164,7 @@ impl Fs {
             folders: folders::Folders::default(),
             opens: opens::Opens::default(),
             giving: giving::Giving::default(),
+            orphans: orphans::Orphans::default(),
             backings: OnceLock::new(),
             unnamed: Mutex::default(),
             sealing: Mutex::new(()),
@@ -311,25 +314,7 @@ impl Fs {
             return;
         }
         self.surely_closed(upper, ino);
-        let is_orphan = |state: &State| state.tables.inode(ino).is_some_and(|inode| inode.inode.nlink == 0);
-        if is_orphan(&self.state.read()) {
-            let _gate = self.changes();
-            let _stripe = self.stripe(ino).lock();
-            let mut state = self.state.write();
-            if is_orphan(&state) {
-                self.reap(upper, &mut state, ino);
-            }
-        }
-    }
-
-    /// Drops an inode that nobody can reach any more. If that fails, the next opening of the upper does it.
-    fn reap(&self, upper: &Upper, state: &mut State, ino: Ino) {
-        let mut change = crate::upper::table::Change::new();
-        change.forget(ino);
-        match upper.commit(&mut state.tables, change) {
-            Ok(()) => self.removed(upper, ino),
-            Err(error) => tracing::warn!(%ino, %error, "cannot drop an unlinked inode now"),
-        }
+        self.drop_if_orphan(upper, ino);
     }
 
     /// An inode is gone for good.

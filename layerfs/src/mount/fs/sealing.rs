@@ -98,16 +98,6 @@ impl Fs {
         let unsaved = state.tables.unsaved();
         upper.save(&mut state.tables, &unsaved)
     }
-
-    /// Drops the inodes that nobody can reach any more, because nobody has the mount any more.
-    pub fn drop_orphans(&self) {
-        let Some(upper) = &self.upper else { return };
-        let _gate = self.changes();
-        let mut state = self.state.write();
-        let orphans = state.tables.inodes().filter(|inode| inode.inode.nlink == 0).map(|inode| inode.inode.ino);
-        let orphans: Vec<Ino> = orphans.collect();
-        orphans.into_iter().for_each(|ino| self.reap(upper, &mut state, ino));
-    }
 }
 
 impl<'fs> Sealing<'fs> {
