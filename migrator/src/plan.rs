@@ -177,11 +177,12 @@ impl<'a> LayerPlan<'a> {
             below.push(at);
             next = layers[at].1.parent;
         }
-        let is_sibling = |at: usize| layers[at].1.parent == manifest.parent;
+        // A guest's state has no parent, and neither has a base, whose inodes have the same numbers and nothing else in common.
+        let is_alike = |at: usize| layers[at].1.kind == manifest.kind;
+        let is_sibling =
+            |at: usize| layers[at].1.parent == manifest.parent && (manifest.parent.is_some() || is_alike(at));
         let mut others: Vec<usize> = (0..hits.len()).filter(|at| !below.contains(at)).collect();
         others.retain(|at| hits[*at] > 0 || is_sibling(*at));
-        // A guest's state has no parent, and neither has a base, whose inodes have the same numbers.
-        let is_alike = |at: usize| layers[at].1.kind == manifest.kind;
         others.sort_by_key(|at| std::cmp::Reverse((hits[*at], is_sibling(*at), is_alike(*at))));
         others.truncate(MAX_RELATED);
         // A layer's predecessor stands beside it. What it stands on was left as it is, mostly.
@@ -277,6 +278,17 @@ mod tests {
         // A dump has more files than a scan, so nothing of their tables is the same.
         std::fs::write(folder.path().join("accel"), "tcg").unwrap();
         let new = import(&bytes, Some(old));
+        let paired_with = |new: LayerId, held: &[LayerId]| {
+            let mut bases = Vec::new();
+            let mut sink = |candidate: Candidate| {
+                if candidate.class == Class::Data {
+                    bases.push(candidate.bases);
+                }
+                Ok(())
+            };
+            candidates(host.store().as_ref(), &[new], held, &mut sink).unwrap();
+            bases
+        };
         let mut of_old = HashSet::new();
         host.store()
             .data_in_order(old, &mut |id, _| {
@@ -284,16 +296,11 @@ mod tests {
                 Ok(())
             })
             .unwrap();
-        let mut paired = 0;
-        candidates(host.store().as_ref(), &[new], &[disk, old], &mut |candidate| {
-            if candidate.class == Class::Data {
-                let bases = candidate.bases.unwrap();
-                assert!(bases.iter().all(|base| of_old.contains(&base.id)), "{bases:?}");
-                paired += 1;
-            }
-            Ok(())
-        })
-        .unwrap();
-        assert_eq!(paired, 64);
+        let paired = paired_with(new, &[disk, old]);
+        assert!(paired.iter().flatten().all(|bases| bases.iter().all(|base| of_old.contains(&base.id))));
+        assert_eq!(paired.iter().flatten().count(), 64);
+        // The first one is compared with nothing.
+        let first = paired_with(old, &[disk]);
+        assert_eq!((first.len(), first.iter().flatten().count()), (64, 0));
     }
 }
