@@ -169,10 +169,6 @@ fn measure(cell: &Cell, alone: bool) -> anyhow::Result<String> {
         _ => wire,
     };
     let connections = number(&report, "connections")?;
-    for two in samples.windows(4).step_by(4) {
-        eprint!("{:.0} ", cell.percent(two[3].1 - two[0].1, (two[3].0 - two[0].0).as_secs_f64()));
-    }
-    eprintln!();
     let name = cell.name();
     Ok(format!("{name:>14} {ours:>9.1} {wire:>6.1} {middle:>6.1} {single:>12} {several:>12} {rsync:>8}  {connections}"))
 }
