@@ -149,11 +149,12 @@ fn measure(cell: &Cell, alone: bool) -> anyhow::Result<String> {
     let hosts = cell.hosts()?;
     let file = hosts.a.new_folder("tree")?.join("noise");
     tree::big_file(&file, 11, cell.bytes())?;
-    let shown =
-        |percent: anyhow::Result<f64>| percent.map_or_else(|_| "-".to_owned(), |percent| format!("{percent:.1}"));
-    let peer = |streams| if alone { Ok("-".to_owned()) } else { iperf(&hosts, cell, streams).map(|p| shown(Ok(p))) };
-    let (single, several) = (peer(1)?, peer(8)?);
-    let rsync = if alone { "-".to_owned() } else { shown(rsync(&hosts, &file, cell)) };
+    let shown = |percent: Option<f64>| percent.map_or_else(|| "-".to_owned(), |percent| format!("{percent:.1}"));
+    let [single, several, rsync] = match alone {
+        true => [None; 3],
+        false => [Some(iperf(&hosts, cell, 1)?), Some(iperf(&hosts, cell, 8)?), rsync(&hosts, &file, cell).ok()],
+    }
+    .map(shown);
     hosts.a.import(&hosts.a.path("tree"), "noise", &[])?;
     std::fs::remove_file(&file)?;
     let watch = Watch::start(hosts.a.end()?.clone())?;

@@ -6,7 +6,6 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -14,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::network::{End, inside};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// How often datagrams are asked for.
 pub const OFTEN: Duration = Duration::from_millis(4);
@@ -119,17 +117,13 @@ impl Probe {
     /// Begins to read a stream of `address` from the network of `end`, and waits for what comes first. A connection that ends is
     /// made again.
     pub fn stream(end: &End, address: &str, how: fn() -> Box<dyn Stream>) -> anyhow::Result<Probe> {
-        let namespace = std::fs::File::open(format!("/run/netns/{}", end.namespace))?;
-        let to: SocketAddr = address.parse()?;
+        let (end, to): (End, SocketAddr) = (end.clone(), address.parse()?);
         let shared = Arc::new(Shared::default());
         let reads = shared.clone();
         let reading = std::thread::spawn(move || {
-            if move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
-                return;
-            }
             while !reads.stop.load(SeqCst) {
                 let began = reads.list().len();
-                let _ = read_stream(&reads, to, how());
+                let _ = read_stream(&reads, &end, to, how());
                 // Nobody who isn't there yet has broken anything.
                 if !reads.stop.load(SeqCst) && reads.list().len() > began {
                     reads.breaks.fetch_add(1, SeqCst);
@@ -183,8 +177,8 @@ impl Probe {
 }
 
 /// Reads a stream until it ends, isn't whole, or nobody wants it any more.
-fn read_stream(shared: &Shared, to: SocketAddr, mut how: Box<dyn Stream>) -> io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, Duration::from_millis(250))?;
+fn read_stream(shared: &Shared, end: &End, to: SocketAddr, mut how: Box<dyn Stream>) -> io::Result<()> {
+    let mut stream = inside(end, || TcpStream::connect_timeout(&to, Duration::from_millis(250)))?;
     stream.set_read_timeout(Some(LOOK))?;
     stream.write_all(&how.ask())?;
     let mut buffer = vec![0; 256 << 10];

@@ -69,6 +69,11 @@ pub(super) enum Operation {
 }
 
 impl Operation {
+    /// Whether the kernel says what it has forgotten; it waits for no answer then.
+    pub fn is_forget(self) -> bool {
+        matches!(self, Operation::Forget | Operation::BatchForget)
+    }
+
     fn of(code: u32) -> (Operation, usize) {
         match code {
             1 => (Operation::Lookup, 0),

@@ -145,8 +145,7 @@ impl Served {
             let in_order = matches!(&request, Ok(request) if request.operation == Operation::Release);
             let is_slow = matches!(&request, Ok(request) if may_take_long(request));
             // The kernel says so many of these that they tell nothing of how many programs wait.
-            let is_forget = matches!(&request, Ok(request) if matches!(request.operation, Operation::Forget | Operation::BatchForget));
-            if is_forget {
+            if matches!(&request, Ok(request) if request.operation.is_forget()) {
                 self.at_once.store(0, Ordering::Relaxed);
             }
             let serving = self.role.serves(turn, in_order);

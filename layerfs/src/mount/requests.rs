@@ -34,7 +34,7 @@ pub(super) fn perform(front: &Front, request: &Request<'_>, room: &mut [u8]) -> 
     let mut result = Answer::new(room);
     // A mistake of ours shall cost one request, not the mount.
     let performed = catch_unwind(AssertUnwindSafe(|| match request.operation {
-        Operation::Forget | Operation::BatchForget => {
+        operation if operation.is_forget() => {
             forget(front, request);
             None
         }
@@ -45,10 +45,8 @@ pub(super) fn perform(front: &Front, request: &Request<'_>, room: &mut [u8]) -> 
         Ok(None) => None,
         Ok(Some(Ok(()))) => Some((0, result.bytes())),
         Ok(Some(Err(errno))) => Some((errno.0, 0)),
-        Err(_) => match request.operation {
-            Operation::Forget | Operation::BatchForget => None,
-            _ => Some((libc::EIO, 0)),
-        },
+        Err(_) if request.operation.is_forget() => None,
+        Err(_) => Some((libc::EIO, 0)),
     }
 }
 

@@ -5,7 +5,7 @@
 //! says when it fails is part of the error.
 
 use std::ffi::{OsStr, OsString};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -126,9 +126,7 @@ fn is_program(path: &Path) -> bool {
 /// # Errors
 /// What it complained about, in words.
 pub fn run(command: &mut Command) -> Result<Output, String> {
-    let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let output = command.output().map_err(|error| format!("{name} cannot be run: {error}"))?;
-    if output.status.success() { Ok(output) } else { Err(format!("{name} failed: {}", complaint(&output))) }
+    succeeded(command, Command::output)
 }
 
 /// The same, with `input` for it to read.
@@ -136,13 +134,18 @@ pub fn run(command: &mut Command) -> Result<Output, String> {
 /// # Errors
 /// As [`run`].
 pub fn run_with(command: &mut Command, input: &[u8]) -> Result<Output, String> {
+    succeeded(command, |command| {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        // One that ends before it has read all says why.
+        let _ = child.stdin.take().map(|mut pipe| pipe.write_all(input));
+        child.wait_with_output()
+    })
+}
+
+/// What `command` said, if it succeeded when `run` ran it.
+fn succeeded(command: &mut Command, run: impl FnOnce(&mut Command) -> io::Result<Output>) -> Result<Output, String> {
     let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let failed = |error: std::io::Error| format!("{name} cannot be run: {error}");
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(failed)?;
-    // One that ends before it has read all says why.
-    let _ = child.stdin.take().map(|mut pipe| pipe.write_all(input));
-    let output = child.wait_with_output().map_err(failed)?;
+    let output = run(command).map_err(|error| format!("{name} cannot be run: {error}"))?;
     if output.status.success() { Ok(output) } else { Err(format!("{name} failed: {}", complaint(&output))) }
 }
 
