@@ -26,6 +26,7 @@ mod ranges;
 mod registry;
 mod rollback;
 mod roundtrip;
+mod space;
 mod ssh;
 mod template;
 mod tier;
@@ -58,6 +59,7 @@ fn main() -> std::process::ExitCode {
         follow::cases(),
         mptcp::cases(),
         partial::cases(),
+        space::cases(),
         outlive::cases(),
         owners::cases(),
         ranges::cases(),

@@ -112,7 +112,9 @@ does.
 .SH OPTIONS
 .TP
 .B ro
-no changes
+no changes; with
+.BR upper= ,
+what that upper has changed is seen
 .TP
 .BI upper= UPPER
 keep the changes in the upper of this name; it is made if it does not exist

@@ -163,9 +163,6 @@ fn parse(args: &[OsString]) -> Result<Wish> {
         is_verbose,
     };
     options.iter().try_for_each(|option| apply(&mut wish, option, is_sloppy))?;
-    if wish.read_only && wish.upper.is_some() && !wish.is_remount {
-        return Err(Failure::invalid("ro and upper= exclude each other: a read-only mount has no upper"));
-    }
     Ok(wish)
 }
 
@@ -202,7 +199,8 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
     let request = MountRequest {
         layer: wish.name.clone(),
         dir: std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?,
-        read_only: wish.read_only,
+        // An upper that may be looked at and not changed: the kernel sees to that, below.
+        read_only: wish.read_only && wish.upper.is_none(),
         upper: wish.upper.clone(),
         transport: wish.transport,
     };
@@ -214,7 +212,7 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
         }
         failure
     })?;
-    if !wish.flags.is_empty() {
+    if !wish.flags.is_empty() || (wish.read_only && wish.upper.is_some()) {
         let read_only = if wish.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
         set_flags(&info.dir, wish.flags | read_only)?;
     }
@@ -300,7 +298,6 @@ mod tests {
         assert!(wish(&["a"]).unwrap_err().message.contains("folder"));
         assert!(wish(&["a", "/mnt", "-o", "uper=x"]).unwrap_err().message.contains("upper=UPPER"));
         assert!(wish(&["a", "/mnt", "-o"]).unwrap_err().message.contains("-o"));
-        assert!(wish(&["a", "/mnt", "-o", "ro,upper=x"]).unwrap_err().message.contains("exclude"));
         assert!(wish(&["a", "/mnt", "-q"]).unwrap_err().message.contains("-q"));
     }
 }

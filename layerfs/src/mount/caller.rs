@@ -34,7 +34,7 @@ impl Caller {
 
     /// Whether it belongs to group `gid`, or may act as if it did.
     pub fn is_in_group(&self, gid: u32) -> bool {
-        self.gid == gid || self.has_capability(CAP_FSETID) || self.supplementary_groups().contains(&gid)
+        self.gid == gid || self.has_capability(CAP_FSETID) || self.groups().contains(&gid)
     }
 
     fn has_capability(&self, capability: u32) -> bool {
@@ -53,10 +53,12 @@ impl Caller {
         }
     }
 
-    fn supplementary_groups(&self) -> Vec<u32> {
+    /// The group that it makes files with, and its supplementary ones. The kernel tells the first only of who makes something, where
+    /// mounts may be idmapped.
+    fn groups(&self) -> Vec<u32> {
         let status = self.status().unwrap_or_default();
-        let groups = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap_or_default();
-        groups.split_whitespace().filter_map(|group| group.parse().ok()).collect()
+        let of = |name| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().split_whitespace();
+        of("Gid:").skip(3).chain(of("Groups:")).filter_map(|group| group.parse().ok()).collect()
     }
 
     fn status(&self) -> Option<String> {
@@ -64,5 +66,30 @@ impl Caller {
             return None;
         }
         std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::print_stderr)] // a test that can't run says so
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn groups_are_known_when_the_kernel_tells_none() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("NOT RUN: it needs the superuser to run a program as somebody else");
+            return;
+        }
+        let mut program = Command::new("cat");
+        program.uid(1234).gid(5678).stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut running = program.spawn().unwrap();
+        let caller = Caller { uid: u32::MAX, gid: u32::MAX, pid: running.id() };
+        let belongs = [5678, 5679, 1234].map(|group| caller.is_in_group(group));
+        drop(running.stdin.take());
+        running.wait().unwrap();
+        assert_eq!(belongs, [true, false, false]);
     }
 }

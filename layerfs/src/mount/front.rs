@@ -151,7 +151,15 @@ impl Front {
         if !self.fs.is_writable() {
             return fail(libc::ENOSYS);
         }
-        Ok(Opened::file(self.fs.open(ino, flags, asked.caller)?))
+        let backing = self.fs.open(ino, flags, asked.caller)?;
+        // What is stored through a mapping changes times without the kernel's knowledge: what it knows of them must not hold for ever.
+        if backing.is_some()
+            && flags & libc::O_ACCMODE == libc::O_RDWR
+            && let Some(kernel) = self.kernel.get()
+        {
+            kernel.attributes_changed(ino);
+        }
+        Ok(Opened::file(backing))
     }
 
     pub fn create(

@@ -434,6 +434,13 @@ impl Mount {
         Ok(())
     }
 
+    /// If it is mounted nowhere any more (somebody's `umount`), waits until it has ended, as [`Mount::unmount`] does.
+    pub fn wait_if_left(&self) {
+        if self.device.is_some_and(|device| !point::is_mounted(device)) {
+            self.wait_unless_copied();
+        }
+    }
+
     /// Waits until it has ended, unless the kernel goes on with it somewhere else.
     fn wait_unless_copied(&self) {
         let (mut phase, until) = (self.phase.lock(), Instant::now() + COPIED_WAIT);

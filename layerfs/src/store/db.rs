@@ -6,7 +6,6 @@
 //! so full that the engine itself could fail.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
@@ -75,6 +74,7 @@ struct Op {
 pub struct Batch {
     ops: Vec<Op>,
     bytes: usize,
+    makes_room: bool,
 }
 
 impl Batch {
@@ -95,6 +95,11 @@ impl Batch {
         let key = key.as_ref();
         self.bytes += key.len();
         self.ops.push(Op { cf, key: key.into(), value: None });
+    }
+
+    /// It is part of what takes no more space or gives some back: it may use what is held for that.
+    pub fn makes_room(&mut self) {
+        self.makes_room = true;
     }
 
     /// Appends the changes of `other`.
@@ -135,7 +140,6 @@ pub struct Db {
     db: DB,
     read_only: bool,
     space: SpaceGuard,
-    written_bytes: AtomicU64,
 }
 
 impl std::fmt::Debug for Db {
@@ -155,7 +159,7 @@ impl Db {
         } else {
             DB::open_cf_descriptors(&general, folder, families())?
         };
-        Ok(Db { db, read_only: options.read_only, space: SpaceGuard::new(folder), written_bytes: AtomicU64::new(0) })
+        Ok(Db { db, read_only: options.read_only, space: SpaceGuard::new(folder) })
     }
 
     fn handle(&self, cf: Cf) -> Result<&ColumnFamily> {
@@ -203,7 +207,7 @@ impl Db {
         }
         // Removals may use the reserve: they are how one gets space again.
         if batch.ops.iter().any(|op| op.value.is_some()) {
-            self.check_space(batch.bytes as u64)?;
+            self.space.check(batch.makes_room)?;
         }
         let mut changes = WriteBatch::default();
         for op in &batch.ops {
@@ -250,14 +254,12 @@ impl Db {
         Ok(count.unwrap_or(0))
     }
 
-    /// Looks at the free space now and then: at every write while it is scarce.
-    fn check_space(&self, bytes: u64) -> Result<()> {
-        const EVERY: u64 = 256 * 1024;
-        let before = self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before / EVERY == (before + bytes) / EVERY && before != 0 && !self.space.was_scarce() {
-            return Ok(());
-        }
-        self.space.check()
+    /// Holds some space on its disk from now on, for what makes room when there is none.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn hold_space(&self) -> Result<()> {
+        self.space.hold()
     }
 }
 

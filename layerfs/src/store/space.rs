@@ -2,10 +2,15 @@
 //!
 //! Invariant: packs are refused while less than [`PACK_RESERVE_BYTES`] is free, so that the index database can
 //! still write and a removal can still be recorded; the database is refused while less than
-//! [`DB_RESERVE_BYTES`] is free, because it stops for good when a write of its own fails.
+//! [`DB_RESERVE_BYTES`] is free, because it stops for good when a write of its own fails. Programs on a mount may fill
+//! the disk to its end past us: what makes room then lives on a file that holds [`HELD_BYTES`] for that.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::fs::FallocateFlags;
 
 use crate::error::{Error, Result};
 
@@ -28,26 +33,129 @@ pub(crate) fn require(path: &Path, reserve: u64) -> Result<()> {
     Ok(())
 }
 
+/// What is held for making room, as long as there is so much more.
+pub(crate) const HELD_BYTES: u64 = 16 << 20;
+const HELD_OF_FREE: u64 = 8;
+/// So much of it is let go at once.
+const STEP_BYTES: u64 = 4 << 20;
+/// The file that holds it, in the database's folder.
+const HELD_FILE: &str = "held-space";
+/// The fastest that a disk fills: so soon one has to look again.
+const FILLS_PER_SECOND: u64 = 8 << 30;
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// Watches the database's disk.
 #[derive(Debug)]
 pub(crate) struct SpaceGuard {
     folder: PathBuf,
-    scarce: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Until when there is enough, whatever happens.
+    enough_until: Option<Instant>,
+    /// What holds space, and how much, if that is wanted.
+    held: Option<(File, u64)>,
 }
 
 impl SpaceGuard {
     pub(crate) fn new(folder: &Path) -> SpaceGuard {
-        SpaceGuard { folder: folder.to_owned(), scarce: AtomicBool::new(false) }
+        SpaceGuard { folder: folder.to_owned(), state: Mutex::default() }
     }
 
-    /// Whether the last check failed.
-    pub(crate) fn was_scarce(&self) -> bool {
-        self.scarce.load(Ordering::Relaxed)
+    /// Holds space from now on, for [`SpaceGuard::check`] of what makes room.
+    pub(crate) fn hold(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        if state.held.is_none() {
+            let path = self.folder.join(HELD_FILE);
+            let failed = |e| Error::file("open", &path, e);
+            let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+            let bytes = file.metadata().map_err(failed)?.len();
+            state.held = Some((file, bytes));
+            state.enough_until = None;
+        }
+        Ok(())
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
-        let result = require(&self.folder, DB_RESERVE_BYTES);
-        self.scarce.store(result.is_err(), Ordering::Relaxed);
-        result
+    /// Fails if there is too little space for a change; one that makes room may use what is held for that.
+    pub(crate) fn check(&self, makes_room: bool) -> Result<()> {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        if state.enough_until.is_some_and(|until| now < until) {
+            return Ok(());
+        }
+        let free = free_bytes(&self.folder)?;
+        if free >= DB_RESERVE_BYTES {
+            state.enough_until = Some(now + lasts(free - DB_RESERVE_BYTES));
+            state.refill(free);
+            return Ok(());
+        }
+        state.enough_until = None;
+        if makes_room && state.let_go() {
+            return Ok(());
+        }
+        Err(Error::file("write to", &self.folder, std::io::Error::from_raw_os_error(libc::ENOSPC)))
+    }
+}
+
+/// For how long so many bytes are enough.
+fn lasts(bytes: u64) -> Duration {
+    Duration::from_nanos(bytes.saturating_mul(1_000_000_000 / (1 << 20)) / (FILLS_PER_SECOND >> 20)).min(LOOK_AGAIN)
+}
+
+impl State {
+    /// Takes what is to be held, if that is little of what is free.
+    fn refill(&mut self, free: u64) {
+        let Some((file, bytes)) = &mut self.held else { return };
+        if *bytes >= HELD_BYTES || free < HELD_BYTES * HELD_OF_FREE {
+            return;
+        }
+        match rustix::fs::fallocate(&*file, FallocateFlags::empty(), 0, HELD_BYTES) {
+            Ok(()) => *bytes = HELD_BYTES,
+            // The filesystem can't hold space, or there is none any more.
+            Err(errno) => tracing::debug!(%errno, "no space is held for making room"),
+        }
+    }
+
+    /// Lets some of it go; false if nothing is left.
+    fn let_go(&mut self) -> bool {
+        let Some((file, bytes)) = &mut self.held else { return false };
+        let left = bytes.saturating_sub(STEP_BYTES);
+        if *bytes == 0 || file.set_len(left).is_err() {
+            return false;
+        }
+        *bytes = left;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_is_let_go_by_steps_and_taken_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let guard = SpaceGuard::new(folder.path());
+        guard.hold().unwrap();
+        let held = || std::fs::metadata(folder.path().join(HELD_FILE)).unwrap().len();
+        let mut state = guard.state.lock();
+        state.refill(HELD_BYTES * HELD_OF_FREE - 1);
+        assert_eq!(held(), 0, "the disk is too small for that");
+        assert!(!state.let_go());
+        state.refill(HELD_BYTES * HELD_OF_FREE);
+        assert_eq!(held(), HELD_BYTES);
+        let steps = (0..100).take_while(|_| state.let_go()).count() as u64;
+        assert_eq!((steps, held()), (HELD_BYTES / STEP_BYTES, 0));
+        state.refill(u64::MAX);
+        assert_eq!(held(), HELD_BYTES);
+    }
+
+    #[test]
+    fn little_space_is_looked_at_often() {
+        assert_eq!(lasts(0), Duration::ZERO);
+        assert!(lasts(1 << 30) <= Duration::from_millis(130));
+        assert_eq!(lasts(u64::MAX), LOOK_AGAIN);
     }
 }

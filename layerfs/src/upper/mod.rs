@@ -234,6 +234,7 @@ impl Upper {
     /// [`Error::Exists`] if the name is taken.
     pub fn create(store: &Arc<Store>, view: &View, name: Option<LayerName>) -> Result<(Upper, Tables)> {
         let db = store.db();
+        db.hold_space()?;
         let numbering = NUMBERING.lock();
         if let Some(name) = &name
             && find(db, name)?.is_some()
@@ -293,6 +294,7 @@ impl Upper {
     fn open_after(store: &Arc<Store>, id: UpperId, past: Past) -> Result<(Upper, Tables)> {
         let missing = || Error::NotFound { what: "upper", name: id.to_string() };
         let record = record(store.db(), id)?.ok_or_else(missing)?;
+        store.db().hold_space()?;
         let data = DataFolder::open(&folder_path(store, id))?;
         let next = record.next_ino;
         let (journal, (opens, resumed)) = match past {

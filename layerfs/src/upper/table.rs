@@ -157,6 +157,11 @@ impl Tables {
         self.folders.values().map(|folder| folder.names.len()).sum()
     }
 
+    /// The place that [`Tables::take_order`] gives next.
+    pub fn next_order(&self) -> u64 {
+        self.next_order
+    }
+
     /// A place in listings for a new name.
     pub fn take_order(&mut self) -> u64 {
         let order = self.next_order;
@@ -220,6 +225,7 @@ pub struct Change {
     dentries: Vec<(Ino, Box<[u8]>, Option<Slot>)>,
     leaves: Vec<(Ino, u64, Option<Leaf>)>,
     answer: Option<Ino>,
+    makes_room: bool,
 }
 
 impl Change {
@@ -251,6 +257,11 @@ impl Change {
         self.inodes.push((ino, None));
     }
 
+    /// It takes no more space or gives some back, so that it can be made though the disk is full.
+    pub fn makes_room(&mut self) {
+        self.makes_room = true;
+    }
+
     /// The answer to whoever asked for the change is about inode `ino`.
     pub fn answer_with(&mut self, ino: Ino) {
         self.answer = Some(ino);
@@ -273,6 +284,9 @@ impl Change {
 
     /// Appends the rows of upper `id` to `batch`, whose data files are `data`.
     pub(super) fn rows(&self, id: UpperId, batch: &mut Batch, data: &DataFolder) -> Result<()> {
+        if self.makes_room {
+            batch.makes_room();
+        }
         for (ino, inode) in &self.inodes {
             let key = inode_key(id, *ino);
             let is_ranged = inode.as_ref().and_then(|inode| inode.backed).is_some_and(|backed| backed.base_bytes > 0);

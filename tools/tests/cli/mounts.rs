@@ -212,3 +212,36 @@ fn the_helper_of_mount() {
     std::fs::write(mnt.join("x"), "").unwrap();
     host.json(&["umount", "mnt"]);
 }
+
+#[test]
+fn what_umount_has_left_can_be_mounted_at_once() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    let helper = host.path("mount.layerfs");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_layerctl"), &helper).unwrap();
+    std::fs::create_dir(host.path("other")).unwrap();
+    let store = format!("store={}", host.store().display());
+    let mount = |dir: &str, how: &str| {
+        let args = ["base", dir, "-o", &format!("{how},upper=web,{store}")];
+        let output = host.command_as(&helper, &args).output().unwrap();
+        assert!(output.status.success(), "{}", host.told(&args, &output));
+    };
+    // Not by our own command, which waits until the daemon is done with it.
+    let umount = |dir: &str| rustix::mount::unmount(host.path(dir), rustix::mount::UnmountFlags::empty()).unwrap();
+    for round in 0..10 {
+        let dir = if round % 2 == 0 { "mnt" } else { "other" };
+        for how in ["rw", "rw", "ro"] {
+            mount(dir, how);
+            let written = std::fs::write(host.path(dir).join(format!("of-{round}")), how);
+            assert_eq!(written.is_ok(), how == "rw", "mounted {how}: {written:?}");
+            umount(dir);
+        }
+    }
+    mount("mnt", "ro");
+    for round in 0..10 {
+        assert_eq!(std::fs::read(host.path("mnt").join(format!("of-{round}"))).unwrap(), b"rw");
+    }
+    host.json(&["umount", "mnt"]);
+}

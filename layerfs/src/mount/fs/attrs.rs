@@ -59,6 +59,7 @@ impl Fs {
         let mut inode = edit.inode(ino)?;
         inode.inode.attrs.ctime = now;
         if let Some(size) = set.size {
+            edit.makes_room();
             if let Some(backed) = &mut inode.backed {
                 backed.bytes = size;
                 backed.base_bytes = backed.base_bytes.min(size);

@@ -182,6 +182,11 @@ impl<'fs> Edit<'fs> {
         ino
     }
 
+    /// It is to be done though the disk is full.
+    pub(super) fn makes_room(&mut self) {
+        self.change.makes_room();
+    }
+
     /// The answer to whoever asked for this is about inode `ino`.
     pub(super) fn answer_with(&mut self, ino: Ino) {
         self.change.answer_with(ino);

@@ -3,7 +3,7 @@
 //! Hides how an entry's position (its *cookie*, what `telldir` gives) is found again. Names from below have the
 //! positions of the sealed listing, which never changes, whether or not the upper hides them; names that the upper
 //! added come after them, by their slot's order. So a position means the same in every descriptor, and removing
-//! entries moves none. Only a seal changes what is below: folders that are open then keep their old listing.
+//! entries moves none. A listing ends with what was there when it began: who renames what it lists comes to an end. Only a seal changes what is below: folders that are open then keep their old listing.
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
@@ -71,6 +71,8 @@ struct Open {
     folder: Ino,
     /// Names and cookies as they were before a seal.
     frozen: Option<Arc<Listing>>,
+    /// Names that the upper added with this order or a later one came after the listing began.
+    until: u64,
 }
 
 impl Fs {
@@ -78,7 +80,8 @@ impl Fs {
     pub fn open_folder(&self, folder: Ino) -> FolderHandle {
         let handle = FolderHandle(self.folders.next.fetch_add(1, Ordering::Relaxed));
         if self.upper.is_some() {
-            self.folders.open.lock().insert(handle, Open { folder, frozen: None });
+            let until = self.state.read().tables.next_order();
+            self.folders.open.lock().insert(handle, Open { folder, frozen: None, until });
         }
         handle
     }
@@ -101,14 +104,14 @@ impl Fs {
         let _seen = self.seen(Op::Readdir, folder, None);
         let state = self.state.read();
         let small = (with_stat && self.giving.is_on()).then(Vec::new);
-        let mut lister = Lister { fs: self, state: &state, folder, with_stat, emit, small };
+        let (frozen, until) = self.begun(&state, folder, handle, after);
+        let mut lister = Lister { fs: self, state: &state, folder, with_stat, emit, small, until };
         if after < 1 && !lister.dot(b".", folder, 1) {
             return Ok(());
         }
         if after < 2 && !lister.dot(b"..", self.parent(folder), 2) {
             return Ok(());
         }
-        let frozen = self.frozen_listing(folder, handle, after);
         match frozen {
             Some(frozen) => lister.frozen(&frozen, after)?,
             None => lister.merged(after)?,
@@ -121,16 +124,19 @@ impl Fs {
         Ok(())
     }
 
-    /// The listing that a seal has left to `handle`, unless it starts anew.
-    fn frozen_listing(&self, folder: Ino, handle: FolderHandle, after: u64) -> Option<Arc<Listing>> {
-        self.upper.as_ref()?;
+    /// The listing that a seal has left to `handle`, unless it starts anew, and with which order what came later begins.
+    fn begun(&self, state: &State, folder: Ino, handle: FolderHandle, after: u64) -> (Option<Arc<Listing>>, u64) {
+        if self.upper.is_none() {
+            return (None, 0);
+        }
+        let until = state.tables.next_order();
         let mut open = self.folders.open.lock();
         // It may have been opened when another daemon served the mount.
-        let open = open.entry(handle).or_insert(Open { folder, frozen: None });
+        let open = open.entry(handle).or_insert(Open { folder, frozen: None, until });
         if after == 0 {
-            open.frozen = None;
+            (open.frozen, open.until) = (None, until);
         }
-        open.frozen.clone()
+        (open.frozen.clone(), open.until)
     }
 
     /// The sealed layers are about to change: gives every open folder its listing as it is.
@@ -145,11 +151,10 @@ impl Fs {
                         entries.push((item.cookie, Box::from(item.name)));
                         true
                     };
-                    Lister { fs: self, state, folder: open.folder, with_stat: false, emit: &mut emit, small: None }
+                    let (folder, until) = (open.folder, u64::MAX);
+                    Lister { fs: self, state, folder, with_stat: false, emit: &mut emit, small: None, until }
                         .merged(2)
-                        .unwrap_or_else(
-                            |errno| tracing::warn!(folder = %open.folder, ?errno, "a listing is cut short"),
-                        );
+                        .unwrap_or_else(|errno| tracing::warn!(%folder, ?errno, "a listing is cut short"));
                     made.entry(open.folder).or_insert(Arc::new(entries)).clone()
                 }
             };
@@ -172,6 +177,8 @@ struct Lister<'a> {
     emit: &'a mut dyn FnMut(&Item<'_>) -> bool,
     /// The small sealed files among them, if they are of interest.
     small: Option<Vec<Ino>>,
+    /// Of what the upper added, only what has a lower order.
+    until: u64,
 }
 
 impl Lister<'_> {
@@ -203,7 +210,8 @@ impl Lister<'_> {
         }
         let Some(names) = self.state.tables.folder(self.folder) else { return Ok(()) };
         let from = after.checked_sub(ADDED).map_or(1, |order| order + 1);
-        for (order, name, target) in names.added_from(from) {
+        let until = self.until;
+        for (order, name, target) in names.added_from(from).take_while(|(order, ..)| *order < until) {
             if let Target::Inode { ino, kind } = target
                 && !self.item(name, ino, kind, ADDED + order)?
             {
@@ -258,7 +266,8 @@ impl Lister<'_> {
 
     fn frozen(&mut self, entries: &Listing, after: u64) -> FsResult<()> {
         let start = entries.partition_point(|(cookie, _)| *cookie <= after);
-        for (cookie, name) in &entries[start..] {
+        let end = ADDED.saturating_add(self.until);
+        for (cookie, name) in entries[start..].iter().take_while(|(cookie, _)| *cookie < end) {
             if let Some((ino, kind)) = self.state.lookup(self.folder, name)?
                 && !self.item(name, ino, kind, *cookie)?
             {

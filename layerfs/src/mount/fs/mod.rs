@@ -13,6 +13,7 @@ mod edit;
 mod files;
 mod folders;
 mod giving;
+mod handles;
 mod late;
 mod names;
 mod neighbours;
@@ -282,6 +283,12 @@ impl Fs {
     pub fn lookup(&self, folder: Ino, name: &[u8]) -> FsResult<Option<Stat>> {
         let _seen = self.seen(Op::Lookup, folder, Some(name));
         check_name_length(name)?;
+        // By path the kernel finds these itself.
+        match name {
+            b"." => return self.by_number(folder).map(Some),
+            b".." => return self.parent_by_number(folder).map(Some),
+            _ => {}
+        }
         let state = self.state.read();
         let Some((ino, kind)) = state.lookup(folder, name)? else { return Ok(None) };
         let stat = self.stat(&state, ino)?;

@@ -147,6 +147,7 @@ impl Fs {
             Some((_, FileKind::Folder)) => return fail(libc::EISDIR),
             Some(found) => found,
         };
+        edit.makes_room();
         edit.drop_link(ino, kind)?;
         edit.set_name(folder, name, None)?;
         edit.touch_folder(folder, 0)?;
@@ -172,6 +173,7 @@ impl Fs {
         if !edit.is_empty(ino)? {
             return fail(libc::ENOTEMPTY);
         }
+        edit.makes_room();
         edit.drop_link(ino, FileKind::Folder)?;
         edit.set_name(folder, name, None)?;
         edit.touch_folder(folder, -1)?;
@@ -230,6 +232,7 @@ impl Fs {
         caller: Caller,
     ) -> FsResult<()> {
         let is_folder = source.1 == FileKind::Folder;
+        edit.makes_room();
         if let Some((ino, kind)) = target {
             edit.drop_link(ino, kind)?;
         }

@@ -86,6 +86,7 @@ impl Fs {
         let mut state = self.state.write();
         let orphans: Vec<Ino> = inos.iter().copied().filter(|ino| is_orphan(&state.tables, *ino)).collect();
         let mut change = Change::new();
+        change.makes_room();
         orphans.iter().for_each(|ino| change.forget(*ino));
         let result = upper.commit(&mut state.tables, change);
         drop(state);

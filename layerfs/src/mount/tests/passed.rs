@@ -101,6 +101,36 @@ fn sizes_and_times_are_seen_at_once() {
 }
 
 #[test]
+#[allow(unsafe_code)]
+fn times_of_what_is_stored_through_a_mapping_are_seen() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("file");
+    fs::write(&path, vec![1; BYTES]).unwrap();
+    let times = || {
+        let seen = fs::metadata(&path).unwrap();
+        ((seen.mtime(), seen.mtime_nsec()), (seen.ctime(), seen.ctime_nsec()))
+    };
+    // The kernel knows them now, and nobody asks for them between opening and storing.
+    let (mut modified, mut changed) = times();
+    for _ in 0..3 {
+        // What changes before the kernel's clock moves on has the same time.
+        let coarse = || rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+        while (coarse().tv_sec, coarse().tv_nsec) <= modified.max(changed) {
+            std::thread::yield_now();
+        }
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        // SAFETY: it is used in the next line alone, and nobody shortens the file.
+        let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+        map[5] = map[5].wrapping_add(1);
+        drop((map, file));
+        let now = times();
+        assert!(now.0 > modified && now.1 > changed, "{now:?} after {modified:?} and {changed:?}");
+        (modified, changed) = now;
+    }
+    assert_eq!(mounted.written(), 0, "it was not passed through");
+}
+
+#[test]
 fn readers_and_writers_of_all_kinds_see_the_same() {
     let Some(mounted) = mounted() else { return };
     let path = mounted.path("file");

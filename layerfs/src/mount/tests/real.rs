@@ -693,3 +693,117 @@ fn files_without_a_name_get_one_or_end() {
     let (inodes, _) = mounted.mount.fs().unwrap().upper_counts();
     assert!(inodes <= before.0 + 2, "{inodes}: the folder and the file");
 }
+
+#[test]
+fn a_listing_ends_though_what_it_lists_is_renamed() {
+    const FILES: usize = 3000;
+    let Some(m) = mounted() else { return };
+    fs::create_dir(m.path("folder")).unwrap();
+    for n in 0..FILES {
+        File::create(m.path(format!("folder/{n}"))).unwrap();
+    }
+    for round in 0..3 {
+        if round == 1 {
+            m.seal();
+        }
+        let mut seen = BTreeSet::new();
+        for (count, entry) in fs::read_dir(m.path("folder")).unwrap().enumerate() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            fs::rename(m.path(format!("folder/{name}")), m.path(format!("folder/{name}x"))).unwrap();
+            seen.insert(name);
+            assert!(count < FILES, "it lists what was renamed meanwhile");
+            if round == 2 && count == FILES / 2 {
+                m.seal();
+            }
+        }
+        assert_eq!(seen.len(), FILES);
+        assert_eq!(names(&m.path("folder")), seen.iter().map(|name| format!("{name}x")).collect());
+    }
+}
+
+/// A file handle as the kernel gives it: its length, its type, its bytes.
+#[repr(C)]
+struct Handle {
+    bytes: u32,
+    kind: i32,
+    of: [u8; 64],
+}
+
+#[allow(unsafe_code)]
+impl Handle {
+    fn of(path: &Path) -> Handle {
+        let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+        let mut handle = Handle { bytes: 64, kind: 0, of: [0; 64] };
+        let mut mount = 0;
+        // SAFETY: the structure is as the kernel wants it, with room for as many bytes as it says.
+        let result = unsafe {
+            let to = (&raw mut handle).cast();
+            libc::name_to_handle_at(libc::AT_FDCWD, name.as_ptr(), to, &raw mut mount, 0)
+        };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        handle
+    }
+
+    fn open(&mut self, m: &Mounted, flags: i32) -> std::io::Result<File> {
+        let root = File::open(m.path("")).unwrap();
+        // SAFETY: the structure is one that the kernel gave.
+        let opened = unsafe { libc::open_by_handle_at(root.as_raw_fd(), (&raw mut *self).cast(), flags) };
+        if opened < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: nobody else has the descriptor.
+        Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(opened) })
+    }
+}
+
+#[test]
+fn handles_lead_to_what_has_a_name() {
+    let Some(m) = mounted() else { return };
+    fs::create_dir_all(m.path("a/b")).unwrap();
+    for name in ["a/b/kept", "a/b/removed", "a/b/linked", "a/moved"] {
+        fs::write(m.path(name), name).unwrap();
+    }
+    fs::hard_link(m.path("a/b/linked"), m.path("a/second")).unwrap();
+    fs::create_dir(m.path("a/gone")).unwrap();
+    fs::write(m.path("a/gone/too"), "").unwrap();
+    let mut handles =
+        ["a/b/kept", "a/b/removed", "a/b/linked", "a/moved", "a/gone/too", "a/b"].map(|n| Handle::of(&m.path(n)));
+    let mut m = m;
+    // As the upper's files, as sealed ones, and as ones that the upper has changed.
+    for round in 0..3 {
+        if round == 1 {
+            m.seal();
+        }
+        // The kernel knows none of them any more.
+        m = m.remount();
+        let [kept, .., folder] = &mut handles;
+        let mut text = String::new();
+        kept.open(&m, libc::O_RDONLY).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "a/b/kept");
+        let opened = folder.open(&m, libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
+        let path = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd())).unwrap();
+        assert_eq!(path, m.path("a/b"));
+        drop(opened);
+        m = m.remount();
+        let [_, removed, linked, moved, too, _] = &mut handles;
+        if round < 2 {
+            for handle in [removed, linked, moved, too] {
+                handle.open(&m, libc::O_RDONLY).unwrap();
+            }
+            if round == 1 {
+                fs::remove_file(m.path("a/b/removed")).unwrap();
+                fs::remove_file(m.path("a/b/linked")).unwrap();
+                fs::remove_dir_all(m.path("a/gone")).unwrap();
+                fs::rename(m.path("a/moved"), m.path("moved")).unwrap();
+            }
+            continue;
+        }
+        let errno = |handle: &mut Handle| handle.open(&m, libc::O_RDONLY).unwrap_err().raw_os_error();
+        assert_eq!((errno(removed), errno(too)), (Some(libc::ESTALE), Some(libc::ESTALE)));
+        for (handle, name) in [(linked, "a/b/linked"), (moved, "a/moved")] {
+            let mut text = String::new();
+            handle.open(&m, libc::O_RDWR).unwrap().read_to_string(&mut text).unwrap();
+            assert_eq!(text, name);
+        }
+    }
+}

@@ -207,6 +207,19 @@ impl Mounts {
         })
     }
 
+    /// Waits for what stands in the way of `request` and was unmounted just now: umount(8) doesn't wait for us.
+    fn wait_for_left(&self, request: &MountRequest) {
+        let is_in_the_way = |mount: &Arc<Mount>| {
+            let record = mount.record();
+            let upper = mount.info().and_then(|info| info.upper_record);
+            let name = upper.and_then(|upper| upper.name).map(|name| name.to_string());
+            let number = record.upper.map(|id| id.0.to_string());
+            let is_upper = request.upper.is_some() && (request.upper == name || request.upper == number);
+            record.dir == request.dir || is_upper
+        };
+        self.all().iter().filter(|mount| is_in_the_way(mount)).for_each(|mount| mount.wait_if_left());
+    }
+
     /// Unmounts all, to be mounted again by the next daemon; `lazy` detaches what is in use.
     pub fn unmount_all(&self, lazy: bool) -> Result<()> {
         let mut failures = Vec::new();
@@ -236,6 +249,7 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     if let Some(info) = claim(context, &request, layer)? {
         return Ok(info);
     }
+    daemon.mounts.wait_for_left(&request);
     if let Ok(there) = daemon.mounts.get(&request.dir) {
         let text = format!("{} is mounted on {} already", there.record().source, request.dir.display());
         return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {}` first", request.dir.display())));
