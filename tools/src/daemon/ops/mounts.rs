@@ -211,8 +211,9 @@ impl Mounts {
     fn wait_for_left(&self, request: &MountRequest) {
         let is_in_the_way = |mount: &Arc<Mount>| {
             let record = mount.record();
-            let upper = mount.info().and_then(|info| info.upper_record);
-            let name = upper.and_then(|upper| upper.name).map(|name| name.to_string());
+            // One that is being cleaned up tells nothing any more.
+            let Some(info) = mount.info() else { return true };
+            let name = info.upper_record.and_then(|upper| upper.name).map(|name| name.to_string());
             let number = record.upper.map(|id| id.0.to_string());
             let is_upper = request.upper.is_some() && (request.upper == name || request.upper == number);
             record.dir == request.dir || is_upper
