@@ -203,7 +203,7 @@ impl Front {
     }
 
     pub fn write(&self, asked: Asked, ino: Ino, offset: u64, data: &[u8], clear_bits: bool) -> FsResult<u64> {
-        let write = || self.fs.write(ino, offset, data, clear_bits);
+        let write = || self.fs.write(ino, offset, data, clear_bits.then_some(asked.caller));
         let written = patience::on_behalf_of(asked.caller.pid, write)?;
         if written.cleared_privileges
             && let Some(kernel) = self.kernel.get()

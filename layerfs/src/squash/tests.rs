@@ -110,7 +110,7 @@ impl Driver {
             }
             Step::Write { file, at, bytes, fill } => {
                 if let Some(file) = of_kind(file, true) {
-                    self.fs.write(file.2, at, &vec![fill; bytes], false).unwrap();
+                    self.fs.write(file.2, at, &vec![fill; bytes], None).unwrap();
                 }
             }
             Step::Chmod { entry, mode } => {
@@ -267,13 +267,13 @@ fn little_is_new_where_little_changed_and_what_came_and_went_is_gone() {
         make(&driver, Ino::ROOT, &format!("file{file}"), libc::S_IFREG);
     }
     let lower = make(&driver, Ino::ROOT, "lower", libc::S_IFREG);
-    driver.fs.write(lower, 0, &[1; 300_000], false).unwrap();
+    driver.fs.write(lower, 0, &[1; 300_000], None).unwrap();
     let removed = make(&driver, Ino::ROOT, "removed", libc::S_IFDIR);
     driver.seal();
     let base = driver.fs.view().top().unwrap();
     let inside = make(&driver, removed, "inside", libc::S_IFREG);
-    driver.fs.write(inside, 0, &[2; 300_000], false).unwrap();
-    driver.fs.write(lower, 7, &[3; 200_000], false).unwrap();
+    driver.fs.write(inside, 0, &[2; 300_000], None).unwrap();
+    driver.fs.write(lower, 7, &[3; 200_000], None).unwrap();
     driver.seal();
     driver.remove(&(removed, b"inside".to_vec(), inside, FileKind::File));
     driver.remove(&(Ino::ROOT, b"removed".to_vec(), removed, FileKind::Folder));
@@ -298,7 +298,7 @@ fn files_that_are_open_without_a_name_keep_the_chain() {
     let (_folder, store) = new_store();
     let mut driver = Driver::new(&store);
     let ino = driver.fs.make(Ino::ROOT, b"open", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
-    driver.fs.write(ino, 0, &[1; 100_000], false).unwrap();
+    driver.fs.write(ino, 0, &[1; 100_000], None).unwrap();
     driver.seal();
     driver.fs.setattr(ino, SetAttr { permissions: Some(0o600), ..SetAttr::default() }, Caller::ROOT).unwrap();
     driver.seal();

@@ -109,6 +109,9 @@ fn change_owner_and_mode(inode: &mut UpperInode, set: SetAttr, caller: Caller) {
     if set == SetAttr::default() && is_file {
         clear_privileges(inode, || true);
     }
+    if set.size.is_some() || (set == SetAttr::default() && is_file) {
+        clear_foreign_sgid(inode, caller);
+    }
     inode.inode.attrs.uid = set.uid.unwrap_or(inode.inode.attrs.uid);
     inode.inode.attrs.gid = set.gid.unwrap_or(inode.inode.attrs.gid);
     if let Some(permissions) = set.permissions {
@@ -133,6 +136,21 @@ pub(super) fn clear_privileges(inode: &mut UpperInode, and_bits: impl FnOnce() -
         }
     }
     had_capability || *permissions != before
+}
+
+/// Who changes the data of a file of another group clears its setgid, also where that is no privilege. Returns whether it was set.
+pub(super) fn clear_foreign_sgid(inode: &mut UpperInode, caller: Caller) -> bool {
+    let attrs = &mut inode.inode.attrs;
+    let goes = attrs.permissions & SGID != 0 && !caller.is_in_group(attrs.gid);
+    if goes {
+        attrs.permissions &= !SGID;
+    }
+    goes
+}
+
+/// Whether a write may take something from its mode.
+pub(super) fn may_lose_bits(inode: &UpperInode) -> bool {
+    inode.inode.attrs.permissions & SGID != 0 || is_privileged(inode)
 }
 
 /// Whether the file runs with other rights than its caller's.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::super::caller::Caller;
 use super::super::errno::{Errno, FsResult, fail};
 use super::super::watch::Op;
-use super::attrs::clear_privileges;
+use super::attrs::{clear_foreign_sgid, clear_privileges};
 use super::edit::Edit;
 use super::ranges::Ranged;
 use super::{Fs, State};
@@ -152,8 +152,8 @@ impl Fs {
         self.state.read().tables.inode(ino).is_some_and(|inode| inode.backed.is_some())
     }
 
-    /// Writes `data` at `offset`. `clear_bits` says whether setuid and setgid go (capabilities always do).
-    pub fn write(&self, ino: Ino, offset: u64, data: &[u8], clear_bits: bool) -> FsResult<Written> {
+    /// Writes `data` at `offset`. Setuid and setgid go if it is somebody, `by`, who can't keep them (capabilities always do).
+    pub fn write(&self, ino: Ino, offset: u64, data: &[u8], by: Option<Caller>) -> FsResult<Written> {
         let _seen = self.seen(Op::Write, ino, None);
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
@@ -169,12 +169,12 @@ impl Fs {
         }
         self.watch.written(written);
         let end = end - (data.len() - written) as u64;
-        let cleared_privileges = self.data_changed(upper, ino, end, clear_bits)?;
+        let cleared_privileges = self.data_changed(upper, ino, end, by)?;
         Ok(Written { bytes: written, cleared_privileges })
     }
 
     /// The data of `ino` changed and reaches at least to `end`. Returns whether privileges were cleared.
-    fn data_changed(&self, upper: &Upper, ino: Ino, end: u64, clear_bits: bool) -> FsResult<bool> {
+    fn data_changed(&self, upper: &Upper, ino: Ino, end: u64, by: Option<Caller>) -> FsResult<bool> {
         let now = Time::now();
         let mut state = self.state.write();
         let mut cleared = false;
@@ -189,7 +189,8 @@ impl Fs {
             }
             inode.inode.attrs.mtime = now;
             inode.inode.attrs.ctime = now;
-            cleared = clear_privileges(inode, || clear_bits);
+            cleared = clear_privileges(inode, || by.is_some());
+            cleared |= by.is_some_and(|by| clear_foreign_sgid(inode, by));
         });
         if cleared {
             upper.save(&mut state.tables, &[ino])?;
@@ -284,7 +285,7 @@ impl Fs {
             None => upper.data().allocate(ino, mode, offset, bytes)?,
         }
         let end = if mode & KEEP_SIZE != 0 { 0 } else { end };
-        self.data_changed(upper, ino, end, false).map(drop)
+        self.data_changed(upper, ino, end, None).map(drop)
     }
 
     /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`.
@@ -329,7 +330,7 @@ impl Fs {
             if count == 0 {
                 break;
             }
-            match self.write(to.0, to.1 + copied, &buffer[..count], false) {
+            match self.write(to.0, to.1 + copied, &buffer[..count], None) {
                 Ok(written) => copied += written.bytes as u64,
                 Err(_) if copied > 0 => break,
                 Err(errno) => return Err(errno),

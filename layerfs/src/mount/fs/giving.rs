@@ -231,7 +231,7 @@ mod tests {
             .map(|number| {
                 let name = format!("file-{number:03}");
                 let made = fs.make(Ino::ROOT, name.as_bytes(), 0o100_644, 0, 0, caller).unwrap().ino;
-                fs.write(made, 0, &bytes_of(number), false).unwrap();
+                fs.write(made, 0, &bytes_of(number), None).unwrap();
                 made
             })
             .collect();
@@ -296,11 +296,11 @@ mod tests {
         for ino in &files[2..] {
             match ino.0 % 4 {
                 0 => assert!(fs.open(*ino, libc::O_RDWR, caller).unwrap().is_none()),
-                1 => assert!(fs.write(*ino, 0, b"new", false).unwrap().bytes == 3),
+                1 => assert!(fs.write(*ino, 0, b"new", None).unwrap().bytes == 3),
                 2 => drop(fs.setattr(*ino, SetAttr { size: Some(2), ..SetAttr::default() }, caller).unwrap()),
                 _ => {
                     fs.open(*ino, libc::O_WRONLY, caller).unwrap();
-                    fs.write(*ino, 1, b"new", false).unwrap();
+                    fs.write(*ino, 1, b"new", None).unwrap();
                     fs.release(*ino, libc::O_WRONLY, false);
                 }
             }
@@ -330,7 +330,7 @@ mod tests {
                 for round in 0..30u8 {
                     for ino in &files {
                         fs.open(*ino, libc::O_WRONLY | libc::O_TRUNC, caller).unwrap();
-                        fs.write(*ino, 0, &[round; 5000], false).unwrap();
+                        fs.write(*ino, 0, &[round; 5000], None).unwrap();
                         fs.release(*ino, libc::O_WRONLY, false);
                     }
                     seal_fs(store(), &fs);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::super::errno::FsResult;
-use super::attrs::{clear_privileges, is_privileged};
+use super::attrs::{clear_privileges, is_privileged, may_lose_bits};
 use super::late::{Doubts, Queue};
 use super::{Fs, SHARDS, State};
 use crate::attr::Time;
@@ -199,7 +199,7 @@ impl Fs {
         let backings = self.backings.get()?;
         let inode = state.tables.inode(record.ino)?;
         let backed = inode.backed.filter(|backed| backed.base_bytes == 0)?;
-        let is_fit = backed.bytes <= PASSED_MAX && !(access.writes && is_privileged(inode));
+        let is_fit = backed.bytes <= PASSED_MAX && !(access.writes && may_lose_bits(inode));
         if !record.is_mapped && (!is_fit || self.opens.is_closed.load(Ordering::Acquire)) {
             return None;
         }

@@ -108,7 +108,7 @@ mod tests {
         let fs = empty_fs(store());
         let make = || {
             let made = fs.make(Ino::ROOT, b"gone", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
-            fs.write(made, 0, b"data", false).unwrap();
+            fs.write(made, 0, b"data", None).unwrap();
             fs.unlink(Ino::ROOT, b"gone").unwrap();
             made
         };

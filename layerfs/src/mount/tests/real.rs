@@ -695,6 +695,40 @@ fn files_without_a_name_get_one_or_end() {
 }
 
 #[test]
+fn who_changes_a_file_of_another_group_clears_its_setgid() {
+    let Some(m) = mounted() else { return };
+    let plain = tempfile::Builder::new().prefix("layerfs-plain-").tempdir().unwrap();
+    fs::set_permissions(plain.path(), Permissions::from_mode(0o755)).unwrap();
+    let commands = [
+        &["fallocate", "-o", "65536", "-l", "65536"][..],
+        &["truncate", "-s", "1000"],
+        &["sh", "-c", "printf x 1<> $0"],
+        &["sh", "-c", "> $0"],
+    ];
+    let changed = |path: PathBuf, mode: u32, group: &str, command: &[&str]| {
+        fs::write(&path, vec![1; 200_000]).unwrap();
+        std::os::unix::fs::chown(&path, Some(0), Some(5678)).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        let mut as_user = Command::new("setpriv");
+        as_user.args(["--reuid", "1234", "--regid", group, "--clear-groups", "--"]);
+        assert!(as_user.args(command).arg(&path).status().unwrap().success());
+        fs::metadata(&path).unwrap().mode() & 0o7777
+    };
+    for command in commands {
+        for mode in [0o6666, 0o6676, 0o6766, 0o2666, 0o2677] {
+            for group in ["1234", "5678"] {
+                let ours = changed(m.path("file"), mode, group, command);
+                let theirs = changed(plain.path().join("file"), mode, group, command);
+                assert_eq!(
+                    ours, theirs,
+                    "{command:?} of a file with mode {mode:o} by group {group}: {ours:o}, {theirs:o}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_listing_ends_though_what_it_lists_is_renamed() {
     const FILES: usize = 3000;
     let Some(m) = mounted() else { return };

@@ -317,7 +317,7 @@ impl Ours {
                 self.made(link())
             }
             Op::Write(p, offset, count, seed) => {
-                let written = self.file(p).and_then(|ino| fs.write(ino, *offset, &data(*count, *seed), false));
+                let written = self.file(p).and_then(|ino| fs.write(ino, *offset, &data(*count, *seed), None));
                 written.map(|written| written.bytes as u64).map_err(|errno| errno.0)
             }
             Op::Truncate(p, size) => self.set(self.file(p), SetAttr { size: Some(*size), ..Default::default() }),
@@ -333,7 +333,7 @@ impl Ours {
                     if count == 0 {
                         Ok(0)
                     } else {
-                        fs.write(target, *to, &buffer[..count], false).map(|w| w.bytes as u64)
+                        fs.write(target, *to, &buffer[..count], None).map(|w| w.bytes as u64)
                     }
                 };
                 copy().map_err(|errno| errno.0)
@@ -369,7 +369,7 @@ impl Ours {
             }
             Op::WriteOpen(i, offset, count, seed) => match self.open.get(*i).copied().flatten() {
                 Some(ino) => {
-                    let written = fs.write(ino, *offset, &data(*count, *seed), false);
+                    let written = fs.write(ino, *offset, &data(*count, *seed), None);
                     written.map(|written| written.bytes as u64).map_err(|errno| errno.0)
                 }
                 None => Ok(0),

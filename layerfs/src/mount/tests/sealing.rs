@@ -29,7 +29,7 @@ fn a_layer_is_the_tree_at_one_instant() {
                 while !stop.load(Ordering::Relaxed) {
                     let round = rounds.load(Ordering::Relaxed) + 1;
                     for ino in [first, second] {
-                        assert_eq!(fs.write(ino, 0, &[round as u8; BYTES], false).unwrap().bytes, BYTES);
+                        assert_eq!(fs.write(ino, 0, &[round as u8; BYTES], None).unwrap().bytes, BYTES);
                     }
                     rounds.store(round, Ordering::Relaxed);
                 }
@@ -84,14 +84,14 @@ fn what_was_read_ahead_is_not_read_again_and_removed_files_do_no_harm() {
     let fs = empty_fs(store());
     let make = |name: &[u8]| fs.make(Ino::ROOT, name, libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
     let kept = make(b"kept");
-    fs.write(kept, 0, &[1; BYTES], false).unwrap();
+    fs.write(kept, 0, &[1; BYTES], None).unwrap();
     assert_eq!(seal_fs(store(), &fs).read_bytes, BYTES as u64);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let churn = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let gone = make(b"gone");
-                fs.write(gone, 0, &[2; 10_000], false).unwrap();
+                fs.write(gone, 0, &[2; 10_000], None).unwrap();
                 fs.setattr(gone, crate::mount::fs::SetAttr { size: Some(0), ..Default::default() }, Caller::ROOT)
                     .unwrap();
                 fs.unlink(Ino::ROOT, b"gone").unwrap();
