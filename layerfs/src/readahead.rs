@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, unbounded};
@@ -35,6 +35,8 @@ pub struct FetchPool {
     jobs: Option<Sender<Arc<Slot>>>,
     workers: Vec<std::thread::JoinHandle<()>>,
     budget: Arc<Budget>,
+    /// Nothing is fetched ahead.
+    is_scattered: AtomicBool,
     /// Notes what readers come to.
     recorder: Option<Arc<Recorder>>,
 }
@@ -192,7 +194,14 @@ impl FetchPool {
             }
         }
         let budget = Arc::new(Budget { left: AtomicUsize::new(budget_bytes) });
-        Arc::new(FetchPool { chunks: SharedChunks(chunks), jobs: Some(jobs), workers, budget, recorder })
+        let is_scattered = AtomicBool::new(false);
+        Arc::new(FetchPool { chunks: SharedChunks(chunks), jobs: Some(jobs), workers, budget, is_scattered, recorder })
+    }
+
+    /// From now on files are read here and there, and what follows a read is no guess of what is read next: as by a guest that runs on
+    /// memory which is still on its way, where every byte that nobody waits for holds up one that somebody does.
+    pub fn expect_scattered(&self) {
+        self.is_scattered.store(true, Ordering::Relaxed);
     }
 
     /// Whether a reader that begins now couldn't read ahead, because others hold the budget.
@@ -394,6 +403,9 @@ impl FileReader {
 
     /// The runs that cover `offset..end`, if this read is one of a sequence and the window holds them all.
     fn runs(&self, offset: u64, end: u64) -> Result<Option<Vec<Ahead>>> {
+        if self.pool.is_scattered.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let mut state = self.state.lock();
         let ReaderState { window, window_bytes, last_end } = &mut *state;
         let in_order = offset.abs_diff(*last_end) <= SLACK_BYTES;
@@ -479,6 +491,48 @@ mod tests {
             drop(pool);
             prop_assert_eq!(budget_state.left.load(Ordering::Relaxed), budget);
         }
+    }
+
+    /// Chunks of another host, with what was announced to it.
+    struct Remote(MemoryChunks, Mutex<Vec<ChunkId>>, AtomicUsize);
+
+    impl ChunkRead for Remote {
+        fn get(&self, id: &ChunkId) -> Result<Bytes> {
+            self.2.fetch_add(1, Ordering::Relaxed);
+            self.0.get(id)
+        }
+        fn is_remote(&self) -> bool {
+            true
+        }
+        fn soon(&self, ids: &[ChunkId]) {
+            self.1.lock().extend(ids);
+        }
+    }
+
+    #[test]
+    fn nothing_is_fetched_ahead_of_scattered_reads() {
+        let chunks = MemoryChunks::default();
+        let (content, expected) = file(&chunks, &[(false, 65_536); 64]);
+        let read = |is_scattered: bool| {
+            let remote = Arc::new(Remote(MemoryChunks::default(), Mutex::default(), AtomicUsize::new(0)));
+            let (content, _) = file(&remote.0, &[(false, 65_536); 64]);
+            // Without threads of its own, what is fetched is what was waited for.
+            let pool = FetchPool::new(remote.clone(), 0, 64_000_000);
+            if is_scattered {
+                pool.expect_scattered();
+            }
+            let reader = FileReader::new(pool, content);
+            let mut buffer = vec![0; 65_536];
+            for at in 0..4 {
+                assert_eq!(reader.read_at(at * 65_536, &mut buffer).unwrap(), buffer.len());
+                assert!(buffer == expected[at as usize * 65_536..][..65_536]);
+            }
+            let announced = remote.1.lock().len();
+            (announced, remote.2.load(Ordering::Relaxed))
+        };
+        assert_eq!(content.len(), 64 * 65_536);
+        assert!(read(false).0 > 32);
+        assert_eq!(read(true).0, 0);
     }
 
     #[test]

@@ -503,6 +503,7 @@ fn ahead_of_memory(driver: &str) -> anyhow::Result<()> {
     let count = moving.passes(true, 0)?;
     let report = moving.migrate(false, POST_COPY)?;
     went_before(&report)?;
+    reads_little_ahead(moving.host(false))?;
     let count = moving.passes(false, count)?;
     moving.migrate(true, &[])?;
     moving.passes(true, count)?;
@@ -511,6 +512,15 @@ fn ahead_of_memory(driver: &str) -> anyhow::Result<()> {
 
 /// What lets a guest go before its memory, whatever that would save.
 pub const POST_COPY: &[&str] = &["--postcopy", "--max-downtime", "1", "--rounds", "0"];
+
+/// Who waits for a page of a state that is still coming doesn't wait for what lies around it too.
+fn reads_little_ahead(host: &Host) -> anyhow::Result<()> {
+    let device = std::os::unix::fs::MetadataExt::dev(&fs::metadata(folder(host).join("state"))?);
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let kib: u32 = fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"))?.trim().parse()?;
+    ensure!(kib <= 64, "the kernel reads {kib} KiB ahead of whoever runs on that state");
+    Ok(())
+}
 
 pub fn went_before(report: &Value) -> anyhow::Result<()> {
     let has = |field: &str, part: &str| report[field].to_string().contains(part);

@@ -299,7 +299,7 @@ impl Mount {
         if let (Some(memory), Some(device)) = (memory, device) {
             memory.set_device(device);
         }
-        point::set_read_ahead(device);
+        point::set_read_ahead(device, point::READ_AHEAD_KIB);
         let mount = Arc::new(Mount {
             store: store.clone(),
             record,
@@ -327,6 +327,15 @@ impl Mount {
     /// Its record.
     pub fn record(&self) -> &MountRecord {
         &self.record
+    }
+
+    /// From now on its files are read here and there, by who runs on them while they are still on their way: neither the kernel nor we
+    /// fetch what follows a read. Forgotten when the daemon ends.
+    pub fn expect_scattered(&self) {
+        point::set_read_ahead(self.device, point::SCATTERED_KIB);
+        if let Some(fs) = self.fs() {
+            fs.expect_scattered();
+        }
     }
 
     /// The filesystem; none once it has ended.

@@ -133,13 +133,15 @@ pub(super) fn sync(dir: &Path, device: Option<u64>) {
 }
 
 /// How far ahead the kernel reads, in KiB: cold data should come in large pieces. Only the superuser may set it.
-const READ_AHEAD_KIB: u32 = 1024;
+pub(super) const READ_AHEAD_KIB: u32 = 1024;
+/// The same where files are read here and there: a piece that lies in one chunk, as a rule.
+pub(super) const SCATTERED_KIB: u32 = 16;
 
-pub(super) fn set_read_ahead(device: Option<u64>) {
+pub(super) fn set_read_ahead(device: Option<u64>, kib: u32) {
     let Some(device) = device else { return };
     let (major, minor) = (libc::major(device), libc::minor(device));
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
+    if let Err(error) = std::fs::write(&path, kib.to_string()) {
         tracing::debug!(path, %error, "cannot set how far the kernel reads ahead");
     }
 }

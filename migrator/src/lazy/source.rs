@@ -2,7 +2,7 @@
 //!
 //! Hides what is asked for when. Three queues: what readers wait for, what they will probably read next, and what an
 //! earlier run read (a trace); the next question is taken from the first that has something. Questions of the first kind
-//! go out at once; the others share a window that grows while answers come promptly and shrinks when they are late, so
+//! go out at once; the others share a window ([`Window`]) that grows while answers come promptly and shrinks when they are late, so
 //! that it holds what bandwidth and delay need and a reader's own question never waits long behind them.
 //! Invariants: the queues are bounded; a chunk stands in a question once; what was asked on a lost connection is asked
 //! again if somebody waits for it.
@@ -33,13 +33,17 @@ const BATCH_BYTES: u64 = 256 * 1024;
 const MAX_URGENT: usize = 64;
 /// What may be under way of guesses, in plain bytes: at first, at least, at most.
 const FIRST_WINDOW: u64 = 512 * 1024;
-const LEAST_WINDOW: u64 = 256 * 1024;
+const LEAST_WINDOW: u64 = 64 * 1024;
 const LARGEST_WINDOW: u64 = 32 << 20;
 /// A chunk whose length isn't known counts as so many bytes.
 const USUAL_BYTES: u32 = 32 * 1024;
 /// An answer that takes this much longer than the fastest is prompt, respectively late.
 const PROMPT: Duration = Duration::from_millis(60);
 const LATE: Duration = Duration::from_millis(150);
+/// A reader's own answer that takes this much longer than the fastest has waited behind guesses.
+const HELD_UP: Duration = Duration::from_millis(15);
+/// For so long after one was held up there are no more guesses than then.
+const CALM: Duration = Duration::from_secs(1);
 /// Chunks that came are made durable after so many bytes or so long, whichever is first.
 const FLUSH_BYTES: u64 = 32 << 20;
 const FLUSH_EVERY: Duration = Duration::from_secs(2);
@@ -86,6 +90,42 @@ struct Question {
     is_urgent: bool,
     bytes: u64,
     sent: Instant,
+}
+
+/// How much may be under way of guesses.
+#[derive(Debug)]
+struct Window {
+    bytes: u64,
+    /// The fastest answer to guesses, and to a reader.
+    fastest: Duration,
+    fastest_urgent: Duration,
+    held_up: Option<Instant>,
+}
+
+impl Window {
+    fn new() -> Window {
+        Window { bytes: FIRST_WINDOW, fastest: Duration::MAX, fastest_urgent: Duration::MAX, held_up: None }
+    }
+
+    /// Guesses of so many `bytes` were answered at `now`.
+    fn on_guesses(&mut self, took: Duration, bytes: u64, now: Instant) {
+        self.fastest = self.fastest.min(took);
+        let is_calm = self.held_up.is_none_or(|last| now.duration_since(last) > CALM);
+        if took < self.fastest * 2 + PROMPT && is_calm {
+            self.bytes = (self.bytes + bytes).min(LARGEST_WINDOW);
+        } else if took > self.fastest * 3 + LATE {
+            self.bytes = (self.bytes * 3 / 4).max(LEAST_WINDOW);
+        }
+    }
+
+    /// A reader, who reads here and there (what follows in order is guessed before), was answered at `now`.
+    fn on_urgent(&mut self, took: Duration, now: Instant) {
+        self.fastest_urgent = self.fastest_urgent.min(took);
+        if took > self.fastest_urgent * 2 + HELD_UP {
+            self.bytes = (self.bytes / 2).max(LEAST_WINDOW);
+            self.held_up = Some(now);
+        }
+    }
 }
 
 impl Source {
@@ -261,8 +301,7 @@ struct Connection<'a> {
     came: u64,
     /// Whether traces were asked for on top of the questions: they are answered in order.
     traces_after: Option<usize>,
-    window: u64,
-    fastest: Duration,
+    window: Window,
     heard: Instant,
     has_answered: bool,
     used: Instant,
@@ -281,8 +320,7 @@ impl<'a> Connection<'a> {
             questions: VecDeque::new(),
             came: 0,
             traces_after: None,
-            window: FIRST_WINDOW,
-            fastest: Duration::MAX,
+            window: Window::new(),
             heard: now,
             has_answered: false,
             used: now,
@@ -357,7 +395,7 @@ impl<'a> Connection<'a> {
         loop {
             let urgent = self.questions.iter().filter(|question| question.is_urgent).count();
             let guessed: u64 = self.questions.iter().map(|question| question.bytes).sum();
-            let room = self.window.saturating_sub(guessed);
+            let room = self.window.bytes.saturating_sub(guessed);
             let Some(question) = self.source.next(self.inner, MAX_URGENT.saturating_sub(urgent), room) else {
                 return Ok(());
             };
@@ -443,15 +481,10 @@ impl<'a> Connection<'a> {
             }
         }
         question.awaited.iter().for_each(|id| self.inner.refused(id, &self.source.peer));
-        if question.is_urgent {
-            return;
-        }
-        let took = question.sent.elapsed();
-        self.fastest = self.fastest.min(took);
-        if took < self.fastest * 2 + PROMPT {
-            self.window = (self.window + question.bytes).min(LARGEST_WINDOW);
-        } else if took > self.fastest * 3 + LATE {
-            self.window = (self.window * 3 / 4).max(LEAST_WINDOW);
+        let (took, now) = (question.sent.elapsed(), Instant::now());
+        match question.is_urgent {
+            true => self.window.on_urgent(took, now),
+            false => self.window.on_guesses(took, question.bytes, now),
         }
     }
 
@@ -461,5 +494,38 @@ impl<'a> Connection<'a> {
         self.flushed = Instant::now();
         let session = self.session.clone();
         joined(spawn_blocking(move || Ok(session.flush()?)).await)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guesses_grow_with_a_fast_link_and_leave_the_way_to_readers() {
+        let ms = Duration::from_millis;
+        let (mut window, mut now) = (Window::new(), Instant::now());
+        for _ in 0..200 {
+            now += ms(20);
+            window.on_guesses(ms(20), BATCH_BYTES, now);
+        }
+        assert_eq!(window.bytes, LARGEST_WINDOW);
+        // Somebody who reads here and there waits behind all that.
+        window.on_urgent(ms(6), now);
+        assert_eq!(window.bytes, LARGEST_WINDOW);
+        for _ in 0..20 {
+            now += ms(150);
+            window.on_urgent(ms(150), now);
+            window.on_guesses(ms(20), BATCH_BYTES, now);
+        }
+        assert_eq!(window.bytes, LEAST_WINDOW);
+        // Once nobody is held up it grows again.
+        now += CALM + ms(1);
+        window.on_urgent(ms(7), now);
+        window.on_guesses(ms(20), BATCH_BYTES, now);
+        assert_eq!(window.bytes, LEAST_WINDOW + BATCH_BYTES);
+        // Late answers make it smaller by themselves.
+        window.on_guesses(ms(1000), BATCH_BYTES, now);
+        assert!(window.bytes < LEAST_WINDOW + BATCH_BYTES);
     }
 }

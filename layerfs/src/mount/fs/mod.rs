@@ -182,6 +182,11 @@ impl Fs {
         Fs { ranges_from: bytes, ..self }
     }
 
+    /// What is read of it is read here and there: see [`FetchPool::expect_scattered`].
+    pub fn expect_scattered(&self) {
+        self.pool.expect_scattered();
+    }
+
     /// The chunks of the sealed layers that were read through it.
     pub fn recorder(&self) -> Option<&Arc<Recorder>> {
         self.pool.recorder()

@@ -155,7 +155,11 @@ impl Host for DaemonHost {
         let dir = self.made(guest, "state")?;
         self.unmount_dir(&dir)?;
         let source = format!("state of guest {guest}");
-        self.daemon.mounts.make(&self.daemon.store, layer, &source, &dir, UpperChoice::ReadOnly)?;
+        let mount = self.daemon.mounts.make(&self.daemon.store, layer, &source, &dir, UpperChoice::ReadOnly)?;
+        if self.daemon.store.partial(layer).is_some() {
+            // A guest will run on it while it comes, and waits for each piece that it touches.
+            mount.expect_scattered();
+        }
         Ok(dir)
     }
 
