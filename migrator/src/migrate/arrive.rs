@@ -309,8 +309,10 @@ impl Migrations {
 
     fn restore(&self, row: &mut Row, arrival: &mut Arrival) -> Found {
         let tried = self.try_restore(row, arrival);
-        if self.note(row, tried) {
-            row.note.clear();
+        let remark = tried.as_ref().ok().cloned().flatten();
+        if self.note(row, tried.map(drop)) {
+            // Nothing has failed, but who asks why it took so long is told.
+            row.note = remark.unwrap_or_default();
             return Found::Running;
         }
         let looked = self.guest(row).and_then(|guest| guest.status());
@@ -321,21 +323,27 @@ impl Migrations {
         }
     }
 
-    fn try_restore(&self, row: &Row, arrival: &mut Arrival) -> Result<()> {
+    /// Lets it go on. Returns what is worth a word, although it runs.
+    fn try_restore(&self, row: &Row, arrival: &mut Arrival) -> Result<Option<String>> {
         let guest = self.guest(row)?;
         match guest.status()?.activity {
-            Activity::Running => return Ok(()),
+            Activity::Running => return Ok(None),
             // A restore that was cut off half-way: it has never answered anybody.
             Activity::Frozen => guest.discard()?,
             Activity::Absent => {}
         }
         let layers = row.layers.ok_or_else(|| Error::guest("restore", row.guest(), "no layers are known"))?;
         let path = self.open(row, layers, arrival)?;
+        let mut remark = None;
         if layers.lazily {
             match guest.restore(&path, Manner::Lazily) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(None),
                 Err(error) if guest.status()?.activity == Activity::Absent => {
                     tracing::warn!(guest = %row.guest(), %error, "restoring it lazily failed; all of it is read first");
+                    remark = Some(format!(
+                        "its memory was read before it went on, as that failed lazily: {}",
+                        crate::error::chain(&error)
+                    ));
                 }
                 Err(error) => return Err(error),
             }
@@ -346,7 +354,7 @@ impl Migrations {
             let _ = self.0.host.close_layer(row.guest());
             arrival.opened = None;
         }
-        Ok(())
+        Ok(remark)
     }
 
     /// Sees to it that nothing of it runs, and removes its mounts.

@@ -13,6 +13,7 @@ mod control;
 mod depart;
 pub mod hooks;
 pub mod inhibit;
+pub mod learnt;
 pub mod picture;
 pub mod plan;
 pub mod report;
@@ -38,7 +39,8 @@ use crate::node::Node;
 use crate::paths::PathOptions;
 
 pub use hooks::{HookFolder, HookPoint, Hooks};
-pub use plan::{Downtime, Rounds};
+pub use learnt::Downtime;
+pub use plan::Rounds;
 pub use report::Report;
 
 /// How patient migrations are.

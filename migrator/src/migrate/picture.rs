@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::plan::Downtime;
+use super::learnt::Downtime;
 use super::report::{Report, Stage};
 
 const WIDTH: f64 = 920.0;

@@ -1,10 +1,8 @@
-//! What to do next while a guest is copied, and what its downtime will be. Pure.
+//! What to do next while a guest is copied. Pure.
 //!
-//! Invariants: rounds end; another one is made only if it would make the downtime noticeably shorter.
+//! Invariants: rounds end; another one is made only if it would make the downtime noticeably shorter, and is worth what goes again for it.
 
 use serde::{Deserialize, Serialize};
-
-use super::report::{Report, Stage};
 
 /// Never more rounds than this.
 pub const MAX_ROUNDS: usize = 12;
@@ -15,8 +13,15 @@ const WORTHWHILE_PART: f64 = 0.05;
 const SATURATED: f64 = 0.9;
 /// After one that sends at most this part of it, the next is believed to gain as much: rates are noisy, this isn't.
 const SHRINKING: f64 = 0.7;
-/// Reports that are learnt from.
-const LEARNT: usize = 5;
+/// The same where bytes count as well.
+const SHRINKING_FAST: f64 = 0.5;
+/// A second for which a guest stands still is worth so many on the link.
+const STANDING_STILL: f64 = 2.0;
+/// Nobody minds so many more seconds of downtime, or so large a part of what it is anyway.
+const LITTLE_SECONDS: f64 = 0.1;
+const LITTLE_PART: f64 = 0.25;
+/// So much of its memory at most, one hopes, has a guest changed while all of it was sent.
+const UNKNOWN_PART: f64 = 0.5;
 
 /// A round: the memory was read, and what the destination lacked was sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -92,118 +97,80 @@ pub fn is_too_fast(rounds: &[Round], link: LinkSpeed) -> bool {
     is_telling && stays && dirty_rate(rounds).is_some_and(|rate| rate > link.rate / 2.0)
 }
 
-/// Whether another round is to be made.
-pub fn another(rounds: &[Round], wanted: Rounds, link: LinkSpeed) -> bool {
-    match wanted {
-        Rounds::Exactly(count) => rounds.len() < usize::from(count),
-        Rounds::Auto if rounds.is_empty() => true,
-        Rounds::Auto if rounds.len() >= MAX_ROUNDS => false,
-        Rounds::Auto => {
-            let last = rounds[rounds.len() - 1];
-            let now = bytes_left(rounds, last.at + last.seconds());
-            let Some(rate) = dirty_rate(rounds) else {
-                // The second one tells the rate. It isn't worth it if the first took no time.
-                return last.seconds() > 2.0 * WORTHWHILE_SECONDS;
-            };
-            let seconds = last.read_seconds + now / link.rate + 2.0 * link.round_trip;
-            if is_too_fast(rounds, link) {
-                return false;
-            }
-            let before = rounds[rounds.len() - 2].bytes as f64;
-            let shrinks = (last.bytes as f64) < before * SHRINKING;
-            if shrinks && last.bytes as f64 * (1.0 - SHRINKING) / link.rate > WORTHWHILE_SECONDS {
-                return true;
-            }
-            let then = (rate * seconds).min(most(rounds));
-            let gained = (now - then) / link.rate;
-            gained > WORTHWHILE_SECONDS.max(now / link.rate * WORTHWHILE_PART)
+/// What a move is out for, beside moving.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Wish {
+    /// How many rounds.
+    pub rounds: Rounds,
+    /// The most seconds for which the guest may stand still, if somebody cares.
+    pub max_downtime: Option<f64>,
+}
+
+impl Wish {
+    /// For how many seconds memory may be sent while the guest stands still, if everything else in that time takes `fixed` seconds.
+    pub fn room(&self, fixed: f64) -> f64 {
+        match self.max_downtime {
+            Some(most) => most - fixed,
+            None => LITTLE_SECONDS.max(fixed * LITTLE_PART),
         }
     }
 }
 
-/// What a migration is expected to do, or did, while the guest stands still.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Downtime {
-    /// From the guest's last step at the source to its first at the destination, in seconds.
-    pub seconds: f64,
-    /// Bytes on the wire in that time.
-    pub bytes: u64,
+/// Why no further round is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enough {
+    /// So many were asked for.
+    Asked,
+    /// There are never more.
+    Most,
+    /// What is left takes no longer than it may.
+    Little,
+    /// Memory changes about as fast as the link carries it.
+    TooFast,
+    /// Another one would not make the downtime noticeably shorter.
+    NoGain,
+    /// It would, but by less than it would cost: what changes meanwhile goes again.
+    TooDear,
 }
 
-/// The stages while the guest stands still, in order.
-pub const DOWN_STAGES: [&str; 5] = ["dump", "pack", "send", "stage", "restore"];
-
-/// What past migrations tell of the stages that don't depend on what has changed.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Learnt {
-    /// Seconds of each of [`DOWN_STAGES`], and the memory bytes with them, if known.
-    stages: [Option<f64>; 5],
-    /// What the send stage took beyond its bytes.
-    send_overhead: Option<f64>,
-    /// By how much the downtime differs from the sum of its stages: a guest runs on while its dump is being prepared.
-    apart: Option<f64>,
-    /// How many of the same guest were learnt from.
-    pub reports: usize,
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
-}
-
-impl Learnt {
-    /// From `reports`, the latest last: those of this guest, or else of guests with this driver, scaled by memory.
-    pub fn from(reports: &[Report], guest: &str, driver: &str, memory_bytes: u64) -> Learnt {
-        let is_good = |report: &&Report| report.has_moved() && report.driver == driver;
-        let mut chosen: Vec<&Report> = reports.iter().filter(is_good).filter(|report| report.guest == guest).collect();
-        let own = chosen.len();
-        if own == 0 {
-            chosen = reports.iter().filter(is_good).collect();
-        }
-        let latest: Vec<&Report> = chosen.into_iter().rev().take(LEARNT).collect();
-        let scale = |report: &Report| match own {
-            0 if report.memory_bytes > 0 => (memory_bytes.max(1) as f64 / report.memory_bytes as f64).clamp(0.1, 10.0),
-            _ => 1.0,
-        };
-        let stage = |name: &str| {
-            let seconds = |report: &&Report| report.stage(name).map(|stage: &Stage| stage.seconds * scale(report));
-            median(latest.iter().filter_map(seconds).collect())
-        };
-        let overhead = |report: &&Report| {
-            let send = report.stage("send")?;
-            Some((send.seconds - send.bytes as f64 / report.link?.rate).max(0.0))
-        };
-        let apart = |report: &&Report| {
-            let stages = report.stages.iter().filter(|stage| stage.is_down).map(|stage| stage.seconds);
-            Some(report.downtime?.seconds - stages.sum::<f64>())
-        };
-        Learnt {
-            stages: DOWN_STAGES.map(stage),
-            send_overhead: median(latest.iter().filter_map(overhead).collect()),
-            apart: if own > 0 { median(latest.iter().filter_map(apart).collect()) } else { None },
-            reports: own,
-        }
+/// Whether another round is to be made, and if not why. `fixed` is how many seconds the guest would stand still if nothing were left to
+/// be sent.
+pub fn enough(rounds: &[Round], wish: Wish, fixed: f64, link: LinkSpeed) -> Option<Enough> {
+    let Rounds::Auto = wish.rounds else {
+        let Rounds::Exactly(count) = wish.rounds else { return None };
+        return (rounds.len() >= usize::from(count)).then_some(Enough::Asked);
+    };
+    let last = rounds.last()?;
+    if rounds.len() >= MAX_ROUNDS {
+        return Some(Enough::Most);
     }
-
-    /// What stopping now would cost. `read_seconds` is how long the last round took to read the memory.
-    pub fn predict(&self, bytes: f64, memory_bytes: u64, read_seconds: f64, link: LinkSpeed) -> Downtime {
-        let memory = memory_bytes as f64;
-        // Without reports: what common machines do, and what this one did in the rounds.
-        let guess = [
-            0.1 + memory / 2e9,
-            read_seconds.max(memory / 1e9),
-            3.0 * link.round_trip + 0.02,
-            2.0 * link.round_trip + 0.02,
-            0.1 + memory / 2e9 + link.round_trip,
-        ];
-        let mut seconds = bytes / link.rate;
-        for (at, name) in DOWN_STAGES.iter().enumerate() {
-            let known = if *name == "send" { self.send_overhead } else { self.stages[at] };
-            seconds += known.unwrap_or(guess[at]);
-        }
-        seconds = (seconds + self.apart.unwrap_or(0.0)).max(link.round_trip);
-        Downtime { seconds, bytes: bytes as u64 }
+    let (room, now) = (wish.room(fixed), bytes_left(rounds, last.at + last.seconds()));
+    let (Some(rate), [.., before, _]) = (dirty_rate(rounds), rounds) else {
+        // The second one tells the rate. It isn't needed if even half of the first would be little, or took no time.
+        let is_little = last.bytes as f64 * UNKNOWN_PART / link.rate <= room && wish.max_downtime.is_none();
+        let took_none = last.seconds() <= 2.0 * WORTHWHILE_SECONDS;
+        return is_little.then_some(Enough::Little).or(took_none.then_some(Enough::NoGain));
+    };
+    if now / link.rate <= room {
+        return Some(Enough::Little);
     }
+    if is_too_fast(rounds, link) {
+        return Some(Enough::TooFast);
+    }
+    let shrunk_to = last.bytes as f64 / before.bytes.max(1) as f64;
+    let most_of_it = if wish.max_downtime.is_some() { SHRINKING } else { SHRINKING_FAST };
+    if shrunk_to < most_of_it && last.bytes as f64 * (1.0 - shrunk_to) / link.rate > WORTHWHILE_SECONDS {
+        return None;
+    }
+    // What changes in another round is what would be sent again after it.
+    let seconds = last.read_seconds + now / link.rate + 2.0 * link.round_trip;
+    let then = (rate * seconds).min(most(rounds));
+    let gained = (now - then) / link.rate;
+    if gained <= WORTHWHILE_SECONDS.max(now / link.rate * WORTHWHILE_PART) {
+        return Some(Enough::NoGain);
+    }
+    // Somebody who set a limit wants it kept, whatever it costs.
+    (wish.max_downtime.is_none() && gained * STANDING_STILL < then / link.rate).then_some(Enough::TooDear)
 }
 
 #[cfg(test)]
@@ -212,10 +179,15 @@ mod tests {
 
     const LINK: LinkSpeed = LinkSpeed { rate: 12.5e6, round_trip: 0.001 };
 
+    const AUTO: Wish = Wish { rounds: Rounds::Auto, max_downtime: None };
+
     /// What a guest does that changes `rate` bytes per second, `memory` at first, until the planner has enough.
-    fn run(memory: f64, rate: f64, read: f64) -> Vec<Round> {
+    fn run_with(wish: Wish, fixed: f64, memory: f64, rate: f64, read: f64) -> (Vec<Round>, Enough) {
         let mut rounds: Vec<Round> = Vec::new();
-        while another(&rounds, Rounds::Auto, LINK) {
+        loop {
+            if let Some(why) = enough(&rounds, wish, fixed, LINK) {
+                return (rounds, why);
+            }
             let at = rounds.last().map_or(0.0, |last| last.at + last.seconds());
             let bytes = rounds.last().map_or(memory, |last| (rate * (at - last.at)).min(memory));
             let (bytes, memory_bytes) = (bytes as u64, memory as u64);
@@ -223,7 +195,36 @@ mod tests {
             rounds.push(Round { at, read_seconds: read, send_seconds, bytes, memory_bytes });
             assert!(rounds.len() <= MAX_ROUNDS);
         }
-        rounds
+    }
+
+    fn run(memory: f64, rate: f64, read: f64) -> Vec<Round> {
+        run_with(AUTO, 0.0, memory, rate, read).0
+    }
+
+    fn round(at: f64, read_seconds: f64, send_seconds: f64, megabytes: f64) -> Round {
+        Round { at, read_seconds, send_seconds, bytes: (megabytes * 1e6) as u64, memory_bytes: 18 << 20 }
+    }
+
+    /// Rounds as they were recorded, one after the other: how long reading took, how long sending, and megabytes.
+    fn recorded(rounds: &[(f64, f64, f64)]) -> Vec<Round> {
+        let mut at = 0.0;
+        let next = |&(read, send, megabytes): &(f64, f64, f64)| {
+            let round = round(at, read, send, megabytes);
+            at += round.seconds();
+            round
+        };
+        rounds.iter().map(next).collect()
+    }
+
+    /// After how many of the `recorded` rounds it is enough, with a link as fast as the round before was, and why.
+    fn stops_after(recorded: &[Round], wish: Wish, fixed: f64) -> (usize, Option<Enough>) {
+        let link = |count: usize| {
+            let telling = recorded[..count].iter().rev().find(|round| round.bytes >= 512 * 1024);
+            telling.map_or(LINK, |round| LinkSpeed { rate: round.bytes as f64 / round.send_seconds, ..LINK })
+        };
+        let found =
+            (0..=recorded.len()).find_map(|count| Some((count, enough(&recorded[..count], wish, fixed, link(count))?)));
+        found.map_or((recorded.len(), None), |(count, why)| (count, Some(why)))
     }
 
     #[test]
@@ -244,24 +245,61 @@ mod tests {
     #[test]
     fn one_that_is_about_as_fast_as_the_link_ends_soon_and_is_told_from_others() {
         for part in [0.93, 0.97, 1.0, 1.5, 10.0] {
-            let rounds = run(16e6, LINK.rate * part, 0.05);
-            assert!(rounds.len() <= 3 && is_too_fast(&rounds, LINK), "{part}: {rounds:?}");
+            let (rounds, why) = run_with(AUTO, 0.0, 16e6, LINK.rate * part, 0.05);
+            assert!(rounds.len() <= 3 && why == Enough::TooFast, "{part}: {why:?}, {rounds:?}");
         }
         for part in [0.0, 0.1, 0.5, 0.7] {
-            let rounds = run(16e6, LINK.rate * part, 0.05);
-            assert!(!is_too_fast(&rounds, LINK), "{part}: {rounds:?}");
+            let (rounds, why) = run_with(AUTO, 0.0, 16e6, LINK.rate * part, 0.05);
+            assert!(why != Enough::TooFast, "{part}: {rounds:?}");
         }
         // The first round found most of it there; the others send all of the memory.
-        let round =
-            |at: f64, bytes: u64| Round { at, read_seconds: 0.05, send_seconds: 6.5, bytes, memory_bytes: 18 << 20 };
         let slow = LinkSpeed { rate: 2.3e6, round_trip: 0.001 };
-        assert!(!another(&[round(0.0, 12_211_110), round(5.1, 15_354_687)], Rounds::Auto, slow));
+        let all = [round(0.0, 0.05, 6.5, 12.2), round(5.1, 0.05, 6.5, 15.4)];
+        assert_eq!(enough(&all, AUTO, 0.0, slow), Some(Enough::TooFast));
         // A busy machine: the link seems slow, but each round is much smaller than the last.
-        assert!(another(
-            &[round(0.0, 347_130_022), round(14.0, 50_797_529)],
-            Rounds::Auto,
-            LinkSpeed { rate: 4.0e6, ..slow }
-        ));
+        let busy = [round(0.0, 0.05, 6.5, 347.1), round(14.0, 0.05, 6.5, 50.8)];
+        assert_eq!(enough(&busy, AUTO, 0.0, LinkSpeed { rate: 4.0e6, ..slow }), None);
+    }
+
+    #[test]
+    fn rounds_that_send_again_more_than_they_save_are_not_made() {
+        // A film, in a container and in a machine, and a machine that rewrites 500 pages a second, as they were recorded.
+        let film =
+            recorded(&[(0.09, 1.1, 8.9), (0.05, 0.48, 4.1), (0.05, 0.31, 1.7), (0.05, 0.21, 0.7), (0.05, 0.18, 0.9)]);
+        assert_eq!(stops_after(&film, AUTO, 0.7), (4, Some(Enough::Little)));
+        let machine = [
+            (0.5, 4.26, 26.8),
+            (0.24, 1.59, 17.0),
+            (0.23, 0.94, 9.2),
+            (0.22, 0.64, 5.6),
+            (0.2, 0.5, 4.5),
+            (0.21, 0.44, 3.6),
+        ];
+        assert_eq!(stops_after(&recorded(&machine), AUTO, 0.9), (3, Some(Enough::TooDear)));
+        let pages = recorded(&[(1.0, 30.0, 347.0), (0.6, 5.2, 60.0), (0.6, 1.0, 11.0), (0.6, 0.4, 3.4)]);
+        assert_eq!(stops_after(&pages, AUTO, 1.2), (3, Some(Enough::Little)));
+        // Without a film nothing changes: the second round says so.
+        assert_eq!(stops_after(&recorded(&[(0.53, 2.88, 19.9), (0.15, 0.01, 0.01)]), AUTO, 0.8).0, 2);
+    }
+
+    #[test]
+    fn a_limit_is_kept_whatever_it_costs_and_no_more_is_done_than_that() {
+        let machine = [
+            (0.5, 4.26, 26.8),
+            (0.24, 1.59, 17.0),
+            (0.23, 0.94, 9.2),
+            (0.22, 0.64, 5.6),
+            (0.2, 0.5, 4.5),
+            (0.21, 0.44, 3.6),
+        ];
+        let at_most = |seconds: f64| Wish { max_downtime: Some(seconds), ..AUTO };
+        let rounds = recorded(&machine);
+        assert_eq!(stops_after(&rounds, at_most(5.0), 0.9), (2, Some(Enough::Little)));
+        assert!(stops_after(&rounds, at_most(1.3), 0.9).0 > stops_after(&rounds, AUTO, 0.9).0);
+        // Half of the first round isn't known to be all that changes: a limit wants to be sure.
+        let little = recorded(&[(0.1, 0.2, 1.0)]);
+        assert_eq!(stops_after(&little, AUTO, 0.9), (1, Some(Enough::Little)));
+        assert_eq!(stops_after(&little, at_most(2.0), 0.9), (1, None));
     }
 
     #[test]
@@ -272,48 +310,9 @@ mod tests {
 
     #[test]
     fn a_number_is_obeyed() {
-        let round = Round::default();
-        assert!(!another(&[], Rounds::Exactly(0), LINK));
-        assert!(another(&[round; 2], Rounds::Exactly(3), LINK) && !another(&[round; 3], Rounds::Exactly(3), LINK));
-    }
-
-    fn report(guest: &str, seconds: [f64; 5], send_bytes: u64) -> Report {
-        let mut report = Report::new("x", guest, "process", "edge");
-        report.memory_bytes = 100_000_000;
-        report.link = Some(LINK);
-        for (name, seconds) in DOWN_STAGES.iter().zip(seconds) {
-            let bytes = if *name == "send" { send_bytes } else { 0 };
-            report.stages.push(Stage { name: (*name).to_owned(), at: 0.0, seconds, bytes, is_down: true });
-        }
-        // A tenth of a second of the dump was preparation.
-        report.downtime = Some(Downtime { seconds: seconds.iter().sum::<f64>() - 0.1, bytes: send_bytes });
-        report.outcome = "moved".to_owned();
-        report
-    }
-
-    #[test]
-    fn what_was_measured_is_predicted() {
-        let down = [0.2, 0.3, 1.05, 0.05, 0.4];
-        let mut reports = vec![report("other", [9.0; 5], 0)];
-        for _ in 0..6 {
-            let mut next = report("web", down, 12_500_000);
-            let learnt = Learnt::from(&reports, "web", "process", 100_000_000);
-            next.predicted = Some(learnt.predict(12.5e6, 100_000_000, 0.3, LINK));
-            reports.push(next);
-        }
-        let learnt = Learnt::from(&reports, "web", "process", 100_000_000);
-        assert_eq!(learnt.reports, 6);
-        let same = learnt.predict(12.5e6, 100_000_000, 0.3, LINK).seconds;
-        assert!((same - 1.9).abs() < 0.01, "{same}");
-        let twice = learnt.predict(25e6, 100_000_000, 0.3, LINK).seconds;
-        assert!((twice - 2.9).abs() < 0.01, "{twice}");
-    }
-
-    #[test]
-    fn other_guests_of_the_driver_are_scaled_by_their_memory() {
-        let reports = [report("web", [1.0, 1.0, 0.0, 0.0, 1.0], 0)];
-        let learnt = Learnt::from(&reports, "new", "process", 50_000_000);
-        assert_eq!((learnt.reports, learnt.predict(0.0, 50_000_000, 0.1, LINK).seconds), (0, 1.5));
-        assert_eq!(Learnt::from(&reports, "new", "qemu", 1), Learnt::default());
+        let (round, exactly) = (Round::default(), |count| Wish { rounds: Rounds::Exactly(count), ..AUTO });
+        assert_eq!(enough(&[], exactly(0), 0.0, LINK), Some(Enough::Asked));
+        assert_eq!(enough(&[round; 2], exactly(3), 0.0, LINK), None);
+        assert_eq!(enough(&[round; 3], exactly(3), 0.0, LINK), Some(Enough::Asked));
     }
 }

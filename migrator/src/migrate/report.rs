@@ -8,7 +8,8 @@ use layerfs::store::db::{Batch, Cf, Sync};
 use layerfs::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Downtime, LinkSpeed, Round};
+use super::learnt::Downtime;
+use super::plan::{LinkSpeed, Round};
 use crate::guest::Obstacle;
 
 const VERSION: u8 = 1;

@@ -12,7 +12,7 @@ use layerfs::monitor::{Monitor, check};
 
 use self::copy::Scratch;
 use super::depart::Talk;
-use super::plan::Learnt;
+use super::learnt::Learnt;
 use super::report::{self, Report, Stage};
 use super::{HookPoint, MigrateOptions, Migrations, busy};
 use crate::error::{Error, Result, chain};

@@ -10,7 +10,8 @@ use layerfs::monitor::{Monitor, check};
 use layerfs::store::Expect;
 use layerfs::{LayerId, LayerName};
 
-use super::super::plan::{self, Downtime, LinkSpeed, Round};
+use super::super::Downtime;
+use super::super::plan::{self, Enough, LinkSpeed, Round, Wish};
 use super::super::{Ahead, Rounds, inhibit};
 use super::Run;
 use crate::error::{Error, Result};
@@ -138,26 +139,75 @@ impl Run<'_> {
 
     /// Reads the memory of the running guest and sends it, again and again while that helps.
     pub(super) fn rounds(&mut self) -> Result<()> {
-        while plan::another(&self.report.rounds, self.options.rounds, self.link()) {
-            self.round()?;
-        }
-        let rounds = &self.report.rounds;
-        let why = match (self.options.rounds, plan::dirty_rate(rounds)) {
-            (Rounds::Exactly(_), _) => "as many rounds as were asked for".to_owned(),
-            (Rounds::Auto, Some(rate)) if plan::is_too_fast(rounds, self.link()) => format!(
-                "after round {}: memory changes about as fast as the link carries, or faster (in a second {} went, and the link \
-                 carries {}); more rounds would send it again and again",
-                rounds.len(),
-                mebibytes(rate),
-                mebibytes(self.link().rate),
-            ),
-            (Rounds::Auto, _) if rounds.len() == plan::MAX_ROUNDS => {
-                format!("after round {}: never more", rounds.len())
+        let why = loop {
+            match plan::enough(&self.report.rounds, self.wish(), self.fixed_seconds(), self.link()) {
+                Some(why) => break why,
+                None => self.round()?,
             }
-            (Rounds::Auto, _) => format!("after round {}: another would not make the downtime shorter", rounds.len()),
         };
-        self.report.decisions.push(why);
+        if self.report.rounds.is_empty() && self.options.post_copy {
+            self.read_ahead()?;
+        }
+        let text = self.because(why);
+        self.report.decisions.push(text);
         Ok(())
+    }
+
+    fn wish(&self) -> Wish {
+        let max_downtime = self.options.max_downtime.map(|most| most.as_secs_f64());
+        Wish { rounds: self.options.rounds, max_downtime }
+    }
+
+    /// For how long the guest would stand still if nothing were left to be sent.
+    fn fixed_seconds(&self) -> f64 {
+        let read = self.report.rounds.last().map_or(0.0, |round| round.read_seconds);
+        self.learnt.predict(0.0, self.report.memory_bytes, read, self.link()).seconds
+    }
+
+    /// Why there are no more rounds, for people.
+    fn because(&self, why: Enough) -> String {
+        let (rounds, link) = (&self.report.rounds, self.link());
+        let rate = mebibytes(plan::dirty_rate(rounds).unwrap_or_default());
+        let left = plan::bytes_left(rounds, self.elapsed()) / link.rate;
+        let text = match why {
+            Enough::Asked => return "as many rounds as were asked for".to_owned(),
+            Enough::Most => "never more".to_owned(),
+            Enough::Little => format!("what is left takes {left:.2} s, little of the downtime"),
+            Enough::NoGain => "another would not make the downtime shorter".to_owned(),
+            Enough::TooDear => {
+                format!("{left:.2} s are left, and another would send more again than it saves ({rate}/s change)")
+            }
+            Enough::TooFast => format!(
+                "memory changes about as fast as the link carries, or faster (in a second {rate} went, and the link carries {}); \
+                 more rounds would send it again and again",
+                mebibytes(link.rate),
+            ),
+        };
+        format!("after round {}: {text}", rounds.len())
+    }
+
+    /// Reads the memory of a guest that may go ahead of it into the store, and sends nothing: what hasn't changed when it stops needn't
+    /// be compressed and written while it stands still.
+    fn read_ahead(&mut self) -> Result<()> {
+        self.stage("read", false, |run| {
+            check(run.monitor.as_ref())?;
+            let name = run.name().layer("round-0")?;
+            let folder = run.me.0.host.scratch(run.name(), run.report.memory_bytes)?;
+            let guard = Scratch(folder.clone());
+            let written = match run.guest.scan(&folder) {
+                Ok(written) => written,
+                // The dump will have all of it.
+                Err(error) => {
+                    run.monitor.warn(&format!("its memory isn't read ahead: {error}"));
+                    return Ok(((), 0));
+                }
+            };
+            // It isn't what the destination may hold.
+            state::import(run.me.0.guests.store(), &folder, &name, run.previous, run.monitor.as_ref())?;
+            drop(guard);
+            run.report.memory_bytes = run.report.memory_bytes.max(written.memory_bytes);
+            Ok(((), 0))
+        })
     }
 
     fn round(&mut self) -> Result<()> {
@@ -238,10 +288,11 @@ impl Run<'_> {
         let predicted = self.predict();
         self.report.predicted = Some(predicted);
         self.report.link = Some(self.link());
-        let most = self.options.max_downtime.map(|most| most.as_secs_f64());
-        let is_too_long = most.is_some_and(|most| predicted.seconds > most);
+        let wish = self.wish();
+        let is_too_long = wish.max_downtime.is_some_and(|most| predicted.seconds > most);
         let sending = predicted.bytes as f64 / self.link().rate;
-        if self.options.post_copy && (is_too_long || (most.is_none() && sending > POST_COPY_SECONDS)) {
+        let is_much = wish.max_downtime.is_none() && sending > POST_COPY_SECONDS;
+        if self.options.post_copy && (is_too_long || is_much) {
             let saved = Downtime { seconds: predicted.seconds - sending, bytes: 0 };
             let text = format!("post-copy: {:.2} s less than with all memory sent first", sending);
             self.report.decisions.push(text);

@@ -9,7 +9,7 @@ use layerfs::error::ErrorClass;
 use layerfs::monitor::check;
 use layerfs::store::Expect;
 
-use super::super::plan::Downtime;
+use super::super::Downtime;
 use super::super::report::Stage;
 use super::super::{Ahead, HookPoint};
 use super::Run;
@@ -59,6 +59,9 @@ impl Run<'_> {
         self.stage("restore", true, |run| run.depart(Event::Staged).map(|()| ((), 0)))?;
         if let Some((at, said)) = self.talk.committed.take() {
             self.split_restore(at, said.took);
+            if said.fate == Fate::Restored && !said.text.is_empty() {
+                self.report.decisions.push(said.text.clone());
+            }
             if said.fate == Fate::Restored {
                 let seconds = at.duration_since(stopped).as_secs_f64();
                 self.report.downtime = Some(Downtime { seconds, bytes: self.report.bytes - bytes_before });

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::guest::fake::DISK_FILE;
-use crate::migrate::plan::DOWN_STAGES;
+use crate::migrate::learnt::DOWN_STAGES;
 use layerfs::error::ErrorClass;
 
 #[tokio::test(flavor = "multi_thread")]
