@@ -29,6 +29,7 @@ pub mod inode;
 pub mod manifest;
 pub mod monitor;
 pub mod mount;
+pub mod packets;
 pub mod patience;
 pub mod platform;
 pub mod readahead;

@@ -39,6 +39,7 @@ enum Kind {
     Layerfs,
     ByRing,
     ReadOnly,
+    Writeback,
 }
 
 impl Kind {
@@ -50,6 +51,7 @@ impl Kind {
             Kind::Layerfs => "layerfs",
             Kind::ByRing => "layerfs, by io_uring",
             Kind::ReadOnly => "layerfs, read-only",
+            Kind::Writeback => "layerfs, writeback",
         }
     }
 }
@@ -147,7 +149,7 @@ const ROWS: &[Row] = &[
         name: "first-write",
         unit: Unit::Seconds,
         lower: "large",
-        others: &[],
+        others: &[Kind::Writeback],
         goal: (0.01, 0.05),
         work: work::first_write,
     },
@@ -155,7 +157,7 @@ const ROWS: &[Row] = &[
         name: "sustained-random-write",
         unit: Unit::Rate,
         lower: "large",
-        others: &[],
+        others: &[Kind::Writeback],
         goal: (0.9, 0.5),
         work: work::sustained,
     },
@@ -373,6 +375,9 @@ impl<'a> Mounted<'a> {
             Kind::ReadOnly => {
                 bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--read-only"])?;
             }
+            Kind::Writeback => {
+                bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--writeback", "on"])?;
+            }
         }
         Ok(Mounted { bench, kind, dir, folder })
     }
@@ -384,7 +389,9 @@ impl Drop for Mounted<'_> {
         let ended = match self.kind {
             Kind::Ext4 => Ok(()),
             Kind::Overlay | Kind::FuseOverlayfs => output_of(Command::new("umount").arg(&self.dir)).map(drop),
-            Kind::Layerfs | Kind::ByRing => self.bench.host.ctl.ok(["umount", &dir, "--discard"]).map(drop),
+            Kind::Layerfs | Kind::ByRing | Kind::Writeback => {
+                self.bench.host.ctl.ok(["umount", &dir, "--discard"]).map(drop)
+            }
             Kind::ReadOnly => self.bench.host.ctl.ok(["umount", &dir]).map(drop),
         };
         if let Err(error) = ended.and_then(|()| Ok(fs::remove_dir_all(&self.folder)?)) {

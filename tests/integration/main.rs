@@ -12,6 +12,7 @@ mod faults;
 mod follow;
 mod fuzz;
 mod guests;
+mod hidden;
 mod judges;
 mod lazy;
 mod migrate;
@@ -52,6 +53,7 @@ fn main() -> std::process::ExitCode {
         faults::cases(),
         fuzz::cases(),
         guests::cases(),
+        hidden::cases(),
         drivers::cases(),
         migrate::cases(),
         moves::cases(),

@@ -23,7 +23,10 @@ const DIRECT_ALIGN: u64 = 4096;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("ranges::like_a_plain_file_under_kills_and_seals", &[Root, Fuse], random_changes),
+        Case::new("ranges::like_a_plain_file_under_kills_and_seals", &[Root, Fuse], || random_changes(&[])),
+        Case::new("ranges::like_a_plain_file_with_a_writeback_cache", &[Root, Fuse], || {
+            random_changes(&["--writeback", "on"])
+        }),
         Case::new("ranges::a_first_write_stores_little", &[Root, Fuse], first_write),
     ]
 }
@@ -78,7 +81,8 @@ impl Pair {
                     FallocateFlags::KEEP_SIZE,
                 ];
                 let mode = modes[self.random.below(modes.len() as u64) as usize];
-                fallocate(&self.ours, mode, offset, length)?;
+                fallocate(&self.ours, mode, offset, length)
+                    .with_context(|| format!("allocating {length} at {offset}, {mode:?}"))?;
                 fallocate(&self.plain, mode, offset, length)?;
             }
             9 => self.copy(offset, length)?,
@@ -107,7 +111,7 @@ impl Pair {
         for file in [&self.ours, &self.plain] {
             let (mut from, mut to, mut left) = (offset, to, length as usize);
             while left > 0 {
-                let count = copy_file_range(file, Some(&mut from), file, Some(&mut to), left)?;
+                let count = copy_file_range(file, Some(&mut from), file, Some(&mut to), left).context("copying")?;
                 ensure!(count > 0, "nothing was copied at {from}");
                 left -= count;
             }
@@ -131,7 +135,7 @@ impl Pair {
         let size = self.plain.metadata()?.len();
         let mut at = 0;
         while at < size {
-            let hole = seek(&self.ours, SeekFrom::Hole(at))?;
+            let hole = seek(&self.ours, SeekFrom::Hole(at)).context("seeking")?;
             let data = match seek(&self.ours, SeekFrom::Data(hole)) {
                 Ok(data) => data,
                 Err(rustix::io::Errno::NXIO) => size,
@@ -159,7 +163,7 @@ fn read(file: &File, buffer: &mut [u8], offset: u64) -> anyhow::Result<usize> {
 }
 
 /// A store with the layer `base`, which has one large file, and its plain twin.
-fn large() -> anyhow::Result<(Host, std::path::PathBuf, std::path::PathBuf)> {
+fn large(args: &[&str]) -> anyhow::Result<(Host, std::path::PathBuf, std::path::PathBuf)> {
     let host = Host::cold()?;
     let tree = host.new_folder("tree")?;
     let plain = tree.join("large");
@@ -168,12 +172,13 @@ fn large() -> anyhow::Result<(Host, std::path::PathBuf, std::path::PathBuf)> {
     fs::write(&plain, bytes)?;
     host.import(&tree, "base", &[])?;
     let mnt = host.new_folder("mnt")?;
-    host.ctl.ok(["mount", "base", mnt.to_str().context("a path of text")?])?;
+    let mount = ["mount", "base", mnt.to_str().context("a path of text")?];
+    host.ctl.ok([&mount[..], args].concat())?;
     Ok((host, mnt.join("large"), plain))
 }
 
-fn random_changes() -> anyhow::Result<()> {
-    let (host, ours, plain) = large()?;
+fn random_changes(args: &[&str]) -> anyhow::Result<()> {
+    let (host, ours, plain) = large(args)?;
     let mnt = ours.parent().context("the mount")?.to_owned();
     let read = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let operations = read("LAYERFS_RANGE_OPERATIONS").unwrap_or(OPERATIONS);
@@ -224,7 +229,7 @@ fn random_changes() -> anyhow::Result<()> {
 }
 
 fn first_write() -> anyhow::Result<()> {
-    let (host, ours, plain) = large()?;
+    let (host, ours, plain) = large(&[])?;
     let mnt = ours.parent().context("the mount")?.to_string_lossy().into_owned();
     for file in [&ours, &plain] {
         let file = OpenOptions::new().write(true).open(file)?;

@@ -122,6 +122,9 @@ keep the changes in the upper of this name; it is made if it does not exist
 .BI store= PATH
 the store's folder
 .TP
+.BI writeback= on|off
+whether large files of lower layers have the kernel's writeback cache, where that can be had; off if nothing is said
+.TP
 .B remount
 with
 .B ro

@@ -56,6 +56,9 @@ fn run(cli: Cli, output: Output) -> Result<u8> {
         Command::Completions(args) => generate::completions(args.shell, &mut std::io::stdout().lock())?,
         Command::GuestLaunch(_) => launch(output)?,
         Command::Generate(args) => commands::system::generate(args, output)?,
+        Command::Daemon(args) if matches!(args.action, Some(cli::system::DaemonAction::Hand)) => {
+            commands::system::hand()?;
+        }
         command => {
             let settings = config::Settings::find(cli.global.store.as_deref(), &config::Environment::current())?;
             return commands::run(command, settings, output);

@@ -26,7 +26,7 @@ const USAGE: &str = "usage: mount.layerfs NAME DIR [-fnsv] [-o ro,upper=UPPER,st
     mount(8) calls this for `mount -t layerfs NAME DIR -o …` and for lines of fstab; see mount.layerfs(8)";
 
 /// Options with a meaning here, besides the generic ones below.
-const OURS: &str = "ro, rw, upper=UPPER, store=PATH, transport=auto|uring|read, remount";
+const OURS: &str = "ro, rw, upper=UPPER, store=PATH, transport=auto|uring|read, writeback=on|off, remount";
 
 /// Options that are for mount(8), systemd or other readers of fstab.
 const FOR_OTHERS: &[&str] = &[
@@ -85,6 +85,7 @@ struct Wish {
     is_remount: bool,
     upper: Option<String>,
     transport: Transport,
+    writeback: bool,
     store: Option<PathBuf>,
     flags: MountFlags,
     is_fake: bool,
@@ -157,6 +158,7 @@ fn parse(args: &[OsString]) -> Result<Wish> {
         is_remount: false,
         upper: None,
         transport: Transport::Read,
+        writeback: false,
         store: None,
         flags: MountFlags::empty(),
         is_fake,
@@ -177,6 +179,8 @@ fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
         ("ro", "") => wish.read_only = true,
         ("rw", "") => wish.read_only = false,
         ("remount", "") => wish.is_remount = true,
+        ("writeback", "on") => wish.writeback = true,
+        ("writeback", "off") => wish.writeback = false,
         ("transport", "auto") => wish.transport = Transport::Auto,
         ("transport", "uring") => wish.transport = Transport::Uring,
         ("transport", "read") => wish.transport = Transport::Read,
@@ -203,6 +207,7 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
         read_only: wish.read_only && wish.upper.is_none(),
         upper: wish.upper.clone(),
         transport: wish.transport,
+        writeback: wish.writeback,
     };
     let info: MountInfo = client.call("mount", &request).map_err(|failure| {
         if failure.class == Class::NotFound && wish.name.starts_with('/') {

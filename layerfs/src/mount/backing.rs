@@ -38,6 +38,14 @@ impl Backings for Device {
         if self.is_refused.load(Ordering::Relaxed) {
             return Err(std::io::ErrorKind::PermissionDenied.into());
         }
+        self.open_named(file).inspect_err(|error| {
+            if !self.is_refused.swap(true, Ordering::Relaxed) {
+                tracing::info!(%error, "files are not passed through; they are read and written by way of the daemon");
+            }
+        })
+    }
+
+    fn open_named(&self, file: &File) -> std::io::Result<Backing> {
         let map = BackingMap { descriptor: file.as_raw_fd(), flags: 0, padding: 0 };
         // SAFETY: the request reads its argument, which is as long as it says.
         #[allow(unsafe_code)]
@@ -45,11 +53,7 @@ impl Backings for Device {
         if number > 0 {
             return Ok(Backing(number as u32));
         }
-        let error = std::io::Error::last_os_error();
-        if !self.is_refused.swap(true, Ordering::Relaxed) {
-            tracing::info!(%error, "files are not passed through; they are read and written by way of the daemon");
-        }
-        Err(error)
+        Err(std::io::Error::last_os_error())
     }
 
     fn close(&self, backing: Backing) {

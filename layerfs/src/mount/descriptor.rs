@@ -60,6 +60,11 @@ pub(super) fn replace(session: BorrowedFd<'_>, greeted: OwnedFd, device: &OwnedF
     if result < 0 {
         return Err(std::io::Error::last_os_error());
     }
+    resend(device)
+}
+
+/// Has the kernel send again what wasn't answered.
+pub(super) fn resend(device: &OwnedFd) -> std::io::Result<()> {
     let notification = [16u32.to_ne_bytes(), NOTIFY_RESEND.to_ne_bytes(), [0; 4], [0; 4]].concat();
     match rustix::io::write(device.as_fd(), &notification) {
         Ok(_) => Ok(()),

@@ -11,8 +11,9 @@ use std::sync::{Arc, OnceLock};
 use super::caller::Caller;
 use super::descriptor;
 use super::errno::{Errno, FsResult, fail};
-use super::fs::{FolderHandle, Fs, Stat};
+use super::fs::{FolderHandle, Fs, SetAttr, Stat};
 use super::fuse::{FuseOptions, Kernel};
+use super::hidden::hand::Order;
 use crate::id::Ino;
 use crate::patience;
 use crate::upper::opens::Backing;
@@ -26,6 +27,9 @@ const OPEN_FLAGS: u32 = KEEP_CACHE | NOFLUSH;
 /// Of a file that is passed through nothing is cached here.
 const PASSED_FLAGS: u32 = NOFLUSH;
 const FOLDER_FLAGS: u32 = KEEP_CACHE | CACHE_DIR;
+
+/// Permission bits that a write clears.
+const PRIVILEGED: u16 = (libc::S_ISUID | libc::S_ISGID) as u16;
 
 /// Who asks, and the request's number; of one that is sent for the second time with the bit for that.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +52,11 @@ impl Opened {
     fn file(backing: Option<Backing>) -> Opened {
         let flags = if backing.is_some() { PASSED_FLAGS } else { OPEN_FLAGS };
         Opened { handle: 0, flags, backing }
+    }
+
+    /// Closing a file that the kernel has bytes of tells whether they could be written.
+    fn telling(self, tells: bool) -> Opened {
+        Opened { flags: if tells { self.flags & !NOFLUSH } else { self.flags }, ..self }
     }
 }
 
@@ -139,6 +148,7 @@ impl Front {
     }
 
     pub fn setxattr(&self, asked: Asked, ino: Ino, name: &[u8], value: &[u8], flags: i32) -> FsResult<()> {
+        self.fs.let_time_pass(ino);
         self.do_once(asked, || self.fs.setxattr(ino, name, value, flags, asked.caller))
     }
 
@@ -151,7 +161,10 @@ impl Front {
         if !self.fs.is_writable() {
             return fail(libc::ENOSYS);
         }
-        let backing = self.fs.open(ino, flags, asked.caller)?;
+        if flags & libc::O_TRUNC != 0 {
+            self.setattr(asked, ino, SetAttr { size: Some(0), ..SetAttr::default() })?;
+        }
+        let backing = self.fs.open(ino, flags & !libc::O_TRUNC, asked.caller)?;
         // What is stored through a mapping changes times without the kernel's knowledge: what it knows of them must not hold for ever.
         if backing.is_some()
             && flags & libc::O_ACCMODE == libc::O_RDWR
@@ -159,7 +172,32 @@ impl Front {
         {
             kernel.attributes_changed(ino);
         }
-        Ok(Opened::file(backing))
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        Ok(Opened::file(backing).telling(writes && self.fs.is_hidden(ino)))
+    }
+
+    /// Changes attributes.
+    pub fn setattr(&self, asked: Asked, ino: Ino, set: SetAttr) -> FsResult<Stat> {
+        let _turn = set.size.map(|size| self.fs.truncate_hidden(ino, size)).transpose()?;
+        if set.mtime.is_some() || set.permissions.is_some_and(|bits| bits & PRIVILEGED != 0) {
+            self.fs.let_time_pass(ino);
+        }
+        self.fs.setattr(ino, set, asked.caller)
+    }
+
+    /// A descriptor of a file that the kernel may have bytes of is closed.
+    pub fn flush(&self, ino: Ino) -> FsResult<()> {
+        self.fs.order_hidden(ino, Order::Flush).unwrap_or(Ok(()))
+    }
+
+    /// Makes a file's data durable: what goes by the hidden mount comes back here from there.
+    pub fn fsync(&self, ino: Ino) -> FsResult<()> {
+        self.fs.order_hidden(ino, Order::Sync).unwrap_or_else(|| self.fs.fsync(ino))
+    }
+
+    pub fn allocate(&self, ino: Ino, mode: i32, offset: u64, bytes: u64) -> FsResult<()> {
+        let ordered = self.fs.order_hidden(ino, Order::Allocate { mode, offset, bytes });
+        ordered.unwrap_or_else(|| self.fs.allocate(ino, mode, offset, bytes))
     }
 
     pub fn create(
@@ -238,6 +276,8 @@ impl Front {
     }
 
     pub fn seek(&self, ino: Ino, offset: i64, whence: i32) -> FsResult<u64> {
+        // What the kernel has is no hole any more.
+        self.fs.order_hidden(ino, Order::WriteBack).transpose()?;
         match (u64::try_from(offset), whence) {
             (Err(_), _) => fail(libc::ENXIO),
             (Ok(offset), libc::SEEK_DATA) => self.fs.seek(ino, offset, true),
@@ -247,6 +287,10 @@ impl Front {
     }
 
     pub fn copy_range(&self, from: (Ino, u64), to: (Ino, u64), bytes: u64) -> FsResult<u64> {
+        if self.fs.is_hidden(from.0) || self.fs.is_hidden(to.0) {
+            // The kernel has bytes of it: it copies them itself then.
+            return fail(libc::EXDEV);
+        }
         // The answer has 32 bits.
         self.fs.copy_range(from, to, bytes.min(1 << 30))
     }

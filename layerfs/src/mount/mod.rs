@@ -15,6 +15,7 @@ pub mod errno;
 mod front;
 pub mod fs;
 mod fuse;
+mod hidden;
 mod leader;
 mod point;
 pub mod registry;
@@ -23,7 +24,7 @@ mod uring;
 pub mod watch;
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,6 +32,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
+pub use hidden::hand;
 pub use point::unescape;
 pub use registry::MountRecord;
 
@@ -47,6 +49,7 @@ use crate::view::View;
 use backing::Device;
 use fs::Fs;
 use fuse::{FuseOptions, Kernel, Session};
+use hidden::Hidden;
 
 /// Which upper a mount gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,11 +88,20 @@ pub struct MountOptions {
     pub threads: usize,
     /// How requests come.
     pub transport: Transport,
+    /// Whether the kernel may keep what is written to large files of lower layers until it writes back: by a hidden mount, where one
+    /// can be had.
+    pub writeback: bool,
 }
 
 impl Default for MountOptions {
     fn default() -> MountOptions {
-        MountOptions { upper: UpperChoice::Fresh, allow_other: None, threads: 0, transport: Transport::Read }
+        MountOptions {
+            upper: UpperChoice::Fresh,
+            allow_other: None,
+            threads: 0,
+            transport: Transport::Read,
+            writeback: false,
+        }
     }
 }
 
@@ -112,6 +124,8 @@ pub struct MountInfo {
     pub record: MountRecord,
     /// How requests come: never [`Transport::Auto`].
     pub serves_by: Transport,
+    /// Whether large files of lower layers have the kernel's writeback cache.
+    pub has_writeback: bool,
     /// The layer below the upper, now.
     pub base: Option<LayerId>,
     /// The upper's record.
@@ -130,7 +144,7 @@ pub struct Mount {
     record: MountRecord,
     kernel: Kernel,
     /// What connects it to the kernel, for whoever keeps it beyond this process's end.
-    descriptors: Vec<OwnedFd>,
+    descriptors: Mutex<Vec<OwnedFd>>,
     serves_by: Transport,
     device: Option<u64>,
     started: Instant,
@@ -187,7 +201,7 @@ pub fn restore(
     let mut restored = Vec::new();
     for record in registry::list(store.db())? {
         let mount = match kept.remove(&record.dir) {
-            Some(descriptors) => Mount::resume(store, &record, &descriptors),
+            Some(descriptors) => Mount::resume(store, &record, descriptors),
             None => Mount::start_again(store, &record),
         };
         restored.push((record, mount));
@@ -235,12 +249,15 @@ impl Mount {
     pub fn start_again(store: &Arc<Store>, record: &MountRecord) -> Result<Arc<Mount>> {
         let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
         let (allow_other, threads) = (Some(record.allow_other), record.threads.into());
-        let options = MountOptions { upper, allow_other, threads, transport: record.transport };
+        let (transport, writeback) = (record.transport, record.writeback);
+        let options = MountOptions { upper, allow_other, threads, transport, writeback };
         Mount::start(store, record.layer, &record.source, &record.dir, &options)
     }
 
     /// Goes on with the mount of `record`, whose daemon died and left `kept`.
-    fn resume(store: &Arc<Store>, record: &MountRecord, kept: &[OwnedFd]) -> Result<Arc<Mount>> {
+    fn resume(store: &Arc<Store>, record: &MountRecord, mut kept: Vec<OwnedFd>) -> Result<Arc<Mount>> {
+        // The last two are the hidden mount's, if there are so many.
+        let hidden = if kept.len() > 2 { kept.split_off(kept.len() - 2) } else { Vec::new() };
         let pin = record.layer.map(|layer| store.pin(layer)).transpose()?;
         let (view, upper) = match record.upper {
             Some(id) => {
@@ -250,7 +267,11 @@ impl Mount {
             None => (open_view(store, record.layer)?, None),
         };
         let fs = Arc::new(Fs::resumed(view, upper));
-        let session = Session::resume(fs.clone(), &fuse_options(store, record), kept)?;
+        let session = Session::resume(fs.clone(), &fuse_options(store, record), &kept)?;
+        if let Ok([device, root]) = <[OwnedFd; 2]>::try_from(hidden) {
+            let failed = |e| Error::io("going on with a hidden mount", e);
+            fs.hide_behind(Hidden::resumed(device, root).map_err(failed)?);
+        }
         let mount = Mount::run(store, fs, session, record.clone())?;
         *mount.pin.lock() = pin;
         Ok(mount)
@@ -267,9 +288,16 @@ impl Mount {
         let allow_other = options.allow_other.unwrap_or(rustix::process::geteuid().is_root());
         let upper = fs.upper().map(Upper::id);
         let layer = if upper.is_none() { fs.view().top() } else { None };
-        let (threads, transport) = (threads as u16, options.transport);
-        let record = MountRecord { dir, source: source.to_owned(), layer, upper, allow_other, threads, transport };
+        let (threads, transport, writeback) = (threads as u16, options.transport, options.writeback);
+        let source = source.to_owned();
+        let record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback };
         let session = Session::mount(fs.clone(), &fuse_options(store, &record))?;
+        if writeback && can_pass_through(&fs) {
+            match Hidden::new() {
+                Ok(hidden) => fs.hide_behind(hidden),
+                Err(error) => tracing::info!(%error, "large files of lower layers are written to without a cache"),
+            }
+        }
         let mount = Mount::run(store, fs, session, record)?;
         if let Err(error) = registry::put(store.db(), &mount.record) {
             mount.unmount(&UnmountOptions { lazy: true, ..Default::default() })?;
@@ -280,9 +308,15 @@ impl Mount {
 
     /// Serves `session` until it ends.
     fn run(store: &Arc<Store>, fs: Arc<Fs>, session: Session, record: MountRecord) -> Result<Arc<Mount>> {
-        let (kernel, descriptors, serves_by) = (session.kernel(), session.descriptors()?, session.transport());
-        if fs.is_writable() && rustix::process::geteuid().is_root() && Hold::is_possible() {
+        let (kernel, mut descriptors, serves_by) = (session.kernel(), session.descriptors()?, session.transport());
+        if can_pass_through(&fs) {
             fs.pass_through(Box::new(Device::new(session.device()?)));
+        }
+        if let Some(hidden) = fs.hidden() {
+            let failed = |e| Error::io("serving a hidden mount", e);
+            descriptors.extend(hidden.descriptors().map_err(failed)?);
+            let threads = usize::from(record.threads).clamp(2, 4);
+            fs.find_hidden(|| hidden.start(&fs, threads)).map_err(failed)?;
         }
         fs.give_ahead(Box::new(kernel.clone()));
         let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
@@ -304,7 +338,7 @@ impl Mount {
             store: store.clone(),
             record,
             kernel,
-            descriptors,
+            descriptors: Mutex::new(descriptors),
             serves_by,
             device,
             started: Instant::now(),
@@ -320,8 +354,13 @@ impl Mount {
 
     /// The connection to the kernel, and with io_uring the memory that requests are in: while copies of them are open the
     /// mount is there, whatever becomes of this process, and [`restore`] goes on with them.
-    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        self.descriptors.iter().map(AsFd::as_fd).collect()
+    /// None once it has ended.
+    ///
+    /// # Errors
+    /// Those of duplicating descriptors.
+    pub fn descriptors(&self) -> Result<Vec<OwnedFd>> {
+        let copies: std::io::Result<Vec<_>> = self.descriptors.lock().iter().map(OwnedFd::try_clone).collect();
+        copies.map_err(|e| Error::io("duplicating a descriptor", e))
     }
 
     /// Its record.
@@ -354,6 +393,7 @@ impl Mount {
         Some(MountInfo {
             record: self.record.clone(),
             serves_by: self.serves_by,
+            has_writeback: fs.hidden().is_some_and(|hidden| hidden.is_of_use()),
             base: fs.view().top(),
             upper_record: fs.upper().map(Upper::record),
             upper_size,
@@ -372,6 +412,7 @@ impl Mount {
             // All at once, without waiting (the kernel doesn't wait for FUSE here), then each.
             point::sync(&self.record.dir, self.device);
             fs.mappable().into_iter().for_each(|ino| self.kernel.fetch_written(ino));
+            fs.write_back_hidden();
         }
         let report = seal::seal(&self.store, &fs, options, monitor)?;
         if let Some(recorder) = fs.recorder()
@@ -502,17 +543,29 @@ impl Mount {
             tracing::error!(dir = %self.record.dir.display(), %error, "cannot clean up after a mount");
         }
         *self.pin.lock() = None;
+        self.descriptors.lock().clear();
         self.turn(Phase::Ended);
     }
 
     fn clean_up(&self, options: UnmountOptions) -> Result<()> {
         let Some(fs) = self.fs.lock().take() else { return Ok(()) };
         fs.stop_giving();
+        let hidden = fs.hidden().cloned();
+        if let Some(hidden) = &hidden {
+            fs.write_back_hidden();
+            fs.close_backings();
+            hidden.end();
+        }
         save_trace(&self.store, &fs);
         fs.drop_orphans();
         fs.save()?;
         let upper = fs.upper().map(Upper::record);
         let is_clean = seal::is_clean(&fs);
+        // Who lets a hidden file go has it for a moment; who mounts the upper next wants it alone.
+        let begun = Instant::now();
+        while hidden.is_some() && Arc::strong_count(&fs) > 1 && begun.elapsed() < COPIED_WAIT {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if let Some(upper) = fs.upper() {
             upper.sync()?;
         }
@@ -542,6 +595,11 @@ fn save_trace(store: &Store, fs: &Fs) {
 
 /// Readers of a partial layer wait for another host, and others must get through meanwhile.
 const PARTIAL_THREADS: usize = 16;
+
+/// Whether the kernel may read and write files of `fs` past us, and a seal can hold their writers.
+fn can_pass_through(fs: &Fs) -> bool {
+    fs.is_writable() && rustix::process::geteuid().is_root() && Hold::is_possible()
+}
 
 fn default_threads(store: &Store, fs: &Fs) -> Result<usize> {
     let is_partial = match fs.view().top() {

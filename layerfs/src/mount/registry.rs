@@ -31,7 +31,12 @@ pub struct MountRecord {
     pub threads: u16,
     /// How requests shall come.
     pub transport: Transport,
+    /// Whether large files of lower layers shall have the kernel's writeback cache.
+    pub writeback: bool,
 }
+
+/// Beside how requests shall come: the writeback cache.
+const WRITEBACK: u8 = 1 << 7;
 
 impl MountRecord {
     fn encode(&self) -> Vec<u8> {
@@ -43,11 +48,12 @@ impl MountRecord {
         out.put_u64(self.upper.map_or(0, |upper| upper.0));
         out.put_u8(u8::from(self.allow_other));
         out.put_u16(self.threads);
-        out.put_u8(match self.transport {
+        let transport = match self.transport {
             Transport::Auto => 0,
             Transport::Uring => 1,
             Transport::Read => 2,
-        });
+        };
+        out.put_u8(transport | if self.writeback { WRITEBACK } else { 0 });
         out
     }
 
@@ -62,14 +68,16 @@ impl MountRecord {
         let layer = Some(LayerId(reader.id()?)).filter(|_| has_layer);
         let upper = Some(UpperId(reader.u64()?)).filter(|upper| upper.0 != 0);
         let (allow_other, threads) = (reader.u8()? != 0, reader.u16()?);
-        let transport = match reader.u8()? {
+        let manner = reader.u8()?;
+        let writeback = manner & WRITEBACK != 0;
+        let transport = match manner & !WRITEBACK {
             1 => Transport::Uring,
             2 => Transport::Read,
             _ => Transport::Auto,
         };
         reader.finish()?;
         let dir = PathBuf::from(OsStr::from_bytes(dir));
-        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport })
+        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback })
     }
 }
 
@@ -112,8 +120,10 @@ mod tests {
             allow_other: true,
             threads: 4,
             transport: Transport::Uring,
+            writeback: true,
         };
-        let bare = MountRecord { layer: None, upper: None, transport: Transport::Read, ..record.clone() };
+        let transport = Transport::Read;
+        let bare = MountRecord { layer: None, upper: None, transport, writeback: false, ..record.clone() };
         for record in [record, bare] {
             let dir = record.dir.as_os_str().as_bytes().to_vec();
             assert_eq!(MountRecord::decode(&dir, &record.encode()).unwrap(), record);
@@ -125,8 +135,9 @@ mod tests {
         let layer = Some(LayerId(ChunkId([0xee; 32])));
         let (dir, source) = (PathBuf::from("/mnt"), "x".to_owned());
         let (upper, transport) = (Some(UpperId(9)), Transport::Uring);
-        let record = MountRecord { dir, source, layer, upper, allow_other: true, threads: 4, transport };
+        let (allow_other, threads, writeback) = (true, 4, true);
+        let record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback };
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        assert_eq!(hex, format!("01010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "0001"));
+        assert_eq!(hex, format!("01010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "0081"));
     }
 }

@@ -63,6 +63,7 @@ fn is_refused(front: &Front, request: &Request<'_>) -> bool {
             | Operation::Readdirplus
             | Operation::Fsync
             | Operation::Fsyncdir
+            | Operation::Flush
             | Operation::Release
             | Operation::Releasedir
     );
@@ -75,7 +76,7 @@ pub(super) fn answer(front: &Front, request: &Request<'_>, answer: &mut Answer<'
     let has_room = match request.operation {
         Operation::Lookup => answer.entry(&fs.lookup(ino, request.name()?.0)?.unwrap_or_else(no_entry)),
         Operation::Getattr => answer.attr(&fs.getattr(ino)?),
-        Operation::Setattr => answer.attr(&fs.setattr(ino, set_attr(request), asked.caller)?),
+        Operation::Setattr => answer.attr(&front.setattr(asked, ino, set_attr(request))?),
         Operation::Readlink => answer.put(&fs.readlink(ino)?),
         Operation::Symlink => {
             let (name, target) = request.names()?;
@@ -118,10 +119,12 @@ pub(super) fn answer(front: &Front, request: &Request<'_>, answer: &mut Answer<'
             fs.release_folder(FolderHandle(request.long(0)));
             true
         }
-        Operation::Fsync | Operation::Fsyncdir => fs.fsync(ino).map(|()| true)?,
+        Operation::Fsync => front.fsync(ino).map(|()| true)?,
+        Operation::Fsyncdir => fs.fsync(ino).map(|()| true)?,
+        Operation::Flush => front.flush(ino).map(|()| true)?,
         Operation::Fallocate => {
             let (offset, bytes, mode) = (request.long(8), request.long(16), request.word(24) as i32);
-            fs.allocate(ino, mode, offset, bytes).map(|()| true)?
+            front.allocate(ino, mode, offset, bytes).map(|()| true)?
         }
         Operation::Destroy => true,
         // Not to be told again: whether a signal ends who asked is found out otherwise.

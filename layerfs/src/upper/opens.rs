@@ -45,6 +45,8 @@ pub struct OpenRecord {
     pub is_mapped: bool,
     /// Whether a descriptor could read since it was first opened.
     pub is_readable: bool,
+    /// The file of the hidden mount that it is passed through to; 0 if it is its own data file.
+    pub node: u32,
 }
 
 impl OpenRecord {
@@ -52,12 +54,12 @@ impl OpenRecord {
     pub fn none(ino: Ino) -> OpenRecord {
         let (count, writers, mappers) = (0, 0, 0);
         let (is_passed, is_mapped, is_readable) = (false, false, false);
-        OpenRecord { ino, backing: None, count, writers, mappers, is_passed, is_mapped, is_readable }
+        OpenRecord { ino, backing: None, count, writers, mappers, is_passed, is_mapped, is_readable, node: 0 }
     }
 
-    /// Whether somebody may write to it without our hearing of it.
+    /// Whether somebody may write to its data file without our hearing of it.
     pub fn is_written_past_us(&self) -> bool {
-        self.is_passed && (self.writers > 0 || self.is_mapped)
+        self.is_passed && self.node == 0 && (self.writers > 0 || self.is_mapped)
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -69,7 +71,7 @@ impl OpenRecord {
         out.put_u32(self.writers);
         out.put_u32(self.mappers);
         out.put_u32(flag(self.is_passed, PASSED) | flag(self.is_mapped, MAPPED) | flag(self.is_readable, READABLE));
-        out.put_u32(0);
+        out.put_u32(self.node);
         out
     }
 
@@ -80,7 +82,8 @@ impl OpenRecord {
         let (count, writers, mappers) = (reader.u32()?, reader.u32()?, reader.u32()?);
         let flags = reader.u32()?;
         let (is_passed, is_mapped, is_readable) = (flags & PASSED != 0, flags & MAPPED != 0, flags & READABLE != 0);
-        let record = OpenRecord { ino, backing, count, writers, mappers, is_passed, is_mapped, is_readable };
+        let node = reader.u32()?;
+        let record = OpenRecord { ino, backing, count, writers, mappers, is_passed, is_mapped, is_readable, node };
         Ok(Some(record).filter(|record| record.ino.0 != 0))
     }
 }
@@ -202,10 +205,11 @@ mod tests {
             is_passed: true,
             is_mapped: false,
             is_readable: true,
+            node: 6,
             ..OpenRecord::none(Ino(1))
         };
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        assert_eq!(hex, "01000000000000000200000003000000040000000500000005000000".to_owned() + "00000000");
+        assert_eq!(hex, "01000000000000000200000003000000040000000500000005000000".to_owned() + "06000000");
         assert_eq!(OpenRecord::decode(&record.encode()).unwrap(), Some(record));
     }
 }

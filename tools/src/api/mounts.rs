@@ -26,6 +26,9 @@ pub struct MountRequest {
     /// How requests shall come: `auto`, `uring`, `read`.
     #[serde(default)]
     pub transport: Transport,
+    /// Large files of lower layers shall have the kernel's writeback cache, where that can be had.
+    #[serde(default)]
+    pub writeback: bool,
 }
 
 /// A mount.
@@ -48,6 +51,9 @@ pub struct MountInfo {
     /// How requests come: `uring` or `read`.
     #[serde(default)]
     pub transport: Transport,
+    /// Whether large files of lower layers have the kernel's writeback cache.
+    #[serde(default)]
+    pub writeback: bool,
     /// If data of its layers is still on its way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial: Option<PartialInfo>,

@@ -57,6 +57,9 @@ pub enum DaemonAction {
     /// Hold the descriptors of mounts, and start a daemon when there is none
     #[command(hide = true)]
     Keep,
+    /// Ask a hidden mount what the daemon may not ask itself
+    #[command(hide = true)]
+    Hand,
     /// Finish or cancel the work, unmount, exit
     #[command(
         after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work and detaches busy mounts"

@@ -19,7 +19,9 @@ const FUSE_MAGIC: rustix::fs::FsWord = 0x6573_5546;
 /// `layerctl mount`.
 pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
     let (dir, transport) = (real(&args.dir)?, args.transport.into());
-    let request = MountRequest { layer: args.layer, dir, read_only: args.read_only, upper: args.upper, transport };
+    let writeback = args.writeback == args::Switch::On;
+    let args::Mount { layer, read_only, upper, .. } = args;
+    let request = MountRequest { layer, dir, read_only, upper, transport, writeback };
     let info: MountInfo = session.call("mount", &request)?;
     warn_if_invisible(session, &info.dir);
     let paint = session.output.paint();

@@ -4,7 +4,7 @@ use super::Session;
 use crate::api::{Empty, Status};
 use crate::autostart;
 use crate::cli::system as args;
-use crate::failure::{Class, Result};
+use crate::failure::{Class, Failure, Result};
 use crate::output::{Output, Paint, facts};
 use crate::{client, generate as generator, units};
 
@@ -15,9 +15,17 @@ pub fn daemon(session: &Session, args: args::Daemon) -> Result<u8> {
         args::DaemonAction::Status => status(session),
         args::DaemonAction::Restart { force } => restart(session, force).map(|()| 0),
         args::DaemonAction::Keep => crate::keeper::run(&session.settings.store).map(|()| 0),
+        args::DaemonAction::Hand => hand().map(|()| 0),
         args::DaemonAction::LogFilter { filter } => super::activity::log_filter(session, filter).map(|()| 0),
         args::DaemonAction::Stop { force } => stop(session, force).map(|()| 0),
     }
+}
+
+/// Does what the daemon at the other end of the standard input says.
+pub fn hand() -> Result<()> {
+    let failed = |e| Failure::from(layerfs::Error::io("obeying the daemon", e));
+    let socket = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned().map_err(failed)?;
+    layerfs::mount::hand::run(socket).map_err(failed)
 }
 
 fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {

@@ -8,9 +8,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use layerfs::packets::{receive, send};
 use parking_lot::Mutex;
 
-use super::{Bytes, Message, PROTOCOL, Restart, connect, receive, send};
+use super::{Bytes, Message, PROTOCOL, Restart, connect};
 use crate::cli::system::DaemonStart;
 use crate::config::Settings;
 use crate::failure::{Failure, Result};

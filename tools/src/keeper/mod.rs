@@ -10,17 +10,12 @@ mod process;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg, socket_with,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde::{Deserialize, Serialize};
 
 pub use client::{Keeping, KeptId, Left};
@@ -31,9 +26,6 @@ use crate::failure::{Failure, Result};
 
 /// The version of what daemon and keeper say to each other.
 const PROTOCOL: u32 = 1;
-const MAX_MESSAGE: usize = 64 * 1024;
-/// How many descriptors a mount has at most.
-const MAX_DESCRIPTORS: usize = 4;
 
 /// What they say. Each is one packet of JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -113,35 +105,6 @@ fn packet_socket() -> std::io::Result<OwnedFd> {
 
 fn address(path: &Path) -> Result<SocketAddrUnix> {
     SocketAddrUnix::new(path).map_err(|e| Failure::file("use as a socket", path, std::io::Error::from(e)))
-}
-
-/// Sends `message`, with the descriptors that belong to it.
-fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>]) -> std::io::Result<()> {
-    let packet = serde_json::to_vec(message)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
-        return Err(std::io::ErrorKind::InvalidInput.into());
-    }
-    sendmsg(socket, &[IoSlice::new(&packet)], &mut ancillary, SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
-/// The next message; none at the end.
-fn receive(socket: BorrowedFd<'_>) -> std::io::Result<Option<(Message, Vec<OwnedFd>)>> {
-    let mut packet = vec![0; MAX_MESSAGE];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let got = recvmsg(socket, &mut [IoSliceMut::new(&mut packet)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    let descriptors = ancillary.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-        _ => None,
-    });
-    let descriptors = descriptors.flatten().collect();
-    if got.bytes == 0 {
-        return Ok(None);
-    }
-    Ok(Some((serde_json::from_slice(&packet[..got.bytes])?, descriptors)))
 }
 
 /// Connects to the keeper of `store`, if one runs.

@@ -7,9 +7,10 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+use layerfs::packets::{receive, send};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Bytes, Message, PROTOCOL, Restart, listen, receive, send};
+use super::{Bytes, Message, PROTOCOL, Restart, listen};
 use crate::daemon::life;
 use crate::failure::Result;
 

@@ -129,11 +129,8 @@ pub(super) fn clear_privileges(inode: &mut UpperInode, and_bits: impl FnOnce() -
     let had_capability = xattrs::take(&mut inode.inode.xattrs, xattrs::CAPABILITY);
     let permissions = &mut inode.inode.attrs.permissions;
     let before = *permissions;
-    if (before & SUID != 0 || has_effective_sgid(before)) && and_bits() {
-        *permissions &= !SUID;
-        if has_effective_sgid(before) {
-            *permissions &= !SGID;
-        }
+    if unprivileged(before) != before && and_bits() {
+        *permissions = unprivileged(before);
     }
     had_capability || *permissions != before
 }
@@ -151,6 +148,11 @@ pub(super) fn clear_foreign_sgid(inode: &mut UpperInode, caller: Caller) -> bool
 /// Whether a write may take something from its mode.
 pub(super) fn may_lose_bits(inode: &UpperInode) -> bool {
     inode.inode.attrs.permissions & SGID != 0 || is_privileged(inode)
+}
+
+/// The bits `permissions` without those that are cleared when a file is written to.
+pub(super) fn unprivileged(permissions: u16) -> u16 {
+    permissions & !SUID & if has_effective_sgid(permissions) { !SGID } else { !0 }
 }
 
 /// Whether the file runs with other rights than its caller's.

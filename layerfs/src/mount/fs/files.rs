@@ -96,7 +96,10 @@ impl Fs {
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.writable_upper()?;
         }
-        Ok(self.opened(ino, flags))
+        let prepared = self.prepare(ino, flags)?;
+        let backing = self.opened_as(ino, flags, &prepared);
+        self.not_used(ino, &prepared);
+        Ok(backing)
     }
 
     /// Up to `buffer.len()` bytes of `ino` at `offset`; fewer at its end only.

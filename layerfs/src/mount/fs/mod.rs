@@ -9,6 +9,7 @@
 //! - An inode without a name lives on in the upper until it is forgotten.
 
 mod attrs;
+mod behind;
 mod edit;
 mod files;
 mod folders;
@@ -40,6 +41,7 @@ pub use ranges::ChangedFile;
 pub use sealing::{Frozen, FrozenState, HeldFile, Sealing};
 
 use super::errno::{Errno, FsResult, fail};
+use super::hidden::Hidden;
 use super::watch::{Activity, Op, Running, Seen, Watch, shown};
 use crate::attr::{Attrs, FileKind, MAX_NAME, is_valid_name};
 use crate::id::Ino;
@@ -106,6 +108,8 @@ pub struct Fs {
     orphans: orphans::Orphans,
     /// Set if files can be passed through.
     backings: OnceLock<Box<dyn Backings>>,
+    /// Set if large files of lower layers can be passed through too.
+    hidden: OnceLock<Arc<Hidden>>,
     /// Files that have had no name yet, and may get one.
     unnamed: Mutex<HashSet<Ino>>,
     /// Held by a seal from its begin to its end.
@@ -167,6 +171,7 @@ impl Fs {
             giving: giving::Giving::default(),
             orphans: orphans::Orphans::default(),
             backings: OnceLock::new(),
+            hidden: OnceLock::new(),
             unnamed: Mutex::default(),
             sealing: Mutex::new(()),
             changed: Mutex::new(None),
@@ -331,6 +336,9 @@ impl Fs {
 
     /// An inode is gone for good.
     fn removed(&self, upper: &Upper, ino: Ino) {
+        if let Some(hidden) = self.hidden.get() {
+            hidden.removed(ino);
+        }
         upper.data().remove(ino);
         self.parents.write().remove(&ino);
         self.unnamed.lock().remove(&ino);
@@ -348,7 +356,7 @@ impl Fs {
             let size = if found.kind == FileKind::Folder { FOLDER_BYTES } else { found.size };
             let (kind, nlink, attrs, rdev) = (found.kind, found.nlink, found.attrs, found.rdev);
             let blocks = found.data_bytes.div_ceil(512);
-            return Ok(Stat { ino, kind, nlink, attrs, size, blocks, rdev, may_change: false });
+            return Ok(self.as_it_is(Stat { ino, kind, nlink, attrs, size, blocks, rdev, may_change: false }));
         };
         self.stat_upper(inode)
     }
@@ -372,7 +380,7 @@ impl Fs {
         let kind = inode.inode.kind();
         let size = if kind == FileKind::Folder { FOLDER_BYTES } else { inode.size() };
         let (nlink, attrs, rdev) = (inode.inode.nlink, inode.inode.attrs.clone(), inode.inode.rdev());
-        Ok(Stat { ino, kind, nlink, attrs, size, blocks, rdev, may_change })
+        Ok(self.as_it_is(Stat { ino, kind, nlink, attrs, size, blocks, rdev, may_change }))
     }
 
     /// The target of symbolic link `ino`.

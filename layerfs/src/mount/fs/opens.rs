@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use super::super::errno::FsResult;
 use super::attrs::{clear_privileges, is_privileged, may_lose_bits};
+use super::behind::Prepared;
 use super::late::{Doubts, Queue};
 use super::{Fs, SHARDS, State};
 use crate::attr::Time;
@@ -40,14 +41,22 @@ pub trait Backings: Send + Sync {
     /// Those of the kernel: no right to do so, or a file of a stacked filesystem.
     fn open(&self, file: &File) -> std::io::Result<Backing>;
 
+    /// Registers a file that `file` names without having it open.
+    ///
+    /// # Errors
+    /// As [`Backings::open`]; kernels that want it open.
+    fn open_named(&self, file: &File) -> std::io::Result<Backing> {
+        self.open(file)
+    }
+
     /// Strikes one out; descriptors that were opened with it go on.
     fn close(&self, backing: Backing);
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Open {
+pub(super) struct Open {
     slot: OpenSlot,
-    record: OpenRecord,
+    pub record: OpenRecord,
     /// The data file's stamp when it was last sealed as it was.
     sealed: Option<Stamp>,
 }
@@ -77,8 +86,22 @@ impl Opens {
         &self.shards[(ino.0 % SHARDS as u64) as usize]
     }
 
-    fn get(&self, ino: Ino) -> Option<Open> {
+    pub fn get(&self, ino: Ino) -> Option<Open> {
         self.shard(ino).lock().get(&ino).copied()
+    }
+
+    /// What is recorded of all that is open.
+    pub fn records(&self) -> Vec<OpenRecord> {
+        self.all().into_iter().map(|open| open.record).collect()
+    }
+
+    /// No other file comes into use from here on.
+    pub fn close(&self) {
+        self.is_closed.store(true, Ordering::Release);
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
     }
 
     fn all(&self) -> Vec<Open> {
@@ -88,13 +111,13 @@ impl Opens {
 
 /// What a descriptor's flags allow.
 #[derive(Clone, Copy)]
-struct Access {
-    reads: bool,
-    writes: bool,
+pub(super) struct Access {
+    pub reads: bool,
+    pub writes: bool,
 }
 
 impl Access {
-    fn of(flags: i32) -> Access {
+    pub fn of(flags: i32) -> Access {
         let mode = flags & libc::O_ACCMODE;
         Access { reads: mode != libc::O_WRONLY, writes: mode != libc::O_RDONLY }
     }
@@ -112,6 +135,14 @@ struct Closed {
 fn has_passed(time: Time) -> bool {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
     (now.tv_sec, now.tv_nsec as u32) > (time.seconds, time.nanos)
+}
+
+/// Waits until what changes gets a later time of change than `time`, but not for long.
+pub(super) fn until_passed(time: Time) {
+    let begun = Instant::now();
+    while !has_passed(time) && begun.elapsed() < COARSE {
+        std::thread::sleep(TICK);
+    }
 }
 
 /// A descriptor that was closed.
@@ -139,6 +170,11 @@ impl Fs {
 
     /// A descriptor of `ino` was opened with `flags`. Returns the backing if it is to be passed through.
     pub fn opened(&self, ino: Ino, flags: i32) -> Option<Backing> {
+        self.opened_as(ino, flags, &Prepared::default())
+    }
+
+    /// [`Fs::opened`] for what was prepared.
+    pub(super) fn opened_as(&self, ino: Ino, flags: i32, prepared: &Prepared<'_>) -> Option<Backing> {
         let upper = self.upper.as_ref()?;
         let access = Access::of(flags);
         let _gate = access.writes.then(|| self.changes());
@@ -149,7 +185,16 @@ impl Fs {
         let open = shard.entry(ino).or_insert_with(new);
         let record = &mut open.record;
         if record.count == 0 {
-            record.backing = self.backing(upper, &state, record, access);
+            if record.node != 0 && !self.is_hidden_there(record.node) {
+                (record.node, record.is_mapped) = (0, false);
+            }
+            let may_be_used = record.is_mapped || prepared.was_there() || !self.opens.is_closed();
+            let hidden = if may_be_used { self.hidden_backing(prepared) } else { None };
+            record.node = hidden.map_or(0, |(_, node)| node);
+            record.backing = match hidden {
+                Some((backing, _)) => Some(backing),
+                None => self.backing(upper, &state, record, access),
+            };
             record.is_passed = record.backing.is_some();
         }
         record.count += 1;
@@ -263,7 +308,11 @@ impl Fs {
             let mut state = self.state.write();
             let sealed = {
                 let mut shard = self.opens.shard(ino).lock();
-                let is_closed = |open: &&Open| open.record.count == 0 && upper.data().is_ours_alone(ino);
+                let is_free = |record: &OpenRecord| match record.node {
+                    0 => upper.data().is_ours_alone(ino),
+                    node => !self.is_hidden_there(node),
+                };
+                let is_closed = |open: &&Open| open.record.count == 0 && is_free(&open.record);
                 let Some(Open { slot, sealed, .. }) = shard.get(&ino).filter(is_closed).copied() else { continue };
                 shard.remove(&ino);
                 upper.opens().give_back(slot);
@@ -292,8 +341,13 @@ impl Fs {
         if record.count == 0 {
             self.close_backing(record);
             // What was only ever written to isn't mapped.
-            let is_used =
-                record.is_passed && (record.is_readable || record.is_mapped) && !upper.data().is_ours_alone(ino);
+            let is_used = match record.node {
+                0 => record.is_passed && (record.is_readable || record.is_mapped) && !upper.data().is_ours_alone(ino),
+                node => {
+                    self.hidden_is_idle(node);
+                    self.is_hidden_there(node)
+                }
+            };
             if !is_used {
                 let (slot, sealed) = (open.slot, open.sealed);
                 shard.remove(&ino);
@@ -310,6 +364,13 @@ impl Fs {
     fn close_backing(&self, record: &mut OpenRecord) {
         if let (Some(backing), Some(backings)) = (record.backing.take(), self.backings.get()) {
             backings.close(backing);
+        }
+    }
+
+    /// The mount has ended: the kernel lets go of all that is passed through, also of what it didn't tell us the closing of.
+    pub(in crate::mount) fn close_backings(&self) {
+        for shard in &self.opens.shards {
+            shard.lock().values_mut().for_each(|open| self.close_backing(&mut open.record));
         }
     }
 
@@ -354,6 +415,7 @@ impl Fs {
 
     /// Lets the tables know what was written past us to `ino`, if anything.
     pub(super) fn catch_up(&self, upper: &Upper, state: &mut State, ino: Ino) -> FsResult<()> {
+        self.catch_up_hidden(upper, state, ino)?;
         let Some(inode) = state.tables.inode(ino) else { return Ok(()) };
         if let Some((inode, stamp)) = self.caught_up(upper, inode)? {
             self.data_changes(ino);
@@ -365,6 +427,7 @@ impl Fs {
 
     /// [`Fs::catch_up`] for all files.
     pub(super) fn catch_up_all(&self, upper: &Upper, state: &mut State) -> FsResult<()> {
+        self.catch_up_all_hidden(upper, state);
         upper.data().all_known().into_iter().try_for_each(|ino| self.catch_up(upper, state, ino))
     }
 
@@ -374,8 +437,12 @@ impl Fs {
         if upper.data().known(ino).is_none() {
             return false;
         }
-        let may_be_mapped = |open: Open| open.record.mappers > 0 || open.record.is_mapped;
-        is_privileged(inode) || self.opens.get(ino).is_some_and(may_be_mapped)
+        is_privileged(inode) || self.may_be_mapped(ino)
+    }
+
+    /// Whether programs may have `ino` mapped for writing.
+    pub(super) fn may_be_mapped(&self, ino: Ino) -> bool {
+        self.opens.get(ino).is_some_and(|open| open.record.mappers > 0 || open.record.is_mapped)
     }
 
     /// The files that programs may have mapped for writing and that aren't passed through: the kernel may hold bytes of them
@@ -390,7 +457,7 @@ impl Fs {
         let mut state = self.state.write();
         self.opens.is_closed.store(true, Ordering::Release);
         let mut in_use = InUse::default();
-        for open in self.opens.all().into_iter().filter(|open| open.record.is_passed) {
+        for open in self.opens.all().into_iter().filter(|open| open.record.is_passed && open.record.node == 0) {
             let ino = open.record.ino;
             if open.record.count == 0 && upper.data().is_ours_alone(ino) {
                 self.strike_out(upper, &mut state, ino);
@@ -416,10 +483,7 @@ impl Fs {
         let stamps = in_use.iter().filter_map(|ino| Some((*ino, upper.data().stamp(*ino).ok()?)));
         let stamps: Vec<_> = stamps.collect();
         let Some(newest) = stamps.iter().map(|(_, stamp)| stamp.mtime).max() else { return };
-        let begun = Instant::now();
-        while !has_passed(newest) && begun.elapsed() < COARSE {
-            std::thread::sleep(TICK);
-        }
+        until_passed(newest);
         for (ino, stamp) in stamps {
             if let Some(open) = self.opens.shard(ino).lock().get_mut(&ino) {
                 open.sealed = Some(stamp).filter(|stamp| has_passed(stamp.mtime));

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use parking_lot::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
 use super::super::errno::{Errno, FsResult};
+use super::super::hidden::Quiet;
 use super::opens::InUse;
 use super::{ChangedFile, Fs, State};
 use crate::content::Content;
@@ -34,6 +35,7 @@ pub struct Frozen<'fs> {
     upper: &'fs Upper,
     in_use: InUse,
     held: HashMap<Ino, HeldFile>,
+    _quiet: Option<Quiet>,
     /// Dropped before changes may go on.
     _hold: Hold,
     _gate: RwLockWriteGuard<'fs, ()>,
@@ -130,13 +132,15 @@ impl<'fs> Sealing<'fs> {
     /// A writer that can't be held back.
     pub fn freeze(&self) -> Result<(Frozen<'fs>, HashSet<Ino>)> {
         let (fs, upper) = (self.fs, self.upper);
+        // Before changes wait, since what is written back is one.
+        let quiet = fs.quiet()?;
         let gate = fs.gate.write();
         let in_use = fs.close_ways(upper);
         let held = fs.hold(upper, &in_use.written);
         let (hold, held) = held.inspect_err(|_| fs.open_ways())?;
         let mut changed = fs.changed.lock().take().unwrap_or_default();
         changed.extend(&in_use.written);
-        Ok((Frozen { fs, upper, in_use, held, _hold: hold, _gate: gate }, changed))
+        Ok((Frozen { fs, upper, in_use, held, _quiet: quiet, _hold: hold, _gate: gate }, changed))
     }
 }
 

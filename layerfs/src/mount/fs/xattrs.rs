@@ -50,7 +50,7 @@ impl Fs {
         let _seen = self.seen(Op::Getxattr, ino, None);
         check_namespace(name)?;
         if let (CAPABILITY, Some(upper)) = (name, &self.upper)
-            && upper.data().known(ino).is_some()
+            && (upper.data().known(ino).is_some() || self.is_hidden(ino))
         {
             let _gate = self.changes();
             self.catch_up(upper, &mut self.state.write(), ino)?;

@@ -5,6 +5,7 @@
 //! asked; a folder has one mount.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,15 +83,20 @@ impl Mounts {
         self.table.lock().insert(dir.clone(), Served { mount: mount.clone(), is_unclaimed });
         let kept = match kept {
             Some(kept) => Ok(Some(kept)),
-            None => self.keeping.keep(&dir, &mount.descriptors()),
+            None => mount.descriptors().map_err(Failure::from).and_then(|descriptors| {
+                let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+                self.keeping.keep(&dir, &descriptors)
+            }),
         };
         match kept {
             Ok(None) => {}
             Ok(Some(kept)) => {
-                let keeping = self.keeping.clone();
+                let (keeping, table) = (self.keeping.clone(), self.table.clone());
                 let at_end = move || {
                     mount.wait();
                     keeping.let_go(kept);
+                    // It has descriptors still.
+                    table.lock().retain(|_, served| !served.mount.has_ended());
                 };
                 if let Err(error) = std::thread::Builder::new().name("mount-end".to_owned()).spawn(at_end) {
                     tracing::warn!(%error, "a mount's end will not be noticed");
@@ -256,7 +262,8 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
         return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {}` first", request.dir.display())));
     }
     let upper = upper_choice(&daemon.store, &request)?;
-    let options = MountOptions { upper, transport: request.transport, ..MountOptions::default() };
+    let options =
+        MountOptions { upper, transport: request.transport, writeback: request.writeback, ..MountOptions::default() };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
     daemon.mounts.serve(mount.clone(), None, false);
@@ -332,6 +339,7 @@ fn describe(context: &Context, catalog: &Catalog, mount: &Mount) -> Result<Mount
         upper_name: info.upper_record.and_then(|record| record.name).map(|name| name.to_string()),
         since: Timestamp(units::now() - info.seconds as i64),
         transport: info.serves_by,
+        writeback: info.has_writeback,
         partial,
     })
 }
