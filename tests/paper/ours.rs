@@ -86,9 +86,8 @@ pub fn run(cell: Cell, most: Option<Duration>) -> anyhow::Result<Record> {
 fn migrate(cell: Cell) -> Vec<&'static str> {
     let layers = if cell.case == Case::Two { "2" } else { "3" };
     let mut words = vec!["migrate", NAME, "b", "--layers", layers, "--json"];
-    if matches!(cell.app, App::Ram(_)) && cell.kind != Kind::Kvm && cell.method == Method::Ours {
-        // What is rewritten all the time and can't be compressed goes over once only if it goes after the guest. A machine
-        // stands still for each page that it waits for, all of it.
+    if matches!(cell.app, App::Ram(_)) && cell.method == Method::Ours {
+        // What is rewritten all the time and can't be compressed goes over once only if it goes after the guest.
         words.extend(["--postcopy", "--rounds", "0"]);
     }
     words
