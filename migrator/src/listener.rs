@@ -35,7 +35,7 @@ use crate::transfers::{Entry, Origin, Plan, Role};
 use crate::wire::{Message, Offer};
 
 /// Connections at a time; more wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 128;
+const MAX_CONNECTIONS: usize = 192;
 
 /// A socket that is listened on. Dropping it stops listening and cuts its connections.
 #[derive(Debug)]

@@ -22,9 +22,9 @@ use crate::transfers::Transfer;
 use crate::wire::Message;
 
 /// The most connections that are chosen without being told.
-pub const MAX_AUTO: usize = 16;
-/// How often the transfer is looked at.
-const TICK: Duration = Duration::from_millis(100);
+pub const MAX_AUTO: usize = 32;
+/// How often the transfer is looked at: what there is to carry is known in between, and who is to help with it shall be called at once.
+const TICK: Duration = Duration::from_millis(25);
 /// The shortest time over which a rate is taken.
 const SHORTEST_ROUND: Duration = Duration::from_millis(500);
 const LONGEST_ROUND: Duration = Duration::from_secs(3);
@@ -40,7 +40,9 @@ const MUCH_BYTES: u64 = 4 << 20;
 const VERY_MUCH_BYTES: u64 = 16 << 20;
 /// So many begin together then, over a short and over a long round trip: each doubles what it carries with every one.
 const FEW: usize = 4;
-const MANY: usize = MAX_AUTO;
+const MANY: usize = 16;
+/// From so much that may have to be carried over a long round trip, there are as many as there may be.
+const HUGE_BYTES: u64 = 1 << 30;
 /// A connection keeps so much under way without effort; without losses more of them are of no use, and stand in each other's way.
 const EASY_BYTES: u64 = 512 << 10;
 /// After a round that brought nothing, so long until the next try.
@@ -104,6 +106,8 @@ struct Sample {
     is_backed_up: Option<bool>,
     /// What is to be carried at most, as far as is known.
     expected_bytes: u64,
+    /// Bytes of the layers that the receiver lacks, of which it may have most.
+    lacking_bytes: u64,
     info: Info,
 }
 
@@ -112,6 +116,7 @@ impl Sample {
     fn first_target(&self, routes: usize) -> usize {
         let is_far = self.info.round_trip >= FAR_ROUND_TRIP;
         let few = match self.expected_bytes {
+            VERY_MUCH_BYTES.. if is_far && self.lacking_bytes >= HUGE_BYTES => MAX_AUTO,
             VERY_MUCH_BYTES.. if is_far => MANY,
             VERY_MUCH_BYTES.. if self.info.round_trip >= SOME_ROUND_TRIP => FEW,
             _ if is_far => FEW,
@@ -316,6 +321,7 @@ impl Manager {
             bytes: counters.written() + counters.read(),
             is_backed_up: self.is_sending.then(|| self.trunk.is_backed_up()),
             expected_bytes: self.tally.expected_bytes.load(Relaxed),
+            lacking_bytes: self.tally.lacking_bytes.load(Relaxed),
             info: probe.and_then(|probe| probe.info()).unwrap_or_default(),
         }
     }
@@ -350,14 +356,16 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
+    /// In a second.
+    const TICKS: u64 = 1000 / TICK.as_millis() as u64;
 
     /// Plays a link that carries `rate(connections)` bytes a second for `seconds`, and tells how many there were in the end.
     fn play(routes: usize, info: Info, seconds: u64, rate: impl Fn(usize) -> u64) -> usize {
         let start = Instant::now();
         let mut chooser = Chooser::new(Connections::Auto, routes, start);
         let (mut bytes, mut target) = (0, 1);
-        for tick in 0..seconds * 10 {
-            bytes += rate(target) / 10;
+        for tick in 0..seconds * TICKS {
+            bytes += rate(target) / TICKS;
             let sample = Sample { bytes, is_backed_up: Some(true), info, ..Sample::default() };
             target = chooser.look(start + TICK * (tick as u32 + 1), sample);
         }
@@ -379,6 +387,12 @@ mod tests {
             chooser.look(Instant::now(), Sample { expected_bytes, info: some, ..Sample::default() })
         };
         assert_eq!((first(MUCH_BYTES), first(VERY_MUCH_BYTES)), (1, 4));
+        let huge = |lacking_bytes, info| {
+            let mut chooser = Chooser::new(Connections::Auto, 1, Instant::now());
+            let sample = Sample { expected_bytes: VERY_MUCH_BYTES, lacking_bytes, info, ..Sample::default() };
+            chooser.look(Instant::now(), sample)
+        };
+        assert_eq!((huge(HUGE_BYTES, long), huge(MIB, long), huge(HUGE_BYTES, some)), (MAX_AUTO, MANY, FEW));
         let lossy = Info { segments_out: 10_000, segments_again: 100, ..short };
         assert!(play(1, lossy, 60, |count| count.min(4) as u64 * MIB) >= 4);
     }
@@ -388,8 +402,8 @@ mod tests {
         let start = Instant::now();
         let mut chooser = Chooser::new(Connections::Auto, 2, start);
         let idle = Sample { is_backed_up: Some(false), ..Sample::default() };
-        for tick in 1..100 {
-            let sample = Sample { bytes: u64::from(tick) * MIB, ..idle };
+        for tick in 1..400 {
+            let sample = Sample { bytes: u64::from(tick) * MIB / 4, ..idle };
             assert_eq!(chooser.look(start + TICK * tick, sample), 1);
         }
         let mut fixed = Chooser::new(Connections::Exactly(5), 1, start);

@@ -80,6 +80,8 @@ pub(crate) struct Tally {
     pub resent_bytes: AtomicU64,
     /// Plain bytes of what was asked for or sent unasked: the most that is still to come, as far as is known.
     pub expected_bytes: AtomicU64,
+    /// Plain bytes of the layers that the receiver lacks, of whose chunks it may have any number.
+    pub lacking_bytes: AtomicU64,
 }
 
 impl Tally {
@@ -99,6 +101,7 @@ impl Tally {
             retries: count(),
             resent_bytes: count(),
             expected_bytes: count(),
+            lacking_bytes: count(),
         }
     }
 

@@ -35,6 +35,8 @@ pub(crate) const CANCEL_CHECK: Duration = Duration::from_millis(200);
 const PLANNED_BATCHES: usize = 4;
 /// So many ids are asked for at a time where readers fetch some of them meanwhile.
 const MAX_ASK_OF_REST: usize = 64;
+/// So many at first: their ids fit into what a new connection sends in its first round trip, and so the answer comes after one.
+const FIRST_ASK: usize = 256;
 /// So much is sent without asking at most, in one transfer: a transfer that is resumed would send it again.
 const MAX_CHUNKS_AHEAD: usize = 4096;
 const MAX_BYTES_AHEAD: u64 = 4 << 20;
@@ -311,6 +313,7 @@ impl Driver<'_> {
         let mut held: Vec<LayerId> = offered().filter(|(_, lacks)| !**lacks).map(|(layer, _)| layer.id).collect();
         held.extend(offer.hints.iter().zip(held_hints).filter(|(_, held)| **held).map(|(id, _)| *id));
         self.tally.layers_lacking.store(lacks.len() as u64, Relaxed);
+        self.tally.lacking_bytes.store(total, Relaxed);
         self.tally.phase("send");
         self.monitor.phase("sending", Some(total));
         // What was sent before a link failed is there: it shall be asked for.
@@ -407,38 +410,39 @@ impl Planner {
         kind: Kind,
     ) -> Planner {
         // Of the rest a part may come otherwise before it's its turn: small questions can be answered late.
-        let most = if kind == Kind::Rest { MAX_ASK_OF_REST } else { MAX_ASK };
+        let most_later = if kind == Kind::Rest { MAX_ASK_OF_REST } else { MAX_ASK };
         let (queue, batches) = mpsc::channel(PLANNED_BATCHES);
         let thread = tokio::task::spawn_blocking(move || {
             let give = |planned| queue.blocking_send(planned).map_err(|_| layerfs::Error::Cancelled);
             let (mut ask, mut ahead) = (Vec::new(), Vec::new());
-            let mut chunks_ahead = 0;
+            let (mut chunks_ahead, mut most) = (0, most_later.min(FIRST_ASK));
+            // The questions first: their answers take a while, for which there is something to send then.
+            let flush = |ask: &mut Vec<Candidate>, ahead: &mut Vec<Candidate>| -> layerfs::Result<()> {
+                for (batch, planned) in [(ask, Planned::Ask as fn(_) -> _), (ahead, Planned::Ahead)] {
+                    if !batch.is_empty() {
+                        give(planned(std::mem::take(batch)))?;
+                    }
+                }
+                Ok(())
+            };
             let mut sink = |mut candidate: Candidate| {
                 // The structure is there.
                 candidate.is_certain &= kind != Kind::Rest;
                 candidate.is_certain &= chunks_ahead < MAX_CHUNKS_AHEAD && bytes_ahead.load(Relaxed) < MAX_BYTES_AHEAD;
-                let (batch, planned): (_, fn(Vec<Candidate>) -> Planned) = if candidate.is_certain {
-                    chunks_ahead += 1;
-                    (&mut ahead, Planned::Ahead)
-                } else {
-                    (&mut ask, Planned::Ask)
-                };
-                batch.push(candidate);
-                if batch.len() == most { give(planned(std::mem::take(batch))) } else { Ok(()) }
+                chunks_ahead += usize::from(candidate.is_certain);
+                if candidate.is_certain { &mut ahead } else { &mut ask }.push(candidate);
+                if ask.len() < most && ahead.len() < MAX_ASK {
+                    return Ok(());
+                }
+                most = most_later;
+                flush(&mut ask, &mut ahead)
             };
             if kind == Kind::Structure {
                 structure::candidates(store.as_ref(), &lacking, &mut sink)?;
             } else {
                 plan::candidates(store.as_ref(), &lacking, &held, &mut sink)?;
             }
-            // The questions first: their answers take a while.
-            if !ask.is_empty() {
-                give(Planned::Ask(ask))?;
-            }
-            if !ahead.is_empty() {
-                give(Planned::Ahead(ahead))?;
-            }
-            Ok(())
+            Ok(flush(&mut ask, &mut ahead)?)
         });
         Planner { batches, thread }
     }

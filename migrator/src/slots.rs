@@ -14,9 +14,9 @@ use parking_lot::Mutex;
 use crate::identity::PublicKey;
 
 /// Connections of one peer at a time. A transfer may have several.
-pub const MAX_OF_PEER: usize = 48;
-/// Callers that have not shown their keys yet, of one address.
-pub const MAX_OF_ADDRESS: usize = 16;
+pub const MAX_OF_PEER: usize = 64;
+/// Callers that have not shown their keys yet, of one address: those of one transfer may call together.
+pub const MAX_OF_ADDRESS: usize = 32;
 
 #[derive(Debug, Default)]
 struct Counts {

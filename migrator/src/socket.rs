@@ -30,6 +30,13 @@ const FOR_LOSS: &str = "bbr";
 /// That for a long path that loses nothing. The other stands still every ten seconds, for a round trip and more, to see how
 /// short that is, and all connections of a transfer do so together.
 const FOR_FULL: &str = "cubic";
+/// BBR is chosen anew so often, which spares its pauses: it has them when it has not seen the shortest round trip for ten seconds, which the
+/// kernel has kept all along.
+const RENEW_EVERY: Duration = Duration::from_secs(7);
+/// It begins by sending three times as fast as it can to see how fast that is. So long, in round trips, it is held to what is known.
+const RENEWAL_ROUND_TRIPS: u32 = 6;
+/// To so many percent of it.
+const RENEWAL_PERCENT: u64 = 110;
 /// One packet of so many that had to be sent again is a lossy path.
 const LOSSY: u64 = 300;
 /// So many packets tell how lossy a path is.
@@ -118,6 +125,36 @@ impl Probe {
         }
     }
 
+    /// Chooses BBR anew, and holds it to about `rate` bytes a second until [`Probe::renewed`].
+    fn renew(&self, rate: u64) {
+        self.limit_pacing(rate * RENEWAL_PERCENT / 100);
+        self.choose(FOR_FULL);
+        self.choose(FOR_LOSS);
+    }
+
+    fn renewed(&self) {
+        self.limit_pacing(u64::MAX);
+    }
+
+    #[allow(unsafe_code)] // No crate offers SO_MAX_PACING_RATE.
+    fn limit_pacing(&self, bytes_per_second: u64) {
+        let value = bytes_per_second.to_ne_bytes();
+        // SAFETY: the descriptor is open, and the kernel reads the value's eight bytes.
+        let result = unsafe {
+            let length = value.len() as libc::socklen_t;
+            libc::setsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MAX_PACING_RATE,
+                value.as_ptr().cast(),
+                length,
+            )
+        };
+        if result != 0 {
+            tracing::debug!("this kernel doesn't limit the pace of a socket");
+        }
+    }
+
     fn widen(&self, info: &Info) {
         let _ = socket2::SockRef::from(&self.0).set_tcp_notsent_lowat(MAX_UNSENT_BYTES_FAR);
         if info.round_trip >= FAR_ROUND_TRIP {
@@ -133,13 +170,14 @@ pub(crate) struct Tuner {
     probe: Arc<Probe>,
     next: Instant,
     history: History,
+    renewal: Renewal,
 }
 
 impl Tuner {
     /// One for the connection of `probe`.
     pub fn new(probe: Arc<Probe>) -> Tuner {
         let now = Instant::now();
-        Tuner { probe, next: now, history: History::new(now) }
+        Tuner { probe, next: now, history: History::new(now), renewal: Renewal::Idle }
     }
 
     /// Something was written. Looks at the path if it's time to.
@@ -152,6 +190,14 @@ impl Tuner {
         let Some(info) = self.probe.info() else { return };
         let (was, is) = (self.history.path, self.history.look(now, &info));
         if was == is {
+            match self.renewal.look(now, is, &info) {
+                Some(Renew::Begin) => match bbr_rate(&self.probe.0) {
+                    Some(rate) => self.probe.renew(rate),
+                    None => self.renewal = Renewal::Idle,
+                },
+                Some(Renew::End) => self.probe.renewed(),
+                None => {}
+            }
             return;
         }
         match is {
@@ -174,6 +220,45 @@ enum Path {
     Lossy,
     /// Long, and nothing is lost.
     Full,
+}
+
+/// When BBR is chosen anew. Pure.
+#[derive(Debug)]
+enum Renewal {
+    /// Not to be, as long as BBR isn't what serves, or isn't up to speed.
+    Idle,
+    /// At this time.
+    At(Instant),
+    /// It was; its pace is free again from then on.
+    Until(Instant),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Renew {
+    Begin,
+    End,
+}
+
+impl Renewal {
+    fn look(&mut self, now: Instant, path: Path, info: &Info) -> Option<Renew> {
+        match *self {
+            Renewal::Idle if path == Path::Lossy && info.round_trip >= FAR_ROUND_TRIP => {
+                *self = Renewal::At(now + RENEW_EVERY);
+                None
+            }
+            Renewal::At(time) if time <= now => {
+                // With a long queue it shall pause, and see how short the round trip is without.
+                let may = path == Path::Lossy && info.smoothed < info.round_trip * 3 / 2;
+                *self = if may { Renewal::Until(now + info.smoothed * RENEWAL_ROUND_TRIPS) } else { Renewal::Idle };
+                may.then_some(Renew::Begin)
+            }
+            Renewal::Until(time) if time <= now => {
+                *self = Renewal::At(now + RENEW_EVERY.saturating_sub(info.smoothed * RENEWAL_ROUND_TRIPS));
+                Some(Renew::End)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// What a path has done of late. Pure.
@@ -216,7 +301,10 @@ impl History {
 /// What the kernel knows of a connection.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Info {
+    /// The shortest.
     pub round_trip: Duration,
+    /// As of late.
+    pub smoothed: Duration,
     pub segments_out: u64,
     pub segments_again: u64,
     /// Time spent sending.
@@ -237,28 +325,50 @@ impl Info {
     }
 }
 
-#[allow(unsafe_code)] // No crate offers TCP_INFO with these fields.
 fn tcp_info(socket: &OwnedFd) -> Option<Info> {
-    let mut bytes = [0u8; 256];
-    let mut length = bytes.len() as libc::socklen_t;
-    // SAFETY: the descriptor is open, and the kernel writes at most `length` bytes to the buffer.
-    let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, bytes.as_mut_ptr().cast(), &mut length)
-    };
-    if result != 0 {
-        return None;
-    }
+    let bytes: [u8; 256] = tcp_option(socket, libc::TCP_INFO)?;
     // Offsets of struct tcp_info, which only ever grows; what an old kernel lacks stays 0.
-    let small = |at: usize| bytes[at..at + 4].first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
+    let small = |at: usize| u32_at(&bytes, at);
     let large = |at: usize| bytes[at..at + 8].first_chunk().map_or(0, |eight| u64::from_ne_bytes(*eight));
+    let smoothed = Duration::from_micros(u64::from(small(68)));
     Some(Info {
         // The shortest there was: the others have waited in queues, which more connections make no shorter.
-        round_trip: Duration::from_micros(u64::from(if small(148) > 0 { small(148) } else { small(68) })),
+        round_trip: if small(148) > 0 { Duration::from_micros(u64::from(small(148))) } else { smoothed },
+        smoothed,
         segments_again: u64::from(small(100)),
         segments_out: u64::from(small(136)),
         busy: Duration::from_micros(large(168)),
         limited: Duration::from_micros(large(176).saturating_add(large(184))),
     })
+}
+
+/// What BBR takes for the bottleneck's rate, in bytes per second.
+fn bbr_rate(socket: &OwnedFd) -> Option<u64> {
+    if sockopt::tcp_congestion(socket).ok()? != FOR_LOSS {
+        return None;
+    }
+    // Of struct tcp_bbr_info.
+    let bytes: [u8; 20] = tcp_option(socket, TCP_CC_INFO)?;
+    Some(u64::from(u32_at(&bytes, 0)) | u64::from(u32_at(&bytes, 4)) << 32).filter(|rate| *rate > 0)
+}
+
+/// The kernel's `TCP_CC_INFO`.
+const TCP_CC_INFO: libc::c_int = 26;
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..at + 4].first_chunk().map_or(0, |four| u32::from_ne_bytes(*four))
+}
+
+/// What the kernel says of `socket`, with zeros behind it.
+#[allow(unsafe_code)] // No crate offers TCP_INFO with these fields, nor TCP_CC_INFO.
+fn tcp_option<const N: usize>(socket: &OwnedFd, option: libc::c_int) -> Option<[u8; N]> {
+    let mut bytes = [0u8; N];
+    let mut length = N as libc::socklen_t;
+    // SAFETY: the descriptor is open, and the kernel writes at most `length` bytes to the buffer.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, bytes.as_mut_ptr().cast(), &mut length)
+    };
+    (result == 0).then_some(bytes)
 }
 
 /// Whether this host has more than one network that isn't itself, so that MPTCP may have several paths.
@@ -287,13 +397,40 @@ mod tests {
                 let probe = Arc::new(Probe::new(stream).unwrap());
                 Tuner::new(probe.clone()).wrote();
                 probe.choose("no such thing");
+                probe.choose(FOR_LOSS);
+                assert!(bbr_rate(&probe.0).is_none_or(|rate| rate > 0));
+                probe.renew(1 << 20);
+                probe.renewed();
                 probe.choose(FOR_FULL);
+                assert_eq!(bbr_rate(&probe.0), None);
                 assert!(probe.info().unwrap().round_trip < Duration::from_secs(1));
             }
         }
         let from = IpAddr::from([127, 0, 0, 2]);
         let (near, _) = tokio::join!(connect(address, Some(from), Kind::Tcp), listener.accept());
         assert_eq!(near.unwrap().local_addr().unwrap().ip(), from);
+    }
+
+    #[test]
+    fn bbr_is_chosen_anew_before_it_pauses_and_only_where_the_queue_is_short() {
+        let start = Instant::now();
+        let ms = Duration::from_millis;
+        let info = Info { round_trip: ms(200), smoothed: ms(220), ..Info::default() };
+        // When it begins and ends, in quarters of a second.
+        let play = |path, info: Info| {
+            let mut renewal = Renewal::Idle;
+            let looks = (0..120).map(|at| (at, renewal.look(start + TUNE_EVERY * at, path, &info)));
+            looks.filter_map(|(at, renew)| Some((at, renew?))).collect::<Vec<_>>()
+        };
+        let seen = play(Path::Lossy, info);
+        let begins: Vec<u32> = seen.iter().filter(|(_, renew)| *renew == Renew::Begin).map(|(at, _)| *at).collect();
+        assert!(begins.windows(2).all(|two| (two[1] - two[0]) * TUNE_EVERY < Duration::from_secs(10)), "{begins:?}");
+        assert!(begins.len() >= 3 && seen.len() >= 2 * begins.len() - 1, "{seen:?}");
+        let of_six = (info.smoothed * RENEWAL_ROUND_TRIPS).as_millis().div_ceil(TUNE_EVERY.as_millis()) as u32;
+        assert_eq!(seen[1], (begins[0] + of_six, Renew::End));
+        assert_eq!(play(Path::Full, info), []);
+        assert_eq!(play(Path::Lossy, Info { round_trip: ms(20), ..info }), []);
+        assert_eq!(play(Path::Lossy, Info { smoothed: ms(301), ..info }), [], "a long queue");
     }
 
     #[test]
