@@ -1,9 +1,13 @@
 """Writes into an embedded database for a while, each transaction durable, and checks that none is lost.
 
-databases.py WHAT FOLDER SECONDS [TOLD]    WHAT: sqlite-delete, sqlite-wal, lmdb, check-delete, check-wal
+databases.py WHAT FOLDER SECONDS [TOLD]    WHAT: sqlite-fill, sqlite-delete, sqlite-wal, lmdb, blocks-fill, blocks, check-delete, check-wal, check-blocks
+sqlite-fill makes a database of some megabytes, with which sqlite-delete and sqlite-wal go on. blocks is a large file whose blocks are
+written again and again in any order, with a sync after each pass: a block may be of a later pass than the last one told, and of no earlier one.
 TOLD is a file that holds the number of the last transaction that was told to be done.
 """
 import os
+import random
+import struct
 import sys
 import time
 
@@ -38,6 +42,21 @@ def check_sqlite(path, at_least):
     return last
 
 
+FILLED = 2100
+TABLE = "create table if not exists rows (number integer primary key, bytes blob)"
+
+
+def fill():
+    import sqlite3
+
+    os.makedirs(folder, exist_ok=True)
+    db = sqlite3.connect(os.path.join(folder, "db"))
+    db.execute(TABLE)
+    db.executemany("insert into rows values (?, ?)", ((n, row(n)) for n in range(1, FILLED + 1) if n % 7 != 4))
+    db.commit()
+    db.close()
+
+
 def sqlite(mode):
     import sqlite3
 
@@ -46,8 +65,8 @@ def sqlite(mode):
     db = sqlite3.connect(path, isolation_level=None)
     db.execute(f"pragma journal_mode={mode}")
     db.execute("pragma synchronous=full")
-    db.execute("create table rows (number integer primary key, bytes blob)")
-    number = 0
+    db.execute(TABLE)
+    number = db.execute("select coalesce(max(number), 0) from rows").fetchone()[0]
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         number += 1
@@ -84,8 +103,58 @@ def lmdb():
     print(f"{number} transactions, all there")
 
 
+BLOCK, BLOCKS = 4096, 64 << 8
+
+
+def block(written_in, number):
+    return struct.pack("<QQ", written_in, number) * (BLOCK // 16)
+
+
+def fill_blocks():
+    os.makedirs(folder, exist_ok=True)
+    with open(folder + "/blocks", "wb") as file:
+        for number in range(BLOCKS):
+            file.write(block(0, number))
+
+
+def blocks():
+    end = time.monotonic() + seconds
+    tell(0)
+    written_in = 0
+    file = os.open(folder + "/blocks", os.O_RDWR)
+    while time.monotonic() < end:
+        written_in += 1
+        for number in random.Random(written_in).sample(range(BLOCKS), BLOCKS):
+            os.pwrite(file, block(written_in, number), number * BLOCK)
+        os.fsync(file)
+        tell(written_in)
+    os.close(file)
+
+
+def check_blocks(at_least):
+    with open(folder + "/blocks", "rb") as file:
+        for number in range(BLOCKS):
+            found = file.read(BLOCK)
+            written_in = struct.unpack_from("<Q", found)[0]
+            assert found == block(written_in, number), f"block {number} is none that was written"
+            # What is told is read a moment before the cut: another pass may have been synced in between.
+            assert at_least <= written_in <= at_least + 2, f"block {number} is of pass {written_in}, {at_least} was synced"
+        assert not file.read(1)
+
+
 if what == "lmdb":
     lmdb()
+elif what == "blocks-fill":
+    fill_blocks()
+elif what == "blocks":
+    blocks()
+elif what == "check-blocks":
+    with open(told) as file:
+        at_least = int(file.read())
+    check_blocks(at_least)
+    print(f"pass {at_least} told")
+elif what == "sqlite-fill":
+    fill()
 elif what.startswith("check-"):
     with open(told) as file:
         at_least = int(file.read())

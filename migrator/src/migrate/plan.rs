@@ -136,10 +136,9 @@ pub enum Enough {
 /// Whether another round is to be made, and if not why. `fixed` is how many seconds the guest would stand still if nothing were left to
 /// be sent.
 pub fn enough(rounds: &[Round], wish: Wish, fixed: f64, link: LinkSpeed) -> Option<Enough> {
-    let Rounds::Auto = wish.rounds else {
-        let Rounds::Exactly(count) = wish.rounds else { return None };
+    if let Rounds::Exactly(count) = wish.rounds {
         return (rounds.len() >= usize::from(count)).then_some(Enough::Asked);
-    };
+    }
     let last = rounds.last()?;
     if rounds.len() >= MAX_ROUNDS {
         return Some(Enough::Most);
@@ -180,6 +179,16 @@ mod tests {
     const LINK: LinkSpeed = LinkSpeed { rate: 12.5e6, round_trip: 0.001 };
 
     const AUTO: Wish = Wish { rounds: Rounds::Auto, max_downtime: None };
+
+    /// The rounds of a machine that shows a film, as they were recorded: how long reading took, how long sending, and megabytes.
+    const MACHINE_WITH_FILM: [(f64, f64, f64); 6] = [
+        (0.5, 4.26, 26.8),
+        (0.24, 1.59, 17.0),
+        (0.23, 0.94, 9.2),
+        (0.22, 0.64, 5.6),
+        (0.2, 0.5, 4.5),
+        (0.21, 0.44, 3.6),
+    ];
 
     /// What a guest does that changes `rate` bytes per second, `memory` at first, until the planner has enough.
     fn run_with(wish: Wish, fixed: f64, memory: f64, rate: f64, read: f64) -> (Vec<Round>, Enough) {
@@ -267,15 +276,7 @@ mod tests {
         let film =
             recorded(&[(0.09, 1.1, 8.9), (0.05, 0.48, 4.1), (0.05, 0.31, 1.7), (0.05, 0.21, 0.7), (0.05, 0.18, 0.9)]);
         assert_eq!(stops_after(&film, AUTO, 0.7), (4, Some(Enough::Little)));
-        let machine = [
-            (0.5, 4.26, 26.8),
-            (0.24, 1.59, 17.0),
-            (0.23, 0.94, 9.2),
-            (0.22, 0.64, 5.6),
-            (0.2, 0.5, 4.5),
-            (0.21, 0.44, 3.6),
-        ];
-        assert_eq!(stops_after(&recorded(&machine), AUTO, 0.9), (3, Some(Enough::TooDear)));
+        assert_eq!(stops_after(&recorded(&MACHINE_WITH_FILM), AUTO, 0.9), (3, Some(Enough::TooDear)));
         let pages = recorded(&[(1.0, 30.0, 347.0), (0.6, 5.2, 60.0), (0.6, 1.0, 11.0), (0.6, 0.4, 3.4)]);
         assert_eq!(stops_after(&pages, AUTO, 1.2), (3, Some(Enough::Little)));
         // Without a film nothing changes: the second round says so.
@@ -284,16 +285,8 @@ mod tests {
 
     #[test]
     fn a_limit_is_kept_whatever_it_costs_and_no_more_is_done_than_that() {
-        let machine = [
-            (0.5, 4.26, 26.8),
-            (0.24, 1.59, 17.0),
-            (0.23, 0.94, 9.2),
-            (0.22, 0.64, 5.6),
-            (0.2, 0.5, 4.5),
-            (0.21, 0.44, 3.6),
-        ];
         let at_most = |seconds: f64| Wish { max_downtime: Some(seconds), ..AUTO };
-        let rounds = recorded(&machine);
+        let rounds = recorded(&MACHINE_WITH_FILM);
         assert_eq!(stops_after(&rounds, at_most(5.0), 0.9), (2, Some(Enough::Little)));
         assert!(stops_after(&rounds, at_most(1.3), 0.9).0 > stops_after(&rounds, AUTO, 0.9).0);
         // Half of the first round isn't known to be all that changes: a limit wants to be sure.

@@ -12,7 +12,6 @@ use super::super::hidden::hand::Order;
 use super::super::hidden::{Hidden, Pin, Quiet, Turn};
 use super::super::watch::Op;
 use super::attrs::{clear_privileges, may_lose_bits, unprivileged};
-use super::files::write_file;
 use super::opens::{Access, until_passed};
 use super::{Fs, Stat, State};
 use crate::content::Content;
@@ -162,7 +161,7 @@ impl Fs {
         let backing = match self.backings.get()?.open_named(&file) {
             Ok(backing) => backing,
             Err(error) => {
-                self.hidden.get()?.is_refused(&error);
+                self.hidden.get()?.refused(&error);
                 return None;
             }
         };
@@ -269,18 +268,7 @@ impl Fs {
             // It was removed just now.
             return Ok(data.len());
         }
-        let end =
-            offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
-        self.data_changes(ino);
-        let (written, failure) = match self.copy_up(upper, ino, u64::MAX)? {
-            Some(ranged) => self.write_ranged(upper, ino, &ranged, offset, data)?,
-            None => write_file(&*upper.data().file(ino)?, offset, data),
-        };
-        if let (0, Some(errno)) = (written, failure) {
-            return Err(errno);
-        }
-        self.watch.written(written);
-        let end = end - (data.len() - written) as u64;
+        let (written, end) = self.put(upper, ino, offset, data)?;
         self.state.write().tables.touch(ino, |inode| {
             if let Some(backed) = &mut inode.backed {
                 backed.bytes = backed.bytes.max(end);

@@ -160,6 +160,14 @@ impl Fs {
         let _seen = self.seen(Op::Write, ino, None);
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
+        let (written, end) = self.put(upper, ino, offset, data)?;
+        let cleared_privileges = self.data_changed(upper, ino, end, by)?;
+        Ok(Written { bytes: written, cleared_privileges })
+    }
+
+    /// Puts `data` into the upper's file of `ino`, whose stripe is held; the caller updates the inode. How many bytes it
+    /// was, and where they end.
+    pub(super) fn put(&self, upper: &Upper, ino: Ino, offset: u64, data: &[u8]) -> FsResult<(usize, u64)> {
         let end =
             offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
         self.data_changes(ino);
@@ -171,9 +179,7 @@ impl Fs {
             return Err(errno);
         }
         self.watch.written(written);
-        let end = end - (data.len() - written) as u64;
-        let cleared_privileges = self.data_changed(upper, ino, end, by)?;
-        Ok(Written { bytes: written, cleared_privileges })
+        Ok((written, end - (data.len() - written) as u64))
     }
 
     /// The data of `ino` changed and reaches at least to `end`. Returns whether privileges were cleared.

@@ -151,7 +151,7 @@ impl Hidden {
     }
 
     /// The kernel doesn't take its files to pass others through to: some versions want files that are open.
-    pub fn is_refused(&self, error: &std::io::Error) {
+    pub fn refused(&self, error: &std::io::Error) {
         if !self.is_refused.swap(true, Ordering::Relaxed) {
             tracing::info!(%error, "large files of lower layers are written to without a cache");
         }
@@ -226,7 +226,7 @@ impl Hidden {
 
     /// The last descriptor of `node`'s inode was closed.
     pub fn idle(&self, node: u64) {
-        self.nodes.is_idle(node);
+        self.nodes.idle(node);
         let _ = self.closing.send(node);
     }
 

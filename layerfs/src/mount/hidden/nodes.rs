@@ -206,7 +206,7 @@ impl Nodes {
         }
     }
 
-    pub fn is_idle(&self, number: u64) {
+    pub fn idle(&self, number: u64) {
         self.change(number, |node| node.is_open = false);
     }
 
@@ -332,7 +332,7 @@ mod tests {
         nodes.forget(number, 1);
         drop(pin);
         assert!(nodes.is_there(number), "it is open");
-        nodes.is_idle(number);
+        nodes.idle(number);
         assert!(!nodes.is_there(number) && nodes.of(Ino(7)).is_none());
         let (pin, _) = Nodes::pin(&nodes, Ino(7), stamp(9));
         assert_ne!(pin.node(), number, "a number was used again");
