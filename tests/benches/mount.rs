@@ -39,7 +39,7 @@ enum Kind {
     Layerfs,
     ByRing,
     ReadOnly,
-    Writeback,
+    WriteThrough,
 }
 
 impl Kind {
@@ -51,7 +51,7 @@ impl Kind {
             Kind::Layerfs => "layerfs",
             Kind::ByRing => "layerfs, by io_uring",
             Kind::ReadOnly => "layerfs, read-only",
-            Kind::Writeback => "layerfs, writeback",
+            Kind::WriteThrough => "layerfs, writeback off",
         }
     }
 }
@@ -149,7 +149,7 @@ const ROWS: &[Row] = &[
         name: "first-write",
         unit: Unit::Seconds,
         lower: "large",
-        others: &[Kind::Writeback],
+        others: &[Kind::WriteThrough],
         goal: (0.01, 0.05),
         work: work::first_write,
     },
@@ -157,7 +157,7 @@ const ROWS: &[Row] = &[
         name: "sustained-random-write",
         unit: Unit::Rate,
         lower: "large",
-        others: &[Kind::Writeback],
+        others: &[Kind::WriteThrough],
         goal: (0.9, 0.5),
         work: work::sustained,
     },
@@ -375,8 +375,8 @@ impl<'a> Mounted<'a> {
             Kind::ReadOnly => {
                 bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--read-only"])?;
             }
-            Kind::Writeback => {
-                bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--writeback", "on"])?;
+            Kind::WriteThrough => {
+                bench.host.ctl.ok(["mount", lower, &dir.to_string_lossy(), "--writeback", "off"])?;
             }
         }
         Ok(Mounted { bench, kind, dir, folder })
@@ -389,7 +389,7 @@ impl Drop for Mounted<'_> {
         let ended = match self.kind {
             Kind::Ext4 => Ok(()),
             Kind::Overlay | Kind::FuseOverlayfs => output_of(Command::new("umount").arg(&self.dir)).map(drop),
-            Kind::Layerfs | Kind::ByRing | Kind::Writeback => {
+            Kind::Layerfs | Kind::ByRing | Kind::WriteThrough => {
                 self.bench.host.ctl.ok(["umount", &dir, "--discard"]).map(drop)
             }
             Kind::ReadOnly => self.bench.host.ctl.ok(["umount", &dir]).map(drop),

@@ -23,10 +23,10 @@ const DIRECT_ALIGN: u64 = 4096;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("ranges::like_a_plain_file_under_kills_and_seals", &[Root, Fuse], || random_changes(&[])),
-        Case::new("ranges::like_a_plain_file_with_a_writeback_cache", &[Root, Fuse], || {
-            random_changes(&["--writeback", "on"])
+        Case::new("ranges::like_a_plain_file_without_a_writeback_cache", &[Root, Fuse], || {
+            random_changes(&["--writeback", "off"])
         }),
+        Case::new("ranges::like_a_plain_file_with_a_writeback_cache", &[Root, Fuse], || random_changes(&[])),
         Case::new("ranges::a_first_write_stores_little", &[Root, Fuse], first_write),
     ]
 }

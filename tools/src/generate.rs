@@ -123,7 +123,7 @@ keep the changes in the upper of this name; it is made if it does not exist
 the store's folder
 .TP
 .BI writeback= on|off
-whether large files of lower layers have the kernel's writeback cache, where that can be had; off if nothing is said
+whether large files of lower layers have the kernel's writeback cache, where that can be had; on if nothing is said
 .TP
 .B remount
 with

@@ -158,7 +158,7 @@ fn parse(args: &[OsString]) -> Result<Wish> {
         is_remount: false,
         upper: None,
         transport: Transport::Read,
-        writeback: false,
+        writeback: true,
         store: None,
         flags: MountFlags::empty(),
         is_fake,

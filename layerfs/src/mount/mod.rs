@@ -100,7 +100,7 @@ impl Default for MountOptions {
             allow_other: None,
             threads: 0,
             transport: Transport::Read,
-            writeback: false,
+            writeback: true,
         }
     }
 }

@@ -39,6 +39,11 @@ pub const TRAILER_ERROR: &str = "layerfs-error";
 /// The media type of a stream of [`Event`]s.
 pub const NDJSON: &str = "application/x-ndjson";
 
+/// What a field is if the request has none.
+fn yes() -> bool {
+    true
+}
+
 /// One line of a long operation's answer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

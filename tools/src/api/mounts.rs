@@ -27,7 +27,7 @@ pub struct MountRequest {
     #[serde(default)]
     pub transport: Transport,
     /// Large files of lower layers shall have the kernel's writeback cache, where that can be had.
-    #[serde(default)]
+    #[serde(default = "super::yes")]
     pub writeback: bool,
 }
 

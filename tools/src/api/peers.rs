@@ -123,10 +123,10 @@ pub struct PeerAddRequest {
     /// Its public key.
     pub key: String,
     /// It may push to this host.
-    #[serde(default = "yes")]
+    #[serde(default = "super::yes")]
     pub allow_push: bool,
     /// It may pull from this host.
-    #[serde(default = "yes")]
+    #[serde(default = "super::yes")]
     pub allow_pull: bool,
     /// It may move guests to this host.
     #[serde(default)]
@@ -137,10 +137,6 @@ pub struct PeerAddRequest {
     /// Replace a peer of this name.
     #[serde(default)]
     pub force: bool,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// A peer.

@@ -16,7 +16,7 @@ use super::layers::Kind;
     layerctl mount debian /mnt --read-only\n  \
     layerctl mount app /srv/web --upper web         changes are kept under that name\n  \
     layerctl mount app /srv/web --transport uring   by io_uring, or not at all\n  \
-    layerctl mount app /srv/web --writeback on      writes wait in the page cache\n  \
+    layerctl mount app /srv/web --writeback off     each write to a large file from below is heard of at once\n  \
     mount -t layerfs app /srv/web -o upper=web      the same through mount(8)")]
 pub struct Mount {
     /// A name, or at least eight digits of a layer's id
@@ -35,7 +35,7 @@ pub struct Mount {
     #[arg(long, value_name = "HOW", default_value = "read")]
     pub transport: Transport,
     /// Whether large files of lower layers have the kernel's writeback cache, where that can be had
-    #[arg(long, value_name = "WHETHER", default_value = "off")]
+    #[arg(long, value_name = "WHETHER", default_value = "on")]
     pub writeback: Switch,
 }
 
