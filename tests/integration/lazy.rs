@@ -140,7 +140,11 @@ fn killed_reader() -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(20));
         }
         reader.kill()?;
-        let ended = reader.wait()?;
+        let ended = (0..1500).find_map(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            reader.try_wait().transpose()
+        });
+        let ended = ended.with_context(|| format!("dd {arguments:?} can't be killed"))??;
         ensure!(ended.signal() == Some(9), "dd {arguments:?} ended with {ended} instead of waiting");
     }
     hosts.b.umount(&mounted)?;

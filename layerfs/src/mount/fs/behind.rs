@@ -106,7 +106,10 @@ impl Fs {
         // What was is no hindrance, what is is.
         let is_free = self.opens.get(ino).is_none_or(|open| open.record.count == 0 && open.record.node != 0);
         let is_of_use = self.hidden.get().is_some_and(|hidden| hidden.is_of_use());
-        is_free && is_of_use && !self.opens.is_closed() && self.may_fit_behind(ino) && self.has_room_for(ino)
+        // Who waits for what another host has can be killed; who waits for the hidden mount to read it can't.
+        let is_here = || !self.state.read().view.chunks().is_remote();
+        let may_come = is_free && is_of_use && !self.opens.is_closed();
+        may_come && is_here() && self.may_fit_behind(ino) && self.has_room_for(ino)
     }
 
     /// Whether `ino` can be passed through to the hidden mount, if nobody has it open.
