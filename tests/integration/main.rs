@@ -31,6 +31,7 @@ mod space;
 mod ssh;
 mod template;
 mod tier;
+mod warm;
 
 use layerfs_tests::case::Case;
 
@@ -54,6 +55,7 @@ fn main() -> std::process::ExitCode {
         fuzz::cases(),
         guests::cases(),
         hidden::cases(),
+        warm::cases(),
         drivers::cases(),
         migrate::cases(),
         moves::cases(),

@@ -107,6 +107,7 @@ struct ConfigFile {
     connect_timeout: Option<String>,
     idle_timeout: Option<String>,
     connect_from: Option<Vec<std::net::IpAddr>>,
+    warm_copies: Option<String>,
 }
 
 impl ConfigFile {
@@ -145,6 +146,7 @@ impl ConfigFile {
             connect_timeout: self.connect_timeout.or(below.connect_timeout),
             idle_timeout: self.idle_timeout.or(below.idle_timeout),
             connect_from: self.connect_from.or(below.connect_from),
+            warm_copies: self.warm_copies.or(below.warm_copies),
         }
     }
 }
@@ -199,6 +201,8 @@ pub struct Settings {
     pub idle: Duration,
     /// Size of the cache of plain chunks, in bytes.
     pub cache_bytes: Option<u64>,
+    /// What plain copies of large files that are read often may take of the disk, in bytes.
+    pub warm_bytes: Option<u64>,
     /// zstd level of new chunks.
     pub compression: Option<i32>,
     /// Threads for chunking and compressing.
@@ -251,12 +255,13 @@ impl Settings {
         } else {
             (environment.default_store()?, "default")
         };
-        let cache_bytes = match file.cache {
-            None => None,
-            Some(text) => Some(units::parse_size(&text).ok_or_else(|| {
-                Failure::invalid(format!("cache = {text:?} in the config file is no size; write it like \"64 MiB\""))
-            })?),
+        let size = |name: &str, text: &Option<String>| match text {
+            None => Ok(None),
+            Some(text) => units::parse_size(text).map(Some).ok_or_else(|| {
+                Failure::invalid(format!("{name} = {text:?} in the config file is no size; write it like \"64 MiB\""))
+            }),
         };
+        let (cache_bytes, warm_bytes) = (size("cache", &file.cache)?, size("warm_copies", &file.warm_copies)?);
         let limit = match file.limit.as_deref() {
             None | Some("none") => None,
             Some(text) => Some(units::parse_rate(text).ok_or_else(|| {
@@ -289,6 +294,7 @@ impl Settings {
             listen: file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse())?,
             idle: Duration::from_secs(file.idle_minutes.unwrap_or(5) * 60),
             cache_bytes,
+            warm_bytes,
             compression: file.compression,
             threads: file.threads,
             limit,
@@ -399,6 +405,10 @@ mod tests {
         assert_eq!(scene.find(None).unwrap().limit, Some(1_000_000));
         scene.user("cache = \"lots\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("64 MiB"));
+        scene.user("warm_copies = \"many\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("warm_copies"));
+        scene.user("warm_copies = \"0\"\n");
+        assert_eq!(scene.find(None).unwrap().warm_bytes, Some(0));
     }
 
     #[test]

@@ -126,6 +126,8 @@ pub struct MountInfo {
     pub serves_by: Transport,
     /// Whether large files of lower layers have the kernel's writeback cache.
     pub has_writeback: bool,
+    /// What its warm copies take of the disk, in bytes.
+    pub warm_bytes: u64,
     /// The layer below the upper, now.
     pub base: Option<LayerId>,
     /// The upper's record.
@@ -319,6 +321,9 @@ impl Mount {
             fs.find_hidden(|| hidden.start(&fs, threads)).map_err(failed)?;
         }
         fs.give_ahead(Box::new(kernel.clone()));
+        if can_pass_through(&fs) {
+            fs.keep_warm();
+        }
         let (send, receive) = crossbeam::channel::bounded::<Arc<Mount>>(1);
         let (memory, dir) = (session.memory(), record.dir.clone());
         let serve = move || {
@@ -394,6 +399,7 @@ impl Mount {
             record: self.record.clone(),
             serves_by: self.serves_by,
             has_writeback: fs.hidden().is_some_and(|hidden| hidden.is_of_use()),
+            warm_bytes: fs.warm_bytes(),
             base: fs.view().top(),
             upper_record: fs.upper().map(Upper::record),
             upper_size,
@@ -550,6 +556,7 @@ impl Mount {
     fn clean_up(&self, options: UnmountOptions) -> Result<()> {
         let Some(fs) = self.fs.lock().take() else { return Ok(()) };
         fs.stop_giving();
+        fs.stop_warming();
         let hidden = fs.hidden().cloned();
         if let Some(hidden) = &hidden {
             fs.write_back_hidden();

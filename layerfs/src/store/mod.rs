@@ -29,6 +29,7 @@ mod scrub;
 mod session;
 mod source;
 mod space;
+pub mod spare;
 mod staged;
 mod stat;
 mod suspects;
@@ -74,6 +75,7 @@ use index::{Index, Location};
 use packs::Packs;
 use partial::Partials;
 use pins::Roots;
+use spare::Spares;
 use suspects::Suspects;
 
 /// What the index knows of a chunk.
@@ -112,6 +114,7 @@ pub struct Store {
     names_change: Mutex<()>,
     sessions: Mutex<Sessions>,
     collector: Collector,
+    spares: Spares,
     /// Locked for as long as the store is open. Last, so that it is released last.
     _lock: Option<open::StoreLock>,
 }
@@ -151,6 +154,11 @@ impl Store {
     /// How it was opened.
     pub fn options(&self) -> &StoreOptions {
         &self.options
+    }
+
+    /// The files that it can do without, and how much of the disk they may take.
+    pub fn spares(&self) -> &Spares {
+        &self.spares
     }
 
     /// The index database, for those who keep records of their own in it.

@@ -22,6 +22,7 @@ use crate::store::index::Index;
 use crate::store::packs::Packs;
 use crate::store::partial::Partials;
 use crate::store::pins::Roots;
+use crate::store::spare::Spares;
 use crate::store::suspects::Suspects;
 use crate::store::tier::Tier;
 
@@ -46,6 +47,8 @@ pub struct StoreOptions {
     pub compression_level: i32,
     /// How many threads compress and verify; 0 stands for one per processor.
     pub threads: usize,
+    /// What plain copies of large files that are read often may take of the disk, in bytes; 0: there are none.
+    pub warm_bytes: u64,
 }
 
 impl Default for StoreOptions {
@@ -58,6 +61,7 @@ impl Default for StoreOptions {
             write_buffer_bytes: 8 << 20,
             compression_level: 3,
             threads: 0,
+            warm_bytes: 4 << 30,
         }
     }
 }
@@ -124,6 +128,7 @@ impl Store {
             names_change: Mutex::new(()),
             sessions: Mutex::default(),
             collector: Collector::default(),
+            spares: Spares::new(options.warm_bytes),
             _lock: lock,
         };
         if !found {

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::id::Ino;
 use crate::upper::ranges::RangeMap;
 use crate::upper::table::Stamp;
+use crate::upper::warm::WarmCopies;
 
 /// The most data files that an upper keeps open.
 const OPEN_MAX: NonZeroUsize = NonZeroUsize::new(512).unwrap();
@@ -249,21 +250,20 @@ impl DataFolder {
         self.known.read().keys().copied().collect()
     }
 
-    /// Whether nobody but us has the data file of `ino` open or mapped. That a lease can be had says so; whoever would break
-    /// it waits for us to answer first.
+    /// Whether nobody but us has the data file of `ino` open or mapped.
     pub fn is_ours_alone(&self, ino: Ino) -> bool {
-        let Ok(file) = self.file(ino) else { return true };
-        let control = |command, argument: i32| {
-            // SAFETY: these requests take a number, and change only how the open file behaves.
-            #[allow(unsafe_code)]
-            unsafe {
-                libc::fcntl(file.as_raw_fd(), command, argument)
-            }
-        };
-        // Rather than the signal that ends a process: this one is ignored.
-        let is_free = control(F_SETSIG, libc::SIGURG) == 0 && control(libc::F_SETLEASE, libc::F_WRLCK) == 0;
-        control(libc::F_SETLEASE, libc::F_UNLCK);
-        is_free
+        self.file(ino).map_or(true, |file| is_alone(&file))
+    }
+
+    /// Makes the warm copy of `ino`, which is in use, its data file too. False if there is no such copy.
+    ///
+    /// # Errors
+    /// Those of the disk; there is no data file then.
+    pub fn adopt(&self, ino: Ino, copies: &WarmCopies) -> Result<bool> {
+        let Some(file) = copies.link_as(ino, &file_name(ino))? else { return Ok(false) };
+        self.created.store(true, Ordering::Release);
+        self.keep_open(ino, file);
+        Ok(true)
     }
 
     /// Starts to write what programs have mapped of `ino`, and waits for it: later stores change the file's times again.
@@ -353,6 +353,22 @@ impl DataFolder {
     pub fn space(&self) -> Result<rustix::fs::StatVfs> {
         rustix::fs::fstatvfs(&self.folder).map_err(|e| Error::file("stat", &self.path, e))
     }
+}
+
+/// Whether nobody has `file` open or mapped but by this descriptor. That a lease can be had says so; whoever would break it waits for
+/// us to answer first.
+pub(super) fn is_alone(file: &File) -> bool {
+    let control = |command, argument: i32| {
+        // SAFETY: these requests take a number, and change only how the open file behaves.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::fcntl(file.as_raw_fd(), command, argument)
+        }
+    };
+    // Rather than the signal that ends a process: this one is ignored.
+    let is_free = control(F_SETSIG, libc::SIGURG) == 0 && control(libc::F_SETLEASE, libc::F_WRLCK) == 0;
+    control(libc::F_SETLEASE, libc::F_UNLCK);
+    is_free
 }
 
 /// Removes the data files of an upper that nobody uses, and their folder.

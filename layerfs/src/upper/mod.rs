@@ -12,6 +12,7 @@ pub mod opens;
 mod ranged;
 pub mod ranges;
 pub mod table;
+pub mod warm;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -33,6 +34,7 @@ use data::DataFolder;
 use journal::Journal;
 use opens::{OpenRecord, OpenSlot, OpenTable};
 use table::{Change, Stamp, Tables, UpperInode};
+use warm::WarmCopies;
 
 /// How many inode numbers are reserved at a time.
 const RESERVE: u64 = 1024;
@@ -132,7 +134,7 @@ pub fn size(store: &Store, id: UpperId) -> Result<UpperSize> {
     let mut allocated_bytes = 0;
     if let Ok(files) = std::fs::read_dir(folder_path(store, id)) {
         use std::os::unix::fs::MetadataExt;
-        let data = files.flatten().filter(|file| file.file_name() != opens::NAME);
+        let data = files.flatten().filter(|file| file.file_name() != opens::NAME && !warm::is_name(&file.file_name()));
         allocated_bytes = data.filter_map(|file| file.metadata().ok()).map(|stat| stat.blocks() * 512).sum();
     }
     let (inodes, dentries) = (count(table::inode_prefix(id))?, count(table::dentry_prefix(id))?);
@@ -200,6 +202,7 @@ pub struct Upper {
     id: UpperId,
     store: Arc<Store>,
     data: DataFolder,
+    warm: WarmCopies,
     journal: Journal,
     opens: OpenTable,
     /// What a daemon before this one left open, until somebody takes it.
@@ -259,7 +262,9 @@ impl Upper {
         let next = record.next_ino;
         let numbers = Mutex::new(Numbers { record, next });
         let (journal, opens) = (Journal::start(db, id)?, OpenTable::create(&data.folder)?);
-        let upper = Upper { id, store: store.clone(), data, journal, opens, resumed_opens: Mutex::default(), numbers };
+        let warm = WarmCopies::open(store, &data, &[])?;
+        let (store, resumed_opens) = (store.clone(), Mutex::default());
+        let upper = Upper { id, store, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         if view.inode(Ino::ROOT)?.is_none() {
             upper.make_root(&mut tables)?;
@@ -305,11 +310,15 @@ impl Upper {
         // From before the rows are read: what they are told of a file's times is of that moment.
         written.for_each(|(_, record)| data.know(record.ino, Stamp::default()));
         let numbers = Mutex::new(Numbers { record, next });
-        let resumed_opens = Mutex::new(resumed);
-        let upper = Upper { id, store: store.clone(), data, journal, opens, resumed_opens, numbers };
+        let is_warm = |(_, record): &&(OpenSlot, OpenRecord)| record.is_warm;
+        let in_use: Vec<Ino> = resumed.iter().filter(is_warm).map(|(_, record)| record.ino).collect();
+        let warm = WarmCopies::open(store, &data, &in_use)?;
+        let (store, resumed_opens) = (store.clone(), Mutex::new(resumed));
+        let upper = Upper { id, store, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         let (repairs, outdated_maps) = upper.load(&mut tables, past)?;
         upper.commit(&mut tables, repairs)?;
+        upper.settle_warm(&tables);
         outdated_maps.into_iter().for_each(|ino| upper.data.remove_map_file(ino));
         Ok((upper, tables))
     }
@@ -408,6 +417,18 @@ impl Upper {
         Ok(outdated)
     }
 
+    /// Where the daemon before this one had made a warm copy the data file, and noted that in the tables only, the open files' records are
+    /// told.
+    fn settle_warm(&self, tables: &Tables) {
+        for (slot, record) in self.resumed_opens.lock().iter_mut().filter(|(_, record)| record.is_warm) {
+            if tables.inode(record.ino).is_some_and(|inode| inode.backed.is_some()) {
+                record.is_warm = false;
+                self.opens.put(*slot, record);
+                self.warm.has_become_data(record.ino);
+            }
+        }
+    }
+
     /// Its number.
     pub fn id(&self) -> UpperId {
         self.id
@@ -421,6 +442,11 @@ impl Upper {
     /// Its data files.
     pub fn data(&self) -> &DataFolder {
         &self.data
+    }
+
+    /// Its warm copies.
+    pub fn warm(&self) -> &WarmCopies {
+        &self.warm
     }
 
     /// Its journal.

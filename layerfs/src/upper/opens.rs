@@ -21,6 +21,7 @@ const RECORD_BYTES: usize = 32;
 const PASSED: u32 = 1;
 const MAPPED: u32 = 2;
 const READABLE: u32 = 4;
+const WARM: u32 = 8;
 
 /// The kernel's number of a file that it reads and writes without asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub struct OpenRecord {
     pub is_mapped: bool,
     /// Whether a descriptor could read since it was first opened.
     pub is_readable: bool,
+    /// Whether it is passed through to a warm copy of its sealed bytes, rather than to its data file: nobody writes to it.
+    pub is_warm: bool,
     /// The file of the hidden mount that it is passed through to; 0 if it is its own data file.
     pub node: u32,
 }
@@ -53,13 +56,13 @@ impl OpenRecord {
     /// That nobody has `ino` open.
     pub fn none(ino: Ino) -> OpenRecord {
         let (count, writers, mappers) = (0, 0, 0);
-        let (is_passed, is_mapped, is_readable) = (false, false, false);
-        OpenRecord { ino, backing: None, count, writers, mappers, is_passed, is_mapped, is_readable, node: 0 }
+        let (is_passed, is_mapped, is_readable, is_warm) = (false, false, false, false);
+        OpenRecord { ino, backing: None, count, writers, mappers, is_passed, is_mapped, is_readable, is_warm, node: 0 }
     }
 
     /// Whether somebody may write to its data file without our hearing of it.
     pub fn is_written_past_us(&self) -> bool {
-        self.is_passed && self.node == 0 && (self.writers > 0 || self.is_mapped)
+        self.is_passed && !self.is_warm && self.node == 0 && (self.writers > 0 || self.is_mapped)
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -70,7 +73,8 @@ impl OpenRecord {
         out.put_u32(self.count);
         out.put_u32(self.writers);
         out.put_u32(self.mappers);
-        out.put_u32(flag(self.is_passed, PASSED) | flag(self.is_mapped, MAPPED) | flag(self.is_readable, READABLE));
+        let how = flag(self.is_passed, PASSED) | flag(self.is_mapped, MAPPED) | flag(self.is_readable, READABLE);
+        out.put_u32(how | flag(self.is_warm, WARM));
         out.put_u32(self.node);
         out
     }
@@ -81,9 +85,12 @@ impl OpenRecord {
         let backing = Some(Backing(reader.u32()?)).filter(|backing| backing.0 != 0);
         let (count, writers, mappers) = (reader.u32()?, reader.u32()?, reader.u32()?);
         let flags = reader.u32()?;
-        let (is_passed, is_mapped, is_readable) = (flags & PASSED != 0, flags & MAPPED != 0, flags & READABLE != 0);
+        let is_set = |bit: u32| flags & bit != 0;
+        let (is_passed, is_mapped) = (is_set(PASSED), is_set(MAPPED));
+        let (is_readable, is_warm) = (is_set(READABLE), is_set(WARM));
         let node = reader.u32()?;
-        let record = OpenRecord { ino, backing, count, writers, mappers, is_passed, is_mapped, is_readable, node };
+        let record =
+            OpenRecord { ino, backing, count, writers, mappers, is_passed, is_mapped, is_readable, is_warm, node };
         Ok(Some(record).filter(|record| record.ino.0 != 0))
     }
 }
@@ -208,6 +215,9 @@ mod tests {
             node: 6,
             ..OpenRecord::none(Ino(1))
         };
+        let warm = OpenRecord { is_warm: true, node: 0, writers: 0, is_mapped: true, ..record };
+        assert_eq!(warm.encode()[24..28], [0b1111, 0, 0, 0]);
+        assert!(OpenRecord::decode(&warm.encode()).unwrap() == Some(warm) && !warm.is_written_past_us());
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(hex, "01000000000000000200000003000000040000000500000005000000".to_owned() + "06000000");
         assert_eq!(OpenRecord::decode(&record.encode()).unwrap(), Some(record));

@@ -54,6 +54,9 @@ pub struct MountInfo {
     /// Whether large files of lower layers have the kernel's writeback cache.
     #[serde(default)]
     pub writeback: bool,
+    /// What plain copies of its large files take of the disk, in bytes.
+    #[serde(default)]
+    pub warm_bytes: u64,
     /// If data of its layers is still on its way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial: Option<PartialInfo>,

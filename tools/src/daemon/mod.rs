@@ -153,6 +153,7 @@ pub fn store_options(settings: &Settings) -> StoreOptions {
         cache_bytes: settings.cache_bytes.map_or(defaults.cache_bytes, |bytes| bytes as usize),
         compression_level: settings.compression.unwrap_or(defaults.compression_level),
         threads: settings.threads.unwrap_or(defaults.threads),
+        warm_bytes: settings.warm_bytes.unwrap_or(defaults.warm_bytes),
         ..defaults
     }
 }

@@ -11,6 +11,7 @@ use super::super::errno::{Errno, FsResult, fail};
 use super::super::watch::Op;
 use super::attrs::{clear_foreign_sgid, clear_privileges};
 use super::edit::Edit;
+use super::opens::IsWarm;
 use super::ranges::Ranged;
 use super::{Fs, State};
 use crate::attr::Time;
@@ -97,7 +98,12 @@ impl Fs {
             self.writable_upper()?;
         }
         let prepared = self.prepare(ino, flags)?;
-        let backing = self.opened_as(ino, flags, &prepared);
+        let backing = loop {
+            match self.opened_as(ino, flags, &prepared) {
+                Ok(backing) => break backing,
+                Err(IsWarm) => self.make_warm_own(ino)?,
+            }
+        };
         self.not_used(ino, &prepared);
         Ok(backing)
     }
@@ -145,6 +151,7 @@ impl Fs {
             self.giving.asked(ino);
         }
         let count = reader.read_at(offset, buffer)?;
+        self.warming.was_read(ino, reader.content(), count);
         if offset + count as u64 >= reader.content().len() {
             reader.release();
         }
@@ -219,6 +226,9 @@ impl Fs {
         let view = state.view.clone();
         drop(state);
         let content = reader.content();
+        if self.leave_warm(upper, ino, content)? {
+            return Ok(None);
+        }
         let bytes = content.len().min(limit);
         let is_ranged = match content {
             Content::Extents { .. } if bytes >= self.ranges_from => upper.data().create_ranged(ino, bytes)?,

@@ -182,7 +182,7 @@ fn whole(chunks: &dyn ChunkRead, content: &Content) -> crate::error::Result<Byte
 }
 
 /// Chunks that are needed once.
-struct Once<'a>(&'a dyn ChunkRead);
+pub(super) struct Once<'a>(pub &'a dyn ChunkRead);
 
 impl ChunkRead for Once<'_> {
     fn get(&self, id: &crate::id::ChunkId) -> crate::error::Result<Bytes> {

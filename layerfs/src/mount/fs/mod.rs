@@ -22,6 +22,7 @@ mod opens;
 mod orphans;
 mod ranges;
 mod sealing;
+mod warm;
 mod xattrs;
 
 use std::collections::{HashMap, HashSet};
@@ -106,6 +107,7 @@ pub struct Fs {
     opens: opens::Opens,
     giving: giving::Giving,
     orphans: orphans::Orphans,
+    warming: warm::Warming,
     /// Set if files can be passed through.
     backings: OnceLock<Box<dyn Backings>>,
     /// Set if large files of lower layers can be passed through too.
@@ -170,6 +172,7 @@ impl Fs {
             opens: opens::Opens::default(),
             giving: giving::Giving::default(),
             orphans: orphans::Orphans::default(),
+            warming: warm::Warming::default(),
             backings: OnceLock::new(),
             hidden: OnceLock::new(),
             unnamed: Mutex::default(),
@@ -340,6 +343,7 @@ impl Fs {
             hidden.removed(ino);
         }
         upper.data().remove(ino);
+        upper.warm().remove_idle(ino);
         self.parents.write().remove(&ino);
         self.unnamed.lock().remove(&ino);
     }

@@ -7,6 +7,8 @@
 //! - While a file is passed through and may be written to, its data file has the truth on its size and times; the tables
 //!   have it as of a stamp that [`DataFolder::known`](crate::upper::data::DataFolder::known) tells, and catch up when it matters.
 //! - Its inode stays in the upper, over seals too, as long as its data file is in use.
+//! - A sealed file may be passed through to a [warm copy](super::warm) for those who read it; whoever wants to write makes that the
+//!   data file first.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -28,7 +30,7 @@ use crate::upper::opens::{Backing, OpenRecord, OpenSlot};
 use crate::upper::table::{Change, Stamp, UpperInode};
 
 /// Larger files aren't passed through: a seal reads what is passed through whole, in about a second per gigabyte.
-const PASSED_MAX: u64 = 1 << 30;
+pub(super) const PASSED_MAX: u64 = 1 << 30;
 /// A seal waits no longer than this for the clock of times of change, which moves on every 1 to 10 ms.
 const COARSE: Duration = Duration::from_millis(20);
 const TICK: Duration = Duration::from_millis(1);
@@ -104,10 +106,22 @@ impl Opens {
         self.is_closed.load(Ordering::Acquire)
     }
 
+    /// What `ino` is passed through to has become its data file.
+    pub fn is_no_longer_warm(&self, upper: &Upper, ino: Ino) {
+        if let Some(open) = self.shard(ino).lock().get_mut(&ino) {
+            open.record.is_warm = false;
+            upper.opens().put(open.slot, &open.record);
+        }
+    }
+
     fn all(&self) -> Vec<Open> {
         self.shards.iter().flat_map(|shard| shard.lock().values().copied().collect::<Vec<_>>()).collect()
     }
 }
+
+/// A file that is to be opened for writing is passed through to a warm copy: that has to become its data file first.
+#[derive(Debug)]
+pub(super) struct IsWarm;
 
 /// What a descriptor's flags allow.
 #[derive(Clone, Copy)]
@@ -145,6 +159,22 @@ pub(super) fn until_passed(time: Time) {
     }
 }
 
+/// Nobody has a file open or mapped any more: what was noted of it goes.
+fn ended(upper: &Upper, open: &Open) {
+    if open.record.is_warm {
+        upper.warm().end_use(open.record.ino);
+    }
+    upper.opens().give_back(open.slot);
+}
+
+/// Whether nobody but us has open or mapped what a file was passed through to.
+fn is_ours_alone(upper: &Upper, record: &OpenRecord) -> bool {
+    match record.is_warm {
+        true => upper.warm().is_ours_alone(record.ino),
+        false => upper.data().is_ours_alone(record.ino),
+    }
+}
+
 /// A descriptor that was closed.
 #[derive(Clone, Copy)]
 struct Late {
@@ -170,12 +200,17 @@ impl Fs {
 
     /// A descriptor of `ino` was opened with `flags`. Returns the backing if it is to be passed through.
     pub fn opened(&self, ino: Ino, flags: i32) -> Option<Backing> {
-        self.opened_as(ino, flags, &Prepared::default())
+        self.opened_as(ino, flags, &Prepared::default()).ok().flatten()
     }
 
     /// [`Fs::opened`] for what was prepared.
-    pub(super) fn opened_as(&self, ino: Ino, flags: i32, prepared: &Prepared<'_>) -> Option<Backing> {
-        let upper = self.upper.as_ref()?;
+    pub(super) fn opened_as(
+        &self,
+        ino: Ino,
+        flags: i32,
+        prepared: &Prepared<'_>,
+    ) -> std::result::Result<Option<Backing>, IsWarm> {
+        let Some(upper) = &self.upper else { return Ok(None) };
         let access = Access::of(flags);
         let _gate = access.writes.then(|| self.changes());
         // Held to the end: no seal takes the data file away meanwhile.
@@ -184,6 +219,9 @@ impl Fs {
         let new = || Open { slot: upper.opens().take(), record: OpenRecord::none(ino), sealed: None };
         let open = shard.entry(ino).or_insert_with(new);
         let record = &mut open.record;
+        if record.is_warm && access.writes {
+            return Err(IsWarm);
+        }
         if record.count == 0 {
             if record.node != 0 && !self.is_hidden_there(record.node) {
                 (record.node, record.is_mapped) = (0, false);
@@ -191,10 +229,17 @@ impl Fs {
             let may_be_used = record.is_mapped || prepared.was_there() || !self.opens.is_closed();
             let hidden = if may_be_used { self.hidden_backing(prepared) } else { None };
             record.node = hidden.map_or(0, |(_, node)| node);
-            record.backing = match hidden {
-                Some((backing, _)) => Some(backing),
-                None => self.backing(upper, &state, record, access),
+            let was_warm = record.is_warm;
+            (record.backing, record.is_warm) = match hidden {
+                Some((backing, _)) => (Some(backing), false),
+                None => match self.backing(upper, &state, record, access) {
+                    None if !access.writes => self.warm_backing(upper, &state, record.ino),
+                    backing => (backing, false),
+                },
             };
+            if was_warm && !record.is_warm {
+                upper.warm().end_use(ino);
+            }
             record.is_passed = record.backing.is_some();
         }
         record.count += 1;
@@ -209,7 +254,26 @@ impl Fs {
             upper.data().know(ino, upper.data().stamp(ino).unwrap_or_default());
         }
         upper.opens().put(open.slot, record);
-        record.backing
+        let (backing, is_cached) = (record.backing, record.backing.is_none() && access.reads);
+        drop((shard, state));
+        if is_cached {
+            self.is_read_again(upper, ino);
+        }
+        Ok(backing)
+    }
+
+    /// A backing for a sealed file that nobody has open, and whether there is one: its warm copy, if it has one.
+    fn warm_backing(&self, upper: &Upper, state: &State, ino: Ino) -> (Option<Backing>, bool) {
+        let Some(backings) = self.backings.get() else { return (None, false) };
+        if state.tables.inode(ino).is_some_and(|inode| inode.backed.is_some()) {
+            return (None, false);
+        }
+        let Some(file) = upper.warm().begin_use(ino) else { return (None, false) };
+        let backing = backings.open(&file).ok();
+        if backing.is_none() {
+            upper.warm().end_use(ino);
+        }
+        (backing, backing.is_some())
     }
 
     /// [`Fs::opened`] for a file that was made along with it: one that can be written to gets its data file.
@@ -309,14 +373,14 @@ impl Fs {
             let sealed = {
                 let mut shard = self.opens.shard(ino).lock();
                 let is_free = |record: &OpenRecord| match record.node {
-                    0 => upper.data().is_ours_alone(ino),
+                    0 => is_ours_alone(upper, record),
                     node => !self.is_hidden_there(node),
                 };
                 let is_closed = |open: &&Open| open.record.count == 0 && is_free(&open.record);
-                let Some(Open { slot, sealed, .. }) = shard.get(&ino).filter(is_closed).copied() else { continue };
+                let Some(open) = shard.get(&ino).filter(is_closed).copied() else { continue };
                 shard.remove(&ino);
-                upper.opens().give_back(slot);
-                sealed
+                ended(upper, &open);
+                open.sealed
             };
             self.opens.doubts.settle(ino);
             if self.catch_up(upper, &mut state, ino).is_ok() {
@@ -342,17 +406,17 @@ impl Fs {
             self.close_backing(record);
             // What was only ever written to isn't mapped.
             let is_used = match record.node {
-                0 => record.is_passed && (record.is_readable || record.is_mapped) && !upper.data().is_ours_alone(ino),
+                0 => record.is_passed && (record.is_readable || record.is_mapped) && !is_ours_alone(upper, record),
                 node => {
                     self.hidden_is_idle(node);
                     self.is_hidden_there(node)
                 }
             };
             if !is_used {
-                let (slot, sealed) = (open.slot, open.sealed);
+                let open = *open;
                 shard.remove(&ino);
-                upper.opens().give_back(slot);
-                return Closed { is_written_past_us: false, sealed };
+                ended(upper, &open);
+                return Closed { is_written_past_us: false, sealed: open.sealed };
             }
             record.is_mapped = true;
             self.opens.doubts.add(ino);
@@ -387,7 +451,7 @@ impl Fs {
     fn strike_out(&self, upper: &Upper, state: &mut State, ino: Ino) {
         if let Some(mut open) = self.opens.shard(ino).lock().remove(&ino) {
             self.close_backing(&mut open.record);
-            upper.opens().give_back(open.slot);
+            ended(upper, &open);
         }
         if self.catch_up(upper, state, ino).is_ok() {
             upper.data().unknow(ino);
@@ -457,7 +521,8 @@ impl Fs {
         let mut state = self.state.write();
         self.opens.is_closed.store(true, Ordering::Release);
         let mut in_use = InUse::default();
-        for open in self.opens.all().into_iter().filter(|open| open.record.is_passed && open.record.node == 0) {
+        let is_data = |open: &Open| open.record.is_passed && open.record.node == 0 && !open.record.is_warm;
+        for open in self.opens.all().into_iter().filter(is_data) {
             let ino = open.record.ino;
             if open.record.count == 0 && upper.data().is_ours_alone(ino) {
                 self.strike_out(upper, &mut state, ino);

@@ -162,6 +162,11 @@ fn metrics(daemon: &Daemon) -> String {
         |a| a.written_bytes,
     );
     of_each(&mut out, "mount_requests_running", "gauge", "Requests that are being answered.", |a| a.running);
+    let mut family =
+        Family::new(&mut out, "mount_warm_bytes", "gauge", "Disk that plain copies of its large files take.");
+    for (dir, (mount, _)) in dirs.iter().zip(&mounts) {
+        family.value("", &[("dir", dir)], mount.fs().map_or(0, |fs| fs.warm_bytes()) as f64);
+    }
     histograms(&mut out, &dirs, &mounts);
     out
 }

@@ -340,6 +340,7 @@ fn describe(context: &Context, catalog: &Catalog, mount: &Mount) -> Result<Mount
         since: Timestamp(units::now() - info.seconds as i64),
         transport: info.serves_by,
         writeback: info.has_writeback,
+        warm_bytes: info.warm_bytes,
         partial,
     })
 }

@@ -1,0 +1,222 @@
+//! Large sealed files that are read again: a thread of the mount writes warm copies of them, and the kernel reads those past us.
+//!
+//! Hides which files get one, and what becomes of it when the file is written to. Invariants: a copy gets its name under the file's
+//! stripe, when its bytes are those of the view that is below then; a file that is passed through to a copy has no writer; nobody who
+//! asks for something waits for a copy to be made.
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use super::super::errno::{Errno, FsResult, fail};
+use super::attrs::may_lose_bits;
+use super::edit::Edit;
+use super::giving::Once;
+use super::opens::PASSED_MAX;
+use super::{Fs, State};
+use crate::content::Content;
+use crate::id::Ino;
+use crate::inode::Node;
+use crate::patience;
+use crate::upper::Upper;
+use crate::upper::table::Backed;
+
+/// Smaller files are read fast enough, and there are many of them.
+const FROM: u64 = 8 << 20;
+/// So many files are remembered to have been read through.
+const READ_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+/// So many wait for their copy; others come when they are opened again.
+const WAITING_MAX: usize = 16;
+/// The lowest priority of a thread.
+const NICE: i32 = 19;
+
+/// The making of one mount's copies.
+pub(super) struct Warming {
+    from: u64,
+    /// How much of a file was read, of those that were read lately.
+    read: Mutex<LruCache<Ino, u64>>,
+    jobs: Mutex<Option<Sender<Ino>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    is_stopped: Arc<AtomicBool>,
+}
+
+impl Default for Warming {
+    fn default() -> Warming {
+        Warming {
+            from: FROM,
+            read: Mutex::new(LruCache::new(READ_MAX)),
+            jobs: Mutex::default(),
+            thread: Mutex::default(),
+            is_stopped: Arc::default(),
+        }
+    }
+}
+
+impl Warming {
+    fn is_fit(&self, content: &Content) -> bool {
+        matches!(content, Content::Extents { .. }) && (self.from..=PASSED_MAX).contains(&content.len())
+    }
+
+    /// `count` bytes of `content`, which is what `ino` has, were read.
+    pub fn was_read(&self, ino: Ino, content: &Content, count: usize) {
+        if self.is_fit(content) && self.jobs.lock().is_some() {
+            *self.read.lock().get_or_insert_mut(ino, || 0) += count as u64;
+        }
+    }
+}
+
+impl Fs {
+    /// From now on files that are read again get warm copies, until [`Fs::stop_warming`]. Of use only where files are passed through.
+    pub(in crate::mount) fn keep_warm(self: &Arc<Fs>) {
+        if !self.upper.as_ref().is_some_and(|upper| upper.warm().is_on()) {
+            return;
+        }
+        let (send, receive) = bounded(WAITING_MAX);
+        let (fs, is_stopped) = (Arc::downgrade(self), self.warming.is_stopped.clone());
+        let thread = std::thread::Builder::new().name("layerfs-warm".to_owned());
+        match thread.spawn(move || make_copies(&fs, &receive, &is_stopped)) {
+            Ok(thread) => {
+                *self.warming.thread.lock() = Some(thread);
+                *self.warming.jobs.lock() = Some(send);
+            }
+            Err(error) => tracing::warn!(%error, "cannot start a thread that makes warm copies"),
+        }
+    }
+
+    /// Ends what [`Fs::keep_warm`] began.
+    pub(in crate::mount) fn stop_warming(&self) {
+        self.warming.is_stopped.store(true, Ordering::Relaxed);
+        *self.warming.jobs.lock() = None;
+        if let Some(thread) = self.warming.thread.lock().take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// `ino` is opened for reading. If all of it was read before it gets a copy, for those who open it later.
+    pub(super) fn is_read_again(&self, upper: &Upper, ino: Ino) {
+        let Some(read) = self.warming.read.lock().peek(&ino).copied() else { return };
+        if upper.warm().may_be_there(ino) {
+            return;
+        }
+        let Ok(Some(content)) = self.warm_content(&self.state.read(), ino) else { return };
+        if read < content.len() {
+            return;
+        }
+        if let Some(jobs) = &*self.warming.jobs.lock()
+            && jobs.try_send(ino).is_ok()
+        {
+            // Once more if it is read through again.
+            self.warming.read.lock().pop(&ino);
+        }
+    }
+
+    /// What `ino` has, if it may have a copy.
+    fn warm_content(&self, state: &State, ino: Ino) -> FsResult<Option<Content>> {
+        let inode = state.inode(ino)?;
+        if inode.backed.is_some() || may_lose_bits(&inode) {
+            return Ok(None);
+        }
+        Ok(match inode.inode.node {
+            Node::File(content) if self.warming.is_fit(&content) => Some(content),
+            _ => None,
+        })
+    }
+
+    /// Makes a copy of `ino`, unless something is against it. `goes_on`: whether it is still wanted.
+    fn warm(&self, ino: Ino, goes_on: impl Fn() -> bool) -> FsResult<()> {
+        let upper = self.writable_upper()?;
+        let (content, view) = {
+            let state = self.state.read();
+            let Some(content) = self.warm_content(&state, ino)? else { return Ok(()) };
+            (content, state.view.clone())
+        };
+        // What has to come from another host isn't fetched for this.
+        if upper.warm().may_be_there(ino) || view.chunks().is_remote() {
+            return Ok(());
+        }
+        let Some(made) = upper.warm().make(&Once(&**view.chunks()), &content, goes_on)? else { return Ok(()) };
+        // Who has it changes the file.
+        let Some(_stripe) = self.stripe(ino).try_lock() else { return Ok(()) };
+        let is_same = self.warm_content(&self.state.read(), ino)?.as_ref() == Some(&content);
+        if is_same {
+            upper.warm().put(ino, made)?;
+        }
+        Ok(())
+    }
+
+    /// Before `ino`, a sealed file whose stripe is held and which has `content`, is changed: its copy goes. If it is in use it becomes the data
+    /// file; returns whether.
+    pub(super) fn leave_warm(&self, upper: &Upper, ino: Ino, content: &Content) -> FsResult<bool> {
+        let Content::Extents { chunker, .. } = content else { return Ok(false) };
+        loop {
+            if upper.warm().remove_idle(ino) {
+                return Ok(false);
+            }
+            patience::waits();
+            // Those who read it may have closed it just now.
+            if upper.data().adopt(ino, upper.warm())? {
+                break;
+            }
+        }
+        let mut edit = Edit::new(self, upper);
+        let change = |edit: &mut Edit<'_>| -> FsResult<()> {
+            let mut inode = edit.inode(ino)?;
+            inode.inode.node = Node::File(Content::empty());
+            inode.backed = Some(Backed { bytes: content.len(), chunker: *chunker, base_bytes: 0 });
+            edit.set(inode);
+            Ok(())
+        };
+        match change(&mut edit).and_then(|()| edit.commit()) {
+            Ok(state) => {
+                // Under the state: who opens the file finds both or neither.
+                self.opens.is_no_longer_warm(upper, ino);
+                upper.warm().has_become_data(ino);
+                drop(state);
+                self.readers.lock().pop(&ino);
+                Ok(true)
+            }
+            Err(errno) => {
+                upper.data().remove(ino);
+                Err(errno)
+            }
+        }
+    }
+
+    /// Before somebody opens `ino` for writing while others read its copy: it becomes the data file, which all have then.
+    pub(super) fn make_warm_own(&self, ino: Ino) -> FsResult<()> {
+        let (upper, _gate) = self.enter()?;
+        let _stripe = self.stripe(ino).lock();
+        let is_warm = || self.opens.get(ino).is_some_and(|open| open.record.is_warm);
+        if is_warm() {
+            self.data_changes(ino);
+            self.copy_up(upper, ino, u64::MAX)?;
+        }
+        // Somebody took the copy away from us.
+        if is_warm() { fail(libc::EIO) } else { Ok(()) }
+    }
+
+    /// What the copies of this mount take of the disk, in bytes.
+    pub fn warm_bytes(&self) -> u64 {
+        self.upper.as_ref().map_or(0, |upper| upper.warm().bytes())
+    }
+}
+
+fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Ino>, is_stopped: &AtomicBool) {
+    // SAFETY: a plain system call; 0 is this thread.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
+    }
+    for ino in jobs {
+        let Some(fs) = fs.upgrade() else { return };
+        if let Err(Errno(errno)) = fs.warm(ino, || !is_stopped.load(Ordering::Relaxed)) {
+            let error = std::io::Error::from_raw_os_error(errno);
+            tracing::debug!(%ino, %error, "a file that is read often gets no copy");
+        }
+    }
+}

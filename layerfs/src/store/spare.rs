@@ -1,0 +1,247 @@
+//! Files that are of use and can be done without: how much of the disk all of them together may take.
+//!
+//! Hides which goes when another needs its place: the least recently used of those that nobody uses. Invariants: what is known
+//! here takes no more than the limit, but for what was in use when the store was opened; a file in use stays. What the files are, and where they
+//! lie, only those know who make them.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+/// Names a spare file, for as long as the store is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SpareId(u64);
+
+/// Takes a file's name away. It is called with the register locked, and must not come back to it.
+type Remove = Box<dyn FnOnce() + Send>;
+
+/// The register of a store's spare files.
+#[derive(Debug, Default)]
+pub struct Spares {
+    limit_bytes: u64,
+    register: Arc<Mutex<Register>>,
+}
+
+#[derive(Debug, Default)]
+struct Register {
+    files: HashMap<SpareId, Spare>,
+    /// What the files take, and what is being written.
+    bytes: u64,
+    last_id: u64,
+    clock: u64,
+}
+
+struct Spare {
+    file: Arc<File>,
+    bytes: u64,
+    is_used: bool,
+    last_used: u64,
+    remove: Remove,
+}
+
+impl std::fmt::Debug for Spare {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spare").field("bytes", &self.bytes).field("is_used", &self.is_used).finish_non_exhaustive()
+    }
+}
+
+/// Room for a file that is being written; it is given back when this is dropped.
+#[derive(Debug)]
+pub struct Room {
+    bytes: u64,
+    register: Arc<Mutex<Register>>,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.register.lock().bytes -= self.bytes;
+    }
+}
+
+impl Register {
+    fn put(&mut self, file: Arc<File>, bytes: u64, is_used: bool, remove: Remove) -> SpareId {
+        self.last_id += 1;
+        self.clock += 1;
+        let id = SpareId(self.last_id);
+        self.files.insert(id, Spare { file, bytes, is_used, last_used: self.clock, remove });
+        id
+    }
+
+    fn take(&mut self, id: SpareId) -> Option<Spare> {
+        let spare = self.files.remove(&id)?;
+        self.bytes -= spare.bytes;
+        Some(spare)
+    }
+
+    /// Removes one that nobody uses; false if there is none.
+    fn remove_oldest(&mut self) -> bool {
+        let idle = self.files.iter().filter(|(_, spare)| !spare.is_used);
+        let Some(oldest) = idle.min_by_key(|(_, spare)| spare.last_used).map(|(id, _)| *id) else { return false };
+        if let Some(spare) = self.take(oldest) {
+            (spare.remove)();
+        }
+        true
+    }
+}
+
+impl Spares {
+    /// A register of files that together take at most `limit_bytes`.
+    pub fn new(limit_bytes: u64) -> Spares {
+        Spares { limit_bytes, register: Arc::default() }
+    }
+
+    /// Whether there may be any at all.
+    pub fn is_on(&self) -> bool {
+        self.limit_bytes > 0
+    }
+
+    /// Room for a file of `bytes`, for which others go; none if they can't.
+    pub fn room(&self, bytes: u64) -> Option<Room> {
+        let mut register = self.register.lock();
+        let in_use: u64 = register.files.values().filter(|spare| spare.is_used).map(|spare| spare.bytes).sum();
+        // Nobody shall go for what doesn't fit all the same.
+        if in_use.saturating_add(bytes) > self.limit_bytes {
+            return None;
+        }
+        while register.bytes.saturating_add(bytes) > self.limit_bytes {
+            if !register.remove_oldest() {
+                return None;
+            }
+        }
+        register.bytes += bytes;
+        Some(Room { bytes, register: self.register.clone() })
+    }
+
+    /// A file was written into `room`; `remove` takes its name away.
+    pub fn put(&self, room: Room, file: Arc<File>, remove: impl FnOnce() + Send + 'static) -> SpareId {
+        let mut register = self.register.lock();
+        register.bytes += room.bytes;
+        let id = register.put(file, room.bytes, false, Box::new(remove));
+        drop(register);
+        drop(room);
+        id
+    }
+
+    /// A file of `bytes` has been in use since before the store was opened.
+    pub fn found(&self, file: Arc<File>, bytes: u64, remove: impl FnOnce() + Send + 'static) -> SpareId {
+        let mut register = self.register.lock();
+        register.bytes += bytes;
+        register.put(file, bytes, true, Box::new(remove))
+    }
+
+    /// The file, from now on in use; none if it had to go.
+    pub fn begin_use(&self, id: SpareId) -> Option<Arc<File>> {
+        let mut register = self.register.lock();
+        register.clock += 1;
+        let clock = register.clock;
+        let spare = register.files.get_mut(&id)?;
+        (spare.is_used, spare.last_used) = (true, clock);
+        Some(spare.file.clone())
+    }
+
+    /// Nobody uses it any more; it may go.
+    pub fn end_use(&self, id: SpareId) {
+        if let Some(spare) = self.register.lock().files.get_mut(&id) {
+            spare.is_used = false;
+        }
+    }
+
+    /// The file, if it is in use.
+    pub fn used(&self, id: SpareId) -> Option<Arc<File>> {
+        let register = self.register.lock();
+        register.files.get(&id).filter(|spare| spare.is_used).map(|spare| spare.file.clone())
+    }
+
+    /// Removes it unless it is in use; false if it is.
+    pub fn remove_idle(&self, id: SpareId) -> bool {
+        let mut register = self.register.lock();
+        if register.files.get(&id).is_some_and(|spare| spare.is_used) {
+            return false;
+        }
+        if let Some(spare) = register.take(id) {
+            (spare.remove)();
+        }
+        true
+    }
+
+    /// Knows it no more: whatever becomes of it is somebody else's concern.
+    pub fn give_up(&self, id: SpareId) {
+        self.register.lock().take(id);
+    }
+
+    /// How many bytes those of `ids` take that are there.
+    pub fn bytes_of(&self, ids: impl Iterator<Item = SpareId>) -> u64 {
+        let register = self.register.lock();
+        ids.filter_map(|id| register.files.get(&id)).map(|spare| spare.bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    struct Scene {
+        spares: Spares,
+        removed: Arc<AtomicU64>,
+    }
+
+    impl Scene {
+        fn new(limit: u64) -> Scene {
+            Scene { spares: Spares::new(limit), removed: Arc::default() }
+        }
+
+        /// Adds a file whose bit among those removed is `bit`.
+        fn put(&self, bytes: u64, bit: u32) -> Option<SpareId> {
+            let (room, removed) = (self.spares.room(bytes)?, self.removed.clone());
+            let file = Arc::new(tempfile::tempfile().unwrap());
+            Some(self.spares.put(room, file, move || {
+                removed.fetch_or(1 << bit, Ordering::Relaxed);
+            }))
+        }
+
+        fn removed(&self) -> u64 {
+            self.removed.load(Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_and_what_is_in_use_stays() {
+        let scene = Scene::new(100);
+        let (first, second, third) = (scene.put(40, 0).unwrap(), scene.put(30, 1).unwrap(), scene.put(30, 2).unwrap());
+        assert!(scene.spares.begin_use(first).is_some());
+        scene.spares.end_use(first);
+        assert!(scene.spares.begin_use(third).is_some());
+        assert_eq!(scene.removed(), 0);
+        let fourth = scene.put(10, 3).unwrap();
+        assert_eq!(scene.removed(), 0b10, "the second was used least recently");
+        assert!(scene.spares.begin_use(second).is_none());
+        assert!(scene.put(71, 4).is_none(), "there is no room for it beside what is in use");
+        assert_eq!(scene.removed(), 0b10, "nothing goes for what doesn't fit");
+        assert!(scene.put(70, 4).is_some());
+        assert_eq!(scene.removed(), 0b1011);
+        assert!(!scene.spares.remove_idle(third), "it is in use");
+        scene.spares.end_use(third);
+        assert!(scene.spares.remove_idle(third));
+        assert_eq!(scene.removed(), 0b1111);
+        assert_eq!(scene.spares.bytes_of([first, second, third, fourth].into_iter()), 0);
+    }
+
+    #[test]
+    fn room_that_is_not_used_is_given_back() {
+        let scene = Scene::new(100);
+        let room = scene.spares.room(100).unwrap();
+        assert!(scene.spares.room(1).is_none());
+        drop(room);
+        let all = scene.put(100, 0).unwrap();
+        assert!(scene.spares.used(all).is_none());
+        assert!(scene.spares.begin_use(all).is_some() && scene.spares.used(all).is_some());
+        scene.spares.give_up(all);
+        assert_eq!(scene.removed(), 0, "what is given up is somebody else's");
+        assert!(scene.put(100, 1).is_some());
+        assert!(!Spares::new(0).is_on());
+    }
+}

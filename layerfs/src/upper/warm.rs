@@ -1,0 +1,257 @@
+//! Warm copies: plain copies of large sealed files, `<inode, hexadecimal>.warm` beside an upper's data files.
+//!
+//! Hides where they lie and whether they are there still. What lets the kernel read such a file past us is this copy of its bytes, until it
+//! is in nobody's way to make it the data file. Invariants: while there is a copy of an inode its bytes are sealed ones and are the copy's, so whoever
+//! changes them takes the copy away first, or makes it the data file; a copy in use stays. None is durable: an upper
+//! that is opened has only those that programs have open.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, Mode, OFlags};
+
+use super::data::{DataFolder, file_name, is_alone};
+use crate::chunk::ChunkRead;
+use crate::content::{Content, Extent, Extents, get_sized};
+use crate::error::{Error, Result};
+use crate::id::Ino;
+use crate::store::Store;
+use crate::store::spare::{Room, SpareId};
+
+/// So much is written before the disk is given it.
+const PIECE_BYTES: u64 = 16 << 20;
+/// One part in so many of the filesystem stays free.
+const FREE_PART: u64 = 10;
+const SUFFIX: &str = ".warm";
+
+fn name_of(ino: Ino) -> String {
+    format!("{}{SUFFIX}", file_name(ino))
+}
+
+/// Whether a file beside an upper's data files is a warm copy, by its name.
+pub(super) fn is_name(name: &std::ffi::OsStr) -> bool {
+    name.as_encoded_bytes().ends_with(SUFFIX.as_bytes())
+}
+
+/// The warm copies of one upper.
+#[derive(Debug)]
+pub struct WarmCopies {
+    store: Arc<Store>,
+    folder: Arc<OwnedFd>,
+    path: PathBuf,
+    copies: Mutex<HashMap<Ino, SpareId>>,
+}
+
+/// A copy that nobody knows yet.
+#[derive(Debug)]
+pub struct Made {
+    file: File,
+    room: Room,
+}
+
+impl WarmCopies {
+    /// Those beside the data files of `data`. Copies that a user before left are removed, but for those of `in_use`.
+    pub(super) fn open(store: &Arc<Store>, data: &DataFolder, in_use: &[Ino]) -> Result<WarmCopies> {
+        let path = data.path().to_owned();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::openat(&data.folder, ".", flags, Mode::empty());
+        let folder = Arc::new(folder.map_err(|errno| Error::file("open", &path, errno))?);
+        let copies = WarmCopies { store: store.clone(), folder, path, copies: Mutex::default() };
+        for ino in data.numbers(|name| name.strip_suffix(SUFFIX))? {
+            if in_use.contains(&ino) {
+                copies.find(ino)?;
+            } else {
+                (copies.remover(ino))();
+            }
+        }
+        Ok(copies)
+    }
+
+    /// Goes on with the copy of `ino`, which programs have open.
+    fn find(&self, ino: Ino) -> Result<()> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&*self.folder, name_of(ino), flags, Mode::empty());
+        let file = File::from(opened.map_err(|errno| self.failed("open", ino, errno))?);
+        let bytes = file.metadata().map_err(|error| self.failed("stat", ino, error))?.len();
+        let id = self.store.spares().found(Arc::new(file), bytes, self.remover(ino));
+        self.copies.lock().insert(ino, id);
+        Ok(())
+    }
+
+    fn failed(&self, action: &'static str, ino: Ino, source: impl Into<std::io::Error>) -> Error {
+        Error::file(action, self.path.join(name_of(ino)), source)
+    }
+
+    /// What takes away the name of the copy of `ino`.
+    fn remover(&self, ino: Ino) -> impl FnOnce() + Send + 'static {
+        let folder = self.folder.clone();
+        move || match rustix::fs::unlinkat(&*folder, name_of(ino), AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a warm copy"),
+        }
+    }
+
+    fn id(&self, ino: Ino) -> Option<SpareId> {
+        self.copies.lock().get(&ino).copied()
+    }
+
+    /// Whether there may be any.
+    pub fn is_on(&self) -> bool {
+        self.store.spares().is_on()
+    }
+
+    /// Whether there is a copy of `ino`, or was one a moment ago.
+    pub fn may_be_there(&self, ino: Ino) -> bool {
+        self.id(ino).is_some()
+    }
+
+    /// What they take of the disk, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let ids: Vec<SpareId> = self.copies.lock().values().copied().collect();
+        self.store.spares().bytes_of(ids.into_iter())
+    }
+
+    /// Writes a copy of `content`, as long as `goes_on` says so. None if there is no room for it.
+    ///
+    /// # Errors
+    /// Those of the disk and of `chunks`; nothing is left then.
+    pub fn make(&self, chunks: &dyn ChunkRead, content: &Content, goes_on: impl Fn() -> bool) -> Result<Option<Made>> {
+        let failed = |errno: rustix::io::Errno| Error::file("write a warm copy in", &self.path, errno);
+        let wrote =
+            |result: std::io::Result<()>| result.map_err(|e| Error::file("write a warm copy in", &self.path, e));
+        let space = rustix::fs::fstatvfs(&*self.folder).map_err(failed)?;
+        let least = content.data_bytes().saturating_add(space.f_blocks.saturating_mul(space.f_frsize) / FREE_PART);
+        if space.f_bavail.saturating_mul(space.f_frsize) < least {
+            return Ok(None);
+        }
+        let Some(room) = self.store.spares().room(content.len()) else { return Ok(None) };
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&*self.folder, ".", flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(opened.map_err(failed)?);
+        wrote(file.set_len(content.len()))?;
+        let mut given = 0;
+        for next in Extents::new(chunks, content, 0)? {
+            if !goes_on() {
+                return Ok(None);
+            }
+            let (offset, extent) = next?;
+            if let Extent::Chunk { id, bytes } = extent {
+                wrote(file.write_all_at(&get_sized(chunks, &id, bytes)?, offset))?;
+            }
+            let end = offset + extent.len();
+            if end - given >= PIECE_BYTES {
+                // Never more than two pieces are dirty: others have to write too.
+                write_out(&file, given.saturating_sub(PIECE_BYTES)..given, true);
+                write_out(&file, given..end, false);
+                given = end;
+            }
+        }
+        Ok(Some(Made { file, room }))
+    }
+
+    /// From now on `made` is the copy of `ino`, whose stripe is held.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn put(&self, ino: Ino, made: Made) -> Result<()> {
+        if !self.remove_idle(ino) {
+            return Ok(());
+        }
+        let link = || rustix::fs::linkat(&made.file, "", &*self.folder, name_of(ino), AtFlags::EMPTY_PATH);
+        link().map_err(|errno| self.failed("create", ino, errno))?;
+        let id = self.store.spares().put(made.room, Arc::new(made.file), self.remover(ino));
+        self.copies.lock().insert(ino, id);
+        Ok(())
+    }
+
+    /// The copy of `ino`, from now on in use; none if there is none.
+    pub fn begin_use(&self, ino: Ino) -> Option<Arc<File>> {
+        let id = self.id(ino)?;
+        let file = self.store.spares().begin_use(id);
+        if file.is_none() {
+            let mut copies = self.copies.lock();
+            if copies.get(&ino) == Some(&id) {
+                copies.remove(&ino);
+            }
+        }
+        file
+    }
+
+    /// Nobody has the copy of `ino` open or mapped any more.
+    pub fn end_use(&self, ino: Ino) {
+        if let Some(id) = self.id(ino) {
+            self.store.spares().end_use(id);
+        }
+    }
+
+    /// Whether nobody but us has the copy of `ino` open or mapped.
+    pub fn is_ours_alone(&self, ino: Ino) -> bool {
+        let used = self.id(ino).and_then(|id| self.store.spares().used(id));
+        used.is_none_or(|file| is_alone(&file))
+    }
+
+    /// Removes the copy of `ino`, if there is one. False if it is in use: it stays.
+    pub fn remove_idle(&self, ino: Ino) -> bool {
+        let Some(id) = self.id(ino) else { return true };
+        let is_gone = self.store.spares().remove_idle(id);
+        if is_gone {
+            self.copies.lock().remove(&ino);
+        }
+        is_gone
+    }
+
+    /// Gives the copy of `ino`, whose stripe is held and which is in use, a second name: the data file's. It is durable then. None if there is no
+    /// copy.
+    ///
+    /// # Errors
+    /// Those of the disk; there is no data file then.
+    pub(super) fn link_as(&self, ino: Ino, name: &str) -> Result<Option<Arc<File>>> {
+        let Some(file) = self.id(ino).and_then(|id| self.store.spares().used(id)) else { return Ok(None) };
+        file.sync_data().map_err(|error| self.failed("sync", ino, error))?;
+        match rustix::fs::unlinkat(&*self.folder, name, AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(errno) => return Err(self.failed("link", ino, errno)),
+        }
+        let linked = rustix::fs::linkat(&*self.folder, name_of(ino), &*self.folder, name, AtFlags::empty());
+        linked.map_err(|errno| self.failed("link", ino, errno))?;
+        Ok(Some(file))
+    }
+
+    /// The copy of `ino` has become something else: its name goes.
+    pub fn has_become_data(&self, ino: Ino) {
+        if let Some(id) = self.copies.lock().remove(&ino) {
+            self.store.spares().give_up(id);
+            (self.remover(ino))();
+        }
+    }
+}
+
+impl Drop for WarmCopies {
+    /// Programs may go on with those in use, by the next daemon.
+    fn drop(&mut self) {
+        for (_, id) in self.copies.lock().drain() {
+            if !self.store.spares().remove_idle(id) {
+                self.store.spares().give_up(id);
+            }
+        }
+    }
+}
+
+/// Has the disk given `range` of `file`; waits for it if `wait`. Only so that it is done early: errors come back with the sync.
+fn write_out(file: &File, range: std::ops::Range<u64>, wait: bool) {
+    let all = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    let flags = if wait { all } else { libc::SYNC_FILE_RANGE_WRITE };
+    let (offset, bytes) = (range.start as i64, (range.end - range.start) as i64);
+    if bytes > 0 {
+        // SAFETY: a plain system call on a descriptor that is open.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::sync_file_range(file.as_raw_fd(), offset, bytes, flags);
+        }
+    }
+}
