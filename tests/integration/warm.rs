@@ -332,13 +332,13 @@ fn like_a_plain_file() -> anyhow::Result<()> {
         let at = random.below(bytes + 10_000);
         match random.below(20) {
             0..=5 => this.readers.push([File::open(&ours)?, File::open(&plain)?]),
-            6 | 7 if !this.readers.is_empty() => drop(this.readers.swap_remove(0)),
+            6 | 7 => this.readers.clear(),
             8 => {
                 let was = scene.how_open(name)?;
                 this.writers.push(scene.both(name)?);
                 own += u64::from(was == 9);
             }
-            9..=11 if !this.writers.is_empty() => drop(this.writers.swap_remove(0)),
+            9..=11 => this.writers.clear(),
             12 | 13 => {
                 let data = Random::new(step).bytes(1 + random.below(30_000) as usize);
                 let at = at.min(BYTES);
@@ -369,11 +369,17 @@ fn like_a_plain_file() -> anyhow::Result<()> {
                 }
             }
             _ => {
-                // All of it, and time for a copy to be made.
                 let is_same = fs::read(&ours)? == fs::read(&plain)?;
                 ensure!(is_same, "step {step}: {name} differs");
-                fs::read(&ours)?;
-                std::thread::sleep(Duration::from_millis(60));
+                if this.readers.is_empty() && this.writers.is_empty() {
+                    // Time for a copy, if it can have one now.
+                    fs::read(&ours)?;
+                    let (copy, began) = (scene.copy(name)?, Instant::now());
+                    while !copy.exists() && began.elapsed() < Duration::from_millis(300) {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    this.readers.push([File::open(&ours)?, File::open(&plain)?]);
+                }
             }
         }
         warm += u64::from(scene.how_open(name)? == 9);

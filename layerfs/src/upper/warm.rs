@@ -23,8 +23,8 @@ use crate::id::Ino;
 use crate::store::Store;
 use crate::store::spare::{Room, SpareId};
 
-/// So much is written before the disk is given it.
-const PIECE_BYTES: u64 = 16 << 20;
+/// So much is written at once.
+const PIECE_BYTES: u64 = 4 << 20;
 /// One part in so many of the filesystem stays free.
 const FREE_PART: u64 = 10;
 const SUFFIX: &str = ".warm";
@@ -134,23 +134,17 @@ impl WarmCopies {
         let opened = rustix::fs::openat(&*self.folder, ".", flags, Mode::RUSR | Mode::WUSR);
         let file = File::from(opened.map_err(failed)?);
         wrote(file.set_len(content.len()))?;
-        let mut given = 0;
+        let mut pieces = Pieces { file: &file, at: 0, bytes: Vec::with_capacity(PIECE_BYTES as usize) };
         for next in Extents::new(chunks, content, 0)? {
             if !goes_on() {
                 return Ok(None);
             }
             let (offset, extent) = next?;
             if let Extent::Chunk { id, bytes } = extent {
-                wrote(file.write_all_at(&get_sized(chunks, &id, bytes)?, offset))?;
-            }
-            let end = offset + extent.len();
-            if end - given >= PIECE_BYTES {
-                // Never more than two pieces are dirty: others have to write too.
-                write_out(&file, given.saturating_sub(PIECE_BYTES)..given, true);
-                write_out(&file, given..end, false);
-                given = end;
+                wrote(pieces.put(offset, &get_sized(chunks, &id, bytes)?))?;
             }
         }
+        wrote(pieces.write())?;
         Ok(Some(Made { file, room }))
     }
 
@@ -242,7 +236,46 @@ impl Drop for WarmCopies {
     }
 }
 
-/// Has the disk given `range` of `file`; waits for it if `wait`. Only so that it is done early: errors come back with the sync.
+/// What is written to a file in order, in pieces that begin and end at multiples of their size, as the kernel then keeps it in large folios:
+/// written chunk by chunk a file was read at 0.8 of the rate.
+struct Pieces<'f> {
+    file: &'f File,
+    /// Where `bytes` go.
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Pieces<'_> {
+    fn put(&mut self, mut offset: u64, mut bytes: &[u8]) -> std::io::Result<()> {
+        if offset != self.at + self.bytes.len() as u64 {
+            self.write()?;
+            self.at = offset;
+        }
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min((PIECE_BYTES - offset % PIECE_BYTES) as usize));
+            self.bytes.extend_from_slice(now);
+            offset += now.len() as u64;
+            bytes = later;
+            if offset.is_multiple_of(PIECE_BYTES) {
+                self.write()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what there is. Never more than two pieces wait for the disk: others have to write too.
+    fn write(&mut self) -> std::io::Result<()> {
+        self.file.write_all_at(&self.bytes, self.at)?;
+        let end = self.at + self.bytes.len() as u64;
+        write_out(self.file, self.at.saturating_sub(PIECE_BYTES)..self.at, true);
+        write_out(self.file, self.at..end, false);
+        self.at = end;
+        self.bytes.clear();
+        Ok(())
+    }
+}
+
+/// Has the disk take `range` of `file`; waits for it if `wait`. Only so that it is done early: errors come back with the sync.
 fn write_out(file: &File, range: std::ops::Range<u64>, wait: bool) {
     let all = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     let flags = if wait { all } else { libc::SYNC_FILE_RANGE_WRITE };
@@ -253,5 +286,33 @@ fn write_out(file: &File, range: std::ops::Range<u64>, wait: bool) {
         unsafe {
             libc::sync_file_range(file.as_raw_fd(), offset, bytes, flags);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_where_they_belong() {
+        let file = tempfile::tempfile().unwrap();
+        let mut expected = vec![0; 20 << 20];
+        let mut pieces = Pieces { file: &file, at: 0, bytes: Vec::new() };
+        let (mut offset, mut number) = (0, 0usize);
+        while offset + (5 << 20) < expected.len() {
+            number += 1;
+            // Of all lengths, also longer than a piece, and holes between some.
+            let bytes = vec![number as u8; 1 + number * 977_777 % (5 << 20)];
+            pieces.put(offset as u64, &bytes).unwrap();
+            assert!(pieces.bytes.len() < PIECE_BYTES as usize);
+            expected[offset..offset + bytes.len()].copy_from_slice(&bytes);
+            offset += bytes.len() + if number % 3 == 0 { 1_234_567 } else { 0 };
+        }
+        pieces.write().unwrap();
+        let end = expected.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+        let mut written = vec![1; end];
+        file.read_exact_at(&mut written, 0).unwrap();
+        assert!(written == expected[..end] && number > 4, "{number}");
+        assert_eq!(file.metadata().unwrap().len(), end as u64);
     }
 }

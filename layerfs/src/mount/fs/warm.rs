@@ -107,11 +107,9 @@ impl Fs {
         if read < content.len() {
             return;
         }
-        if let Some(jobs) = &*self.warming.jobs.lock()
-            && jobs.try_send(ino).is_ok()
-        {
-            // Once more if it is read through again.
-            self.warming.read.lock().pop(&ino);
+        if let Some(jobs) = &*self.warming.jobs.lock() {
+            // Else the next who opens it says so.
+            let _ = jobs.try_send(ino);
         }
     }
 
@@ -127,7 +125,8 @@ impl Fs {
         })
     }
 
-    /// Makes a copy of `ino`, unless something is against it. `goes_on`: whether it is still wanted.
+    /// Makes a copy of `ino`, unless something is against it. `goes_on`: whether it is still wanted. A file that got one, or
+    /// failed to, has to be read through again before it gets another; one that there was no room for hasn't.
     fn warm(&self, ino: Ino, goes_on: impl Fn() -> bool) -> FsResult<()> {
         let upper = self.writable_upper()?;
         let (content, view) = {
@@ -136,7 +135,8 @@ impl Fs {
             (content, state.view.clone())
         };
         // What has to come from another host isn't fetched for this.
-        if upper.warm().may_be_there(ino) || view.chunks().is_remote() {
+        let is_written = self.opens.get(ino).is_some_and(|open| open.record.writers > 0);
+        if is_written || upper.warm().may_be_there(ino) || view.chunks().is_remote() {
             return Ok(());
         }
         let Some(made) = upper.warm().make(&Once(&**view.chunks()), &content, goes_on)? else { return Ok(()) };
@@ -146,6 +146,7 @@ impl Fs {
         if is_same {
             upper.warm().put(ino, made)?;
         }
+        self.warming.read.lock().pop(&ino);
         Ok(())
     }
 
@@ -215,6 +216,7 @@ fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Ino>, is_stopped: &AtomicBool) {
     for ino in jobs {
         let Some(fs) = fs.upgrade() else { return };
         if let Err(Errno(errno)) = fs.warm(ino, || !is_stopped.load(Ordering::Relaxed)) {
+            fs.warming.read.lock().pop(&ino);
             let error = std::io::Error::from_raw_os_error(errno);
             tracing::debug!(%ino, %error, "a file that is read often gets no copy");
         }
