@@ -177,6 +177,11 @@ pub fn folder(host: &Host) -> PathBuf {
     host.ctl.store().join("guests").join(GUEST)
 }
 
+/// Where `host` keeps states that are being written, as long as there are any.
+pub fn memory_of(host: &Host) -> PathBuf {
+    PathBuf::from(format!("/dev/shm/layerfs{}", host.ctl.store().display().to_string().replace('/', "-")))
+}
+
 /// How often a guest goes to and fro.
 pub fn turns() -> usize {
     std::env::var("LAYERFS_MIGRATIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(TURNS)
@@ -214,6 +219,8 @@ fn left_nothing(moving: &Moving, on_first: bool) -> anyhow::Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let guests = moving.host(on_first).ctl.store().join("guests");
     ensure!(!mounts.contains(&*guests.to_string_lossy()), "a guest that went leaves mounts");
+    let memory = memory_of(moving.host(on_first));
+    ensure!(!memory.exists(), "a guest that went leaves {}", memory.display());
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use layerfs_tests::case::Case;
 use layerfs_tests::host::Host;
 use serde_json::Value;
 
-use crate::migrate::{GUEST, Moving, POST_COPY, PROCESS, folder, turns, went_before};
+use crate::migrate::{GUEST, Moving, POST_COPY, PROCESS, folder, memory_of, turns, went_before};
 
 /// So many moves come first: only then everything is there that stays.
 const WARM_UP: usize = 2;
@@ -236,7 +236,6 @@ impl Left {
         };
         let layers = host.ctl.json(["gc"])?["live_layers"].as_u64().context("no live_layers")?;
         let daemon = host.daemon.as_ref().context("no daemon")?.pid();
-        let memory = format!("/dev/shm/layerfs{}", store.replace('/', "-"));
         Ok(Left {
             mounts,
             processes,
@@ -244,7 +243,7 @@ impl Left {
             networks: networks(host)?,
             names,
             uppers: entries(&host.ctl.store().join("uppers")),
-            files_in_memory: walk(Path::new(&memory)),
+            files_in_memory: walk(&memory_of(host)),
             open_files: entries(Path::new(&format!("/proc/{daemon}/fd"))),
             depth,
             layers,

@@ -14,7 +14,8 @@ use layerfs::{Error, LayerId, LayerName, Result as StoreResult};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Activity, Drivers, Guest, GuestName, GuestRecord, GuestSpec, GuestState, Guests, Host, Manner, Written, state,
+    Activity, Drivers, Guest, GuestName, GuestRecord, GuestSpec, GuestState, Guests, Host, Manner, Scratch, Written,
+    state,
 };
 use crate::error::Result;
 use std::sync::Arc;
@@ -116,18 +117,20 @@ impl Hosted<'_> {
         let guest = self.guest(&record)?;
         let (state_name, instance_name) = Self::names(name, tag)?;
         let expected = guest.status()?.memory_bytes.unwrap_or(0);
-        let folder = self.host.scratch(name, expected)?;
-        let made = self.dump(&record, &*guest, &folder, &instance_name, end, monitor);
+        // Memory is precious: it goes as soon as the state is in the store, or isn't wanted any more.
+        let scratch = Scratch::new(&self.host, name, expected)?;
+        let folder = scratch.path();
+        let made = self.dump(&record, &*guest, folder, &instance_name, end, monitor);
         let made = made.and_then(|(written, instance, frozen)| {
             monitor.phase("storing", Some(written.memory_bytes + written.other_bytes));
             let description = Description { spec: record.spec.clone(), instance, instance_name: instance_name.clone() };
-            description.write(&folder)?;
+            description.write(folder)?;
             let store = self.guests.store();
             let previous = match &record.state_layer {
                 Some(previous) => store.name(previous)?.map(|record| record.layer),
                 None => None,
             };
-            let (layer, report) = state::import(store, &folder, &state_name, previous, monitor)?;
+            let (layer, report) = state::import(store, folder, &state_name, previous, monitor)?;
             Ok(Checkpoint {
                 state: (state_name.clone(), layer),
                 instance: (instance_name.clone(), instance),
@@ -136,8 +139,7 @@ impl Hosted<'_> {
                 stored_bytes: report.new_stored_bytes,
             })
         });
-        // Memory is precious, and the state is in the store, or isn't wanted any more.
-        let _ = std::fs::remove_dir_all(&folder);
+        drop(scratch);
         let made = made?;
         self.guests.update(name, |record| {
             record.state_layer = Some(state_name);

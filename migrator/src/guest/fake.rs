@@ -527,6 +527,10 @@ impl Host for FakeHost {
         self.made(guest, "scratch")
     }
 
+    fn remove_scratch(&self, _: &GuestName, path: &Path) -> Result<()> {
+        self.remove(path)
+    }
+
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {
         self.world.guarded(&self.label, Call::Mount, || {
             let root = self.root(guest);

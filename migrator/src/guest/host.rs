@@ -2,7 +2,8 @@
 //!
 //! Mounts belong to the daemon; tests put plain folders behind this.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use layerfs::{LayerId, LayerName};
 
@@ -21,11 +22,17 @@ pub trait Host: Send + Sync {
     /// If it can't be made.
     fn run_folder(&self, guest: &GuestName) -> Result<PathBuf>;
 
-    /// An empty folder for a state that is being written, on memory if there is enough of it. The caller removes it.
+    /// An empty folder for a state that is being written, on memory if there is enough of it. It goes by [`Host::remove_scratch`].
     ///
     /// # Errors
     /// If it can't be made.
     fn scratch(&self, guest: &GuestName, bytes: u64) -> Result<PathBuf>;
+
+    /// Removes what [`Host::scratch`] has made at `path`, and the folders above it that nothing else is in.
+    ///
+    /// # Errors
+    /// If it can't be removed.
+    fn remove_scratch(&self, guest: &GuestName, path: &Path) -> Result<()>;
 
     /// Mounts the stack whose top is `stack` at [`Host::root`], with the guest's own upper, which is made if there is none.
     /// Fine if it is mounted so.
@@ -65,4 +72,34 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// [`layerfs::Error::Busy`].
     fn close_layer(&self, guest: &GuestName) -> Result<()>;
+}
+
+/// A folder of [`Host::scratch`], which goes when this is dropped.
+pub struct Scratch {
+    host: Arc<dyn Host>,
+    guest: GuestName,
+    path: PathBuf,
+}
+
+impl Scratch {
+    /// An empty one for a state of `guest` of about so many `bytes`.
+    ///
+    /// # Errors
+    /// Those of [`Host::scratch`].
+    pub fn new(host: &Arc<dyn Host>, guest: &GuestName, bytes: u64) -> Result<Scratch> {
+        Ok(Scratch { path: host.scratch(guest, bytes)?, host: host.clone(), guest: guest.clone() })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = self.host.remove_scratch(&self.guest, &self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a folder for a state wasn't removed");
+        }
+    }
 }

@@ -50,7 +50,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use drivers::{DRIVERS, HostDrivers};
-pub use host::Host;
+pub use host::{Host, Scratch};
 pub use name::GuestName;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
 pub use surroundings::Surroundings;

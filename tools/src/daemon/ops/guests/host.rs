@@ -18,6 +18,7 @@ use layerfs::upper;
 use layerfs::{Error, LayerId, LayerName};
 use migrator::Result;
 use migrator::guest::{GuestName, Host};
+use parking_lot::Mutex;
 
 use crate::daemon::Daemon;
 
@@ -30,6 +31,9 @@ const LEAVING: Duration = Duration::from_secs(10);
 pub struct DaemonHost {
     daemon: Arc<Daemon>,
 }
+
+/// Held while folders in memory are made or removed, of which those above are several guests'.
+static IN_MEMORY: Mutex<()> = Mutex::new(());
 
 /// The name of a guest's upper.
 pub fn upper_name(name: &GuestName) -> layerfs::Result<LayerName> {
@@ -61,10 +65,17 @@ fn remove(path: &Path) -> layerfs::Result<()> {
 /// Removes all folders of a guest that nothing is mounted in any more.
 pub fn remove_folders(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
     let memory = memory(daemon, name);
-    remove(&memory)?;
-    // Other guests of this store may have theirs beside it.
-    let _ = memory.parent().map(std::fs::remove_dir);
+    {
+        let _held = IN_MEMORY.lock();
+        remove(&memory)?;
+        remove_empty(memory.parent());
+    }
     remove(&folder(daemon, name))
+}
+
+/// Removes folders in which nothing is; others are somebody's.
+fn remove_empty<'a>(folders: impl IntoIterator<Item = &'a Path>) {
+    folders.into_iter().for_each(|path| drop(std::fs::remove_dir(path)));
 }
 
 impl DaemonHost {
@@ -106,6 +117,7 @@ impl Host for DaemonHost {
         let number = NEXT.fetch_add(1, Ordering::Relaxed).to_string();
         let is_enough = rustix::fs::statvfs(MEMORY).is_ok_and(|stat| stat.f_bavail * stat.f_frsize / 2 > bytes);
         let in_memory = memory(&self.daemon, guest).join(&number);
+        let _held = IN_MEMORY.lock();
         let path = match is_enough && make(&in_memory).is_ok() {
             true => in_memory,
             false => self.daemon.store.tmp_folder().join(format!("guest-{guest}-{number}")),
@@ -114,6 +126,15 @@ impl Host for DaemonHost {
         remove(&path)?;
         make(&path)?;
         Ok(path)
+    }
+
+    fn remove_scratch(&self, guest: &GuestName, path: &Path) -> Result<()> {
+        remove(path)?;
+        let _held = IN_MEMORY.lock();
+        let memory = memory(&self.daemon, guest);
+        // A folder on the disk has no such parents.
+        remove_empty([Some(&*memory), memory.parent()].into_iter().flatten());
+        Ok(())
     }
 
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {
