@@ -257,6 +257,18 @@ fn is_near(store: &Store, plain: &[u8], bases: &[Base]) -> bool {
     !bases.is_empty() && similar::resembles(plain, &all)
 }
 
+/// The pages of memory that none of `bases` has at their places; all of it if none is as long.
+fn news(store: &Store, plain: &[u8], bases: &[Base]) -> Vec<u8> {
+    let as_long = bases.iter().filter(|base| base.bytes as usize == plain.len());
+    let differing = as_long.filter_map(|base| patch::differing(plain, &store.get(&base.id).ok()?));
+    let mut pages = Vec::new();
+    match differing.min_by_key(|pages| pages.count_ones()) {
+        Some(few) => patch::put(plain, few, &mut pages),
+        None => pages.extend_from_slice(plain),
+    }
+    pages
+}
+
 /// The frames for `group`.
 pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) -> layerfs::Result<Vec<Frame>> {
     let Source { store, similar, .. } = source;
@@ -279,11 +291,13 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
             continue;
         }
         let plain = chunk::verify(stored.clone())?.0;
-        if by_pages && has_bases && patched.take(store, candidate, &stored, &plain) {
+        let named = candidate.bases.as_deref().filter(|_| has_bases).unwrap_or_default();
+        // What has come to a chunk that was there may be what the receiver has elsewhere.
+        let is_moved = searches && !named.is_empty() && similar.knows(&news(store, &plain, named));
+        if by_pages && has_bases && !is_moved && patched.take(store, candidate, &stored, &plain) {
             continue;
         }
-        let named = candidate.bases.as_deref().filter(|_| has_bases).unwrap_or_default();
-        let is_near = searches && is_near(store, &plain, named);
+        let is_near = searches && !is_moved && is_near(store, &plain, named);
         let found = if searches && !is_near { search(similar, candidate, &plain) } else { Vec::new() };
         if !(is_ahead || repacks || has_bases) && found.is_empty() {
             as_stored.push(stored);
@@ -294,8 +308,8 @@ pub(crate) fn encode(source: Source<'_>, group: &[Candidate], effort: Effort) ->
         }
         together.is_near &= is_near || !found.is_empty();
         together.add_bases(store, &found);
-        // What stands in the same place is of no use where something else was found to be.
-        if found.is_empty() {
+        // What stands in the same place is of no use where something else was found to be, unless that is only a part of it.
+        if found.is_empty() || is_moved {
             together.add_bases(store, named);
         }
         together.add(candidate, stored, &plain);
@@ -461,6 +475,42 @@ mod tests {
         let (plain, sent) = bytes_of(&host, old, new, false);
         // Nearly every chunk has changed, by a byte or two: with the ids of 600 chunks it would be 19,000 more.
         assert!(plain > 35 << 20 && sent < 24_000, "{plain} {sent}");
+    }
+
+    #[test]
+    fn what_came_into_a_chunk_from_a_known_file_is_told_by_it() {
+        let host = Host::new();
+        let film = noise(8, 300_000);
+        let layer = add_layer(host.store(), "film", &[("film".to_owned(), film.clone())].into());
+        let mut ids = HashSet::new();
+        let mut note = |id, _| {
+            ids.insert(id);
+            Ok(())
+        };
+        host.store().data_in_order(layer, &mut note).unwrap();
+        let known = Similar::of_chunks(host.store().clone(), ids, vec![layer]);
+        let nothing = Similar::new(host.store().clone(), Vec::new(), Vec::new());
+        let old = noise(9, patch::MAX_BYTES);
+        let mut new = old.clone();
+        // Four pages of the film, which aren't pages there.
+        let pages = 5 * patch::PAGE..9 * patch::PAGE;
+        new[pages.clone()].copy_from_slice(&film[100_001..][..pages.len()]);
+        let session = host.store().session("test");
+        let base = Base { id: session.put(Class::Data, &old).unwrap(), bytes: old.len() as u32 };
+        let id = session.put(Class::Data, &new).unwrap();
+        session.commit().unwrap();
+        let candidate = Candidate { bases: Some(vec![base].into()), ..Candidate::new(id, new.len() as u32) };
+        let bytes = |similar: &Arc<Similar>, effort, is_in_a_hurry| {
+            let (numbers, store) = (Mutex::default(), host.store());
+            let source = Source { store, similar, numbers: &numbers, frame_bytes: CHUNKS_TARGET_BYTES, is_in_a_hurry };
+            let frames = encode(source, std::slice::from_ref(&candidate), effort).unwrap();
+            frames.iter().map(|frame| frame.stored_bytes).sum::<u64>()
+        };
+        for (effort, is_in_a_hurry) in [(Effort::FIRST, false), (Effort::FIRST, true), (Effort::LEAST_REPACKED, false)]
+        {
+            let (with, without) = (bytes(&known, effort, is_in_a_hurry), bytes(&nothing, effort, is_in_a_hurry));
+            assert!(with < 1000 && without > 4 * patch::PAGE as u64, "{with} of {without} bytes");
+        }
     }
 
     #[test]

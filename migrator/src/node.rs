@@ -32,6 +32,7 @@ use crate::peers::{Peer, Peers, Visible, normalize_address};
 use crate::progress::TransferReport;
 use crate::receive::Terms;
 use crate::send::{self, joined};
+use crate::similar::Similar;
 use crate::streams::{self, Streams, TRUSTED_KEY};
 use crate::transfers::{Entry, Origin, Plan, Role, Transfer, Transfers};
 use crate::wire::{MAX_NAMES, Message};
@@ -268,9 +269,21 @@ impl Node {
         options: PushOptions,
         monitor: Arc<dyn Monitor>,
     ) -> Result<TransferReport> {
+        self.push_knowing(names, peer, options, None, monitor).await
+    }
+
+    /// The same; what is similar to chunks of `known`, which the peer holds, is told by these.
+    pub(crate) async fn push_knowing(
+        &self,
+        names: &[LayerName],
+        peer: &str,
+        options: PushOptions,
+        known: Option<Arc<Similar>>,
+        monitor: Arc<dyn Monitor>,
+    ) -> Result<TransferReport> {
         let peer = self.other_side(peer, options.paths).await?;
         let entry = self.begin(Role::Sending, names, &peer, options.manner, monitor)?;
-        let result = self.push_listed(names, &peer, options, &entry).await;
+        let result = self.push_listed(names, &peer, options, known, &entry).await;
         self.remember(&peer, entry.transfer()).await;
         entry.end(result)
     }
@@ -280,6 +293,7 @@ impl Node {
         names: &[LayerName],
         peer: &Peer,
         options: PushOptions,
+        known: Option<Arc<Similar>>,
         entry: &Entry,
     ) -> Result<TransferReport> {
         let (store, wanted) = (self.store().clone(), names.to_vec());
@@ -290,6 +304,7 @@ impl Node {
         let prepared = joined(spawn_blocking(prepare).await)?;
         let prepared = if options.lazy { prepared.lazily() } else { prepared };
         let prepared = if options.hurry { prepared.in_a_hurry() } else { prepared };
+        let prepared = prepared.knowing(known);
         let job = Job::Push(&prepared, names, Vec::new());
         attempt::transfer(self, peer, job, options.paths, entry).await
     }

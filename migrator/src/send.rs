@@ -48,6 +48,8 @@ pub(crate) struct Prepared {
     offer: Offer,
     /// Somebody waits for its end: less work goes before fewer bytes.
     is_in_a_hurry: bool,
+    /// Where similar chunks are looked for, if not in all that the receiver holds.
+    known: Option<Arc<Similar>>,
     _pins: Vec<Pin>,
 }
 
@@ -123,13 +125,19 @@ fn finish_offer(store: &Arc<Store>, mut offer: Offer, mut pins: Vec<Pin>, visibl
     let (hints, hint_pins) = hints(store, &offer.layers, visible)?;
     offer.hints = hints;
     pins.extend(hint_pins);
-    Ok(Prepared { offer, is_in_a_hurry: false, _pins: pins })
+    Ok(Prepared { offer, is_in_a_hurry: false, known: None, _pins: pins })
 }
 
 impl Prepared {
     /// Somebody waits for its end.
     pub(crate) fn in_a_hurry(mut self) -> Prepared {
         self.is_in_a_hurry = true;
+        self
+    }
+
+    /// Similar chunks are looked for there, also in a hurry.
+    pub(crate) fn knowing(mut self, known: Option<Arc<Similar>>) -> Prepared {
+        self.known = known;
         self
     }
 
@@ -322,7 +330,8 @@ impl Driver<'_> {
         // Nor are similar chunks looked for, which takes a look at all that the receiver holds.
         let is_in_a_hurry = self.prepared.is_in_a_hurry;
         let searched = if is_in_a_hurry { Vec::new() } else { held.clone() };
-        let similar = Similar::new(self.store.clone(), lacks.clone(), searched);
+        let known = self.prepared.known.clone();
+        let similar = known.unwrap_or_else(|| Similar::new(self.store.clone(), lacks.clone(), searched));
         let kind = match (offer.lazy, offer.names.is_empty()) {
             (true, _) => Kind::Structure,
             (false, true) => Kind::Rest,

@@ -4,8 +4,9 @@
 //! Of each chunk of the held layers some short windows are remembered: those whose hash says so, about one in 2 KiB, so
 //! that the same bytes are remembered wherever they stand. A chunk resembles those with which it shares windows. Hides
 //! when that is worth its time: the held layers are read by a thread of their own, begun with the first chunk that has
-//! no base; whoever needs the answer waits for it no longer than the link would take for what is at stake. Memory: up to
-//! [`MAX_SAMPLES`] windows of 16 bytes, and an id for each chunk that they are from.
+//! no base; whoever needs the answer waits for it no longer than the link would take for what is at stake. What a guest has
+//! read of its stack is known, and often lies in its memory, so that these chunks alone are read, once for all of its rounds.
+//! Memory: up to [`MAX_SAMPLES`] windows of 16 bytes, and an id for each chunk that they are from.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use layerfs::closure::{Part, Records, walk_content};
 use layerfs::inode::Node;
 use layerfs::manifest::Manifest;
 use layerfs::store::Store;
-use layerfs::{LayerId, Result};
+use layerfs::{ChunkId, LayerId, Result};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::plan::Base;
@@ -24,6 +25,8 @@ use crate::wire::base_name;
 
 /// So many windows are remembered at most; what is read after that isn't found.
 const MAX_SAMPLES: usize = 3_000_000;
+/// So many chunks of held layers are remembered by their names at most, where it is said which are to be read (48 bytes each).
+const MAX_HELD: usize = 400_000;
 /// So many bytes of held layers are read at most.
 const MAX_READ_BYTES: u64 = 16 << 30;
 /// One window in so many, as a power of two.
@@ -41,6 +44,8 @@ const UNKNOWN_RATE: f64 = 100e6;
 /// What anybody waits at least, and at most.
 const LEAST_WAIT: Duration = if cfg!(test) { MOST_WAIT } else { Duration::from_millis(60) };
 const MOST_WAIT: Duration = Duration::from_secs(20);
+/// The same for chunks that are read once for several transfers.
+const CHUNKS_WAIT: Duration = Duration::from_secs(2);
 
 /// Random numbers, one for each byte.
 static GEAR: [u32; 256] = gear();
@@ -134,6 +139,16 @@ impl Sketches {
         self.windows.len() >= MAX_SAMPLES
     }
 
+    /// Whether at least half of the windows of `plain` stand in some chunk.
+    fn knows(&self, plain: &[u8]) -> bool {
+        let (mut known, mut all) = (0, 0);
+        samples(plain, usize::MAX, &mut |name| {
+            known += usize::from(self.windows.contains_key(&name));
+            all += 1;
+        });
+        known > 0 && known * 2 >= all
+    }
+
     /// The chunks that share the most with `plain`, most first.
     fn similar(&self, plain: &[u8]) -> Vec<Base> {
         let mut shared: HashMap<u32, u32> = HashMap::new();
@@ -151,12 +166,22 @@ impl Sketches {
     }
 }
 
+/// Where similar chunks are looked for.
+#[derive(Debug)]
+enum Among {
+    /// In the layers `held`, for what `lacking` have.
+    Layers { lacking: Vec<LayerId>, held: Vec<LayerId> },
+    /// Among these chunks, as far as they are of the layers `held`.
+    Chunks { chunks: HashSet<ChunkId>, held: Vec<LayerId> },
+}
+
 /// Finds held chunks by content. Does nothing until it is asked for the first time.
 pub(crate) struct Similar {
     store: Arc<Store>,
-    lacking: Vec<LayerId>,
-    held: Vec<LayerId>,
+    among: Among,
     sketches: RwLock<Sketches>,
+    /// Of [`Among::Chunks`]: all that the layers hold, and whether it was read.
+    held: Mutex<HashMap<ChunkId, (u32, bool)>>,
     /// When reading began, and whether it is over.
     state: Mutex<State>,
     changed: Condvar,
@@ -176,11 +201,23 @@ struct State {
 impl Similar {
     /// Looks for chunks of the layers `lacking` among those of `held`.
     pub fn new(store: Arc<Store>, lacking: Vec<LayerId>, held: Vec<LayerId>) -> Arc<Similar> {
+        Similar::among(store, Among::Layers { lacking, held })
+    }
+
+    /// Looks among those of `chunks` that the layers `held` have, for several transfers one after the other. Begins to read them at
+    /// once.
+    pub fn of_chunks(store: Arc<Store>, chunks: HashSet<ChunkId>, held: Vec<LayerId>) -> Arc<Similar> {
+        let similar = Similar::among(store, Among::Chunks { chunks, held });
+        similar.begin();
+        similar
+    }
+
+    fn among(store: Arc<Store>, among: Among) -> Arc<Similar> {
         Arc::new(Similar {
             store,
-            lacking,
-            held,
+            among,
             sketches: RwLock::default(),
+            held: Mutex::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
             at_stake: AtomicU64::new(0),
@@ -192,8 +229,21 @@ impl Similar {
     /// A chunk of file data of so many plain bytes will be sent that has no base. Starts reading.
     pub fn expect(self: &Arc<Similar>, plain_bytes: u32) {
         self.at_stake.fetch_add(u64::from(plain_bytes), Relaxed);
+        if plain_bytes >= MIN_BYTES {
+            self.begin();
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        match &self.among {
+            Among::Layers { held, .. } => held.is_empty(),
+            Among::Chunks { chunks, .. } => chunks.is_empty(),
+        }
+    }
+
+    fn begin(self: &Arc<Similar>) {
         let mut state = self.state.lock();
-        if state.began.is_some() || self.held.is_empty() || plain_bytes < MIN_BYTES {
+        if state.began.is_some() || self.is_empty() {
             return;
         }
         state.began = Some(Instant::now());
@@ -214,14 +264,26 @@ impl Similar {
         self.link_rate.store(rate as u64, Relaxed);
     }
 
-    /// Nobody will ask any more.
+    /// This transfer won't ask any more.
     pub fn give_up(&self) {
-        self.is_given_up.store(true, Relaxed);
+        // The chunks are for the next one too.
+        if matches!(self.among, Among::Layers { .. }) {
+            self.is_given_up.store(true, Relaxed);
+        }
+    }
+
+    /// Whether most of `plain` is known to stand in held chunks. Always no where whole layers would have to be read for that.
+    pub fn knows(&self, plain: &[u8]) -> bool {
+        if self.is_empty() || !matches!(self.among, Among::Chunks { .. }) {
+            return false;
+        }
+        self.wait();
+        self.sketches.read().knows(plain)
     }
 
     /// Held chunks that resemble `plain`. Waits a while if they are still being looked for.
     pub fn find(&self, plain: &[u8]) -> Vec<Base> {
-        if self.held.is_empty() || (plain.len() as u64) < u64::from(MIN_BYTES) {
+        if self.is_empty() || (plain.len() as u64) < u64::from(MIN_BYTES) {
             return Vec::new();
         }
         self.wait();
@@ -234,7 +296,10 @@ impl Similar {
             known => known as f64,
         };
         let seconds = self.at_stake.load(Relaxed) as f64 / rate / 3.0;
-        let most = Duration::from_secs_f64(seconds).clamp(LEAST_WAIT, MOST_WAIT);
+        let most = match self.among {
+            Among::Layers { .. } => Duration::from_secs_f64(seconds).clamp(LEAST_WAIT, MOST_WAIT),
+            Among::Chunks { .. } => CHUNKS_WAIT,
+        };
         let mut state = self.state.lock();
         let Some(began) = state.began else { return };
         while !state.is_over && began.elapsed() < most {
@@ -244,19 +309,66 @@ impl Similar {
 
     /// The held layers, those first that stand where one of the lacking does: an application's last version before the
     /// system that it lies on.
-    fn kin_first(&self) -> Result<Vec<Manifest>> {
+    fn kin_first(&self, lacking: &[LayerId], held: &[LayerId]) -> Result<Vec<Manifest>> {
         let load = |id: &LayerId| Manifest::load(self.store.as_ref(), *id);
-        let lacking = self.lacking.iter().map(load).collect::<Result<Vec<_>>>()?;
-        let mut held = self.held.iter().map(load).collect::<Result<Vec<_>>>()?;
+        let lacking = lacking.iter().map(load).collect::<Result<Vec<_>>>()?;
+        let mut held = held.iter().map(load).collect::<Result<Vec<_>>>()?;
         held.sort_by_key(|manifest| !lacking.iter().any(|other| other.parent == manifest.parent));
         Ok(held)
     }
 
     fn read(&self) -> Result<()> {
+        match &self.among {
+            Among::Layers { lacking, held } => self.read_layers(lacking, held),
+            Among::Chunks { chunks, held } => self.read_chunks(chunks, held),
+        }
+    }
+
+    fn read_chunks(&self, chunks: &HashSet<ChunkId>, held: &[LayerId]) -> Result<()> {
+        for layer in held {
+            self.store.data_in_order(*layer, &mut |id, bytes| {
+                let mut held = self.held.lock();
+                if held.len() < MAX_HELD {
+                    held.entry(id).or_insert((bytes, false));
+                }
+                drop(held);
+                if chunks.contains(&id) {
+                    self.read_chunk(id);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn read_chunk(&self, id: ChunkId) {
+        let bytes = match self.held.lock().get_mut(&id) {
+            Some((bytes, is_read)) if !*is_read => {
+                *is_read = true;
+                *bytes
+            }
+            _ => return,
+        };
+        let is_full = self.sketches.read().is_full();
+        // What can't be read can't be a base.
+        if !is_full && let Ok(plain) = self.store.get_uncached(&id) {
+            self.sketches.write().add(Base { id, bytes }, &plain);
+        }
+    }
+
+    /// Looks among these chunks too, as far as the layers hold them: reads at once those that are new. Blocks.
+    pub fn add(&self, chunks: impl IntoIterator<Item = ChunkId>) {
+        if matches!(self.among, Among::Chunks { .. }) {
+            self.wait();
+            chunks.into_iter().for_each(|id| self.read_chunk(id));
+        }
+    }
+
+    fn read_layers(&self, lacking: &[LayerId], held: &[LayerId]) -> Result<()> {
         let store = self.store.as_ref();
         let mut seen: HashSet<[u8; 8]> = HashSet::new();
         let mut bytes_read = 0;
-        for manifest in self.kin_first()? {
+        for manifest in self.kin_first(lacking, held)? {
             let mut inodes = Records::inodes(store, &manifest)?;
             while let Some(inode) = inodes.next_inode()? {
                 let Node::File(content) = &inode.node else { continue };
@@ -286,9 +398,8 @@ impl Similar {
 
 #[cfg(test)]
 mod tests {
-    use layerfs::ChunkId;
-
     use super::*;
+    use crate::tests::pair::add_layer;
 
     fn noise(seed: u64, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
@@ -310,6 +421,33 @@ mod tests {
         assert!(found.contains(&ChunkId::of(&chunks[7])) && found.contains(&ChunkId::of(&chunks[42])));
         assert!(sketches.similar(&noise(5000, 64 << 10)).is_empty());
         assert!(sketches.similar(&vec![0; 64 << 10]).is_empty());
+    }
+
+    #[test]
+    fn chunks_are_looked_among_again_and_again() {
+        let host = crate::tests::pair::Host::new();
+        let files: Vec<Vec<u8>> = (0..8).map(|n| noise(n, 12_000)).collect();
+        let tree = files.iter().enumerate().map(|(at, file)| (format!("{at}"), file.clone())).collect();
+        let layer = add_layer(host.store(), "files", &tree);
+        // One of another layer, or of none, isn't there.
+        let ids: HashSet<ChunkId> = files[1..].iter().map(|file| ChunkId::of(file)).collect();
+        let ids = ids.into_iter().chain([ChunkId::of(b"elsewhere")]).collect::<HashSet<_>>();
+        let of = |ids: &HashSet<ChunkId>, held| Similar::of_chunks(host.store().clone(), ids.clone(), held);
+        let similar = of(&ids, vec![layer]);
+        for _ in 0..2 {
+            // Some out of the middle of one, beside something new.
+            let page = &files[3][1000..11_000];
+            assert!(similar.knows(page) && similar.knows(&[page, &noise(100, 2000)].concat()));
+            assert!(!similar.knows(&noise(101, 64 << 10)) && !similar.knows(&[0; 4096]));
+            let found: Vec<ChunkId> = similar.find(page).into_iter().map(|base| base.id).collect();
+            assert_eq!(found, [ChunkId::of(&files[3])]);
+            similar.give_up();
+        }
+        assert!(!similar.knows(&files[0]), "it was never read");
+        similar.add([ChunkId::of(&files[0]), ChunkId::of(b"elsewhere")]);
+        assert!(similar.knows(&files[0]));
+        assert!(!of(&ids, Vec::new()).knows(&files[3]), "nobody holds it");
+        assert!(!of(&HashSet::new(), vec![layer]).knows(&files[3]));
     }
 
     #[test]
