@@ -176,8 +176,10 @@ mod tests {
     /// A move whose rounds let `left` bytes expect, and read the memory in `read` seconds.
     fn busy(seconds: [f64; 5], read: f64, left: u64, sent: u64) -> Report {
         let mut report = report("web", seconds, sent);
-        let round =
-            |at: f64, bytes: u64| Round { at, read_seconds: read, send_seconds: 1.0, bytes, memory_bytes: 330 << 20 };
+        let round = |at: f64, bytes: u64| {
+            let memory_bytes = 330 << 20;
+            Round { at, read_seconds: read, send_seconds: 1.0, bytes, memory_bytes, left: None }
+        };
         report.rounds = vec![round(0.0, 100 * left), round(10.0, 10 * left)];
         // A tenth of the last round's bytes: a second after it began, when they changed in ten.
         report.stages.iter_mut().for_each(|stage| stage.at = 11.0);

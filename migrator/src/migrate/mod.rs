@@ -9,6 +9,7 @@
 
 mod arrive;
 mod background;
+mod changes;
 mod control;
 mod depart;
 pub mod hooks;

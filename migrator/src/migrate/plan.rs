@@ -15,8 +15,8 @@ const SATURATED: f64 = 0.9;
 const SHRINKING: f64 = 0.7;
 /// The same where bytes count as well.
 const SHRINKING_FAST: f64 = 0.5;
-/// A second for which a guest stands still is worth so many on the link.
-const STANDING_STILL: f64 = 2.0;
+/// A second for which a guest stands still is worth so many on the link, as long as nobody says how long it may.
+const STANDING_STILL: f64 = 0.5;
 /// Nobody minds so many more seconds of downtime, or so large a part of what it is anyway.
 const LITTLE_SECONDS: f64 = 0.1;
 const LITTLE_PART: f64 = 0.25;
@@ -36,6 +36,18 @@ pub struct Round {
     pub bytes: u64,
     /// Bytes of memory that were read.
     pub memory_bytes: u64,
+    /// What had changed when it was over, if somebody looked.
+    #[serde(default)]
+    pub left: Option<Left>,
+}
+
+/// What a guest has changed since its memory was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Left {
+    /// When it was looked at, in seconds since the migration began.
+    pub at: f64,
+    /// What would go over if it stopped then, in bytes on the wire.
+    pub bytes: u64,
 }
 
 impl Round {
@@ -65,11 +77,20 @@ pub struct LinkSpeed {
     pub round_trip: f64,
 }
 
-/// How fast memory changes, in bytes on the wire per second; none before two rounds.
+/// How fast memory changes, in bytes on the wire per second; none before two rounds, or a look after the first.
 pub fn dirty_rate(rounds: &[Round]) -> Option<f64> {
+    if let Some((last, left)) = looked(rounds) {
+        return Some(left.bytes as f64 / (left.at - last.at));
+    }
     let [.., before, last] = rounds else { return None };
     let since = last.at - before.at;
     (since > 0.0).then(|| last.bytes as f64 / since)
+}
+
+/// The last round, and what was seen after it.
+fn looked(rounds: &[Round]) -> Option<(&Round, Left)> {
+    let last = rounds.last()?;
+    last.left.filter(|left| left.at > last.at).map(|left| (last, left))
 }
 
 /// What would be sent if the guest stopped at `now`, in bytes.
@@ -83,17 +104,23 @@ pub fn bytes_left(rounds: &[Round], now: f64) -> f64 {
     }
 }
 
-/// The most that a round has sent, which is about what all of the memory takes.
+/// The most that a round has sent, or left to be sent, which is about what all of the memory takes.
 fn most(rounds: &[Round]) -> f64 {
-    rounds.iter().map(|round| round.bytes).max().unwrap_or_default() as f64
+    let left = looked(rounds).map_or(0, |(_, left)| left.bytes);
+    rounds.iter().map(|round| round.bytes).max().unwrap_or_default().max(left) as f64
 }
 
 /// Whether memory changes about as fast as this link carries it, or faster. How much faster can't be seen: a round sends what has
 /// changed while the one before was sent, so it is never seen to send more in a time than the link carries.
 pub fn is_too_fast(rounds: &[Round], link: LinkSpeed) -> bool {
-    let [.., before, last] = rounds else { return false };
-    let is_telling = last.bytes as f64 / link.rate > WORTHWHILE_SECONDS;
-    let stays = last.bytes as f64 > before.bytes as f64 * SATURATED;
+    let (before, last) = match (looked(rounds), rounds) {
+        // The next round would send what is left.
+        (Some((last, left)), _) => (last.bytes, left.bytes),
+        (None, [.., before, last]) => (before.bytes, last.bytes),
+        _ => return false,
+    };
+    let is_telling = last as f64 / link.rate > WORTHWHILE_SECONDS;
+    let stays = last as f64 > before as f64 * SATURATED;
     is_telling && stays && dirty_rate(rounds).is_some_and(|rate| rate > link.rate / 2.0)
 }
 
@@ -144,8 +171,8 @@ pub fn enough(rounds: &[Round], wish: Wish, fixed: f64, link: LinkSpeed) -> Opti
         return Some(Enough::Most);
     }
     let (room, now) = (wish.room(fixed), bytes_left(rounds, last.at + last.seconds()));
-    let (Some(rate), [.., before, _]) = (dirty_rate(rounds), rounds) else {
-        // The second one tells the rate. It isn't needed if even half of the first would be little, or took no time.
+    let Some(rate) = dirty_rate(rounds) else {
+        // The second one tells the rate, or a look. It isn't needed if even half of the first would be little, or took no time.
         let is_little = last.bytes as f64 * UNKNOWN_PART / link.rate <= room && wish.max_downtime.is_none();
         let took_none = last.seconds() <= 2.0 * WORTHWHILE_SECONDS;
         return is_little.then_some(Enough::Little).or(took_none.then_some(Enough::NoGain));
@@ -156,10 +183,12 @@ pub fn enough(rounds: &[Round], wish: Wish, fixed: f64, link: LinkSpeed) -> Opti
     if is_too_fast(rounds, link) {
         return Some(Enough::TooFast);
     }
-    let shrunk_to = last.bytes as f64 / before.bytes.max(1) as f64;
-    let most_of_it = if wish.max_downtime.is_some() { SHRINKING } else { SHRINKING_FAST };
-    if shrunk_to < most_of_it && last.bytes as f64 * (1.0 - shrunk_to) / link.rate > WORTHWHILE_SECONDS {
-        return None;
+    if let (None, [.., before, _]) = (looked(rounds), rounds) {
+        let shrunk_to = last.bytes as f64 / before.bytes.max(1) as f64;
+        let most_of_it = if wish.max_downtime.is_some() { SHRINKING } else { SHRINKING_FAST };
+        if shrunk_to < most_of_it && last.bytes as f64 * (1.0 - shrunk_to) / link.rate > WORTHWHILE_SECONDS {
+            return None;
+        }
     }
     // What changes in another round is what would be sent again after it.
     let seconds = last.read_seconds + now / link.rate + 2.0 * link.round_trip;
@@ -201,7 +230,7 @@ mod tests {
             let bytes = rounds.last().map_or(memory, |last| (rate * (at - last.at)).min(memory));
             let (bytes, memory_bytes) = (bytes as u64, memory as u64);
             let send_seconds = bytes as f64 / LINK.rate;
-            rounds.push(Round { at, read_seconds: read, send_seconds, bytes, memory_bytes });
+            rounds.push(Round { at, read_seconds: read, send_seconds, bytes, memory_bytes, left: None });
             assert!(rounds.len() <= MAX_ROUNDS);
         }
     }
@@ -211,7 +240,8 @@ mod tests {
     }
 
     fn round(at: f64, read_seconds: f64, send_seconds: f64, megabytes: f64) -> Round {
-        Round { at, read_seconds, send_seconds, bytes: (megabytes * 1e6) as u64, memory_bytes: 18 << 20 }
+        let bytes = (megabytes * 1e6) as u64;
+        Round { at, read_seconds, send_seconds, bytes, memory_bytes: 18 << 20, left: None }
     }
 
     /// Rounds as they were recorded, one after the other: how long reading took, how long sending, and megabytes.
@@ -276,11 +306,35 @@ mod tests {
         let film =
             recorded(&[(0.09, 1.1, 8.9), (0.05, 0.48, 4.1), (0.05, 0.31, 1.7), (0.05, 0.21, 0.7), (0.05, 0.18, 0.9)]);
         assert_eq!(stops_after(&film, AUTO, 0.7), (4, Some(Enough::Little)));
-        assert_eq!(stops_after(&recorded(&MACHINE_WITH_FILM), AUTO, 0.9), (3, Some(Enough::TooDear)));
+        assert_eq!(stops_after(&recorded(&MACHINE_WITH_FILM), AUTO, 0.9), (2, Some(Enough::TooDear)));
         let pages = recorded(&[(1.0, 30.0, 347.0), (0.6, 5.2, 60.0), (0.6, 1.0, 11.0), (0.6, 0.4, 3.4)]);
         assert_eq!(stops_after(&pages, AUTO, 1.2), (3, Some(Enough::Little)));
         // Without a film nothing changes: the second round says so.
         assert_eq!(stops_after(&recorded(&[(0.53, 2.88, 19.9), (0.15, 0.01, 0.01)]), AUTO, 0.8).0, 2);
+    }
+
+    #[test]
+    fn a_look_after_a_round_tells_what_the_next_one_would_send() {
+        // Of each: seconds of reading and sending, megabytes, and what had changed by then.
+        let looked = |read: f64, send: f64, megabytes: f64, left: f64| {
+            let left = Left { at: read + send + 0.05, bytes: (left * 1e6) as u64 };
+            vec![Round { left: Some(left), ..round(0.0, read, send, megabytes) }]
+        };
+        let link = |rounds: &[Round]| LinkSpeed { rate: rounds[0].bytes as f64 / rounds[0].send_seconds, ..LINK };
+        let after = |rounds: &[Round], fixed: f64| enough(rounds, AUTO, fixed, link(rounds));
+        // A film in a container: what it has changed is a third of its memory, and would be nearly as much again.
+        let film = looked(0.09, 1.1, 8.9, 4.1);
+        assert_eq!(after(&film, 0.7), Some(Enough::TooDear));
+        assert!((bytes_left(&film, film[0].left.unwrap().at) - 4.1e6).abs() < 1.0);
+        // Somebody who says how long it may stand still gets a second round.
+        let wish = Wish { max_downtime: Some(0.8), ..AUTO };
+        assert_eq!(enough(&film, wish, 0.7, link(&film)), None);
+        // Much memory that changes slowly, little that has changed, and all of it that has.
+        assert_eq!(after(&looked(1.0, 30.0, 347.0, 60.0), 1.2), None);
+        assert_eq!(after(&looked(0.5, 2.9, 19.9, 0.1), 0.8), Some(Enough::Little));
+        assert_eq!(after(&looked(0.05, 6.5, 15.0, 15.4), 0.8), Some(Enough::TooFast));
+        // What was left out of a round is left as well.
+        assert!(bytes_left(&looked(0.09, 1.1, 2.0, 4.1), 10.0) > 4.0e6);
     }
 
     #[test]

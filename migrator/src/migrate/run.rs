@@ -10,18 +10,18 @@ use layerfs::LayerId;
 use layerfs::error::ErrorClass;
 use layerfs::monitor::{Monitor, check};
 
-use self::copy::Scratch;
 use super::depart::Talk;
 use super::learnt::Learnt;
 use super::report::{self, Report, Stage};
 use super::{HookPoint, MigrateOptions, Migrations, busy};
 use crate::error::{Error, Result, chain};
-use crate::guest::{Activity, Guest, GuestName, GuestState, Obstacle, Side as GuestSide};
+use crate::guest::{Activity, Guest, GuestName, GuestState, Obstacle, Scratch, Side as GuestSide};
 use crate::handover::MoveId;
 use crate::handover::journal::{Row, Side};
 use crate::handover::source::{Event, Outcome, Phase};
 use crate::node::PushOptions;
 use crate::peers::Peer;
+use crate::similar::Similar;
 use crate::wire::{Message, Prepare};
 
 /// A guest's place among those that are leaving.
@@ -75,12 +75,15 @@ impl Migrations {
             monitor,
             row,
             stack,
-            previous: record.state_layer.and_then(|name| store.name(&name).ok()?).map(|record| record.layer),
+            previous: record.state_layer.as_ref().and_then(|name| store.name(name).ok()?).map(|record| record.layer),
             talk,
             report,
             began: Instant::now(),
             learnt: Learnt::default(),
             kept: None,
+            look: None,
+            known: None,
+            has_moved: record.state_layer.is_some(),
         };
         run.all()
     }
@@ -102,6 +105,12 @@ struct Run<'a> {
     learnt: Learnt,
     /// The files that a guest which ended with its dump goes on from, if it comes back: they go with this.
     kept: Option<Scratch>,
+    /// The memory as it was looked at last, and when, in seconds since the migration began.
+    look: Option<(Scratch, f64)>,
+    /// What it has read of its stack, which may lie in its memory, and is there.
+    known: Option<Arc<Similar>>,
+    /// Whether an earlier state of it may be there.
+    has_moved: bool,
 }
 
 impl Run<'_> {
@@ -235,6 +244,7 @@ impl Run<'_> {
     }
 
     fn copy_and_hand_over(&mut self) -> Result<()> {
+        self.look();
         self.ahead()?;
         self.rounds()?;
         self.defer()?;

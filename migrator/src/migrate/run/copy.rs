@@ -1,25 +1,28 @@
 //! What goes over while the guest runs: layers, rounds of memory, and the decision to stop.
 
-use std::path::{Path, PathBuf};
+use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layerfs::attr::Time;
 use layerfs::error::ErrorClass;
+use layerfs::manifest::Manifest;
 use layerfs::monitor::{Monitor, check};
-use layerfs::store::Expect;
-use layerfs::{LayerId, LayerName};
+use layerfs::store::{Expect, Store};
+use layerfs::{ChunkId, LayerId, LayerName};
 
 use super::super::Downtime;
-use super::super::plan::{self, Enough, LinkSpeed, Round, Wish};
-use super::super::{Ahead, Rounds, inhibit};
+use super::super::plan::{self, Enough, Left, LinkSpeed, Round, Wish};
+use super::super::{Ahead, Rounds, changes, inhibit};
 use super::Run;
 use crate::error::{Error, Result};
 use crate::governor::Priority;
-use crate::guest::state;
+use crate::guest::{Scratch, state};
 use crate::node::{Manner, PushOptions};
 use crate::progress::TransferReport;
 use crate::retry::RetryFor;
+use crate::similar::Similar;
 
 /// What is assumed of a link that was never measured, in bytes per second.
 const UNKNOWN_RATE: f64 = 12.5e6;
@@ -31,6 +34,13 @@ const MOST_LAYERS: usize = 8;
 const POST_COPY_SECONDS: f64 = 0.3;
 /// Memory that takes less than so many seconds on the link isn't compared with anything but itself.
 const LITTLE_SECONDS: f64 = 0.2;
+/// Looking at memory without sending it pays where sending takes so many seconds, of memory of so many bytes at most.
+const LOOK_SECONDS: f64 = 0.5;
+const LOOK_BYTES: u64 = 4 << 30;
+/// Two looks that tell what is written all the time are so far apart: this part of what all of the memory takes, within limits.
+const APART: f64 = 0.05;
+const LEAST_APART: f64 = 0.1;
+const MOST_APART: f64 = 0.5;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Says in front of each phase which part of the migration it belongs to.
@@ -82,12 +92,13 @@ impl Run<'_> {
         };
         // A guest's own names are this host's to set; the stack's may be somebody else's.
         let force = names.iter().all(|name| *name != self.row.spec.stack);
-        // Looking for what is alike takes longer than so little takes on the link.
-        let is_little = self.report.memory_bytes as f64 / self.link().rate < LITTLE_SECONDS;
+        let is_little = self.is_little();
         let options = PushOptions { force, lazy, hurry: is_down || is_little, paths, manner, dry_run: false };
         let monitor = self.part(label);
         let began = Instant::now();
-        let push = self.me.0.node.push(names, self.peer.name.as_str(), options, monitor);
+        // What it had in memory before it came here isn't among what it has read here: all that the other side holds is looked at.
+        let known = self.known.clone().filter(|_| is_down || !self.has_moved);
+        let push = self.me.0.node.push_knowing(names, self.peer.name.as_str(), options, known, monitor);
         let pushed = self.me.0.runtime.block_on(push)?;
         let seconds = began.elapsed().as_secs_f64();
         if pushed.bytes_sent >= TELLING && seconds > 0.0 {
@@ -96,6 +107,11 @@ impl Run<'_> {
             self.report.link = Some(link);
         }
         Ok(pushed)
+    }
+
+    /// Looking for what is alike takes longer than its memory takes on the link.
+    fn is_little(&self) -> bool {
+        self.report.memory_bytes as f64 / self.link().rate < LITTLE_SECONDS
     }
 
     /// What the link does: as seen in this migration, or else when it was last measured.
@@ -118,7 +134,7 @@ impl Run<'_> {
             let stack = run.row.spec.stack.clone();
             if run.options.ahead == Ahead::Base {
                 let mut layer = run.stack;
-                while let Some(below) = layerfs::manifest::Manifest::load(store.as_ref(), layer)?.parent {
+                while let Some(below) = Manifest::load(store.as_ref(), layer)?.parent {
                     layer = below;
                 }
                 store.set_name(&base, layer, Expect::Any)?;
@@ -132,7 +148,9 @@ impl Run<'_> {
             if let Err(error) = run.me.0.host.fold(run.name(), &instance, MOST_LAYERS) {
                 run.monitor.warn(&format!("the guest's layers are not made one: {error}"));
             }
-            bytes += run.push("ahead", &[instance], false, false)?.bytes_sent;
+            bytes += run.push("ahead", &[instance.clone()], false, false)?.bytes_sent;
+            // Sealing has noted it, and all of it is there now.
+            run.known = if run.is_little() { None } else { known(&store, sealed, &instance)? };
             Ok(((), bytes))
         })
     }
@@ -145,6 +163,8 @@ impl Run<'_> {
                 None => self.round()?,
             }
         };
+        // It takes as much memory as the guest.
+        self.look = None;
         if self.report.rounds.is_empty() && self.options.post_copy {
             self.read_ahead()?;
         }
@@ -192,9 +212,8 @@ impl Run<'_> {
         self.stage("read", false, |run| {
             check(run.monitor.as_ref())?;
             let name = run.name().layer("round-0")?;
-            let folder = run.me.0.host.scratch(run.name(), run.report.memory_bytes)?;
-            let guard = Scratch(folder.clone());
-            let written = match run.guest.scan(&folder) {
+            let scratch = Scratch::new(&run.me.0.host, run.name(), run.report.memory_bytes)?;
+            let written = match run.guest.scan(scratch.path()) {
                 Ok(written) => written,
                 // The dump will have all of it.
                 Err(error) => {
@@ -203,8 +222,8 @@ impl Run<'_> {
                 }
             };
             // It isn't what the destination may hold.
-            state::import(run.me.0.guests.store(), &folder, &name, run.previous, run.monitor.as_ref())?;
-            drop(guard);
+            state::import(run.me.0.guests.store(), scratch.path(), &name, run.previous, run.monitor.as_ref())?;
+            drop(scratch);
             run.report.memory_bytes = run.report.memory_bytes.max(written.memory_bytes);
             Ok(((), 0))
         })
@@ -215,22 +234,81 @@ impl Run<'_> {
         let label = self.round_label(number);
         self.stage(&format!("round {number}"), false, |run| {
             check(run.monitor.as_ref())?;
-            let at = run.elapsed();
             // Two names in turn: while one goes over, the other still says what is there.
             let name = run.name().layer(&format!("round-{}", number % 2))?;
-            let folder = run.me.0.host.scratch(run.name(), run.report.memory_bytes)?;
-            let guard = Scratch(folder.clone());
-            let written = run.guest.scan(&folder)?;
-            run.import(&folder, &name)?;
-            drop(guard);
+            let scratch = Scratch::new(&run.me.0.host, run.name(), run.report.memory_bytes)?;
+            run.wait_apart();
+            let (at, written) = (run.elapsed(), run.guest.scan(scratch.path())?);
+            run.leave_out(&scratch);
+            run.import(scratch.path(), &name)?;
             let read_seconds = run.elapsed() - at;
             run.report.memory_bytes = run.report.memory_bytes.max(written.memory_bytes);
             let pushed = run.push(&label, &[name], false, false)?;
             let send_seconds = run.elapsed() - at - read_seconds;
             let (bytes, memory_bytes) = (pushed.bytes_sent, written.memory_bytes);
-            run.report.rounds.push(Round { at, read_seconds, send_seconds, bytes, memory_bytes });
+            run.report.rounds.push(Round { at, read_seconds, send_seconds, bytes, memory_bytes, left: None });
+            run.look_back(scratch);
             Ok(((), bytes))
         })
+    }
+
+    /// Whether it pays to look at the memory beside sending it.
+    fn looks(&self) -> bool {
+        let (bytes, wish) = (self.report.memory_bytes, self.wish());
+        // Who sets a limit wants all to go that can, whatever is sent twice.
+        let is_free = wish.rounds == Rounds::Auto && wish.max_downtime.is_none();
+        is_free && bytes <= LOOK_BYTES && bytes as f64 / self.link().rate > LOOK_SECONDS
+    }
+
+    /// Looks at the memory as it is now. What fails only leaves out what it would have told.
+    pub(super) fn look(&mut self) {
+        self.look = None;
+        if !self.looks() {
+            return;
+        }
+        let at = self.elapsed();
+        let looked = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes).and_then(|scratch| {
+            self.guest.scan(scratch.path())?;
+            Ok(scratch)
+        });
+        match looked {
+            Ok(scratch) => self.look = Some((scratch, at)),
+            Err(error) => tracing::debug!(guest = %self.name(), %error, "its memory wasn't looked at"),
+        }
+    }
+
+    /// Waits until a second look tells something.
+    fn wait_apart(&self) {
+        let Some((_, at)) = &self.look else { return };
+        let apart = self.report.memory_bytes as f64 / self.link().rate * APART;
+        let rest = at + apart.clamp(LEAST_APART, MOST_APART) - self.elapsed();
+        std::thread::sleep(Duration::from_secs_f64(rest.max(0.0)));
+    }
+
+    /// Leaves out of what was read for a round the pages that are written all the time, as they would go again: so many as needn't
+    /// wait for the stop, which they would make too long.
+    fn leave_out(&mut self, scratch: &Scratch) {
+        let Some((look, _)) = self.look.take() else { return };
+        let most = self.wish().room(self.fixed_seconds()) * self.link().rate;
+        match changes::leave_out(look.path(), scratch.path(), most as u64) {
+            Ok(bytes) => tracing::debug!(guest = %self.name(), bytes, "left out of a round"),
+            Err(error) => tracing::debug!(guest = %self.name(), %error, "what is written all the time isn't known"),
+        }
+    }
+
+    /// Looks at what has changed since a round's memory was read into `scratch`.
+    fn look_back(&mut self, scratch: Scratch) {
+        self.look();
+        let Some((look, at)) = &self.look else { return };
+        match changes::between(scratch.path(), look.path()) {
+            Ok(changes) => {
+                let left = Left { at: *at, bytes: changes.wire_bytes };
+                if let Some(round) = self.report.rounds.last_mut() {
+                    round.left = Some(left);
+                }
+            }
+            Err(error) => tracing::debug!(guest = %self.name(), %error, "what has changed isn't known"),
+        }
     }
 
     /// What a person who follows wants to know.
@@ -280,7 +358,11 @@ impl Run<'_> {
         let why = if waited >= longest { "and was not waited for any longer" } else { "and then let it stop" };
         self.report.decisions.push(format!("the guest asked to wait, {why} ({:.1} s)", waited.as_secs_f64()));
         // What has changed meanwhile would have to go while it stands still.
-        if self.options.rounds == Rounds::Auto && waited > Duration::from_secs(1) { self.round() } else { Ok(()) }
+        if self.options.rounds == Rounds::Auto && waited > Duration::from_secs(1) {
+            self.round()?;
+            self.look = None;
+        }
+        Ok(())
     }
 
     /// Predicts, and says whether it goes by post-copy.
@@ -315,15 +397,16 @@ impl Run<'_> {
     }
 }
 
-/// A folder that goes when this is dropped.
-pub(super) struct Scratch(pub PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::debug!(path = %self.0.display(), %error, "a folder for a state wasn't removed");
-        }
+/// What was read of the stack on whose top `sealed` was, looked for among all layers of `instance`, which is the same stack.
+fn known(store: &Arc<Store>, sealed: LayerId, instance: &LayerName) -> Result<Option<Arc<Similar>>> {
+    let read: HashSet<ChunkId> = store.trace(sealed)?.into_iter().collect();
+    let mut held = Vec::new();
+    let mut next = store.name(instance)?.map(|record| record.layer).filter(|_| !read.is_empty());
+    while let Some(layer) = next {
+        held.push(layer);
+        next = Manifest::load(store.as_ref(), layer)?.parent;
     }
+    Ok((!held.is_empty()).then(|| Similar::of_chunks(store.clone(), read, held)))
 }
 
 fn mebibytes(bytes: f64) -> String {

@@ -13,8 +13,9 @@ use super::super::Downtime;
 use super::super::report::Stage;
 use super::super::{Ahead, HookPoint};
 use super::Run;
-use super::copy::{Part, Scratch};
+use super::copy::Part;
 use crate::error::{Error, Result};
+use crate::guest::Scratch;
 use crate::handover::Fate;
 use crate::handover::journal::Layers;
 use crate::handover::source::Event;
@@ -25,8 +26,8 @@ impl Run<'_> {
     pub(super) fn hand_over(&mut self, lazily: bool) -> Result<()> {
         let stopped = Instant::now();
         let bytes_before = self.report.bytes;
-        let folder = self.me.0.host.scratch(self.name(), self.report.memory_bytes)?;
-        let guard = Scratch(folder.clone());
+        let guard = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes)?;
+        let folder = guard.path().to_owned();
         let written = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)))?;
         // What has ended with its dump goes on from these files if nothing comes of the move, which is seen after this function.
         let guard = if written.has_ended { self.kept.replace(guard) } else { Some(guard) };
@@ -34,7 +35,10 @@ impl Run<'_> {
         let stopped = if written.frozen.is_zero() { stopped } else { stopped + frozen };
         self.me.0.hooks.run(HookPoint::AfterStop, &self.row)?;
         let (instance, state) = self.stage("pack", true, |run| Ok((run.pack(&folder)?, 0)))?;
-        drop(guard);
+        if let Some(known) = &self.known {
+            // What it has read since the rounds began.
+            known.add(self.me.0.guests.store().trace(instance)?);
+        }
         self.row.layers = Some(Layers { instance, state, lazily });
         self.stage("send", true, |run| {
             let (me, row) = (run.me.clone(), run.row.clone());
@@ -57,6 +61,8 @@ impl Run<'_> {
         })?;
         check(self.monitor.as_ref())?;
         self.stage("restore", true, |run| run.depart(Event::Staged).map(|()| ((), 0)))?;
+        // Not before: giving back so much memory takes a while.
+        drop(guard);
         if let Some((at, said)) = self.talk.committed.take() {
             self.split_restore(at, said.took);
             if said.fate == Fate::Restored && !said.text.is_empty() {
