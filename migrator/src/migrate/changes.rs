@@ -276,7 +276,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (old, new) = (folder.path().join("old"), folder.path().join("new"));
         let runs = [Run { address: 0, pages: 1000 }];
-        look(&old, &runs, |address| page_of(address));
+        look(&old, &runs, page_of);
         look(&new, &runs, |address| {
             let mut page = page_of(address);
             page[100] ^= 1;

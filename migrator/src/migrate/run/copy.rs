@@ -148,7 +148,7 @@ impl Run<'_> {
             if let Err(error) = run.me.0.host.fold(run.name(), &instance, MOST_LAYERS) {
                 run.monitor.warn(&format!("the guest's layers are not made one: {error}"));
             }
-            bytes += run.push("ahead", &[instance.clone()], false, false)?.bytes_sent;
+            bytes += run.push("ahead", std::slice::from_ref(&instance), false, false)?.bytes_sent;
             // Sealing has noted it, and all of it is there now.
             run.known = if run.is_little() { None } else { known(&store, sealed, &instance)? };
             Ok(((), bytes))
