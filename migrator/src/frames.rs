@@ -28,6 +28,8 @@ use crate::wire::{
 const WORTHWHILE: usize = 50;
 /// The most plain bytes of a bundle's chunks: its table needs some.
 const MAX_PLAIN_BYTES: usize = MAX_BUNDLE_BYTES - MAX_TABLE_BYTES;
+/// zstd's level for what has bases while somebody waits: what it shares with them is found by long matches, at once.
+const HURRIED_LEVEL: i32 = 3;
 /// Bundles of structure are of this size, so that all ids in one can be left out.
 const STRUCTURE_BYTES: usize = MAX_HOLES * 32;
 
@@ -372,7 +374,11 @@ fn close(
         return Ok(());
     }
     let lengths = chunks.iter().map(|chunk| (chunk.class, chunk.plain_bytes)).collect();
-    let level = if is_near && !prefix.is_empty() { effort.level_when_near() } else { effort.level() };
+    let level = match (prefix.is_empty(), source.is_in_a_hurry) {
+        (false, true) => HURRIED_LEVEL,
+        (false, false) if is_near => effort.level_when_near(),
+        _ => effort.level(),
+    };
     let packed = bundle::pack(&prefix, &Table { chunks: lengths, holes }, &plain, level);
     let (frame, plain_bytes) = packed.ok_or_else(no_memory)?;
     if !must && !is_worthwhile(frame.len() + bases.len() * 8, &chunks) {
