@@ -227,6 +227,8 @@ fn send_all(
             }
             // Nothing is learnt of a link that carries nothing.
             if !work.is_dry {
+                work.tally.link_idle_micros.fetch_add(cost.link_waited.as_micros() as u64, Relaxed);
+                work.tally.link_full_micros.fetch_add(cost.waited_for_link.as_micros() as u64, Relaxed);
                 gauge.note(cost, level);
                 if let Some(rate) = gauge.link_rate() {
                     work.similar.set_link_rate(rate);

@@ -284,7 +284,8 @@ impl Node {
         let peer = self.other_side(peer, options.paths).await?;
         let entry = self.begin(Role::Sending, names, &peer, options.manner, monitor)?;
         let result = self.push_listed(names, &peer, options, known, &entry).await;
-        self.remember(&peer, entry.transfer()).await;
+        let is_slower = result.as_ref().is_ok_and(|report| report.link_was_full);
+        self.remember(&peer, entry.transfer(), is_slower).await;
         entry.end(result)
     }
 
@@ -327,7 +328,7 @@ impl Node {
         let peer = self.other_side(peer, options.paths).await?;
         let entry = self.begin(Role::Receiving, names, &peer, options.manner, monitor)?;
         let result = self.pull_listed(names, &peer, options, &entry).await;
-        self.remember(&peer, entry.transfer()).await;
+        self.remember(&peer, entry.transfer(), true).await;
         entry.end(result)
     }
 
@@ -379,9 +380,17 @@ impl Node {
         self.transfers().begin(plan, monitor)
     }
 
-    /// Keeps how fast the link was, for estimates.
-    async fn remember(&self, peer: &Peer, transfer: &Transfer) {
+    /// Keeps how fast the link was, for estimates. If it wasn't the slower side, as far as is known, it may be faster than that.
+    async fn remember(&self, peer: &Peer, transfer: &Transfer, is_slower: bool) {
         let Some(rate) = transfer.measured_rate() else { return };
+        let known = if is_slower {
+            None
+        } else {
+            self.measured(peer.name.as_str()).await.unwrap_or_default().rate(transfer.role().way())
+        };
+        if known.is_some_and(|known| known >= rate) {
+            return;
+        }
         let new = match transfer.role() {
             Role::Sending => Measured { out_rate: Some(rate), ..Measured::default() },
             Role::Receiving => Measured { in_rate: Some(rate), ..Measured::default() },

@@ -38,6 +38,8 @@ pub struct TransferReport {
     pub retries: u64,
     /// Bytes of frames that went out again because one of several connections was lost.
     pub resent_bytes: u64,
+    /// The sending side waited longer for the link than the link for it: bytes over time tell how fast the link is. Only the sender knows.
+    pub link_was_full: bool,
     /// Nothing was moved: the chunks are those that would have been.
     pub dry_run: bool,
     /// In a dry run: the bytes that would have gone over, TLS not included.
@@ -78,6 +80,9 @@ pub(crate) struct Tally {
     pub connections: AtomicU64,
     pub retries: AtomicU64,
     pub resent_bytes: AtomicU64,
+    /// How long the link had nothing to send, and how long what was to be sent waited for it, in microseconds.
+    pub link_idle_micros: AtomicU64,
+    pub link_full_micros: AtomicU64,
     /// Plain bytes of what was asked for or sent unasked: the most that is still to come, as far as is known.
     pub expected_bytes: AtomicU64,
     /// Plain bytes of the layers that the receiver lacks, of whose chunks it may have any number.
@@ -100,6 +105,8 @@ impl Tally {
             connections: AtomicU64::new(1),
             retries: count(),
             resent_bytes: count(),
+            link_idle_micros: count(),
+            link_full_micros: count(),
             expected_bytes: count(),
             lacking_bytes: count(),
         }
@@ -130,6 +137,7 @@ impl Tally {
             connections: get(&self.connections),
             retries: get(&self.retries),
             resent_bytes: get(&self.resent_bytes),
+            link_was_full: get(&self.link_full_micros) > get(&self.link_idle_micros),
             would_send_bytes: get(&self.would_send_bytes),
             seconds: seconds(self.started.elapsed()),
             phases: all,

@@ -17,6 +17,8 @@ const SHRINKING: f64 = 0.7;
 const SHRINKING_FAST: f64 = 0.5;
 /// A second for which a guest stands still is worth so many on the link, as long as nobody says how long it may.
 const STANDING_STILL: f64 = 0.5;
+/// A round of fewer bytes doesn't say how fast rounds go over.
+const TELLING_BYTES: u64 = 512 * 1024;
 /// Nobody minds so many more seconds of downtime, or so large a part of what it is anyway.
 const LITTLE_SECONDS: f64 = 0.1;
 const LITTLE_PART: f64 = 0.25;
@@ -110,6 +112,13 @@ fn most(rounds: &[Round]) -> f64 {
     rounds.iter().map(|round| round.bytes).max().unwrap_or_default().max(left) as f64
 }
 
+/// How fast rounds go over: as the link does, or slower if what they send takes longer to make.
+pub fn pace(rounds: &[Round], link: LinkSpeed) -> LinkSpeed {
+    let telling = rounds.iter().rev().find(|round| round.bytes >= TELLING_BYTES && round.send_seconds > 0.0);
+    let rate = telling.map_or(link.rate, |round| link.rate.min(round.bytes as f64 / round.send_seconds));
+    LinkSpeed { rate, ..link }
+}
+
 /// Whether memory changes about as fast as this link carries it, or faster. How much faster can't be seen: a round sends what has
 /// changed while the one before was sent, so it is never seen to send more in a time than the link carries.
 pub fn is_too_fast(rounds: &[Round], link: LinkSpeed) -> bool {
@@ -152,7 +161,7 @@ pub enum Enough {
     Most,
     /// What is left takes no longer than it may.
     Little,
-    /// Memory changes about as fast as the link carries it.
+    /// Memory changes about as fast as it can be sent.
     TooFast,
     /// Another one would not make the downtime noticeably shorter.
     NoGain,
@@ -180,18 +189,19 @@ pub fn enough(rounds: &[Round], wish: Wish, fixed: f64, link: LinkSpeed) -> Opti
     if now / link.rate <= room {
         return Some(Enough::Little);
     }
-    if is_too_fast(rounds, link) {
+    let by_rounds = pace(rounds, link);
+    if is_too_fast(rounds, by_rounds) {
         return Some(Enough::TooFast);
     }
     if let (None, [.., before, _]) = (looked(rounds), rounds) {
         let shrunk_to = last.bytes as f64 / before.bytes.max(1) as f64;
         let most_of_it = if wish.max_downtime.is_some() { SHRINKING } else { SHRINKING_FAST };
-        if shrunk_to < most_of_it && last.bytes as f64 * (1.0 - shrunk_to) / link.rate > WORTHWHILE_SECONDS {
+        if shrunk_to < most_of_it && last.bytes as f64 * (1.0 - shrunk_to) / by_rounds.rate > WORTHWHILE_SECONDS {
             return None;
         }
     }
     // What changes in another round is what would be sent again after it.
-    let seconds = last.read_seconds + now / link.rate + 2.0 * link.round_trip;
+    let seconds = last.read_seconds + now / by_rounds.rate + 2.0 * link.round_trip;
     let then = (rate * seconds).min(most(rounds));
     let gained = (now - then) / link.rate;
     if gained <= WORTHWHILE_SECONDS.max(now / link.rate * WORTHWHILE_PART) {
@@ -311,6 +321,19 @@ mod tests {
         assert_eq!(stops_after(&pages, AUTO, 1.2), (3, Some(Enough::Little)));
         // Without a film nothing changes: the second round says so.
         assert_eq!(stops_after(&recorded(&[(0.53, 2.88, 19.9), (0.15, 0.01, 0.01)]), AUTO, 0.8).0, 2);
+    }
+
+    #[test]
+    fn rounds_that_take_long_to_make_say_nothing_of_the_link() {
+        // A machine's first round: 8 MB that were searched for during 13 s, and what has changed meanwhile would take the link 0.3 s.
+        let left = Some(Left { at: 13.6, bytes: 4_000_000 });
+        let rounds = [Round { left, ..round(0.0, 0.5, 13.0, 8.0) }];
+        assert!(pace(&rounds, LINK).rate < 0.7e6);
+        assert_eq!(enough(&rounds, AUTO, 1.4, LINK), Some(Enough::Little));
+        // Another round would take half as long as this one, and what changes meanwhile goes again.
+        assert_eq!(enough(&rounds, AUTO, 0.4, LINK), Some(Enough::TooDear));
+        // Little of it tells nothing.
+        assert_eq!(pace(&[round(0.0, 0.1, 3.0, 0.4)], LINK), LINK);
     }
 
     #[test]

@@ -103,7 +103,9 @@ impl Run<'_> {
         let seconds = began.elapsed().as_secs_f64();
         if pushed.bytes_sent >= TELLING && seconds > 0.0 {
             let mut link = self.link();
-            link.rate = pushed.bytes_sent as f64 / seconds;
+            let seen = pushed.bytes_sent as f64 / seconds;
+            // What had to be made first says only that the link isn't slower.
+            link.rate = if pushed.link_was_full { seen } else { seen.max(link.rate) };
             self.report.link = Some(link);
         }
         Ok(pushed)
@@ -198,9 +200,9 @@ impl Run<'_> {
                 format!("{left:.2} s are left, and another would send more again than it saves ({rate}/s change)")
             }
             Enough::TooFast => format!(
-                "memory changes about as fast as the link carries, or faster (in a second {rate} went, and the link carries {}); \
-                 more rounds would send it again and again",
-                mebibytes(link.rate),
+                "memory changes about as fast as it can be sent, or faster (in a second {rate} changed, and {} went); more rounds \
+                 would send it again and again",
+                mebibytes(plan::pace(rounds, link).rate),
             ),
         };
         format!("after round {}: {text}", rounds.len())
