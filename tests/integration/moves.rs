@@ -229,7 +229,8 @@ impl Left {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?.lines().filter(|line| line.contains(&store)).count();
         let (processes, namespaces) = processes(&store, devices)?;
         let instance = format!("guest/{GUEST}/instance");
-        let names: Vec<String> = host.names()?.into_keys().collect();
+        // Of the last move's rounds one or two stay, until the guest moves again.
+        let names: Vec<String> = host.names()?.into_keys().filter(|name| !name.contains("/round-")).collect();
         let depth = match names.contains(&instance) {
             true => host.ctl.json(["log", &instance])?["layers"].as_array().map_or(0, Vec::len) as u64,
             false => 0,
@@ -408,7 +409,7 @@ fn too_fast() -> anyhow::Result<()> {
     let count = moving.passes(false, count)?;
     let report = moving.migrate(true, &[])?;
     let why = report["decisions"].to_string();
-    ensure!(why.contains("the link carries"), "{report}");
+    ensure!(why.contains("as fast as it can be sent"), "{report}");
     let rounds = report["rounds"].as_array().map_or(0, Vec::len);
     ensure!((1..=4).contains(&rounds), "{rounds} rounds: {report}");
     eprintln!("without either: {rounds} rounds; {}; {why}", report["downtime"]);

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 
 use super::abi::{Operation, Request, answer_header};
@@ -40,8 +40,6 @@ const LOOKS_FOR: Duration = Duration::from_micros(40);
 /// Looking that was in vain is left out up to so often, as a power of two.
 const IN_VAIN_MAX: u32 = 6;
 const PAUSES: usize = 32;
-/// When nothing has come for so long the mount is idle.
-const IDLE_AFTER: Timespec = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
 
 /// Serves the mount until it ends, with up to `limit` threads; the calling one is the first.
 pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) -> io::Result<()> {
@@ -175,15 +173,9 @@ impl Served {
         if let Some(bytes) = self.look(buffer)? {
             return Ok(bytes);
         }
-        // A pause that is shorter is one of whoever removes many files: what is done for each of them costs as much as for all together.
-        let mut idle_after = self.front.fs.waits_for_idleness().then_some(IDLE_AFTER);
+        self.front.fs.idle();
         loop {
-            match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], idle_after.as_ref()) {
-                Ok(0) => {
-                    idle_after = None;
-                    self.front.fs.idle();
-                    continue;
-                }
+            match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno),
             }

@@ -51,11 +51,6 @@ impl Fs {
         self.orphans.waiting.lock().may_wait = true;
     }
 
-    /// Whether something is to be done when there is nothing else to do.
-    pub fn waits_for_idleness(&self) -> bool {
-        !self.orphans.waiting.lock().inos.is_empty()
-    }
-
     /// There is nothing to do just now.
     pub fn idle(&self) {
         let Some(upper) = &self.upper else { return };

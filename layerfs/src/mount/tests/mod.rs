@@ -11,7 +11,9 @@ mod real_by_io_uring;
 mod reference;
 mod sealing;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use crate::id::{LayerName, UpperId};
 use crate::manifest::LayerKind;
@@ -26,8 +28,39 @@ use crate::view::View;
 static STORE: LazyLock<(tempfile::TempDir, Arc<Store>)> = LazyLock::new(|| {
     let folder = tempfile::Builder::new().prefix("layerfs-mount-").tempdir().unwrap();
     let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+    // What is static isn't dropped.
+    // SAFETY: the function may be called at the end: it removes files that nobody reads any more.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::atexit(remove_store);
+    }
     (folder, store)
 });
+
+extern "C" fn remove_store() {
+    let _ = std::fs::remove_dir_all(STORE.0.path());
+}
+
+/// Stops others when it is dropped, also by a failure: else they would go on for ever, and fill the disk.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether `is_so` becomes true in that time.
+fn within_seconds(seconds: u64, is_so: impl Fn() -> bool) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(seconds) {
+        if is_so() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
 
 pub(super) fn store() -> &'static Arc<Store> {
     &STORE.1

@@ -58,6 +58,9 @@ fn mounted() -> Option<Mounted> {
         return None;
     }
     fs::remove_file(mounted.path("probe")).unwrap();
+    // It is dropped when there is nothing else to do, and tests count what the upper has: the root.
+    let fs = mounted.mount.fs().unwrap();
+    assert!(within_seconds(10, || fs.upper_counts() == (1, 0)), "a removed file stays: {:?}", fs.upper_counts());
     Some(mounted)
 }
 
@@ -162,6 +165,7 @@ fn a_seal_holds_writers_back() {
     let files = [open(&mounted.path("first")), open(&mounted.path("second"))];
     let (rounds, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let stops = Stops(&stop);
         let writer = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let round = rounds.load(Ordering::Relaxed) + 1;
@@ -185,7 +189,7 @@ fn a_seal_holds_writers_back() {
             );
             assert!(one[0].wrapping_sub(other[0]) <= 1, "{} and {}: of different instants", one[0], other[0]);
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stops);
     });
     assert_eq!(mounted.written(), 0, "they were not passed through");
     let last = rounds.load(Ordering::Relaxed) as u8;

@@ -25,6 +25,7 @@ fn a_layer_is_the_tree_at_one_instant() {
         let (first, second) = (make(b"first"), make(b"second"));
         let (rounds, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         std::thread::scope(|scope| {
+            let _stops = Stops(&stop);
             let writer = scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let round = rounds.load(Ordering::Relaxed) + 1;
@@ -47,7 +48,6 @@ fn a_layer_is_the_tree_at_one_instant() {
                 assert!(other.iter().all(|byte| *byte == other[0]), "half of a write is in the layer");
                 assert!(one[0].wrapping_sub(other[0]) <= 1, "{} and {}: of different instants", one[0], other[0]);
             }
-            stop.store(true, Ordering::Relaxed);
         });
     }
 }
@@ -88,6 +88,7 @@ fn what_was_read_ahead_is_not_read_again_and_removed_files_do_no_harm() {
     assert_eq!(seal_fs(store(), &fs).read_bytes, BYTES as u64);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let stops = Stops(&stop);
         let churn = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let gone = make(b"gone");
@@ -101,7 +102,7 @@ fn what_was_read_ahead_is_not_read_again_and_removed_files_do_no_harm() {
         for _ in 0..30 {
             seal_fs(store(), &fs);
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stops);
         churn.join().unwrap();
     });
     assert_eq!(bytes_of(&fs.view(), b"kept"), [1; BYTES]);
