@@ -16,7 +16,7 @@ use super::layers::Kind;
     layerctl mount debian /mnt --read-only\n  \
     layerctl mount app /srv/web --upper web         changes are kept under that name\n  \
     layerctl mount app /srv/web --transport uring   by io_uring, or not at all\n  \
-    layerctl mount app /srv/web --writeback off     each write to a large file from below is heard of at once\n  \
+    layerctl mount app /srv/web --writeback off     writes wait for the daemon\n  \
     mount -t layerfs app /srv/web -o upper=web      the same through mount(8)")]
 pub struct Mount {
     /// A name, or at least eight digits of a layer's id
