@@ -181,9 +181,16 @@ impl Host {
         daemon.wait().map(drop)
     }
 
-    /// The process id of the daemon that serves the store, whoever started it.
+    /// The process id of the daemon that serves the store, whoever started it. One that was just killed has a successor soon: waits for it.
     pub fn serving_pid(&self) -> anyhow::Result<i32> {
-        Ok(self.ctl.json(["daemon", "status"])?["pid"].as_i64().context("no pid")? as i32)
+        let began = Instant::now();
+        loop {
+            match self.ctl.json(["daemon", "status"]) {
+                Ok(status) => return Ok(status["pid"].as_i64().context("no pid")? as i32),
+                Err(error) if began.elapsed() > PATIENCE => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
     }
 
     /// Kills the daemon that serves the store as `kill -9` does; its keeper, if it has one, starts another.
