@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -81,11 +82,14 @@ impl Scene {
         Ok(self.data_file(name)?.with_extension("warm"))
     }
 
-    /// Reads a file as often as it takes until it has a copy.
+    /// Reads a file as often as it takes until it has a copy. A daemon knows only of what the kernel has no pages of that it was read.
     fn warm(&self, name: &str) -> anyhow::Result<()> {
         let copy = self.copy(name)?;
         until("a warm copy", || {
-            let _ = fs::read(self.path(name));
+            if let Ok(mut file) = File::open(self.path(name)) {
+                let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+                let _ = file.read_to_end(&mut Vec::new());
+            }
             copy.exists()
         })
     }
