@@ -39,7 +39,7 @@ const SMALL_BYTES: u32 = 64 << 10;
 const LOOKS_FOR: Duration = Duration::from_micros(40);
 /// Looking that was in vain is left out up to so often, as a power of two.
 const IN_VAIN_MAX: u32 = 6;
-const PAUSES: usize = 32;
+const PAUSES: usize = 4;
 
 /// Serves the mount until it ends, with up to `limit` threads; the calling one is the first.
 pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) -> io::Result<()> {
