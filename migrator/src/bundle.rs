@@ -10,7 +10,7 @@
 use layerfs::chunk::{Class, MAX_CHUNK_BYTES};
 use layerfs::codec::{Put, Reader};
 use layerfs::{ChunkId, Error, Result};
-use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter};
+use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter, Strategy};
 
 use crate::wire::{MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, MAX_HOLES, MAX_NUMBERED};
 
@@ -18,6 +18,19 @@ use crate::wire::{MAX_BUNDLE_BYTES, MAX_BUNDLE_CHUNKS, MAX_HOLES, MAX_NUMBERED};
 const WINDOW_LOG: u32 = 21;
 /// The smallest that zstd knows.
 const MIN_WINDOW_LOG: u32 = 10;
+/// Below this level what is alike in a long prefix is found by long matches alone. Reading all of the prefix into the tables of the
+/// levels takes several times as long as compressing against it.
+const LEAST_WHOLE_LEVEL: i32 = 9;
+/// From this level on matches are looked for with some care.
+const LEAST_LAZY_LEVEL: i32 = 4;
+/// A prefix up to so many bytes is read whole at any level.
+const MAX_SHORT_PREFIX: usize = 128 * 1024;
+/// The tables' sizes where long matches are looked for beside them, as powers of two: they are for what is new.
+const QUICK_TABLE_LOG: u32 = 14;
+const LAZY_TABLE_LOG: u32 = 15;
+/// The shortest long match, in bytes, and one position in so many that is remembered, as a power of two.
+const LONG_MATCH: u32 = 64;
+const LONG_MATCH_RATE_LOG: u32 = 5;
 /// A hole is as long as an id.
 pub const HOLE_BYTES: usize = 32;
 /// The most bytes that a table takes.
@@ -169,13 +182,22 @@ pub fn squeeze(prefix: &[u8], all: &[u8], level: i32) -> Option<Vec<u8>> {
     let mut context = CCtx::try_create()?;
     context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
     context.set_parameter(CParameter::WindowLog(span.clamp(MIN_WINDOW_LOG, WINDOW_LOG))).ok()?;
+    if level < LEAST_WHOLE_LEVEL && prefix.len() > MAX_SHORT_PREFIX {
+        let (strategy, table_log) = if level < LEAST_LAZY_LEVEL {
+            (Strategy::ZSTD_dfast, QUICK_TABLE_LOG)
+        } else {
+            (Strategy::ZSTD_lazy2, LAZY_TABLE_LOG)
+        };
+        context.set_parameter(CParameter::Strategy(strategy)).ok()?;
+        context.set_parameter(CParameter::MinMatch(5)).ok()?;
+        // zstd reads no more of a prefix into its own tables than they have room for.
+        context.set_parameter(CParameter::HashLog(table_log)).ok()?;
+        context.set_parameter(CParameter::ChainLog(table_log)).ok()?;
+        context.set_parameter(CParameter::EnableLongDistanceMatching(true)).ok()?;
+        context.set_parameter(CParameter::LdmMinMatch(LONG_MATCH)).ok()?;
+        context.set_parameter(CParameter::LdmHashRateLog(LONG_MATCH_RATE_LOG)).ok()?;
+    }
     if !prefix.is_empty() {
-        if level < 9 && prefix.len() > 128 * 1024 {
-            // The quick levels' own tables remember too little of a long prefix.
-            context.set_parameter(CParameter::EnableLongDistanceMatching(true)).ok()?;
-            context.set_parameter(CParameter::LdmMinMatch(32)).ok()?;
-            context.set_parameter(CParameter::LdmHashRateLog(4)).ok()?;
-        }
         context.ref_prefix(prefix).ok()?;
     }
     let mut frame = Vec::with_capacity(zstd::zstd_safe::compress_bound(all.len()));

@@ -113,7 +113,7 @@ struct Made {
 
 fn run(work: &Work, jobs: mpsc::Receiver<Job>, report: mpsc::UnboundedSender<usize>) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
-    let level = Level::new(Effort::FIRST);
+    let level = Level::new(if work.similar.is_known() { Effort::FIRST_KNOWING } else { Effort::FIRST });
     let numbers = Mutex::new(Numbers::default());
     let (give_group, take_group) = channel::bounded::<Group>(threads);
     let (give_made, take_made) = channel::unbounded::<Made>();

@@ -199,7 +199,8 @@ impl Patched {
         if self.chunks.is_empty() {
             return Ok(());
         }
-        let frame = bundle::squeeze(&self.old, &self.new, effort.level_when_near()).ok_or_else(no_memory)?;
+        let frame =
+            bundle::squeeze(&self.old, &self.new, effort.level_of_pages(source.is_in_a_hurry)).ok_or_else(no_memory)?;
         if !must && !is_worthwhile(frame.len() + self.bases.len() * 10, &self.chunks) {
             as_stored.extend(self.chunks);
             return Ok(());
@@ -376,6 +377,7 @@ fn close(
     let lengths = chunks.iter().map(|chunk| (chunk.class, chunk.plain_bytes)).collect();
     let level = match (prefix.is_empty(), source.is_in_a_hurry) {
         (false, true) => HURRIED_LEVEL,
+        (false, false) if is_near && source.similar.is_known() => effort.level_when_known(),
         (false, false) if is_near => effort.level_when_near(),
         _ => effort.level(),
     };

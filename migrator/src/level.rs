@@ -12,6 +12,9 @@ use std::time::Duration;
 /// with the lower ones, of whose differences a fourth is left, as they look for less.
 const LEAST_NEAR_LEVEL: i32 = 9;
 
+/// While somebody waits, changed pages are compressed with this level at most.
+const HURRIED_PAGES_LEVEL: i32 = 6;
+
 /// How hard to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Effort(u8);
@@ -24,6 +27,10 @@ const SPEEDS: [f64; 8] = [1e9, 150e6, 120e6, 60e6, 30e6, 14e6, 5e6, 2.5e6];
 impl Effort {
     /// What a transfer begins with: good enough if it is small, and left at once if the link is quick.
     pub const FIRST: Effort = Effort(5);
+    /// What one begins with that looks in known chunks for whatever it sends: most of that has bases, and the link waits for it.
+    pub const FIRST_KNOWING: Effort = Effort(3);
+    /// The least that also tells in few bytes what differs from known chunks, whose long prefixes take their time.
+    const LEAST_THOROUGH: Effort = Effort(4);
     /// The least that compresses anew what has no bases.
     pub(crate) const LEAST_REPACKED: Effort = Effort(2);
     /// The least that looks at what the receiver has.
@@ -38,6 +45,16 @@ impl Effort {
     /// zstd's level for what resembles its bases.
     pub fn level_when_near(self) -> i32 {
         self.level().max(LEAST_NEAR_LEVEL)
+    }
+
+    /// zstd's level for what resembles chunks that are known to be read: often several, of which it has a page or two each.
+    pub fn level_when_known(self) -> i32 {
+        if self < Effort::LEAST_THOROUGH { self.level() } else { self.level_when_near() }
+    }
+
+    /// zstd's level for changed pages, which are compressed against what they were.
+    pub fn level_of_pages(self, is_in_a_hurry: bool) -> i32 {
+        if is_in_a_hurry { self.level().min(HURRIED_PAGES_LEVEL) } else { self.level_when_near() }
     }
 
     /// Whether chunks are compared with what the receiver has.
@@ -239,6 +256,14 @@ mod tests {
             let best = (0..8).map(fixed).fold(0.0, f64::max);
             assert!(found > best * 0.75, "{found} of {best} at {rate}");
         }
+    }
+
+    #[test]
+    fn differences_are_told_shortly_only_where_there_is_time() {
+        let levels = |tell: &dyn Fn(Effort) -> i32| (0..=Effort::MOST.0).map(|n| tell(Effort(n))).collect::<Vec<_>>();
+        assert_eq!(levels(&|effort| effort.level_when_known()), [1, 3, 3, 6, 9, 12, 16, 19]);
+        assert_eq!(levels(&|effort| effort.level_of_pages(false)), [9, 9, 9, 9, 9, 12, 16, 19]);
+        assert_eq!(levels(&|effort| effort.level_of_pages(true)), [1, 3, 3, 6, 6, 6, 6, 6]);
     }
 
     #[test]

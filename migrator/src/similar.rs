@@ -234,6 +234,11 @@ impl Similar {
         }
     }
 
+    /// Whether it is known which chunks may be alike, so that most of what is looked for will be found.
+    pub fn is_known(&self) -> bool {
+        matches!(self.among, Among::Chunks { .. })
+    }
+
     fn is_empty(&self) -> bool {
         match &self.among {
             Among::Layers { held, .. } => held.is_empty(),
@@ -267,14 +272,14 @@ impl Similar {
     /// This transfer won't ask any more.
     pub fn give_up(&self) {
         // The chunks are for the next one too.
-        if matches!(self.among, Among::Layers { .. }) {
+        if !self.is_known() {
             self.is_given_up.store(true, Relaxed);
         }
     }
 
     /// Whether most of `plain` is known to stand in held chunks. Always no where whole layers would have to be read for that.
     pub fn knows(&self, plain: &[u8]) -> bool {
-        if self.is_empty() || !matches!(self.among, Among::Chunks { .. }) {
+        if self.is_empty() || !self.is_known() {
             return false;
         }
         self.wait();
@@ -358,7 +363,7 @@ impl Similar {
 
     /// Looks among these chunks too, as far as the layers hold them: reads at once those that are new. Blocks.
     pub fn add(&self, chunks: impl IntoIterator<Item = ChunkId>) {
-        if matches!(self.among, Among::Chunks { .. }) {
+        if self.is_known() {
             self.wait();
             chunks.into_iter().for_each(|id| self.read_chunk(id));
         }
