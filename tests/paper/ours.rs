@@ -59,6 +59,10 @@ pub fn run(cell: Cell, most: Option<Duration>) -> anyhow::Result<Record> {
     );
     let report: Value = serde_json::from_slice(&output.stdout).context("layerctl migrate gives no report")?;
     ensure!(report["outcome"] == "moved", "{report}");
+    if let App::Ram(megabytes) = cell.app {
+        let memory = report["memory_bytes"].as_u64().unwrap_or_default();
+        ensure!(memory >= u64::from(megabytes) << 20, "it was moved with {memory} bytes, before its memory was filled");
+    }
     clients.settle(began)?;
     let mut record = Record {
         cell: cell.to_string(),
