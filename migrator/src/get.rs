@@ -84,9 +84,10 @@ impl Answerer {
         if is_gone { Err(link.why_gone().await) } else { Ok(()) }
     }
 
-    /// Keeps the trace of a layer that is partial here and comes from the peer; what others say of it isn't kept.
-    pub async fn learn(&self, layer: LayerId, ids: Vec<ChunkId>) -> Result<()> {
-        if self.store.partial(layer).is_some_and(|partial| partial.sources.contains(&self.peer)) {
+    /// Keeps the trace of a layer that is partial here and comes from the peer, or that is a guest's and comes now; what others say
+    /// isn't kept.
+    pub async fn learn(&self, layer: LayerId, ids: Vec<ChunkId>, is_of_guest: bool) -> Result<()> {
+        if is_of_guest || self.store.partial(layer).is_some_and(|partial| partial.sources.contains(&self.peer)) {
             let store = self.store.clone();
             let keep = move || Ok(store.extend_trace(layer, &ids)?);
             joined(spawn_blocking(keep).await)?;

@@ -241,7 +241,9 @@ pub(crate) async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Res
             }
             Message::Traced { layer, ids } => {
                 require(peer.rights.push, "push to")?;
-                answerer.learn(layer, ids).await?;
+                // Whoever may move guests here tells what they have read.
+                let is_of_guest = peer.rights.guests && peer.rights.visible == Visible::All;
+                answerer.learn(layer, ids, is_of_guest).await?;
                 // It stands in front of an offer, and belongs to that transfer.
                 continue;
             }

@@ -9,7 +9,7 @@ use layerfs::chunk::Verified;
 use layerfs::error::ErrorClass;
 use layerfs::monitor::Monitor;
 use layerfs::store::Store;
-use layerfs::{ChunkId, LayerName};
+use layerfs::{ChunkId, LayerId, LayerName};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
@@ -35,7 +35,7 @@ use crate::send::{self, joined};
 use crate::similar::Similar;
 use crate::streams::{self, Streams, TRUSTED_KEY};
 use crate::transfers::{Entry, Origin, Plan, Role, Transfer, Transfers};
-use crate::wire::{MAX_NAMES, Message};
+use crate::wire::{MAX_ASK, MAX_NAMES, Message};
 
 /// So many strangers are remembered.
 const MAX_STRANGERS: usize = 16;
@@ -52,6 +52,15 @@ pub struct NodeOptions {
     pub paths: PathOptions,
     /// The local addresses to call from, each a path of its own; none for what the system chooses.
     pub sources: Vec<IpAddr>,
+}
+
+/// What is known of layers that are pushed.
+#[derive(Default)]
+pub(crate) struct Knowing {
+    /// What is similar to these chunks, which the peer holds, is told by them.
+    pub known: Option<Arc<Similar>>,
+    /// What the stacks of these layers were read of: goes in front of the offer.
+    pub traces: Vec<(LayerId, Vec<ChunkId>)>,
 }
 
 /// How layers are pushed.
@@ -269,21 +278,21 @@ impl Node {
         options: PushOptions,
         monitor: Arc<dyn Monitor>,
     ) -> Result<TransferReport> {
-        self.push_knowing(names, peer, options, None, monitor).await
+        self.push_knowing(names, peer, options, Knowing::default(), monitor).await
     }
 
-    /// The same; what is similar to chunks of `known`, which the peer holds, is told by these.
+    /// The same, with what is `knowing` of what goes.
     pub(crate) async fn push_knowing(
         &self,
         names: &[LayerName],
         peer: &str,
         options: PushOptions,
-        known: Option<Arc<Similar>>,
+        knowing: Knowing,
         monitor: Arc<dyn Monitor>,
     ) -> Result<TransferReport> {
         let peer = self.other_side(peer, options.paths).await?;
         let entry = self.begin(Role::Sending, names, &peer, options.manner, monitor)?;
-        let result = self.push_listed(names, &peer, options, known, &entry).await;
+        let result = self.push_listed(names, &peer, options, knowing, &entry).await;
         let is_slower = result.as_ref().is_ok_and(|report| report.link_was_full);
         self.remember(&peer, entry.transfer(), is_slower).await;
         entry.end(result)
@@ -294,7 +303,7 @@ impl Node {
         names: &[LayerName],
         peer: &Peer,
         options: PushOptions,
-        known: Option<Arc<Similar>>,
+        knowing: Knowing,
         entry: &Entry,
     ) -> Result<TransferReport> {
         let (store, wanted) = (self.store().clone(), names.to_vec());
@@ -305,8 +314,12 @@ impl Node {
         let prepared = joined(spawn_blocking(prepare).await)?;
         let prepared = if options.lazy { prepared.lazily() } else { prepared };
         let prepared = if options.hurry { prepared.in_a_hurry() } else { prepared };
-        let prepared = prepared.knowing(known);
-        let job = Job::Push(&prepared, names, Vec::new());
+        let prepared = prepared.knowing(knowing.known);
+        let told = |(layer, ids): &(LayerId, Vec<ChunkId>)| {
+            let layer = *layer;
+            ids.chunks(MAX_ASK).map(|ids| Message::Traced { layer, ids: ids.to_vec() }).collect::<Vec<_>>()
+        };
+        let job = Job::Push(&prepared, names, knowing.traces.iter().flat_map(told).collect());
         attempt::transfer(self, peer, job, options.paths, entry).await
     }
 

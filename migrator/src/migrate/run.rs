@@ -6,9 +6,9 @@ mod stop;
 use std::sync::Arc;
 use std::time::Instant;
 
-use layerfs::LayerId;
 use layerfs::error::ErrorClass;
 use layerfs::monitor::{Monitor, check};
+use layerfs::{ChunkId, LayerId};
 
 use super::depart::Talk;
 use super::learnt::Learnt;
@@ -83,7 +83,7 @@ impl Migrations {
             kept: None,
             look: None,
             known: None,
-            has_moved: record.state_layer.is_some(),
+            traces: Vec::new(),
         };
         run.all()
     }
@@ -109,8 +109,8 @@ struct Run<'a> {
     look: Option<(Scratch, f64)>,
     /// What it has read of its stack, which may lie in its memory, and is there.
     known: Option<Arc<Similar>>,
-    /// Whether an earlier state of it may be there.
-    has_moved: bool,
+    /// What is to be told of layers with the next transfer.
+    traces: Vec<(LayerId, Vec<ChunkId>)>,
 }
 
 impl Run<'_> {

@@ -1,13 +1,12 @@
 //! What goes over while the guest runs: layers, rounds of memory, and the decision to stop.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layerfs::attr::Time;
 use layerfs::error::ErrorClass;
-use layerfs::manifest::Manifest;
+use layerfs::manifest::{LayerKind, Manifest};
 use layerfs::monitor::{Monitor, check};
 use layerfs::store::{Expect, Store};
 use layerfs::{ChunkId, LayerId, LayerName};
@@ -19,7 +18,7 @@ use super::Run;
 use crate::error::{Error, Result};
 use crate::governor::Priority;
 use crate::guest::{Scratch, state};
-use crate::node::{Manner, PushOptions};
+use crate::node::{Knowing, Manner, PushOptions};
 use crate::progress::TransferReport;
 use crate::retry::RetryFor;
 use crate::similar::Similar;
@@ -34,6 +33,8 @@ const MOST_LAYERS: usize = 8;
 const POST_COPY_SECONDS: f64 = 0.3;
 /// Memory that takes less than so many seconds on the link isn't compared with anything but itself.
 const LITTLE_SECONDS: f64 = 0.2;
+/// What a guest has read is told if that takes no more than one in so many of its memory's bytes.
+const TOLD_PART: u64 = 64;
 /// Looking at memory without sending it pays where sending takes so many seconds, of memory of so many bytes at most.
 const LOOK_SECONDS: f64 = 0.5;
 const LOOK_BYTES: u64 = 4 << 30;
@@ -96,9 +97,8 @@ impl Run<'_> {
         let options = PushOptions { force, lazy, hurry: is_down || is_little, paths, manner, dry_run: false };
         let monitor = self.part(label);
         let began = Instant::now();
-        // What it had in memory before it came here isn't among what it has read here: all that the other side holds is looked at.
-        let known = self.known.clone().filter(|_| is_down || !self.has_moved);
-        let push = self.me.0.node.push_knowing(names, self.peer.name.as_str(), options, known, monitor);
+        let knowing = Knowing { known: self.known.clone(), traces: std::mem::take(&mut self.traces) };
+        let push = self.me.0.node.push_knowing(names, self.peer.name.as_str(), options, knowing, monitor);
         let pushed = self.me.0.runtime.block_on(push)?;
         let seconds = began.elapsed().as_secs_f64();
         if pushed.bytes_sent >= TELLING && seconds > 0.0 {
@@ -135,24 +135,29 @@ impl Run<'_> {
             let (instance, base) = (run.name().layer("instance")?, run.name().layer("base")?);
             let stack = run.row.spec.stack.clone();
             if run.options.ahead == Ahead::Base {
-                let mut layer = run.stack;
-                while let Some(below) = Manifest::load(store.as_ref(), layer)?.parent {
-                    layer = below;
-                }
-                store.set_name(&base, layer, Expect::Any)?;
+                let lowest = layers_of(&store, run.stack)?.last().map_or(run.stack, |(layer, _)| *layer);
+                store.set_name(&base, lowest, Expect::Any)?;
                 let pushed = run.push("ahead", &[base], false, false)?;
                 return Ok(((), pushed.bytes_sent));
             }
             let mut bytes = run.push("ahead", &[stack], false, false)?.bytes_sent;
             let sealed = run.me.0.host.seal(run.name(), &instance)?;
             store.set_name(&instance, sealed, Expect::Any)?;
+            let read = read_of(&store, &layers_of(&store, sealed)?)?;
             // Each move adds a layer or two: from time to time they become one, so that no stack grows for ever.
             if let Err(error) = run.me.0.host.fold(run.name(), &instance, MOST_LAYERS) {
                 run.monitor.warn(&format!("the guest's layers are not made one: {error}"));
             }
+            let top = store.name(&instance)?.map_or(sealed, |record| record.layer);
+            if !read.is_empty() && (read.len() * 32) as u64 <= run.report.memory_bytes / TOLD_PART {
+                // It leaves from there with this in its memory still.
+                run.traces.push((top, read.clone()));
+            }
             bytes += run.push("ahead", std::slice::from_ref(&instance), false, false)?.bytes_sent;
-            // Sealing has noted it, and all of it is there now.
-            run.known = if run.is_little() { None } else { known(&store, sealed, &instance)? };
+            // All of the layers is there now.
+            let held = layers_of(&store, top)?.into_iter().map(|(layer, _)| layer).collect();
+            let is_of_use = !run.is_little() && !read.is_empty();
+            run.known = is_of_use.then(|| Similar::of_chunks(store, read.into_iter().collect(), held));
             Ok(((), bytes))
         })
     }
@@ -182,7 +187,7 @@ impl Run<'_> {
 
     /// For how long the guest would stand still if nothing were left to be sent.
     fn fixed_seconds(&self) -> f64 {
-        let read = self.report.rounds.last().map_or(0.0, |round| round.read_seconds);
+        let read = self.report.rounds.first().map_or(0.0, |round| round.read_seconds);
         self.learnt.predict(0.0, self.report.memory_bytes, read, self.link()).seconds
     }
 
@@ -337,7 +342,7 @@ impl Run<'_> {
             true => self.report.memory_bytes as f64 / 2.0,
             false => plan::bytes_left(rounds, self.elapsed()),
         };
-        let read = rounds.last().map_or(0.0, |round| round.read_seconds);
+        let read = rounds.first().map_or(0.0, |round| round.read_seconds);
         self.learnt.predict(bytes, self.report.memory_bytes, read, self.link())
     }
 
@@ -399,16 +404,29 @@ impl Run<'_> {
     }
 }
 
-/// What was read of the stack on whose top `sealed` was, looked for among all layers of `instance`, which is the same stack.
-fn known(store: &Arc<Store>, sealed: LayerId, instance: &LayerName) -> Result<Option<Arc<Similar>>> {
-    let read: HashSet<ChunkId> = store.trace(sealed)?.into_iter().collect();
-    let mut held = Vec::new();
-    let mut next = store.name(instance)?.map(|record| record.layer).filter(|_| !read.is_empty());
+/// The layers of the stack of `top`, from the top to the lowest, each with its kind.
+fn layers_of(store: &Store, top: LayerId) -> Result<Vec<(LayerId, LayerKind)>> {
+    let mut layers = Vec::new();
+    let mut next = Some(top);
     while let Some(layer) = next {
-        held.push(layer);
-        next = Manifest::load(store.as_ref(), layer)?.parent;
+        let manifest = Manifest::load(store, layer)?;
+        layers.push((layer, manifest.kind));
+        next = manifest.parent;
     }
-    Ok((!held.is_empty()).then(|| Similar::of_chunks(store.clone(), read, held)))
+    Ok(layers)
+}
+
+/// What the guest whose stack is `layers` has read of it: here, as sealing has noted, and where it was before, as came along with one of
+/// its own layers. The top layer's trace says all of it from now on.
+fn read_of(store: &Store, layers: &[(LayerId, LayerKind)]) -> Result<Vec<ChunkId>> {
+    let Some((top, _)) = layers.first() else { return Ok(Vec::new()) };
+    for (layer, _) in layers.iter().skip(1).take_while(|(_, kind)| *kind == LayerKind::Instance) {
+        let read = store.trace(*layer)?;
+        if !read.is_empty() {
+            store.extend_trace(*top, &read)?;
+        }
+    }
+    Ok(store.trace(*top)?)
 }
 
 fn mebibytes(bytes: f64) -> String {

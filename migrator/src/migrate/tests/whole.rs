@@ -3,6 +3,7 @@
 use super::*;
 use crate::guest::fake::DISK_FILE;
 use crate::migrate::learnt::DOWN_STAGES;
+use crate::node::{Knowing, PushOptions};
 use layerfs::error::ErrorClass;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -25,6 +26,42 @@ async fn a_guest_moves_there_and_back_and_there() {
     // The memory that was there already isn't sent again.
     let reports = report::load(&two.a.store).unwrap();
     assert!(reports[1].rounds[0].bytes < reports[0].rounds[0].bytes, "{reports:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_has_read_goes_along_with_it() {
+    let two = Two::with_pages(1024, |address| address).await;
+    let app = two.a.store.name(&layer_name("app")).unwrap().unwrap().layer;
+    let mut read = Vec::new();
+    let mut note = |id, _| {
+        read.push(id);
+        Ok(())
+    };
+    two.a.store.data_in_order(app, &mut note).unwrap();
+    assert!(read.len() > 1);
+    let traces = |site: &Site| {
+        let all = site.store.traces().unwrap();
+        all.into_iter().map(|trace| site.store.trace(trace.layer).unwrap()).collect::<Vec<_>>()
+    };
+    two.migrate(false, MigrateOptions::default()).await.unwrap();
+    assert_eq!(traces(&two.b), Vec::<Vec<_>>::new(), "a mount notes what is read, and there is none here");
+    // As a mount would note it of the layer that the guest came with.
+    let came_with = two.b.store.name(&two.name.layer("instance").unwrap()).unwrap().unwrap().layer;
+    two.b.store.add_trace(came_with, &read).unwrap();
+    for turn in 0..2 {
+        two.migrate(turn == 0, MigrateOptions::default()).await.unwrap();
+        let there = if turn == 0 { &two.a } else { &two.b };
+        assert!(traces(there).contains(&read), "move {turn}");
+        two.settle().await;
+    }
+    two.check();
+    // Of a peer that may not move guests here nothing is kept.
+    two.a.node.peers().change("b", |peer| peer.rights.guests = false).unwrap();
+    let planted = vec![(app, read)];
+    let (knowing, names) = (Knowing { known: None, traces: planted }, [layer_name("app")]);
+    let pushed = two.b.node.push_knowing(&names, "a", PushOptions::default(), knowing, Arc::new(Silent));
+    pushed.await.unwrap();
+    assert!(two.a.store.trace(app).unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
