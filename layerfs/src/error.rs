@@ -196,7 +196,7 @@ impl Error {
     /// The errno that a program on a mount sees for this error.
     pub fn errno(&self) -> i32 {
         match self {
-            Error::File { source, .. } | Error::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::File { source, .. } | Error::Io { source, .. } => io_errno(source),
             // Whatever it is: to a program that reads a file it is the disk that fails.
             Error::Tier { .. } => libc::EIO,
             Error::GivenUp(_) => libc::EINTR,
@@ -212,6 +212,11 @@ impl Error {
             },
         }
     }
+}
+
+/// The errno of `error`; EIO if it didn't come from the system.
+pub(crate) fn io_errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 fn io_class(error: &io::Error) -> ErrorClass {

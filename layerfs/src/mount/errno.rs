@@ -1,6 +1,6 @@
 //! The one place where this crate's errors become what a program on a mount sees.
 
-use crate::error::Error;
+use crate::error::{Error, io_errno};
 
 /// An error number of Linux.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,18 @@ impl From<Error> for Errno {
         }
         // A store that is damaged must not look like a file that isn't there.
         if errno == libc::ENOENT || errno == libc::EEXIST { Errno(libc::EIO) } else { Errno(errno) }
+    }
+}
+
+impl From<std::io::Error> for Errno {
+    fn from(error: std::io::Error) -> Errno {
+        Errno(io_errno(&error))
+    }
+}
+
+impl From<rustix::io::Errno> for Errno {
+    fn from(errno: rustix::io::Errno) -> Errno {
+        Errno(errno.raw_os_error())
     }
 }
 

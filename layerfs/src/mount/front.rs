@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::caller::Caller;
 use super::descriptor;
-use super::errno::{Errno, FsResult, fail};
+use super::errno::{FsResult, fail};
 use super::fs::{FolderHandle, Fs, SetAttr, Stat};
 use super::fuse::{FuseOptions, Kernel};
 use super::hidden::hand::Order;
@@ -267,7 +267,7 @@ impl Front {
     pub fn space(&self) -> FsResult<rustix::fs::StatVfs> {
         match self.fs.upper() {
             Some(upper) => Ok(upper.data().space()?),
-            None => rustix::fs::statvfs(&self.store_folder).map_err(|errno| Errno(errno.raw_os_error())),
+            None => Ok(rustix::fs::statvfs(&self.store_folder)?),
         }
     }
 

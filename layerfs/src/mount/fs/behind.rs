@@ -38,10 +38,6 @@ impl Prepared<'_> {
     }
 }
 
-fn errno(error: &std::io::Error) -> Errno {
-    Errno(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
 impl Fs {
     /// From now on large files of lower layers are passed through to `hidden` when they are opened for writing. Once, before the first
     /// is opened.
@@ -92,7 +88,7 @@ impl Fs {
             Ok(pin) => Ok(Prepared { pin: Some(pin), was_there, _turn: Some(turn) }),
             Err(error) if was_there => {
                 tracing::warn!(%ino, %error, "a file that is being written back cannot be opened");
-                Err(errno(&error))
+                Err(error.into())
             }
             Err(error) => {
                 tracing::warn!(%ino, %error, "a file is written to without a cache");
@@ -284,7 +280,7 @@ impl Fs {
     pub(in crate::mount) fn order_hidden(&self, ino: Ino, order: Order) -> Option<FsResult<()>> {
         let hidden = self.hidden.get()?;
         let node = hidden.node(ino)?;
-        Some(hidden.order(node, order).map_err(|error| errno(&error)))
+        Some(hidden.order(node, order).map_err(Errno::from))
     }
 
     /// Before `ino` gets another length: its hidden file gets it, and nobody opens it until what is returned is dropped.
@@ -295,7 +291,7 @@ impl Fs {
         }
         let turn = hidden.turn(ino);
         if let Some(node) = hidden.node(ino) {
-            hidden.order(node, Order::Truncate(bytes)).map_err(|error| errno(&error))?;
+            hidden.order(node, Order::Truncate(bytes))?;
         }
         Ok(Some(turn))
     }

@@ -387,7 +387,7 @@ pub(super) fn write_file(file: &std::fs::File, offset: u64, data: &[u8]) -> (usi
             Ok(0) => return (written, Some(Errno(libc::EIO))),
             Ok(count) => written += count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return (written, Some(Errno(error.raw_os_error().unwrap_or(libc::EIO)))),
+            Err(error) => return (written, Some(error.into())),
         }
     }
     (written, None)
@@ -401,7 +401,7 @@ pub(super) fn read_file(file: &std::fs::File, offset: u64, buffer: &mut [u8]) ->
             Ok(0) => break,
             Ok(count) => done += count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return fail(error.raw_os_error().unwrap_or(libc::EIO)),
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(done)

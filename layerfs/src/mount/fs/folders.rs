@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use super::super::errno::{Errno, FsResult, fail};
+use super::super::errno::{FsResult, fail};
 use super::super::watch::Op;
 use super::giving::is_small;
 use super::{Fs, Stat, State};
@@ -293,11 +293,5 @@ impl Fs {
             Some(upper) => Ok(upper.data().space()?),
             None => fail(libc::ENOSYS),
         }
-    }
-}
-
-impl From<rustix::io::Errno> for Errno {
-    fn from(errno: rustix::io::Errno) -> Errno {
-        Errno(errno.raw_os_error())
     }
 }

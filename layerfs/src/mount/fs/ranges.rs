@@ -125,7 +125,7 @@ fn seek_file(file: &File, at: u64, until: u64, data: bool) -> FsResult<Option<u6
     match rustix::fs::seek(file, if data { SeekFrom::Data(at) } else { SeekFrom::Hole(at) }) {
         Ok(found) => Ok((found < until).then_some(found)),
         Err(rustix::io::Errno::NXIO) => Ok(None),
-        Err(errno) => fail(errno.raw_os_error()),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -24,6 +24,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags, XattrFlags};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
 
+use crate::error::io_errno;
 use crate::packets::{receive, send};
 use crate::patience;
 
@@ -105,7 +106,7 @@ impl Grip {
     fn reply(&self, id: u64, result: Result<Option<OwnedFd>>) {
         let (errno, descriptor) = match result {
             Ok(descriptor) => (0, descriptor),
-            Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), None),
+            Err(error) => (io_errno(&error), None),
         };
         let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
         // If nobody is there any more, the reader of orders finds out too.

@@ -293,25 +293,7 @@ impl Hidden {
         self.write_back_all()?;
         Ok(quiet)
     }
-}
 
-/// What the kernel knows of a hidden file, which it isn't asked to ask us for.
-fn look(file: BorrowedFd<'_>) -> Result<Stamp> {
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let found = rustix::fs::statx(file, "", flags, StatxFlags::SIZE | StatxFlags::MTIME)?;
-    let mtime = Time { seconds: found.stx_mtime.tv_sec, nanos: found.stx_mtime.tv_nsec };
-    Ok(Stamp { bytes: found.stx_size, mtime })
-}
-
-/// Lets go of files that nobody has open, when they are written back.
-fn let_all_go(fs: &Weak<Fs>, closed: &Receiver<u64>) {
-    while let Ok(node) = closed.recv() {
-        let Some(fs) = fs.upgrade() else { return };
-        fs.let_hidden_go(node);
-    }
-}
-
-impl Hidden {
     /// Writes back what is left of `node`, unless somebody has it open again. False if so.
     pub fn finish(&self, node: u64) -> bool {
         if self.nodes.is_busy(node) {
@@ -331,5 +313,21 @@ impl Hidden {
     /// The seen mount has ended, and all is written back: lets go of all files, also of those whose closing nobody told.
     pub fn end(&self) {
         drop(self.nodes.take_files());
+    }
+}
+
+/// What the kernel knows of a hidden file, which it isn't asked to ask us for.
+fn look(file: BorrowedFd<'_>) -> Result<Stamp> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let found = rustix::fs::statx(file, "", flags, StatxFlags::SIZE | StatxFlags::MTIME)?;
+    let mtime = Time { seconds: found.stx_mtime.tv_sec, nanos: found.stx_mtime.tv_nsec };
+    Ok(Stamp { bytes: found.stx_size, mtime })
+}
+
+/// Lets go of files that nobody has open, when they are written back.
+fn let_all_go(fs: &Weak<Fs>, closed: &Receiver<u64>) {
+    while let Ok(node) = closed.recv() {
+        let Some(fs) = fs.upgrade() else { return };
+        fs.let_hidden_go(node);
     }
 }
