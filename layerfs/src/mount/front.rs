@@ -14,6 +14,7 @@ use super::errno::{FsResult, fail};
 use super::fs::{FolderHandle, Fs, SetAttr, Stat};
 use super::fuse::{FuseOptions, Kernel};
 use super::hidden::hand::Order;
+use super::watch::Op;
 use crate::id::Ino;
 use crate::patience;
 use crate::upper::opens::Backing;
@@ -158,6 +159,7 @@ impl Front {
 
     /// Opens a file. After ENOSYS, which a read-only mount says, the kernel opens without asking.
     pub fn open(&self, asked: Asked, ino: Ino, flags: i32) -> FsResult<Opened> {
+        let _seen = self.fs.seen(Op::Open, ino, None);
         if !self.fs.is_writable() {
             return fail(libc::ENOSYS);
         }
@@ -187,8 +189,9 @@ impl Front {
 
     /// A descriptor of a file that the kernel may have bytes of is closed.
     pub fn flush(&self, ino: Ino) -> FsResult<()> {
-        if self.fs.upper().is_none() {
-            // Files are never opened here, so nothing else says that closing them is nothing to tell: the kernel asks no more.
+        let _seen = self.fs.seen(Op::Flush, ino, None);
+        if self.fs.hidden().is_none() {
+            // Where files aren't opened by us nothing else says that closing them is nothing to tell: the kernel asks no more.
             return fail(libc::ENOSYS);
         }
         self.fs.order_hidden(ino, Order::Flush).unwrap_or(Ok(()))
@@ -237,6 +240,7 @@ impl Front {
     }
 
     pub fn release(&self, asked: Asked, ino: Ino, flags: i32) {
+        let _seen = self.fs.seen(Op::Release, ino, None);
         self.fs.release(ino, flags, descriptor::sent_again(asked.number).is_some());
     }
 
@@ -257,11 +261,17 @@ impl Front {
 
     /// Opens a folder; as [`Front::open`].
     pub fn open_folder(&self, ino: Ino) -> FsResult<Opened> {
+        let _seen = self.fs.seen(Op::Opendir, ino, None);
         if !self.fs.is_writable() {
             return fail(libc::ENOSYS);
         }
         let FolderHandle(handle) = self.fs.open_folder(ino);
         Ok(Opened { handle, flags: FOLDER_FLAGS, backing: None })
+    }
+
+    pub fn release_folder(&self, ino: Ino, handle: u64) {
+        let _seen = self.fs.seen(Op::Releasedir, ino, None);
+        self.fs.release_folder(FolderHandle(handle));
     }
 
     pub fn space(&self) -> FsResult<rustix::fs::StatVfs> {

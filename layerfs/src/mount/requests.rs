@@ -116,7 +116,7 @@ pub(super) fn answer(front: &Front, request: &Request<'_>, answer: &mut Answer<'
             true
         }
         Operation::Releasedir => {
-            fs.release_folder(FolderHandle(request.long(0)));
+            front.release_folder(ino, request.long(0));
             true
         }
         Operation::Fsync => front.fsync(ino).map(|()| true)?,

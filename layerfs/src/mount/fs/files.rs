@@ -89,7 +89,6 @@ impl Fs {
     /// Opens `ino`: checks that it can be opened so, and empties it if the flags say so. Returns the backing if it is to be
     /// passed through. [`Fs::release`] closes it.
     pub fn open(&self, ino: Ino, flags: i32, caller: Caller) -> FsResult<Option<Backing>> {
-        let _seen = self.seen(Op::Open, ino, None);
         if flags & libc::O_TRUNC != 0 {
             let set = super::SetAttr { size: Some(0), ..Default::default() };
             self.setattr(ino, set, caller)?;

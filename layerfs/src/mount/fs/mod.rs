@@ -242,7 +242,12 @@ impl Fs {
     }
 
     /// A request begins; it ends when what this returns is dropped.
-    fn seen(&self, op: Op, about: Ino, name: Option<&[u8]>) -> Seen<'_, impl Fn(Op, u64, Option<&[u8]>) -> String> {
+    pub(in crate::mount) fn seen(
+        &self,
+        op: Op,
+        about: Ino,
+        name: Option<&[u8]>,
+    ) -> Seen<'_, impl Fn(Op, u64, Option<&[u8]>) -> String> {
         self.watch.begin(op, about.0, name, |op, about, name| self.describe(op, about, name))
     }
 

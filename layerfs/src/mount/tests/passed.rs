@@ -60,7 +60,7 @@ fn mounted() -> Option<Mounted> {
     fs::remove_file(mounted.path("probe")).unwrap();
     // It is dropped when there is nothing else to do, and tests count what the upper has: the root.
     let fs = mounted.mount.fs().unwrap();
-    assert!(within_seconds(10, || fs.upper_counts() == (1, 0)), "a removed file stays: {:?}", fs.upper_counts());
+    assert!(within_seconds(60, || fs.upper_counts() == (1, 0)), "a removed file stays: {:?}", fs.upper_counts());
     Some(mounted)
 }
 

@@ -1,6 +1,6 @@
 //! Real mounts: what only the kernel brings in. They need the superuser and /dev/fuse.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -142,6 +142,79 @@ fn a_read_only_mount_shows_a_layer() {
     assert_eq!(fs::read(dir.join("file")).unwrap(), b"content");
     read_only.unmount(&UnmountOptions::default()).unwrap();
     assert!(read_only.has_ended());
+}
+
+/// What a mount was asked, by operation.
+type Asked = BTreeMap<&'static str, u64>;
+
+fn asked(mount: &Mount) -> Asked {
+    mount.fs().unwrap().activity().ops.into_iter().map(|op| (op.op.as_str(), op.count)).collect()
+}
+
+/// What `mount` is asked while `work` is done, as soon as that is `expected`, or what it is if it doesn't become that. The kernel tells of a closing
+/// when it comes to it.
+fn asked_by(mount: &Mount, expected: &[(&'static str, u64)], work: impl FnOnce()) -> Asked {
+    let before = asked(mount);
+    work();
+    let news = || {
+        let mut news = asked(mount);
+        news.iter_mut().for_each(|(op, count)| *count -= before.get(op).copied().unwrap_or(0));
+        news.retain(|_, count| *count > 0);
+        news
+    };
+    within_seconds(60, || news() == expected.iter().copied().collect::<Asked>());
+    // What comes too often comes soon.
+    std::thread::sleep(Duration::from_millis(50));
+    news()
+}
+
+#[test]
+fn a_warm_mount_is_asked_only_what_it_must_be() {
+    let Some(m) = mounted() else { return };
+    fs::create_dir(m.path("folder")).unwrap();
+    fs::write(m.path("folder/file"), vec![7; 5000]).unwrap();
+    fs::write(m.path("folder/larger"), vec![8; 300_000]).unwrap();
+    symlink("file", m.path("folder/link")).unwrap();
+    let report = m.seal();
+    let below = m.folder.path().join("ro");
+    fs::create_dir(&below).unwrap();
+    let options = MountOptions { upper: UpperChoice::ReadOnly, transport: transport(), ..Default::default() };
+    let read_only = Mount::start(&m.store, Some(report.layer), "test", &below, &options).unwrap();
+    let stat = |dir: &Path| {
+        for name in ["", "folder", "folder/file", "folder/larger", "folder/link"] {
+            fs::symlink_metadata(dir.join(name)).unwrap();
+        }
+        assert!(fs::metadata(dir.join("folder/nothing")).is_err());
+    };
+    let list = |dir: &Path| assert_eq!(names(&dir.join("folder")).len(), 3);
+    let read = |dir: &Path| {
+        assert_eq!(fs::read(dir.join("folder/file")).unwrap(), [7; 5000]);
+        assert_eq!(fs::read_link(dir.join("folder/link")).unwrap(), Path::new("file"));
+    };
+    let all = |dir: &Path| {
+        stat(dir);
+        list(dir);
+        read(dir);
+        assert_eq!(fs::read(dir.join("folder/larger")).unwrap(), vec![8; 300_000]);
+    };
+    for dir in [&below, &m.path("")] {
+        // The second time there is something to be found in the caches.
+        (0..3).for_each(|_| all(dir));
+    }
+    // Closings of the last pass may still be on their way.
+    let is_settled = || {
+        let (once, again) = (asked(&m.mount), asked_by(&m.mount, &[], || {}));
+        again.is_empty() && asked(&m.mount) == once
+    };
+    assert!(within_seconds(60, is_settled));
+    assert_eq!(asked_by(&read_only, &[], || all(&below)), Asked::new());
+    let opened = [("open", 1), ("release", 1)];
+    let listed = [("opendir", 1), ("releasedir", 1)];
+    let dir = m.path("");
+    assert_eq!(asked_by(&m.mount, &[], || stat(&dir)), Asked::new());
+    assert_eq!(asked_by(&m.mount, &listed, || list(&dir)), listed.into());
+    assert_eq!(asked_by(&m.mount, &opened, || read(&dir)), opened.into());
+    read_only.unmount(&UnmountOptions::default()).unwrap();
 }
 
 /// Another process that has a file mapped. It can't be this one: a page fault there may wait for the mount while it
