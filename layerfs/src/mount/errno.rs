@@ -12,6 +12,13 @@ impl std::fmt::Debug for Errno {
     }
 }
 
+impl Errno {
+    /// Whether the disk is full, or what somebody may take of it.
+    pub fn is_no_space(self) -> bool {
+        self.0 == libc::ENOSPC || self.0 == libc::EDQUOT
+    }
+}
+
 impl From<Error> for Errno {
     fn from(error: Error) -> Errno {
         let errno = error.errno();

@@ -276,7 +276,7 @@ impl Front {
 
     pub fn space(&self) -> FsResult<rustix::fs::StatVfs> {
         match self.fs.upper() {
-            Some(upper) => Ok(upper.data().space()?),
+            Some(upper) => Ok(upper.space()?),
             None => Ok(rustix::fs::statvfs(&self.store_folder)?),
         }
     }

@@ -39,7 +39,7 @@ pub(super) fn perform(front: &Front, request: &Request<'_>, room: &mut [u8]) -> 
             None
         }
         _ if is_refused(front, request) => Some(fail(libc::EACCES)),
-        _ => Some(answer(front, request, &mut result)),
+        _ => Some(front.fs.with_room(|| answer(front, request, &mut result))),
     }));
     match performed {
         Ok(None) => None,

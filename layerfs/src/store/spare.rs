@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -166,6 +167,23 @@ impl Spares {
         true
     }
 
+    /// Removes the least recently used of those that nobody uses; false if there is none.
+    pub fn remove_oldest(&self) -> bool {
+        self.register.lock().remove_oldest()
+    }
+
+    /// Whether there is one that nobody uses.
+    pub fn has_idle(&self) -> bool {
+        self.register.lock().files.values().any(|spare| !spare.is_used)
+    }
+
+    /// What those that nobody uses allocate, in bytes.
+    pub fn idle_bytes(&self) -> u64 {
+        let register = self.register.lock();
+        let idle = register.files.values().filter(|spare| !spare.is_used);
+        idle.filter_map(|spare| spare.file.metadata().ok()).map(|stat| stat.blocks() * 512).sum()
+    }
+
     /// Knows it no more: whatever becomes of it is somebody else's concern.
     pub fn give_up(&self, id: SpareId) {
         self.register.lock().take(id);
@@ -198,6 +216,7 @@ mod tests {
         fn put(&self, bytes: u64, bit: u32) -> Option<SpareId> {
             let (room, removed) = (self.spares.room(bytes)?, self.removed.clone());
             let file = Arc::new(tempfile::tempfile().unwrap());
+            rustix::fs::fallocate(&*file, rustix::fs::FallocateFlags::empty(), 0, bytes << 12).unwrap();
             Some(self.spares.put(room, file, move || {
                 removed.fetch_or(1 << bit, Ordering::Relaxed);
             }))
@@ -228,6 +247,24 @@ mod tests {
         assert!(scene.spares.remove_idle(third));
         assert_eq!(scene.removed(), 0b1111);
         assert_eq!(scene.spares.bytes_of([first, second, third, fourth].into_iter()), 0);
+    }
+
+    #[test]
+    fn who_needs_the_disk_gets_what_is_idle() {
+        let scene = Scene::new(100);
+        let [first, second, third] = [0, 1, 2].map(|bit| scene.put(10, bit).unwrap());
+        let block = 10 << 12;
+        assert!(scene.spares.begin_use(first).is_some() && scene.spares.has_idle());
+        assert!((2 * block..3 * block).contains(&scene.spares.idle_bytes()), "{}", scene.spares.idle_bytes());
+        assert!(scene.spares.remove_oldest());
+        assert_eq!(scene.removed(), 0b10);
+        assert!(scene.spares.begin_use(second).is_none());
+        scene.spares.end_use(first);
+        assert!(scene.spares.remove_oldest(), "the third was never used, the first is");
+        assert_eq!(scene.removed(), 0b110);
+        assert!(scene.spares.begin_use(third).is_none());
+        assert!(scene.spares.remove_oldest() && !scene.spares.remove_oldest() && !scene.spares.has_idle());
+        assert_eq!((scene.removed(), scene.spares.idle_bytes()), (0b111, 0));
     }
 
     #[test]

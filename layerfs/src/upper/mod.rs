@@ -444,6 +444,16 @@ impl Upper {
         &self.data
     }
 
+    /// The host filesystem's figures, for `statfs`. What warm copies take that nobody uses counts as free: they go when there is no
+    /// other room.
+    pub fn space(&self) -> Result<rustix::fs::StatVfs> {
+        let mut space = self.data.space()?;
+        let idle = self.store.spares().idle_bytes() / space.f_frsize.max(1);
+        space.f_bfree = space.f_bfree.saturating_add(idle).min(space.f_blocks);
+        space.f_bavail = space.f_bavail.saturating_add(idle).min(space.f_blocks);
+        Ok(space)
+    }
+
     /// Its warm copies.
     pub fn warm(&self) -> &WarmCopies {
         &self.warm

@@ -110,6 +110,11 @@ impl WarmCopies {
         self.id(ino).is_some()
     }
 
+    /// Whether there are any, as far as is known.
+    pub fn are_there(&self) -> bool {
+        !self.copies.lock().is_empty()
+    }
+
     /// What they take of the disk, in bytes.
     pub fn bytes(&self) -> u64 {
         let ids: Vec<SpareId> = self.copies.lock().values().copied().collect();
@@ -124,9 +129,7 @@ impl WarmCopies {
         let failed = |errno: rustix::io::Errno| Error::file("write a warm copy in", &self.path, errno);
         let wrote =
             |result: std::io::Result<()>| result.map_err(|e| Error::file("write a warm copy in", &self.path, e));
-        let space = rustix::fs::fstatvfs(&*self.folder).map_err(failed)?;
-        let least = content.data_bytes().saturating_add(space.f_blocks.saturating_mul(space.f_frsize) / FREE_PART);
-        if space.f_bavail.saturating_mul(space.f_frsize) < least {
+        if !self.leaves_free(content.data_bytes()).map_err(failed)? {
             return Ok(None);
         }
         let Some(room) = self.store.spares().room(content.len()) else { return Ok(None) };
@@ -146,6 +149,30 @@ impl WarmCopies {
         }
         wrote(pieces.write())?;
         Ok(Some(Made { file, room }))
+    }
+
+    /// Whether the part of the filesystem that copies leave free is free still when another `bytes` are taken.
+    fn leaves_free(&self, bytes: u64) -> rustix::io::Result<bool> {
+        let space = rustix::fs::fstatvfs(&*self.folder)?;
+        let least = bytes.saturating_add(space.f_blocks.saturating_mul(space.f_frsize) / FREE_PART);
+        Ok(space.f_bavail.saturating_mul(space.f_frsize) >= least)
+    }
+
+    /// Others have filled the disk: copies that nobody uses go until a part of it is free, the least recently used first; those of the
+    /// store's other uppers too.
+    pub fn keep_free(&self) {
+        let spares = self.store.spares();
+        while spares.has_idle() && self.leaves_free(0) == Ok(false) && spares.remove_oldest() {}
+    }
+
+    /// There is no room: all copies go that nobody uses. False if there are none.
+    pub fn make_room(&self) -> bool {
+        let spares = self.store.spares();
+        let mut has_made = false;
+        while spares.remove_oldest() {
+            has_made = true;
+        }
+        has_made
     }
 
     /// From now on `made` is the copy of `ino`, whose stripe is held.

@@ -121,7 +121,7 @@ impl Fs {
 
     /// Whether the filesystem of the data files has room for all of `ino`: what the kernel keeps shall find its place later.
     fn has_room_for(&self, ino: Ino) -> bool {
-        let space = self.upper.as_ref().and_then(|upper| upper.data().space().ok());
+        let space = self.upper.as_ref().and_then(|upper| upper.space().ok());
         let bytes = self.told_stamp(ino).map_or(u64::MAX, |stamp| stamp.bytes);
         space.is_some_and(|space| space.f_bavail.saturating_mul(space.f_frsize) > bytes)
     }

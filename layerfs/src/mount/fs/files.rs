@@ -94,7 +94,7 @@ impl Fs {
             self.setattr(ino, set, caller)?;
         }
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
-            self.writable_upper()?;
+            self.writable_upper()?.warm().keep_free();
         }
         let prepared = self.prepare(ino, flags)?;
         let backing = loop {
@@ -177,10 +177,17 @@ impl Fs {
         let end =
             offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
         self.data_changes(ino);
-        let (written, failure) = match self.copy_up(upper, ino, u64::MAX)? {
-            Some(ranged) => self.write_ranged(upper, ino, &ranged, offset, data)?,
-            None => write_file(&*upper.data().file(ino)?, offset, data),
+        let ranged = self.copy_up(upper, ino, u64::MAX)?;
+        let write = |at: u64, rest: &[u8]| match &ranged {
+            Some(ranged) => self.write_ranged(upper, ino, ranged, at, rest),
+            None => Ok(write_file(&*upper.data().file(ino)?, at, rest)),
         };
+        let (mut written, mut failure) = write(offset, data)?;
+        if failure.is_some_and(Errno::is_no_space) && self.make_room() {
+            let (more, again) =
+                write(offset + written as u64, &data[written..]).unwrap_or_else(|errno| (0, Some(errno)));
+            (written, failure) = (written + more, again);
+        }
         if let (0, Some(errno)) = (written, failure) {
             return Err(errno);
         }

@@ -286,12 +286,4 @@ impl Fs {
             _ => fail(libc::ENOTDIR),
         }
     }
-
-    /// The host filesystem's space, for `statfs`.
-    pub fn space(&self) -> FsResult<rustix::fs::StatVfs> {
-        match &self.upper {
-            Some(upper) => Ok(upper.data().space()?),
-            None => fail(libc::ENOSYS),
-        }
-    }
 }

@@ -282,6 +282,7 @@ impl Fs {
             && self.backings.get().is_some()
             && let Ok((upper, _gate)) = self.enter()
         {
+            upper.warm().keep_free();
             let _stripe = self.stripe(ino).lock();
             if let Err(errno) = self.copy_up(upper, ino, u64::MAX) {
                 tracing::debug!(%ino, ?errno, "no data file for a new file yet");

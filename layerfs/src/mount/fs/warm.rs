@@ -8,8 +8,9 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use lru::LruCache;
 use parking_lot::Mutex;
 
@@ -32,6 +33,8 @@ const FROM: u64 = 8 << 20;
 const READ_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 /// So many wait for their copy; others come when they are opened again.
 const WAITING_MAX: usize = 16;
+/// So often a mount that has copies looks whether the disk has room for them still.
+const LOOKS: Duration = Duration::from_secs(1);
 /// The lowest priority of a thread.
 const NICE: i32 = 19;
 
@@ -201,6 +204,19 @@ impl Fs {
         if is_warm() { fail(libc::EIO) } else { Ok(()) }
     }
 
+    /// The disk is full: copies go that nobody uses. False if there are none.
+    pub(super) fn make_room(&self) -> bool {
+        self.upper.as_ref().is_some_and(|upper| upper.warm().make_room())
+    }
+
+    /// Does `work`, which changes nothing if it fails; once more if all that it lacked was room, and copies could go for that.
+    pub(in crate::mount) fn with_room<T>(&self, mut work: impl FnMut() -> FsResult<T>) -> FsResult<T> {
+        match work() {
+            Err(errno) if errno.is_no_space() && self.make_room() => work(),
+            done => done,
+        }
+    }
+
     /// What the copies of this mount take of the disk, in bytes.
     pub fn warm_bytes(&self) -> u64 {
         self.upper.as_ref().map_or(0, |upper| upper.warm().bytes())
@@ -213,8 +229,22 @@ fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Ino>, is_stopped: &AtomicBool) {
     unsafe {
         libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
     }
-    for ino in jobs {
+    let has_copies = || fs.upgrade().and_then(|fs| Some(fs.upper()?.warm().are_there())).unwrap_or_default();
+    loop {
+        // Programs fill the disk past us.
+        let job = match has_copies() {
+            true => jobs.recv_timeout(LOOKS),
+            false => jobs.recv().map_err(RecvTimeoutError::from),
+        };
         let Some(fs) = fs.upgrade() else { return };
+        if let (Err(RecvTimeoutError::Timeout), Some(upper)) = (job, fs.upper()) {
+            upper.warm().keep_free();
+        }
+        let ino = match job {
+            Ok(ino) => ino,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         if let Err(Errno(errno)) = fs.warm(ino, || !is_stopped.load(Ordering::Relaxed)) {
             fs.warming.read.lock().pop(&ino);
             let error = std::io::Error::from_raw_os_error(errno);

@@ -104,7 +104,8 @@ impl Served {
 
     fn answer(&self, fs: &Fs, request: &Request<'_>, room: &mut [u8]) {
         let mut answer = Answer::new(room);
-        let performed = catch_unwind(AssertUnwindSafe(|| self.perform(fs, request, &mut answer)));
+        let perform = AssertUnwindSafe(|| fs.with_room(|| self.perform(fs, request, &mut answer)));
+        let performed = catch_unwind(perform);
         let (errno, bytes) = match performed {
             Ok(Ok(End::Silent)) => return,
             Ok(Ok(End::Answered)) => (0, answer.bytes()),
