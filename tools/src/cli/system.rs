@@ -33,7 +33,7 @@ pub enum DaemonAction {
     /// Start it
     #[command(after_help = "Examples:\n  layerctl daemon start\n  layerctl daemon start --listen 10.0.0.1:7440")]
     Start(DaemonStart),
-    /// Show its version, mounts, work and listener; exit code 3 if none runs
+    /// Show its version, mounts, work and listener; exit code 3 if none runs, 5 if one is being started that goes on with the mounts
     #[command(after_help = "Examples:\n  layerctl daemon status\n  layerctl daemon status --json")]
     Status,
     /// Let another daemon take over, as after an upgrade; mounts, open files and running programs go on

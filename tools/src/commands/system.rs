@@ -51,15 +51,29 @@ fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {
 }
 
 fn status(session: &Session) -> Result<u8> {
-    let Some(client) = autostart::find(&session.settings)? else {
-        let store = session.settings.store.display().to_string();
-        let answer = serde_json::json!({ "running": false, "store": store });
-        session.output.answer(&answer, |_| format!("no daemon runs for the store {store}\n"))?;
-        return Ok(Class::NotFound.exit_code());
-    };
-    let status: Status = client.call("status", &Empty {})?;
-    session.output.answer(&status, |status| status_text(status, session.output.paint()))?;
+    let Some(client) = autostart::find(&session.settings)? else { return absent(session) };
+    match client.call::<_, Status>("status", &Empty {}) {
+        Ok(status) => session.output.answer(&status, |status| status_text(status, session.output.paint()))?,
+        // Killed just now.
+        Err(_) if autostart::find(&session.settings)?.is_none() => return absent(session),
+        Err(failure) => return Err(failure),
+    }
     Ok(0)
+}
+
+/// Says that no daemon answers, and whether there will be one.
+fn absent(session: &Session) -> Result<u8> {
+    let store = session.settings.store.display().to_string();
+    let keeper = crate::keeper::holder(&session.settings.store);
+    let answer =
+        serde_json::json!({ "running": false, "starting": keeper.is_some(), "keeper": keeper, "store": store });
+    session.output.answer(&answer, |_| match keeper {
+        None => format!("no daemon runs for the store {store}\n"),
+        Some(keeper) => {
+            format!("a daemon is being started for the store {store}; its mounts are held by process {keeper}\n")
+        }
+    })?;
+    Ok(if keeper.is_some() { Class::Busy } else { Class::NotFound }.exit_code())
 }
 
 fn status_text(status: &Status, paint: Paint) -> String {

@@ -9,13 +9,16 @@ mod client;
 mod process;
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use rustix::fs::FlockOperation;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use rustix::process::{Flock, FlockType, fcntl_getlk};
 use serde::{Deserialize, Serialize};
 
 pub use client::{Keeping, KeptId, Left};
@@ -97,6 +100,26 @@ impl Bytes {
 /// Where the keeper of a store listens, or a symbolic link to it.
 fn socket_path(store: &Path) -> PathBuf {
     store.join("keeper.sock")
+}
+
+/// What a keeper has locked while it keeps mounts. Whoever calls it on its socket is taken for the next daemon; who asks for the lock
+/// bothers nobody, and a keeper that is killed leaves none.
+fn lock_path(store: &Path) -> PathBuf {
+    store.join("daemon.keeper")
+}
+
+/// Says that this process keeps mounts of `store`, until what is returned is dropped.
+fn lock(store: &Path) -> std::io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(lock_path(store))?;
+    rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file)
+}
+
+/// The process of the keeper that keeps mounts of `store`; none if no mount is kept.
+pub fn holder(store: &Path) -> Option<i32> {
+    let file = File::open(lock_path(store)).ok()?;
+    let held = fcntl_getlk(&file, &Flock::from(FlockType::WriteLock)).ok()??;
+    Some(held.pid?.as_raw_nonzero().get())
 }
 
 fn packet_socket() -> std::io::Result<OwnedFd> {

@@ -1,6 +1,7 @@
 //! The keeper's process: what it holds, and what it does when the daemon goes.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use layerfs::packets::{receive, send};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Bytes, Message, PROTOCOL, Restart, listen};
+use super::{Bytes, Message, PROTOCOL, Restart, listen, lock};
 use crate::daemon::life;
 use crate::failure::Result;
 
@@ -41,6 +42,7 @@ pub fn run(store: &Path) -> Result<()> {
         daemon: None,
         restart: None,
         kept: BTreeMap::new(),
+        lock: None,
         child: None,
         alone_since: Instant::now(),
         next_start: Instant::now() + FIRST_PAUSE,
@@ -48,6 +50,7 @@ pub fn run(store: &Path) -> Result<()> {
     };
     while keeper.has_reason() {
         keeper.step();
+        keeper.say(store);
     }
     paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
     Ok(())
@@ -59,6 +62,8 @@ struct Keeper {
     restart: Option<Restart>,
     /// By their numbers: mount point and descriptor.
     kept: BTreeMap<u64, (Bytes, Vec<OwnedFd>)>,
+    /// Held while there are any.
+    lock: Option<File>,
     /// The daemon that was started last, to be reaped.
     child: Option<Child>,
     alone_since: Instant,
@@ -105,6 +110,16 @@ impl Keeper {
         self.watch();
         if self.daemon.is_none() && !self.kept.is_empty() && Instant::now() >= self.next_start {
             self.start();
+        }
+    }
+
+    /// Has others know whether anything is kept.
+    fn say(&mut self, store: &Path) {
+        match self.kept.is_empty() {
+            true => self.lock = None,
+            // That it can't be said is no reason not to do it.
+            false if self.lock.is_none() => self.lock = lock(store).ok(),
+            false => {}
         }
     }
 

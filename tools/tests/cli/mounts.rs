@@ -1,6 +1,6 @@
 //! Mounts, where they can be made.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::hold;
 use crate::host::Host;
@@ -23,6 +23,13 @@ fn mounted_base() -> Host {
     host.json(&["import", "tree", "base"]);
     std::fs::create_dir(host.path("mnt")).unwrap();
     host
+}
+
+/// The program by the name that `mount` calls it by.
+fn helper(host: &Host) -> PathBuf {
+    let helper = host.path("mount.layerfs");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_layerctl"), &helper).unwrap();
+    helper
 }
 
 #[test]
@@ -189,8 +196,7 @@ fn the_helper_of_mount() {
         return;
     }
     let host = mounted_base();
-    let helper = host.path("mount.layerfs");
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_layerctl"), &helper).unwrap();
+    let helper = helper(&host);
     let run = |args: &[&str]| {
         host.told(args, &host.command_as(&helper, args).output().unwrap()).replace("$ layerctl", "$ mount.layerfs")
     };
@@ -219,8 +225,7 @@ fn what_umount_has_left_can_be_mounted_at_once() {
         return;
     }
     let host = mounted_base();
-    let helper = host.path("mount.layerfs");
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_layerctl"), &helper).unwrap();
+    let helper = helper(&host);
     std::fs::create_dir(host.path("other")).unwrap();
     let store = format!("store={}", host.store().display());
     let mount = |dir: &str, how: &str| {
@@ -244,4 +249,52 @@ fn what_umount_has_left_can_be_mounted_at_once() {
         assert_eq!(std::fs::read(host.path("mnt").join(format!("of-{round}"))).unwrap(), b"rw");
     }
     host.json(&["umount", "mnt"]);
+}
+
+/// The keeper's daemon can't start while its program is away.
+#[test]
+fn a_killed_daemon_is_being_started() {
+    if !can_mount() {
+        return;
+    }
+    let host = Host::new();
+    let (program, away) = (host.path("layerctl"), host.path("away"));
+    let ours = Path::new(env!("CARGO_BIN_EXE_layerctl"));
+    std::fs::hard_link(ours, &program).or_else(|_| std::fs::copy(ours, &program).map(drop)).unwrap();
+    host.make_tree("tree");
+    std::fs::create_dir(host.path("mnt")).unwrap();
+    for args in [&["import", "tree", "base"][..], &["mount", "base", "mnt"]] {
+        let output = host.command_as(&program, args).output().unwrap();
+        assert!(output.status.success(), "{}", host.told(args, &output));
+    }
+    let before = host.json(&["daemon", "status"]);
+    std::fs::rename(&program, &away).unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(before["pid"].as_i64().unwrap() as i32).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    // It dies when the kernel comes to that.
+    let status = || host.output(&["daemon", "status", "--json"]);
+    let until = |code: i32| {
+        let began = std::time::Instant::now();
+        loop {
+            let output = status();
+            if output.status.code() == Some(code) {
+                return serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap();
+            }
+            assert!(began.elapsed().as_secs() < 60, "{}", host.told(&["daemon", "status"], &output));
+        }
+    };
+    let between = until(5);
+    assert_eq!((&between["running"], &between["starting"]), (&false.into(), &true.into()), "{between}");
+    assert_eq!(between["keeper"], before["keeper"], "{between}");
+    hold!("starting", host.run(&["daemon", "status"]).replace(&between["keeper"].to_string(), "[pid]"));
+    std::fs::rename(&away, &program).unwrap();
+    let after = until(0);
+    assert_eq!((&after["keeper"], &after["mounts"]), (&before["keeper"], &1.into()), "{after}");
+    assert_eq!(std::fs::read(host.path("mnt/etc/hostname")).unwrap(), b"edge\n");
+    host.json(&["umount", "mnt"]);
+    host.json(&["daemon", "stop"]);
+    assert_eq!(until(3)["starting"], false);
 }
