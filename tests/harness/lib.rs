@@ -3,6 +3,7 @@
 //! - [`case`]: a test that knows what it needs, and says SKIPPED with the reason where it cannot run.
 //! - [`ctl`]: runs `layerctl` as a person would, and holds its answer.
 //! - [`host`]: one host (a store, a daemon, perhaps a network namespace); two hosts and the link between them.
+//! - [`scene`]: a mounted layer and its plain twin; waiting until something is so.
 //! - [`network`]: namespaces and the paths between them; [`emulator`] and [`segments`]: delay and loss on those.
 //! - [`debian`]: a Debian root from debootstrap, made once per machine.
 //! - [`fixtures`]: programs that run inside guests.
@@ -21,6 +22,7 @@ pub mod emulator;
 pub mod fixtures;
 pub mod host;
 pub mod network;
+pub mod scene;
 pub mod segments;
 pub mod servers;
 pub mod tree;

@@ -3,17 +3,17 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
+use std::ops::Deref;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Fuse, Root};
-use layerfs_tests::case::output_of;
 use layerfs_tests::host::Host;
+use layerfs_tests::scene::{Map, Scene, Tmpfs, signal, until};
 use layerfs_tests::tree::Random;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 
@@ -36,25 +36,25 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// A store with the layer `base`, which has one large file, mounted; and the file's twin.
+/// A mounted layer with one large file.
 struct Large {
-    host: Host,
-    mnt: PathBuf,
+    scene: Scene,
     ours: PathBuf,
     plain: PathBuf,
 }
 
+impl Deref for Large {
+    type Target = Scene;
+
+    fn deref(&self) -> &Scene {
+        &self.scene
+    }
+}
+
 fn large_on(host: Host, args: &[&str]) -> anyhow::Result<Large> {
-    let tree = host.new_folder("tree")?;
-    let plain = tree.join("large");
-    fs::write(&plain, Random::new(8).bytes(BYTES as usize))?;
-    host.import(&tree, "base", &[])?;
-    let mnt = host.new_folder("mnt")?;
-    let mut all = vec!["mount", "base", mnt.to_str().context("a path of text")?];
-    all.extend(args);
-    host.ctl.ok(all)?;
-    let ours = mnt.join("large");
-    Ok(Large { host, mnt, ours, plain })
+    let scene = Scene::new(host, [("large", Random::new(8).bytes(BYTES as usize))], args)?;
+    let (ours, plain) = (scene.ours("large"), scene.plain("large"));
+    Ok(Large { scene, ours, plain })
 }
 
 fn large() -> anyhow::Result<Large> {
@@ -70,15 +70,6 @@ impl Large {
 
     fn open(&self) -> anyhow::Result<File> {
         open(&self.ours, 0)
-    }
-
-    fn seal(&self, name: &str) -> anyhow::Result<()> {
-        self.host.ctl.ok(["seal", &self.mnt.to_string_lossy(), name]).map(drop)
-    }
-
-    /// What the upper has on the disk's side of the mount.
-    fn data_file(&self) -> anyhow::Result<PathBuf> {
-        Ok(self.host.ctl.store().join(format!("uppers/1/{:x}", fs::metadata(&self.ours)?.ino())))
     }
 
     /// The hands' processes.
@@ -97,34 +88,11 @@ impl Large {
         }
         Ok(hands)
     }
-
-    fn is_same(&self, what: &str) -> anyhow::Result<()> {
-        let (ours, plain) = (fs::read(&self.ours)?, fs::read(&self.plain)?);
-        ensure!(ours.len() == plain.len(), "{what}: {} bytes, not {}", ours.len(), plain.len());
-        match (0..ours.len()).find(|at| ours[*at] != plain[*at]) {
-            Some(at) => bail!("{what}: byte {at} is {}, not {}", ours[at], plain[at]),
-            None => Ok(()),
-        }
-    }
 }
 
 fn open(path: &Path, flags: i32) -> anyhow::Result<File> {
     let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
     opened.with_context(|| format!("opening {}", path.display()))
-}
-
-fn signal(pid: i32, signal: rustix::process::Signal) -> anyhow::Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
-}
-
-fn until(what: &str, mut is_so: impl FnMut() -> bool) -> anyhow::Result<()> {
-    let began = Instant::now();
-    while !is_so() {
-        ensure!(began.elapsed() < Duration::from_secs(60), "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }
 
 /// The daemon stands still meanwhile. And `fsync` brings to the disk's side what wasn't there.
@@ -142,13 +110,13 @@ fn no_waiting() -> anyhow::Result<()> {
             has_ended.store(true, Ordering::Relaxed);
             written
         });
-        let came = until("a write", || has_ended.load(Ordering::Relaxed));
+        let came = until("a write", || Ok(has_ended.load(Ordering::Relaxed)));
         signal(daemon, rustix::process::Signal::CONT)?;
         writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
         came
     });
     written?;
-    let data = File::open(large.data_file()?)?;
+    let data = File::open(large.data_file("large")?)?;
     let mut there = [0; PAGE];
     data.read_exact_at(&mut there, 500 * PAGE as u64)?;
     ensure!(there == [0; PAGE], "it was written at once");
@@ -175,7 +143,7 @@ fn seen() -> anyhow::Result<()> {
     let aligned = &memory[memory.as_ptr().align_offset(PAGE)..][..PAGE];
     direct.write_all_at(aligned, 8192)?;
     plain.write_all_at(aligned, 8192)?;
-    let map = Map::of(&file, 1 << 20)?;
+    let map = Map::writable(&file, 1 << 20)?;
     map.put(9000, 9);
     plain.write_all_at(&[9], 9000)?;
     reader.read_exact_at(&mut found[..1], 9000)?;
@@ -312,55 +280,10 @@ fn lengths() -> anyhow::Result<()> {
     large.host.fsck()
 }
 
-/// A shared mapping.
-struct Map {
-    start: *mut u8,
-    bytes: usize,
-}
-
-impl Map {
-    fn of(file: &File, bytes: usize) -> anyhow::Result<Map> {
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping, of a file that is as long.
-        #[allow(unsafe_code)]
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-        ensure!(start != libc::MAP_FAILED, "mapping: {}", std::io::Error::last_os_error());
-        Ok(Map { start: start.cast(), bytes })
-    }
-
-    fn put(&self, at: usize, byte: u8) {
-        assert!(at < self.bytes);
-        // SAFETY: within the mapping, which is written to by nobody else just now.
-        #[allow(unsafe_code)]
-        unsafe {
-            self.start.add(at).write_volatile(byte)
-        }
-    }
-
-    fn get(&self, at: usize) -> u8 {
-        assert!(at < self.bytes);
-        // SAFETY: within the mapping.
-        #[allow(unsafe_code)]
-        unsafe {
-            self.start.add(at).read_volatile()
-        }
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing refers to it any more.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::munmap(self.start.cast(), self.bytes)
-        };
-    }
-}
-
 fn mapped() -> anyhow::Result<()> {
     let large = large()?;
     let plain = open(&large.plain, 0)?;
-    let map = Map::of(&large.open()?, 4 << 20)?;
+    let map = Map::writable(&large.open()?, 4 << 20)?;
     let put = |at: usize, byte: u8| -> anyhow::Result<()> {
         map.put(at, byte);
         Ok(plain.write_all_at(&[byte], at as u64)?)
@@ -376,25 +299,14 @@ fn mapped() -> anyhow::Result<()> {
     file.write_all_at(b"written", 3_000_000)?;
     plain.write_all_at(b"written", 3_000_000)?;
     ensure!(map.get(3_000_000) == b'w', "the mapping is of another file");
-    large.seal("two")?;
-    large.host.export("two", &large.host.path("exported"), &[])?;
-    ensure!(fs::read(large.host.path("exported/large"))? == fs::read(&large.plain)?, "the seal lacks stores");
+    large.is_sealed_as_it_is("two")?;
     large.host.ctl.ok(["daemon", "restart"])?;
     put(2_000_001, 4)?;
     drop((file, map));
     large.is_same("at the end")?;
-    large.host.ctl.ok(["umount", &large.mnt.to_string_lossy()])?;
+    large.host.umount(&large.mnt)?;
     large.host.ctl.ok(["mount", "two", &large.mnt.to_string_lossy(), "--upper", "1"]).ok();
     large.host.fsck()
-}
-
-/// A tmpfs, unmounted when dropped.
-struct Small(PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-    }
 }
 
 /// The filesystem of the data files runs full behind the back of who writes.
@@ -402,14 +314,11 @@ fn full() -> anyhow::Result<()> {
     let host = Host::cold()?;
     let uppers = host.ctl.store().join("uppers");
     let large = large_on(host, &WITH)?;
-    large.host.ctl.ok(["umount", &large.mnt.to_string_lossy()])?;
+    large.host.umount(&large.mnt)?;
     large.host.ctl.ok(["daemon", "stop"])?;
     fs::create_dir_all(&uppers)?;
-    let options = ["-t", "tmpfs", "-o", "size=40M", "tmpfs"];
-    output_of(std::process::Command::new("mount").args(options).arg(&uppers))?;
-    let _small = Small(uppers.clone());
-    let mount = || large.host.ctl.ok([&["mount", "base", &*large.mnt.to_string_lossy()][..], &WITH].concat()).map(drop);
-    mount()?;
+    let _small = Tmpfs::on(&uppers, 40)?;
+    large.mount(&WITH)?;
     ensure!(large.has_writeback()?, "the mount has no writeback cache");
     let file = large.open()?;
     file.write_all_at(&[1; PAGE], 0)?;
@@ -433,14 +342,14 @@ fn full() -> anyhow::Result<()> {
     let errno = std::io::Error::last_os_error().raw_os_error();
     ensure!(closed == -1 && errno == Some(libc::ENOSPC), "close of what has no room: {closed}, {errno:?}");
     // Where there is no room for all of a file, its writers hear at once.
-    large.host.ctl.ok(["umount", &large.mnt.to_string_lossy()])?;
-    mount()?;
+    large.host.umount(&large.mnt)?;
+    large.mount(&WITH)?;
     let file = large.open()?;
     let refused = (2000..4000).find_map(|page| file.write_all_at(&[5; PAGE], page * PAGE as u64).err());
     ensure!(refused.as_ref().and_then(std::io::Error::raw_os_error) == Some(libc::ENOSPC), "{refused:?}");
     drop(file);
     fs::remove_file(uppers.join("ballast"))?;
-    large.host.ctl.ok(["umount", &large.mnt.to_string_lossy()])?;
+    large.host.umount(&large.mnt)?;
     large.host.ctl.ok(["daemon", "stop"])?;
     Ok(())
 }
@@ -506,10 +415,8 @@ fn kills() -> anyhow::Result<()> {
         killed
     })?;
     large.is_same("after kills")?;
-    large.seal("last")?;
-    large.host.export("last", &large.host.path("exported"), &[])?;
-    ensure!(fs::read(large.host.path("exported/large"))? == fs::read(&large.plain)?, "the seal isn't the file");
-    large.host.ctl.ok(["umount", &large.mnt.to_string_lossy()])?;
+    large.is_sealed_as_it_is("last")?;
+    large.host.umount(&large.mnt)?;
     large.host.fsck()
 }
 
@@ -531,7 +438,7 @@ fn ended() -> anyhow::Result<()> {
     ensure!(!table.contains(" - fuse layerfs "), "a hidden mount is seen");
     let hands = large.hands()?;
     ensure!(hands.len() == 1, "{} hands", hands.len());
-    ensure!(fuse_descriptors(keeper) == 2, "{} connections are kept", fuse_descriptors(keeper));
+    until("two connections that are kept", || Ok(fuse_descriptors(keeper) == 2))?;
     // Detached it goes on as long as somebody has the file.
     large.host.ctl.ok(["umount", "--lazy", &large.mnt.to_string_lossy()])?;
     file.write_all_at(&[2; PAGE], 40_960)?;
@@ -539,9 +446,9 @@ fn ended() -> anyhow::Result<()> {
     file.read_exact_at(&mut there, 40_960)?;
     ensure!(there == [2; PAGE], "a detached mount has lost bytes");
     drop(file);
-    let is_gone = || hands.iter().all(|hand| !Path::new(&format!("/proc/{hand}")).exists());
+    let is_gone = || Ok(hands.iter().all(|hand| !Path::new(&format!("/proc/{hand}")).exists()));
     until("the end of the hand", is_gone)?;
-    until("the end of the connections", || fuse_descriptors(keeper) + fuse_descriptors(daemon) == 0)?;
+    until("the end of the connections", || Ok(fuse_descriptors(keeper) + fuse_descriptors(daemon) == 0))?;
     // What was written last is in the upper.
     large.host.ctl.ok(["daemon", "stop"])?;
     let uppers = large.host.ctl.json(["uppers"])?;
@@ -561,7 +468,7 @@ fn unwanted() -> anyhow::Result<()> {
         file.write_all_at(&[1; PAGE], 40_960)?;
     }
     let mut there = [0; PAGE];
-    File::open(large.data_file()?)?.read_exact_at(&mut there, 40_960)?;
+    File::open(large.data_file("large")?)?.read_exact_at(&mut there, 40_960)?;
     ensure!(there == [1; PAGE], "a write waits in a cache");
     large.host.kill_serving()?;
     ensure!(!large.has_writeback()?, "the next daemon gives it");

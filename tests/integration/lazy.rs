@@ -11,6 +11,7 @@ use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Fuse, Namespaces, Root};
 use layerfs_tests::compare::same_by_rsync;
 use layerfs_tests::host::{Host, TwoHosts};
+use layerfs_tests::scene::until;
 use layerfs_tests::tree;
 
 const BIG: u64 = 12_000_000;
@@ -110,12 +111,9 @@ fn source_goes() -> anyhow::Result<()> {
 
     hosts.a.start(&[])?;
     let expected = fs::read(hosts.a.path("tree/big"))?;
-    let mut attempts = 0;
-    while fs::read(mounted.join("big")).ok().as_ref() != Some(&expected) {
-        attempts += 1;
-        ensure!(attempts < 200, "the source is back, and it can't be read");
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+    until("reading from a source that is back", || {
+        Ok(fs::read(mounted.join("big")).is_ok_and(|read| read == expected))
+    })?;
     until_whole(&hosts.b, "tree")?;
     same_by_rsync(&hosts.a.path("tree"), &mounted)?;
     hosts.b.umount(&mounted)?;

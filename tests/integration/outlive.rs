@@ -11,6 +11,7 @@ use anyhow::{Context, bail, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Fuse, Root};
 use layerfs_tests::host::Host;
+use layerfs_tests::scene::{Scene, until};
 use layerfs_tests::tree::Random;
 use rustix::fs::{CWD, FlockOperation, RenameFlags, XattrFlags, flock, removexattr, renameat_with, setxattr};
 
@@ -29,25 +30,16 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// A store whose daemon starts by itself, and has a keeper.
-fn mounted(args: &[&str]) -> anyhow::Result<(Host, PathBuf)> {
-    let host = Host::cold()?;
-    let tree = host.new_folder("tree")?;
-    for number in 0..40u64 {
-        fs::write(tree.join(format!("below{number}")), Random::new(number).bytes(3000))?;
-    }
-    host.import(&tree, "base", &[])?;
-    let mnt = host.new_folder("mnt")?;
-    let mut all = vec!["mount", "base", mnt.to_str().context("a path of text")?];
-    all.extend(args);
-    host.ctl.ok(all)?;
-    Ok((host, mnt))
+/// A mounted layer with some small files. The daemon starts by itself, and has a keeper.
+fn mounted(args: &[&str]) -> anyhow::Result<Scene> {
+    let files = (0..40).map(|number| (format!("below{number}"), Random::new(number).bytes(3000)));
+    Scene::new(Host::cold()?, files, args)
 }
 
 /// By reading, unless `LAYERFS_TRANSPORT` says otherwise.
 fn kills() -> anyhow::Result<()> {
     let transport = std::env::var("LAYERFS_TRANSPORT").unwrap_or_else(|_| "read".to_owned());
-    let (host, mnt) = mounted(&["--transport", &transport])?;
+    let Scene { host, mnt, .. } = mounted(&["--transport", &transport])?;
     let kills = std::env::var("LAYERFS_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(KILLS);
     let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let mut held = Held::open(&mnt)?;
@@ -81,7 +73,7 @@ fn kills() -> anyhow::Result<()> {
     })?;
     held.check()?;
     drop(held);
-    host.ctl.ok(["umount", &mnt.to_string_lossy()])?;
+    host.umount(&mnt)?;
     host.fsck()
 }
 
@@ -270,7 +262,7 @@ impl Worker {
 }
 
 fn handed_over() -> anyhow::Result<()> {
-    let (host, mnt) = mounted(&[])?;
+    let Scene { host, mnt, .. } = mounted(&[])?;
     let mut held = Held::open(&mnt)?;
     fs::write(mnt.join("before"), "x")?;
     let first = host.serving_pid()?;
@@ -279,7 +271,7 @@ fn handed_over() -> anyhow::Result<()> {
     held.check()?;
     fs::rename(mnt.join("before"), mnt.join("after"))?;
     // What was done before and after is sealed together.
-    host.ctl.ok(["seal", &mnt.to_string_lossy(), "sealed"])?;
+    host.seal(&mnt, "sealed")?;
     host.export("sealed", &host.path("out"), &[])?;
     ensure!(
         fs::read(host.path("out/after"))? == b"x" && !host.path("out/before").exists(),
@@ -290,7 +282,7 @@ fn handed_over() -> anyhow::Result<()> {
 }
 
 fn read_only() -> anyhow::Result<()> {
-    let (host, mnt) = mounted(&["--read-only"])?;
+    let Scene { host, mnt, .. } = mounted(&["--read-only"])?;
     let file = File::open(mnt.join("below7"))?;
     host.kill_serving()?;
     let mut bytes = vec![0; 3000];
@@ -305,20 +297,16 @@ fn read_only() -> anyhow::Result<()> {
 }
 
 fn ended() -> anyhow::Result<()> {
-    let (host, mnt) = mounted(&[])?;
+    let Scene { host, mnt, .. } = mounted(&[])?;
     let keeper = host.ctl.json(["daemon", "status"])?["keeper"].as_i64().context("nothing keeps the mount")?;
-    host.ctl.ok(["umount", &mnt.to_string_lossy()])?;
+    host.umount(&mnt)?;
     host.ctl.ok(["daemon", "stop"])?;
     // With nothing to keep and no daemon it goes.
     let process = PathBuf::from(format!("/proc/{keeper}"));
-    let began = std::time::Instant::now();
-    while process.exists() {
-        ensure!(began.elapsed().as_secs() < 30, "the keeper stays");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    until("the end of the keeper", || Ok(!process.exists()))?;
     ensure!(!host.ctl.store().join("keeper.sock").exists(), "its socket stays");
     // Nobody comes back: a command starts a daemon as if there had never been a keeper.
-    host.ctl.ok(["mount", "base", &mnt.to_string_lossy()])?;
+    host.mount("base", "mnt", &[])?;
     ensure!(fs::read_dir(&mnt)?.count() == 40, "the mount isn't there");
     Ok(())
 }

@@ -43,7 +43,7 @@ impl Container {
         let child = Command::new("unshare").args(["--user", "sleep", "1000"]).stdin(Stdio::null()).spawn()?;
         let container = Container(child);
         let ours = fs::read_link("/proc/self/ns/user")?;
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while fs::read_link(container.file("ns/user"))? == ours {
             ensure!(Instant::now() < deadline, "unshare gives no user namespace");
             std::thread::yield_now();

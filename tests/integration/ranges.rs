@@ -10,6 +10,7 @@ use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Fuse, Root};
 use layerfs_tests::host::Host;
+use layerfs_tests::scene::Scene;
 use layerfs_tests::tree::Random;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 
@@ -162,24 +163,16 @@ fn read(file: &File, buffer: &mut [u8], offset: u64) -> anyhow::Result<usize> {
     Ok(done)
 }
 
-/// A store with the layer `base`, which has one large file, and its plain twin.
-fn large(args: &[&str]) -> anyhow::Result<(Host, std::path::PathBuf, std::path::PathBuf)> {
-    let host = Host::cold()?;
-    let tree = host.new_folder("tree")?;
-    let plain = tree.join("large");
+/// A mounted layer with one large file.
+fn large(args: &[&str]) -> anyhow::Result<Scene> {
     let mut bytes = Random::new(5).bytes(BYTES as usize);
     bytes[3_000_000..9_000_000].fill(0);
-    fs::write(&plain, bytes)?;
-    host.import(&tree, "base", &[])?;
-    let mnt = host.new_folder("mnt")?;
-    let mount = ["mount", "base", mnt.to_str().context("a path of text")?];
-    host.ctl.ok([&mount[..], args].concat())?;
-    Ok((host, mnt.join("large"), plain))
+    Scene::new(Host::cold()?, [("large", bytes)], args)
 }
 
 fn random_changes(args: &[&str]) -> anyhow::Result<()> {
-    let (host, ours, plain) = large(args)?;
-    let mnt = ours.parent().context("the mount")?.to_owned();
+    let scene = large(args)?;
+    let (host, ours, plain) = (&scene.host, scene.ours("large"), scene.plain("large"));
     let read = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let operations = read("LAYERFS_RANGE_OPERATIONS").unwrap_or(OPERATIONS);
     let seed = read("LAYERFS_RANGE_SEED").unwrap_or(7);
@@ -207,7 +200,7 @@ fn random_changes(args: &[&str]) -> anyhow::Result<()> {
             }
             if next.is_multiple_of(3 * BETWEEN) {
                 seals += 1;
-                host.ctl.ok(["seal", &mnt.to_string_lossy(), &format!("sealed-{seals}")])?;
+                scene.seal(&format!("sealed-{seals}"))?;
             } else {
                 host.kill_serving()?;
             }
@@ -215,10 +208,8 @@ fn random_changes(args: &[&str]) -> anyhow::Result<()> {
         }
         worker.join().map_err(|_| anyhow::anyhow!("the worker panicked"))?
     })?;
-    host.ctl.ok(["seal", &mnt.to_string_lossy(), "last"])?;
-    host.ctl.ok(["umount", &mnt.to_string_lossy()])?;
-    host.export("last", &host.path("out"), &[])?;
-    ensure!(fs::read(host.path("out/large"))? == fs::read(&plain)?, "the sealed file isn't the plain one");
+    scene.is_sealed_as_it_is("last")?;
+    host.umount(&scene.mnt)?;
     // Cut by ranges or whole, the same bytes give the same chunks.
     let again = host.new_folder("again")?;
     fs::copy(&plain, again.join("large"))?;
@@ -229,23 +220,20 @@ fn random_changes(args: &[&str]) -> anyhow::Result<()> {
 }
 
 fn first_write() -> anyhow::Result<()> {
-    let (host, ours, plain) = large(&[])?;
-    let mnt = ours.parent().context("the mount")?.to_string_lossy().into_owned();
-    for file in [&ours, &plain] {
-        let file = OpenOptions::new().write(true).open(file)?;
+    let scene = large(&[])?;
+    for file in scene.both("large")? {
         file.write_all_at(&[7; 4096], 10 << 20)?;
         file.sync_all()?;
     }
-    let own = fs::read_dir(host.ctl.store().join("uppers/1"))?
+    let own = fs::read_dir(scene.host.ctl.store().join("uppers/1"))?
         .map(|file| Ok(std::os::unix::fs::MetadataExt::blocks(&file?.metadata()?) * 512))
         .sum::<std::io::Result<u64>>()?;
     ensure!(own < 100_000, "{own} bytes for a write of 4096");
     // The same after the daemon was killed, and in the seal, which stores little.
-    host.kill_serving()?;
-    ensure!(fs::read(&ours)? == fs::read(&plain)?, "other bytes after a kill");
-    let report = host.ctl.json(["seal", &mnt, "changed"])?;
+    scene.host.kill_serving()?;
+    scene.is_same("after a kill")?;
+    let report = scene.host.seal(&scene.mnt, "changed")?;
     let new = report["bytes_stored"].as_u64().with_context(|| format!("no figure in {report}"))?;
     ensure!(new < 1_000_000, "{new} bytes are new after a write of 4096");
-    ensure!(fs::read(&ours)? == fs::read(&plain)?, "other bytes after a seal");
-    Ok(())
+    scene.is_same("after a seal")
 }

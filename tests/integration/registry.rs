@@ -320,7 +320,7 @@ fn logins() -> anyhow::Result<()> {
 
 /// The running transfer with a registry, as soon as it has moved so many bytes.
 fn running(host: &Host, key: &str, bytes: u64) -> anyhow::Result<Value> {
-    for _ in 0..3000 {
+    for _ in 0..6000 {
         let list = host.ctl.json(["transfers"])?;
         let all = list["transfers"].as_array().context("no list")?;
         let found = all.iter().find(|one| one["state"] == "running" && one[key].as_u64() >= Some(bytes));

@@ -69,7 +69,7 @@ impl Sshd {
             .stderr(log)
             .spawn()?;
         let sshd = Sshd { child, port };
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
             ensure!(Instant::now() < deadline, "sshd does not answer");
             std::thread::sleep(Duration::from_millis(20));

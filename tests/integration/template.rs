@@ -11,7 +11,7 @@ use layerfs_tests::host::{Host, unmount_under};
 use layerfs_tests::{case, ctl, fixtures};
 
 const NAME: &str = "web";
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The cases.
 pub fn cases() -> Vec<Case> {

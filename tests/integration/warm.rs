@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::ops::Deref;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Fuse, Root};
-use layerfs_tests::case::output_of;
 use layerfs_tests::host::Host;
+use layerfs_tests::scene::{Map, Scene, Tmpfs, open, signal, until};
 use layerfs_tests::tree::Random;
+use rustix::fs::{FallocateFlags, fallocate};
 
 const BYTES: u64 = 12 << 20;
 /// Steps of the random test; `LAYERFS_STEPS` says otherwise.
@@ -28,54 +29,40 @@ pub fn cases() -> Vec<Case> {
         Case::new("warm::like_a_plain_file", &[Root, Fuse], like_a_plain_file),
         Case::new("warm::the_limit_is_kept", &[Root, Fuse], limit),
         Case::new("warm::a_full_disk_is_nobodys_error", &[Root, Fuse], full),
+        Case::new("warm::idle_copies_make_room", &[Root, Fuse], room),
         Case::new("warm::not_where_it_is_not_wanted", &[Root, Fuse], unwanted),
     ]
 }
 
-/// A mounted layer `base` with two large files, and their twins.
-struct Scene {
-    host: Host,
-    mnt: PathBuf,
-    tree: PathBuf,
-}
+/// A mounted layer with two large files, and two more for [`never`].
+struct Warm(Scene);
 
 const NAMES: [&str; 2] = ["one", "two"];
+const FENCES: [&str; 2] = ["fence", "other"];
+const FENCE_BYTES: u64 = 8 << 20;
 
-impl Scene {
-    fn new() -> anyhow::Result<Scene> {
-        Scene::with(Host::cold()?, &[])
+impl Deref for Warm {
+    type Target = Scene;
+
+    fn deref(&self) -> &Scene {
+        &self.0
+    }
+}
+
+impl Warm {
+    fn new() -> anyhow::Result<Warm> {
+        Warm::with(Host::cold()?, &[])
     }
 
-    fn with(host: Host, args: &[&str]) -> anyhow::Result<Scene> {
-        let (tree, mnt) = (host.new_folder("tree")?, host.new_folder("mnt")?);
-        for (seed, name) in (1..).zip(NAMES) {
-            let mut bytes = Random::new(seed).bytes(BYTES as usize);
+    fn with(host: Host, args: &[&str]) -> anyhow::Result<Warm> {
+        let files = NAMES.map(|name| (name, BYTES)).into_iter().chain(FENCES.map(|name| (name, FENCE_BYTES)));
+        let files = (1..).zip(files).map(|(seed, (name, length))| {
+            let mut bytes = Random::new(seed).bytes(length as usize);
             // Holes too.
             bytes[3 << 20..4 << 20].fill(0);
-            fs::write(tree.join(name), bytes)?;
-        }
-        host.import(&tree, "base", &[])?;
-        let scene = Scene { host, mnt, tree };
-        scene.mount(args)?;
-        Ok(scene)
-    }
-
-    fn mount(&self, args: &[&str]) -> anyhow::Result<()> {
-        let mnt = self.mnt.to_str().context("a path of text")?;
-        self.host.ctl.ok([&["mount", "base", mnt][..], args].concat()).map(drop)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.mnt.join(name)
-    }
-
-    fn plain(&self, name: &str) -> PathBuf {
-        self.tree.join(name)
-    }
-
-    fn data_file(&self, name: &str) -> anyhow::Result<PathBuf> {
-        let ino = fs::metadata(self.path(name))?.ino();
-        Ok(self.host.ctl.store().join(format!("uppers/1/{ino:x}")))
+            (name, bytes)
+        });
+        Ok(Warm(Scene::new(host, files, args)?))
     }
 
     fn copy(&self, name: &str) -> anyhow::Result<PathBuf> {
@@ -86,50 +73,38 @@ impl Scene {
     fn warm(&self, name: &str) -> anyhow::Result<()> {
         let copy = self.copy(name)?;
         until("a warm copy", || {
-            if let Ok(mut file) = File::open(self.path(name)) {
-                let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
-                let _ = file.read_to_end(&mut Vec::new());
-            }
-            copy.exists()
+            let is_there = copy.exists();
+            let mut file = File::open(self.ours(name))?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+            file.read_to_end(&mut Vec::new())?;
+            Ok(is_there)
         })
+    }
+
+    /// The same, and waits until nobody has it open. The daemon looks at what was closed whenever it is asked something.
+    fn warm_and_idle(&self, name: &str) -> anyhow::Result<()> {
+        self.warm(name)?;
+        until("the closing of a file", || Ok(free_bytes(&self.mnt)? > 0 && self.how_open(name)? == 0))
     }
 
     /// Opens a file that has a copy.
     fn reader(&self, name: &str) -> anyhow::Result<File> {
         self.warm(name)?;
-        Ok(File::open(self.path(name))?)
-    }
-
-    fn writer(&self, name: &str) -> anyhow::Result<File> {
-        Ok(OpenOptions::new().read(true).write(true).open(self.path(name))?)
-    }
-
-    fn both(&self, name: &str) -> anyhow::Result<[File; 2]> {
-        Ok([self.writer(name)?, OpenOptions::new().read(true).write(true).open(self.plain(name))?])
+        Ok(File::open(self.ours(name))?)
     }
 
     /// How a file is noted as open: 1 passed through, 8 to its copy (FORMAT.md, `opens`); 0 if it isn't.
     fn how_open(&self, name: &str) -> anyhow::Result<u32> {
-        let ino = fs::metadata(self.path(name))?.ino();
+        let ino = fs::metadata(self.ours(name))?.ino();
         let rows = fs::read(self.host.ctl.store().join("uppers/1/opens"))?;
         let row = rows.chunks_exact(32).find(|row| row[..8] == ino.to_le_bytes());
         Ok(row.map_or(0, |row| u32::from_le_bytes([row[24], row[25], row[26], row[27]]) & 9))
     }
 
-    fn seal(&self, name: &str) -> anyhow::Result<()> {
-        self.host.ctl.ok(["seal", &self.mnt.to_string_lossy(), name]).map(drop)
-    }
-
-    fn is_same(&self, what: &str) -> anyhow::Result<()> {
-        same(what, &self.mnt, &self.tree)
-    }
-
     /// Seals, compares what the layer has, unmounts, and looks for what is left.
     fn end(self) -> anyhow::Result<()> {
         self.is_same("at the end")?;
-        self.seal("last")?;
-        self.host.export("last", &self.host.path("exported"), &[])?;
-        same("in the layer", &self.host.path("exported"), &self.tree)?;
+        self.is_sealed_as_it_is("last")?;
         let left = self.host.ctl.store().join("uppers/1");
         self.host.ctl.ok(["umount", &self.mnt.to_string_lossy(), "--discard"])?;
         ensure!(!left.exists(), "the upper's folder is left");
@@ -137,69 +112,11 @@ impl Scene {
     }
 }
 
-fn same(what: &str, ours: &Path, plain: &Path) -> anyhow::Result<()> {
-    for name in NAMES {
-        let (ours, plain) = (fs::read(ours.join(name))?, fs::read(plain.join(name))?);
-        ensure!(ours.len() == plain.len(), "{what}: {name} has {} bytes, not {}", ours.len(), plain.len());
-        let differs = ours.iter().zip(&plain).position(|(ours, plain)| ours != plain);
-        ensure!(differs.is_none(), "{what}: {name} differs at {differs:?}");
-    }
-    Ok(())
-}
-
-fn until(what: &str, mut is_so: impl FnMut() -> bool) -> anyhow::Result<()> {
-    let began = Instant::now();
-    while !is_so() {
-        ensure!(began.elapsed() < Duration::from_secs(60), "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-/// A shared mapping of all of a file, for reading.
-struct Map(*const u8);
-
-impl Map {
-    fn of(file: &File) -> anyhow::Result<Map> {
-        // SAFETY: a new mapping of a file that is as long.
-        #[allow(unsafe_code)]
-        let at = unsafe {
-            libc::mmap(std::ptr::null_mut(), BYTES as usize, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0)
-        };
-        ensure!(at != libc::MAP_FAILED, "cannot map a file: {}", std::io::Error::last_os_error());
-        Ok(Map(at.cast()))
-    }
-
-    fn get(&self, at: usize) -> u8 {
-        assert!(at < BYTES as usize);
-        // SAFETY: within the mapping, whose file is not shorter.
-        #[allow(unsafe_code)]
-        unsafe {
-            self.0.add(at).read_volatile()
-        }
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody refers to it any more.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::munmap(self.0.cast_mut().cast(), BYTES as usize);
-        }
-    }
-}
-
-fn signal(pid: i32, signal: rustix::process::Signal) -> anyhow::Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
-}
-
 /// The daemon stands still while a file is read that the kernel has no page of.
 fn without_the_daemon() -> anyhow::Result<()> {
-    let scene = Scene::new()?;
+    let scene = Warm::new()?;
     ensure!(!scene.copy("one")?.exists());
-    fs::read(scene.path("one"))?;
+    fs::read(scene.ours("one"))?;
     let reader = scene.reader("one")?;
     ensure!(scene.how_open("one")? == 9, "it isn't passed through to a copy");
     let daemon = scene.host.serving_pid()?;
@@ -211,7 +128,7 @@ fn without_the_daemon() -> anyhow::Result<()> {
             has_ended.store(true, Ordering::Relaxed);
             read
         });
-        let came = until("a read", || has_ended.load(Ordering::Relaxed));
+        let came = until("a read", || Ok(has_ended.load(Ordering::Relaxed)));
         signal(daemon, rustix::process::Signal::CONT)?;
         thread.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
         came
@@ -232,9 +149,9 @@ fn without_the_daemon() -> anyhow::Result<()> {
 }
 
 fn writer_comes() -> anyhow::Result<()> {
-    let scene = Scene::new()?;
+    let scene = Warm::new()?;
     let reader = scene.reader("one")?;
-    let map = Map::of(&File::open(scene.path("one"))?)?;
+    let map = Map::of(&File::open(scene.ours("one"))?, BYTES as usize)?;
     let writers = scene.both("one")?;
     for at in [0, 5_000_000, BYTES - 3] {
         writers.iter().try_for_each(|file| file.write_all_at(b"new", at))?;
@@ -253,7 +170,7 @@ fn writer_comes() -> anyhow::Result<()> {
     scene.is_same("after all have closed it")?;
     // A truncation by name.
     let reader = scene.reader("two")?;
-    for path in [scene.path("two"), scene.plain("two")] {
+    for path in [scene.ours("two"), scene.plain("two")] {
         OpenOptions::new().write(true).open(&path)?.set_len(7_000_001)?;
     }
     ensure!(reader.metadata()?.len() == 7_000_001 && reader.read_at(&mut [0; 10], 7_000_001)? == 0);
@@ -264,7 +181,7 @@ fn writer_comes() -> anyhow::Result<()> {
     let reader = scene.reader("one")?;
     scene.warm("one")?;
     ensure!(scene.how_open("one")? == 9);
-    for path in [scene.path("one"), scene.plain("one")] {
+    for path in [scene.ours("one"), scene.plain("one")] {
         File::create(&path)?;
     }
     ensure!(reader.metadata()?.len() == 0 && scene.how_open("one")? == 1);
@@ -273,9 +190,9 @@ fn writer_comes() -> anyhow::Result<()> {
 }
 
 fn kills() -> anyhow::Result<()> {
-    let scene = Scene::new()?;
+    let scene = Warm::new()?;
     let reader = scene.reader("one")?;
-    let mapped = Map::of(&scene.reader("two")?)?;
+    let mapped = Map::of(&scene.reader("two")?, BYTES as usize)?;
     let check = |at: u64, expected: &[u8]| -> anyhow::Result<()> {
         let mut bytes = vec![0; expected.len()];
         reader.read_exact_at(&mut bytes, at)?;
@@ -324,14 +241,14 @@ struct Held {
 /// At random: opening, closing, reading, writing, cutting, sealing, kills, always compared with a plain file.
 fn like_a_plain_file() -> anyhow::Result<()> {
     let steps = std::env::var("LAYERFS_STEPS").ok().and_then(|text| text.parse().ok()).unwrap_or(STEPS);
-    let scene = Scene::new()?;
+    let scene = Warm::new()?;
     let mut random = Random::new(41);
     let mut held: BTreeMap<&str, Held> = NAMES.iter().map(|name| (*name, Held::default())).collect();
     let (mut warm, mut own, mut seals) = (0, 0, 0);
     for step in 0..steps {
         let name = NAMES[random.below(2) as usize];
         let this = held.entry(name).or_default();
-        let (ours, plain) = (scene.path(name), scene.plain(name));
+        let (ours, plain) = (scene.ours(name), scene.plain(name));
         let bytes = fs::metadata(&plain)?.len();
         let at = random.below(bytes + 10_000);
         match random.below(20) {
@@ -413,29 +330,39 @@ fn configured(text: &str) -> anyhow::Result<Host> {
 }
 
 fn limit() -> anyhow::Result<()> {
-    let scene = Scene::with(configured("warm_copies = \"20 MiB\"\n")?, &[])?;
+    let scene = Warm::with(configured("warm_copies = \"20 MiB\"\n")?, &[])?;
     scene.warm("one")?;
     scene.warm("two")?;
     ensure!(!scene.copy("one")?.exists(), "two copies take more than is allowed");
     let reader = scene.reader("two")?;
-    for _ in 0..3 {
-        fs::read(scene.path("one"))?;
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    ensure!(scene.copy("two")?.exists() && !scene.copy("one")?.exists(), "what is in use had to go");
+    never(&scene, &["one"])?;
+    ensure!(scene.copy("two")?.exists(), "what is in use had to go");
     drop(reader);
     scene.warm("one")?;
     ensure!(!scene.copy("two")?.exists());
     scene.end()?;
-    let scene = Scene::with(configured("warm_copies = \"0\"\n")?, &[])?;
-    never(&scene)
+    let scene = Warm::with(configured("warm_copies = \"0\"\n")?, &[])?;
+    nowhere(&scene)
 }
 
-/// Reads a file again and again, and no copy of it is made.
-fn never(scene: &Scene) -> anyhow::Result<()> {
+/// Reads files again and again, and no copies of them are made: one of another file, which was asked for later, is.
+fn never(scene: &Warm, names: &[&str]) -> anyhow::Result<()> {
+    for name in names.iter().cycle().take(3 * names.len()) {
+        fs::read(scene.ours(name))?;
+    }
+    let mut fences = FENCES.into_iter().filter(|name| scene.copy(name).is_ok_and(|copy| !copy.exists()));
+    scene.warm(fences.next().context("a file without a copy")?)?;
+    for name in names {
+        ensure!(!scene.copy(name)?.exists(), "a copy of {name} was made");
+    }
+    Ok(())
+}
+
+/// The same where none can be made at all: nothing tells when one would have been.
+fn nowhere(scene: &Warm) -> anyhow::Result<()> {
     for _ in 0..5 {
         scene.is_same("without a copy")?;
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(100));
     }
     let copies =
         fs::read_dir(scene.host.ctl.store().join("uppers"))?.flatten().flat_map(|upper| fs::read_dir(upper.path()));
@@ -444,65 +371,112 @@ fn never(scene: &Scene) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A tmpfs, unmounted when dropped.
-struct Small(PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
-fn full() -> anyhow::Result<()> {
+/// A store whose uppers are on a small disk.
+fn on_a_small_disk(mebibytes: u64, args: &[&str]) -> anyhow::Result<(Tmpfs, Warm, PathBuf)> {
     let host = Host::cold()?;
     // A store, and nobody who has it open.
     host.import(&host.new_folder("empty")?, "empty", &[])?;
     host.ctl.ok(["daemon", "stop"])?;
     let uppers = host.ctl.store().join("uppers");
-    let options = ["-t", "tmpfs", "-o", "size=26M", "tmpfs"];
-    output_of(std::process::Command::new("mount").args(options).arg(&uppers))?;
-    let _small = Small(uppers.clone());
-    let scene = Scene::with(host, &[])?;
+    let small = Tmpfs::on(&uppers, mebibytes)?;
+    Ok((small, Warm::with(host, args)?, uppers))
+}
+
+fn free_bytes(path: &Path) -> anyhow::Result<u64> {
+    let space = rustix::fs::statvfs(path)?;
+    Ok(space.f_bavail * space.f_frsize)
+}
+
+fn full() -> anyhow::Result<()> {
+    let (_small, scene, uppers) = on_a_small_disk(26, &[])?;
     // One fits, and a tenth stays free.
     scene.warm("one")?;
     fs::write(uppers.join("ballast"), vec![0; 2 << 20])?;
-    for _ in 0..5 {
-        scene.is_same("on a full disk")?;
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    ensure!(!scene.copy("two")?.exists(), "the last of the disk was taken");
+    never(&scene, &["two"]).context("the last of the disk")?;
     // Nothing is left to write with when it becomes the data file, and nothing is needed.
-    let reader = scene.reader("one")?;
-    fs::write(uppers.join("more"), vec![0; 11 << 20])?;
+    let (reader, other) = (scene.reader("one")?, scene.reader(FENCES[0])?);
+    fs::write(uppers.join("more"), vec![0; free_bytes(&uppers)? as usize - (1 << 20)])?;
     for file in scene.both("one")? {
         file.write_all_at(b"new", 9_000_000)?;
     }
     let mut bytes = [0; 3];
     reader.read_exact_at(&mut bytes, 9_000_000)?;
     ensure!(&bytes == b"new");
-    drop(reader);
+    drop((reader, other));
     scene.is_same("at the end")?;
     scene.host.ctl.ok(["umount", &scene.mnt.to_string_lossy(), "--discard"])?;
     scene.host.ctl.ok(["daemon", "stop"])?;
     Ok(())
 }
 
+/// Whoever needs the disk gets what copies take that nobody reads.
+fn room() -> anyhow::Result<()> {
+    const MIB: usize = 1 << 20;
+    for writeback in ["off", "on"] {
+        let (_small, scene, uppers) = on_a_small_disk(40, &["--writeback", writeback])?;
+        let (ballast, copy) = (uppers.join("ballast"), scene.copy("one")?);
+        let warm_beside = |bytes: usize| -> anyhow::Result<()> {
+            fs::write(&ballast, [])?;
+            scene.warm_and_idle("one")?;
+            Ok(fs::write(&ballast, vec![0; bytes])?)
+        };
+        // It counts as free.
+        warm_beside(0)?;
+        let counted = free_bytes(&scene.mnt)? - free_bytes(&uppers)?;
+        ensure!(counted >> 20 == 11, "{counted} bytes of a copy count as free");
+        // A write by way of the daemon, for which only the copy's place is left.
+        warm_beside(24 * MIB)?;
+        for file in scene.both("two")? {
+            file.write_all_at(&vec![9; 8 * MIB], 4096)?;
+            file.sync_all()?;
+        }
+        ensure!(!copy.exists(), "a copy that nobody reads stays on a full disk");
+        // Space is reserved by way of the daemon.
+        warm_beside(15 * MIB)?;
+        fallocate(open(&scene.ours("two"))?, FallocateFlags::KEEP_SIZE, BYTES, 8 << 20)?;
+        ensure!(!copy.exists(), "a copy that nobody reads stays where space is reserved");
+        // A file that is passed through, and made where less than a tenth is free.
+        warm_beside(10 * MIB)?;
+        fs::write(scene.ours("new"), vec![1; 8 * MIB])?;
+        ensure!(!copy.exists(), "a copy that nobody reads stays on a disk that is nearly full");
+        fs::remove_file(scene.ours("new"))?;
+        until("the room of what was removed", || Ok(free_bytes(&uppers)? > 13 << 20))?;
+        // Nobody asks the daemon for anything.
+        warm_beside(0)?;
+        fs::write(&ballast, vec![0; free_bytes(&uppers)? as usize - MIB])?;
+        until("the end of a copy that nobody reads", || Ok(!copy.exists()))?;
+        // One that is read stays.
+        fs::remove_file(&ballast)?;
+        let reader = scene.reader("one")?;
+        fs::write(&ballast, vec![0; free_bytes(&uppers)? as usize - MIB])?;
+        let refused = fs::write(scene.ours("more"), vec![1; 4 * MIB]).err().and_then(|error| error.raw_os_error());
+        ensure!(refused == Some(libc::ENOSPC) && copy.exists(), "{refused:?}");
+        reader.read_exact_at(&mut [0], 0)?;
+        drop(reader);
+        fs::remove_file(&ballast)?;
+        scene.is_same("at the end")?;
+        scene.host.ctl.ok(["umount", &scene.mnt.to_string_lossy(), "--discard"])?;
+        scene.host.ctl.ok(["daemon", "stop"])?;
+    }
+    Ok(())
+}
+
 fn unwanted() -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    let scene = Scene::with(Host::cold()?, &["--read-only"])?;
-    never(&scene)?;
+    let scene = Warm::with(Host::cold()?, &["--read-only"])?;
+    nowhere(&scene)?;
     scene.host.ctl.ok(["umount", &scene.mnt.to_string_lossy()])?;
     scene.mount(&[])?;
     for name in NAMES {
-        fs::set_permissions(scene.path(name), fs::Permissions::from_mode(0o4755))?;
+        fs::set_permissions(scene.ours(name), fs::Permissions::from_mode(0o4755))?;
     }
-    never(&scene)?;
+    never(&scene, &NAMES)?;
     // Nor where somebody writes.
     for name in NAMES {
-        fs::set_permissions(scene.path(name), fs::Permissions::from_mode(0o755))?;
+        fs::set_permissions(scene.ours(name), fs::Permissions::from_mode(0o755))?;
     }
-    let writers = [scene.writer("one")?, scene.writer("two")?];
-    never(&scene)?;
+    let writers = [open(&scene.ours("one"))?, open(&scene.ours("two"))?];
+    never(&scene, &NAMES)?;
     drop(writers);
     scene.end()
 }
