@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
 use std::ops::Deref;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use layerfs_tests::case::Need::{Fuse, Root};
 use layerfs_tests::host::Host;
 use layerfs_tests::scene::{Map, Scene, Tmpfs, open, signal, until};
 use layerfs_tests::tree::Random;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{Advice, FallocateFlags, fallocate};
 
 const BYTES: u64 = 12 << 20;
 /// Steps of the random test; `LAYERFS_STEPS` says otherwise.
@@ -69,14 +68,20 @@ impl Warm {
         Ok(self.data_file(name)?.with_extension("warm"))
     }
 
-    /// Reads a file as often as it takes until it has a copy. A daemon knows only of what the kernel has no pages of that it was read.
+    /// Reads all of a file, so that the daemon hears of it unless it is passed through: what the kernel has of it goes before.
+    fn read(&self, name: &str) -> anyhow::Result<()> {
+        let mut file = File::open(self.ours(name))?;
+        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+        std::io::copy(&mut file, &mut std::io::sink())?;
+        Ok(())
+    }
+
+    /// Reads a file as often as it takes until it is read from a copy.
     fn warm(&self, name: &str) -> anyhow::Result<()> {
         let copy = self.copy(name)?;
         until("a warm copy", || {
             let is_there = copy.exists();
-            let mut file = File::open(self.ours(name))?;
-            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-            file.read_to_end(&mut Vec::new())?;
+            self.read(name)?;
             Ok(is_there)
         })
     }
@@ -348,7 +353,7 @@ fn limit() -> anyhow::Result<()> {
 /// Reads files again and again, and no copies of them are made: one of another file, which was asked for later, is.
 fn never(scene: &Warm, names: &[&str]) -> anyhow::Result<()> {
     for name in names.iter().cycle().take(3 * names.len()) {
-        fs::read(scene.ours(name))?;
+        scene.read(name)?;
     }
     let mut fences = FENCES.into_iter().filter(|name| scene.copy(name).is_ok_and(|copy| !copy.exists()));
     scene.warm(fences.next().context("a file without a copy")?)?;

@@ -75,6 +75,26 @@ impl Operation {
         matches!(self, Operation::Forget | Operation::BatchForget)
     }
 
+    /// Whether it needs room, and can be done again when it found none: it has changed nothing then. What writes back or syncs isn't
+    /// among them: the kernel tells only once that something was lost.
+    pub fn takes_room(self) -> bool {
+        matches!(
+            self,
+            Operation::Symlink
+                | Operation::Mknod
+                | Operation::Mkdir
+                | Operation::Create
+                | Operation::Tmpfile
+                | Operation::Link
+                | Operation::Rename
+                | Operation::Rename2
+                | Operation::Write
+                | Operation::Fallocate
+                | Operation::CopyFileRange
+                | Operation::Setxattr
+        )
+    }
+
     fn of(code: u32) -> (Operation, usize) {
         match code {
             1 => (Operation::Lookup, 0),

@@ -39,7 +39,11 @@ pub(super) fn perform(front: &Front, request: &Request<'_>, room: &mut [u8]) -> 
             None
         }
         _ if is_refused(front, request) => Some(fail(libc::EACCES)),
-        _ => Some(front.fs.with_room(|| answer(front, request, &mut result))),
+        operation => {
+            // What is done to a hidden file lets the kernel write back first.
+            let can_be_repeated = operation.takes_room() && !front.fs.is_hidden(request.ino);
+            Some(front.fs.with_room(can_be_repeated, || answer(front, request, &mut result)))
+        }
     }));
     match performed {
         Ok(None) => None,

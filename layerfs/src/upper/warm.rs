@@ -233,7 +233,9 @@ impl WarmCopies {
     /// Those of the disk; there is no data file then.
     pub(super) fn link_as(&self, ino: Ino, name: &str) -> Result<Option<Arc<File>>> {
         let Some(file) = self.id(ino).and_then(|id| self.store.spares().used(id)) else { return Ok(None) };
-        file.sync_data().map_err(|error| self.failed("sync", ino, error))?;
+        // Not told as a lack of room: then it would be tried again, and succeed.
+        let lost = |_| self.failed("sync", ino, std::io::Error::from_raw_os_error(libc::EIO));
+        file.sync_data().map_err(lost)?;
         match rustix::fs::unlinkat(&*self.folder, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => return Err(self.failed("link", ino, errno)),

@@ -221,10 +221,14 @@ impl Fs {
         upper.warm().keep_free();
     }
 
-    /// Does `work`, which changes nothing if it fails; once more, with all the room that there is, if that was what it lacked.
-    pub(in crate::mount) fn with_room<T>(&self, mut work: impl FnMut() -> FsResult<T>) -> FsResult<T> {
+    /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more with all that there is. Hold no lock.
+    pub(in crate::mount) fn with_room<T>(
+        &self,
+        can_be_repeated: bool,
+        mut work: impl FnMut() -> FsResult<T>,
+    ) -> FsResult<T> {
         match work() {
-            Err(errno) if errno.is_no_space() => {
+            Err(errno) if can_be_repeated && errno.is_no_space() => {
                 self.make_room();
                 work()
             }

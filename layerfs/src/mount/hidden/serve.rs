@@ -104,7 +104,9 @@ impl Served {
 
     fn answer(&self, fs: &Fs, request: &Request<'_>, room: &mut [u8]) {
         let mut answer = Answer::new(room);
-        let perform = AssertUnwindSafe(|| fs.with_room(|| self.perform(fs, request, &mut answer)));
+        let perform = AssertUnwindSafe(|| {
+            fs.with_room(request.operation.takes_room(), || self.perform(fs, request, &mut answer))
+        });
         let performed = catch_unwind(perform);
         let (errno, bytes) = match performed {
             Ok(Ok(End::Silent)) => return,
