@@ -16,14 +16,16 @@ use crate::host::Host;
 
 /// How long to wait for what has to come about, on a slow machine that others use too.
 const PATIENCE: Duration = Duration::from_secs(60);
-const LOOKS: Duration = Duration::from_millis(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
-/// Waits until `is_so`, but not for ever.
+/// Waits until `is_so`, but not for ever. It asks less and less often: what asking holds up must come about too.
 pub fn until(what: &str, mut is_so: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let began = Instant::now();
+    let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
     while !is_so()? {
         ensure!(began.elapsed() < PATIENCE, "waited in vain: {what}");
-        std::thread::sleep(LOOKS);
+        std::thread::sleep(pause);
+        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
     }
     Ok(())
 }

@@ -229,7 +229,7 @@ fn kills() -> anyhow::Result<()> {
     drop((reader, writers, mapped));
     // Copies that nobody had open go with their daemon.
     scene.seal("one-more")?;
-    scene.warm("one")?;
+    scene.warm_and_idle("one")?;
     scene.host.kill_serving()?;
     scene.is_same("after the last kill")?;
     ensure!(!scene.copy("one")?.exists(), "a copy that nobody had open outlived its daemon");
