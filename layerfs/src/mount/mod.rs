@@ -321,9 +321,6 @@ impl Mount {
             fs.find_hidden(|| hidden.start(&fs, threads)).map_err(failed)?;
         }
         fs.give_ahead(Box::new(kernel.clone()));
-        if fs.is_writable() {
-            fs.drop_apart();
-        }
         if can_pass_through(&fs) {
             fs.keep_warm();
         }
@@ -560,7 +557,6 @@ impl Mount {
         let Some(fs) = self.fs.lock().take() else { return Ok(()) };
         fs.stop_giving();
         fs.stop_warming();
-        fs.stop_dropping();
         let hidden = fs.hidden().cloned();
         if let Some(hidden) = &hidden {
             fs.write_back_hidden();

@@ -198,18 +198,6 @@ impl DataFolder {
         self.unknow(ino);
         let mut open = self.open.lock();
         open.pop(&ino);
-        self.remove_file(ino);
-    }
-
-    /// [`DataFolder::remove`] for an inode that nobody can come to any more: others can open their data files meanwhile.
-    pub fn remove_for_good(&self, ino: Ino) {
-        self.forget_map(ino);
-        self.unknow(ino);
-        self.open.lock().pop(&ino);
-        self.remove_file(ino);
-    }
-
-    fn remove_file(&self, ino: Ino) {
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a data file"),

@@ -225,8 +225,6 @@ pub struct Change {
     dentries: Vec<(Ino, Box<[u8]>, Option<Slot>)>,
     leaves: Vec<(Ino, u64, Option<Leaf>)>,
     answer: Option<Ino>,
-    /// Inodes without a name that nobody has open: what becomes of their data doesn't matter.
-    ended: Vec<Ino>,
     makes_room: bool,
 }
 
@@ -252,12 +250,6 @@ impl Change {
     pub fn forget(&mut self, ino: Ino) {
         self.inodes.retain(|(other, _)| *other != ino);
         self.inodes.push((ino, None));
-    }
-
-    /// Sets an inode that has no name any more and that nobody has open.
-    pub fn ended(&mut self, inode: UpperInode) {
-        self.ended.push(inode.inode.ino);
-        self.inode(inode);
     }
 
     /// [`Change::forget`] for an inode that this change doesn't mention otherwise: for changes of many.
@@ -303,8 +295,7 @@ impl Change {
             }
             match inode {
                 Some(inode) => {
-                    let matters = inode.backed.is_some() && !self.ended.contains(ino);
-                    let stamp = if matters { data.stamp(*ino)? } else { Stamp::default() };
+                    let stamp = if inode.backed.is_some() { data.stamp(*ino)? } else { Stamp::default() };
                     batch.put(Cf::Uppers, key, encode_inode(inode, stamp));
                 }
                 None => batch.delete(Cf::Uppers, key),

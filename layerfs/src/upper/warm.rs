@@ -158,21 +158,21 @@ impl WarmCopies {
         Ok(space.f_bavail.saturating_mul(space.f_frsize) >= least)
     }
 
-    /// Whether less of the filesystem is free than copies leave.
-    pub fn is_nearly_full(&self) -> bool {
-        self.leaves_free(0) == Ok(false)
-    }
-
     /// Others have filled the disk: copies that nobody uses go until a part of it is free, the least recently used first; those of the
     /// store's other uppers too.
     pub fn keep_free(&self) {
         let spares = self.store.spares();
-        while spares.has_idle() && self.is_nearly_full() && spares.remove_oldest() {}
+        while spares.has_idle() && self.leaves_free(0) == Ok(false) && spares.remove_oldest() {}
     }
 
-    /// There is no room: all copies go that nobody uses.
-    pub fn make_room(&self) {
-        while self.store.spares().remove_oldest() {}
+    /// There is no room: all copies go that nobody uses. False if there are none.
+    pub fn make_room(&self) -> bool {
+        let spares = self.store.spares();
+        let mut has_made = false;
+        while spares.remove_oldest() {
+            has_made = true;
+        }
+        has_made
     }
 
     /// From now on `made` is the copy of `ino`, whose stripe is held.

@@ -119,8 +119,6 @@ impl<'fs> Edit<'fs> {
         if is_gone && !self.fs.may_be_in_use(ino) {
             self.change.forget(ino);
             self.reaped.push(ino);
-        } else if is_gone && !self.fs.is_open(ino) {
-            self.change.ended(inode);
         } else {
             self.set(inode);
         }

@@ -94,7 +94,7 @@ impl Fs {
             self.setattr(ino, set, caller)?;
         }
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
-            self.keep_free(self.writable_upper()?);
+            self.writable_upper()?.warm().keep_free();
         }
         let prepared = self.prepare(ino, flags)?;
         let backing = loop {
@@ -183,10 +183,9 @@ impl Fs {
             None => Ok(write_file(&*upper.data().file(ino)?, at, rest)),
         };
         let (mut written, mut failure) = write(offset, data)?;
-        if written > 0 && failure.is_some_and(Errno::is_no_space) {
-            upper.warm().make_room();
-            let rest = write(offset + written as u64, &data[written..]);
-            let (more, again) = rest.unwrap_or_else(|errno| (0, Some(errno)));
+        if failure.is_some_and(Errno::is_no_space) && self.make_room() {
+            let (more, again) =
+                write(offset + written as u64, &data[written..]).unwrap_or_else(|errno| (0, Some(errno)));
             (written, failure) = (written + more, again);
         }
         if let (0, Some(errno)) = (written, failure) {

@@ -347,7 +347,7 @@ impl Fs {
         if let Some(hidden) = self.hidden.get() {
             hidden.removed(ino);
         }
-        upper.data().remove_for_good(ino);
+        upper.data().remove(ino);
         upper.warm().remove_idle(ino);
         self.parents.write().remove(&ino);
         self.unnamed.lock().remove(&ino);

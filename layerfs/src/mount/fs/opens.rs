@@ -280,10 +280,9 @@ impl Fs {
     pub fn opened_new(&self, ino: Ino, flags: i32) -> Option<Backing> {
         if Access::of(flags).writes
             && self.backings.get().is_some()
-            && let Some(upper) = &self.upper
+            && let Ok((upper, _gate)) = self.enter()
         {
-            self.keep_free(upper);
-            let _gate = self.changes();
+            upper.warm().keep_free();
             let _stripe = self.stripe(ino).lock();
             if let Err(errno) = self.copy_up(upper, ino, u64::MAX) {
                 tracing::debug!(%ino, ?errno, "no data file for a new file yet");

@@ -1,15 +1,11 @@
 //! Inodes without a name that the kernel has forgotten: their rows and their data go, some at a time, as a change of many costs hardly
-//! more than a change of one. A thread of the mount's does it, while the next names are removed.
+//! more than a change of one.
 //!
-//! Invariants: whoever finds no room waits until all have gone that are to go, and holds no lock then. An inode that is dropped here has no name, and the kernel doesn't know it, so nobody can come to it again; fewer
+//! Invariants: an inode that is dropped here has no name, and the kernel doesn't know it, so nobody can come to it again; fewer
 //! than [`AT_ONCE`] wait, and none while the mount is idle; should the daemon end before, whoever opens the upper next drops
 //! them.
 
-use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
-
-use crossbeam::channel::{Receiver, Sender, unbounded};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::Fs;
 use crate::id::Ino;
@@ -18,24 +14,11 @@ use crate::upper::table::{Change, Tables};
 
 /// So many go in one change: those who want to change something else wait for it.
 const AT_ONCE: usize = 32;
-/// The most that are left to the thread: whoever comes with more drops them himself.
-const LEFT_MAX: usize = 1024;
 
 /// Those of one mount.
 #[derive(Default)]
 pub(super) struct Orphans {
     waiting: Mutex<Waiting>,
-    left: Mutex<Left>,
-    /// Nothing is left to the thread any more.
-    are_gone: Condvar,
-}
-
-/// What the thread has to do.
-#[derive(Default)]
-struct Left {
-    count: usize,
-    jobs: Option<Sender<Ino>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Default)]
@@ -46,27 +29,6 @@ struct Waiting {
 }
 
 impl Orphans {
-    /// Leaves one to the thread; false if there is none, or it has enough to do.
-    fn leave(&self, ino: Ino) -> bool {
-        let mut left = self.left.lock();
-        let is_taken = left.count < LEFT_MAX && left.jobs.as_ref().is_some_and(|jobs| jobs.send(ino).is_ok());
-        left.count += usize::from(is_taken);
-        is_taken
-    }
-
-    /// Waits until nothing is left to the thread. Hold no lock.
-    pub fn wait(&self) {
-        let mut left = self.left.lock();
-        while left.count > 0 {
-            self.are_gone.wait(&mut left);
-        }
-    }
-
-    /// Whether something is left to the thread.
-    pub fn are_waiting(&self) -> bool {
-        self.left.lock().count > 0
-    }
-
     /// Adds one; returns those to drop now.
     fn put(&self, ino: Ino) -> Vec<Ino> {
         let mut waiting = self.waiting.lock();
@@ -89,31 +51,6 @@ impl Fs {
         self.orphans.waiting.lock().may_wait = true;
     }
 
-    /// From now on a thread drops what nobody can reach any more, until [`Fs::stop_dropping`].
-    pub(in crate::mount) fn drop_apart(self: &Arc<Fs>) {
-        let (send, receive) = unbounded();
-        let fs = Arc::downgrade(self);
-        match std::thread::Builder::new().name("layerfs-drop".to_owned()).spawn(move || drop_left(&fs, &receive)) {
-            Ok(thread) => {
-                let mut left = self.orphans.left.lock();
-                (left.jobs, left.thread) = (Some(send), Some(thread));
-            }
-            Err(error) => tracing::warn!(%error, "cannot start a thread that removes data files"),
-        }
-    }
-
-    /// Ends what [`Fs::drop_apart`] began, when all is done that was left to it.
-    pub(in crate::mount) fn stop_dropping(&self) {
-        let thread = {
-            let mut left = self.orphans.left.lock();
-            left.jobs = None;
-            left.thread.take()
-        };
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
-    }
-
     /// There is nothing to do just now.
     pub fn idle(&self) {
         let Some(upper) = &self.upper else { return };
@@ -125,7 +62,7 @@ impl Fs {
 
     /// The kernel doesn't know `ino` any more: it is dropped, now or soon, if it has no name.
     pub(super) fn drop_if_orphan(&self, upper: &Upper, ino: Ino) {
-        if is_orphan(&self.state.read().tables, ino) && !self.orphans.leave(ino) {
+        if is_orphan(&self.state.read().tables, ino) {
             let now = self.orphans.put(ino);
             if !now.is_empty() {
                 self.drop_all(upper, &now);
@@ -156,21 +93,6 @@ impl Fs {
         match result {
             Ok(()) => orphans.into_iter().for_each(|ino| self.removed(upper, ino)),
             Err(error) => tracing::warn!(count = orphans.len(), %error, "cannot drop unlinked inodes now"),
-        }
-    }
-}
-
-fn drop_left(fs: &Weak<Fs>, jobs: &Receiver<Ino>) {
-    while let Ok(first) = jobs.recv() {
-        let inos: Vec<Ino> = std::iter::once(first).chain(jobs.try_iter().take(AT_ONCE - 1)).collect();
-        let Some(fs) = fs.upgrade() else { return };
-        if let Some(upper) = &fs.upper {
-            fs.drop_all(upper, &inos);
-        }
-        let mut left = fs.orphans.left.lock();
-        left.count -= inos.len();
-        if left.count == 0 {
-            fs.orphans.are_gone.notify_all();
         }
     }
 }
@@ -209,40 +131,5 @@ mod tests {
         fs.drop_orphans();
         assert_eq!(held(), before);
         fs.idle();
-    }
-
-    #[test]
-    fn a_thread_drops_them_and_whoever_needs_the_room_waits_for_it() {
-        let fs = Arc::new(empty_fs(store()));
-        let remove = |count| {
-            for _ in 0..count {
-                let made = fs.make(Ino::ROOT, b"gone", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
-                fs.write(made, 0, b"data", None).unwrap();
-                fs.unlink(Ino::ROOT, b"gone").unwrap();
-                fs.forget(made, 1);
-            }
-        };
-        let held = || (fs.upper_counts().0, fs.upper().unwrap().data().inos().unwrap().len());
-        let before = held();
-        fs.drop_apart();
-        // It waits for its turn to change something: meanwhile there are more than it is left.
-        let seal = fs.gate.write();
-        let waits = std::thread::scope(|scope| {
-            let inos: Vec<Ino> = (0..LEFT_MAX as u64).map(|number| Ino(1 << 40 | number)).collect();
-            assert!(inos.iter().all(|ino| fs.orphans.leave(*ino)) && !fs.orphans.leave(Ino(1 << 41)));
-            let waiter = scope.spawn(|| fs.orphans.wait());
-            assert!(fs.orphans.are_waiting() && !waiter.is_finished());
-            drop(seal);
-            waiter.join()
-        });
-        assert!(waits.is_ok() && !fs.orphans.are_waiting());
-        remove(3 * AT_ONCE);
-        fs.orphans.wait();
-        assert_eq!(held(), before);
-        remove(AT_ONCE);
-        fs.stop_dropping();
-        assert_eq!(held(), before, "it ended before it had dropped all");
-        remove(1);
-        assert_eq!(held(), before, "nothing drops them any more");
     }
 }

@@ -204,34 +204,19 @@ impl Fs {
         if is_warm() { fail(libc::EIO) } else { Ok(()) }
     }
 
-    /// The disk is full: what was removed goes now, and copies that nobody uses. Hold no lock.
-    fn make_room(&self) {
-        self.orphans.wait();
-        if let Some(upper) = &self.upper {
-            upper.warm().make_room();
-        }
+    /// The disk is full: copies go that nobody uses. False if there are none.
+    pub(super) fn make_room(&self) -> bool {
+        self.upper.as_ref().is_some_and(|upper| upper.warm().make_room())
     }
 
-    /// Somebody is about to write past us, and would be told that the disk is full: where it nearly is, what was removed goes before, and
-    /// copies that nobody uses. Hold no lock.
-    pub(super) fn keep_free(&self, upper: &Upper) {
-        if self.orphans.are_waiting() && upper.warm().is_nearly_full() {
-            self.orphans.wait();
-        }
-        upper.warm().keep_free();
-    }
-
-    /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more with all that there is. Hold no lock.
+    /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more when copies could go for it.
     pub(in crate::mount) fn with_room<T>(
         &self,
         can_be_repeated: bool,
         mut work: impl FnMut() -> FsResult<T>,
     ) -> FsResult<T> {
         match work() {
-            Err(errno) if can_be_repeated && errno.is_no_space() => {
-                self.make_room();
-                work()
-            }
+            Err(errno) if can_be_repeated && errno.is_no_space() && self.make_room() => work(),
             done => done,
         }
     }
