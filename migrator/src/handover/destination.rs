@@ -114,14 +114,12 @@ pub struct Destination {
     pub gives_back: bool,
     /// Its restore has failed: it is being given back.
     is_giving_back: bool,
-    /// Its restore has failed, and it isn't to be given back: an operator says what becomes of it.
-    awaits_word: bool,
 }
 
 impl Destination {
     /// One whose journal says `phase`.
     pub fn new(phase: Phase, gives_back: bool) -> Destination {
-        Destination { phase, gives_back, is_giving_back: false, awaits_word: false }
+        Destination { phase, gives_back, is_giving_back: false }
     }
 
     /// What follows from `event`.
@@ -154,12 +152,10 @@ impl Destination {
             }
             (Phase::Committed, Event::Again | Event::Silence) if self.is_giving_back => vec![Step::Clear],
             (Phase::Committed, Event::Commit) if self.is_giving_back => vec![self.reply()],
-            // That the source has released it was known when it failed.
-            (Phase::Committed, Event::Told(_) | Event::Again | Event::Silence) if self.awaits_word => Vec::new(),
             // Begun by an earlier run of this program, or given up by it: an operator may have taken it back at the source meanwhile.
             (Phase::Committed, Event::Silence) => vec![Step::AskLater],
             (Phase::Committed, Event::Commit | Event::Told(_) | Event::Again | Event::RunHere) => {
-                (self.is_giving_back, self.awaits_word) = (false, false);
+                self.is_giving_back = false;
                 vec![Step::Restore]
             }
             (Phase::Committed, Event::Tried(Found::Running)) => vec![self.journal(Phase::Restored), self.reply()],
@@ -167,10 +163,7 @@ impl Destination {
                 self.is_giving_back = true;
                 vec![Step::Clear]
             }
-            (Phase::Committed, Event::Tried(Found::Nothing)) => {
-                self.awaits_word = true;
-                vec![self.reply()]
-            }
+            (Phase::Committed, Event::Tried(Found::Nothing)) => vec![self.reply()],
             (Phase::Committed, Event::Tried(Found::Unknown)) => vec![self.reply(), Step::AgainLater],
             (Phase::Committed, Event::Cleared(true)) if self.is_giving_back => {
                 vec![self.journal(Phase::Refused), self.reply(), Step::Clear]
@@ -232,24 +225,6 @@ mod tests {
             let mut side = Destination::new(Phase::Committed, true);
             assert_eq!(side.on(event), [Step::Restore], "{event:?}");
         }
-    }
-
-    #[test]
-    fn what_couldnt_be_restored_and_isnt_given_back_waits_for_an_operator() {
-        let mut side = Destination::new(Phase::Committed, false);
-        assert_eq!(side.on(Event::Tried(Found::Nothing)), [Step::Reply(Fate::Committed)]);
-        for event in [Event::Told(Fate::Released), Event::Told(Fate::Unknown), Event::Silence, Event::Again] {
-            assert_eq!(side.on(event), [], "{event:?}");
-        }
-        assert_eq!(side.on(Event::Inquire), [Step::Reply(Fate::Committed)]);
-        for word in [Event::RunHere, Event::Commit] {
-            assert_eq!(side.on(word), [Step::Restore]);
-            assert_eq!(side.on(Event::Tried(Found::Nothing)), [Step::Reply(Fate::Committed)]);
-        }
-        assert_eq!(side.on(Event::Told(Fate::Aborted)), [Step::Clear], "it was taken back there");
-        let mut side = Destination::new(Phase::Committed, false);
-        side.on(Event::Tried(Found::Nothing));
-        assert_eq!(side.on(Event::GiveUp), [Step::Clear]);
     }
 
     #[test]
