@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
@@ -19,6 +19,8 @@ use rustix::fs::{Advice, FallocateFlags, fallocate};
 const BYTES: u64 = 12 << 20;
 /// Steps of the random test; `LAYERFS_STEPS` says otherwise.
 const STEPS: u64 = 250;
+/// The longest that it waits for a copy.
+const COPY_COMES: Duration = Duration::from_secs(4);
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -298,9 +300,11 @@ fn like_a_plain_file() -> anyhow::Result<()> {
                 let is_same = fs::read(&ours)? == fs::read(&plain)?;
                 ensure!(is_same, "step {step}: {name} differs");
                 if this.readers.is_empty() && this.writers.is_empty() {
-                    // What is sealed gets a copy, however busy the machine is.
-                    if !scene.data_file(name)?.exists() {
-                        scene.warm(name)?;
+                    // Time for a copy, if it can have one now: what may be mapped still, for all that a new daemon knows, can't.
+                    let (copy, began) = (scene.copy(name)?, Instant::now());
+                    while !scene.data_file(name)?.exists() && !copy.exists() && began.elapsed() < COPY_COMES {
+                        scene.read(name)?;
+                        std::thread::sleep(Duration::from_millis(100));
                     }
                     this.readers.push([File::open(&ours)?, File::open(&plain)?]);
                 }
