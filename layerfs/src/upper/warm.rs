@@ -5,7 +5,7 @@
 //! changes them takes the copy away first, or makes it the data file; a copy in use stays. None is durable: an upper
 //! that is opened has only those that programs have open.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -45,6 +45,8 @@ pub struct WarmCopies {
     folder: Arc<OwnedFd>,
     path: PathBuf,
     copies: Mutex<HashMap<Ino, SpareId>>,
+    /// Whose copy the disk has failed to take. A second sync would tell of nothing, so it never becomes a data file.
+    lost: Mutex<HashSet<Ino>>,
 }
 
 /// A copy that nobody knows yet.
@@ -61,7 +63,8 @@ impl WarmCopies {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::openat(&data.folder, ".", flags, Mode::empty());
         let folder = Arc::new(folder.map_err(|errno| Error::file("open", &path, errno))?);
-        let copies = WarmCopies { store: store.clone(), folder, path, copies: Mutex::default() };
+        let copies =
+            WarmCopies { store: store.clone(), folder, path, copies: Mutex::default(), lost: Mutex::default() };
         for ino in data.numbers(|name| name.strip_suffix(SUFFIX))? {
             if in_use.contains(&ino) {
                 copies.find(ino)?;
@@ -192,6 +195,9 @@ impl WarmCopies {
 
     /// The copy of `ino`, from now on in use; none if there is none.
     pub fn begin_use(&self, ino: Ino) -> Option<Arc<File>> {
+        if self.is_lost(ino) {
+            self.remove_idle(ino);
+        }
         let id = self.id(ino)?;
         let file = self.store.spares().begin_use(id);
         if file.is_none() {
@@ -222,8 +228,13 @@ impl WarmCopies {
         let is_gone = self.store.spares().remove_idle(id);
         if is_gone {
             self.copies.lock().remove(&ino);
+            self.lost.lock().remove(&ino);
         }
         is_gone
+    }
+
+    fn is_lost(&self, ino: Ino) -> bool {
+        self.lost.lock().contains(&ino)
     }
 
     /// Gives the copy of `ino`, whose stripe is held and which is in use, a second name: the data file's. It is durable then. None if there is no
@@ -233,9 +244,11 @@ impl WarmCopies {
     /// Those of the disk; there is no data file then.
     pub(super) fn link_as(&self, ino: Ino, name: &str) -> Result<Option<Arc<File>>> {
         let Some(file) = self.id(ino).and_then(|id| self.store.spares().used(id)) else { return Ok(None) };
-        // Not told as a lack of room: then it would be tried again, and succeed.
-        let lost = |_| self.failed("sync", ino, std::io::Error::from_raw_os_error(libc::EIO));
-        file.sync_data().map_err(lost)?;
+        if self.is_lost(ino) || file.sync_data().is_err() {
+            self.lost.lock().insert(ino);
+            // Not told as a lack of room: then it would be tried again.
+            return Err(self.failed("sync", ino, std::io::Error::from_raw_os_error(libc::EIO)));
+        }
         match rustix::fs::unlinkat(&*self.folder, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => return Err(self.failed("link", ino, errno)),
@@ -321,6 +334,7 @@ fn write_out(file: &File, range: std::ops::Range<u64>, wait: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::StoreOptions;
 
     #[test]
     fn pieces_are_where_they_belong() {
@@ -343,5 +357,45 @@ mod tests {
         file.read_exact_at(&mut written, 0).unwrap();
         assert!(written == expected[..end] && number > 4, "{number}");
         assert_eq!(file.metadata().unwrap().len(), end as u64);
+    }
+
+    /// A copy of inode 7 that somebody reads, made of `bytes`.
+    fn in_use(copies: &WarmCopies, bytes: &[u8]) -> Arc<File> {
+        let room = copies.store.spares().room(bytes.len() as u64).unwrap();
+        let flags = OFlags::RDWR | OFlags::TMPFILE;
+        let file = File::from(rustix::fs::openat(&*copies.folder, ".", flags, Mode::RUSR).unwrap());
+        file.write_all_at(bytes, 0).unwrap();
+        copies.put(Ino(7), Made { file, room }).unwrap();
+        copies.begin_use(Ino(7)).unwrap()
+    }
+
+    #[test]
+    fn what_the_disk_has_lost_never_becomes_a_data_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = StoreOptions { warm_bytes: 1 << 20, ..StoreOptions::create() };
+        let store = Store::open(&folder.path().join("store"), options).unwrap();
+        let data = DataFolder::open(&folder.path().join("data")).unwrap();
+        let copies = WarmCopies::open(&store, &data, &[]).unwrap();
+        let has = |name: &str| folder.path().join("data").join(name).exists();
+
+        drop(in_use(&copies, b"whole"));
+        assert!(data.adopt(Ino(7), &copies).unwrap() && has("7"));
+        copies.has_become_data(Ino(7));
+        data.remove(Ino(7));
+
+        // As after a sync that failed.
+        drop(in_use(&copies, b"lost"));
+        copies.lost.lock().insert(Ino(7));
+        for _ in 0..2 {
+            let error = data.adopt(Ino(7), &copies).unwrap_err();
+            assert_eq!(error.errno(), libc::EIO);
+            assert!(!has("7") && has("7.warm"));
+        }
+        // Those who read it already go on; nobody begins to when they have gone, and another may come.
+        assert!(copies.begin_use(Ino(7)).is_some());
+        copies.end_use(Ino(7));
+        assert!(copies.begin_use(Ino(7)).is_none() && !has("7.warm"));
+        drop(in_use(&copies, b"anew"));
+        assert!(data.adopt(Ino(7), &copies).unwrap() && has("7"));
     }
 }
