@@ -3,12 +3,12 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::host::Host;
 
@@ -31,6 +31,8 @@ pub struct Stream {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
     answered: Arc<AtomicU64>,
+    /// Why one of them ended.
+    failure: Arc<OnceLock<String>>,
     sender: JoinHandle<anyhow::Result<()>>,
     reader: JoinHandle<anyhow::Result<()>>,
 }
@@ -43,23 +45,32 @@ impl Stream {
 
     /// The same over a connection that is there.
     pub fn over(stream: TcpStream) -> anyhow::Result<Stream> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        // Longer than anybody waits for it: who hears nothing has not lost the connection.
+        stream.set_read_timeout(Some(2 * PATIENCE))?;
+        stream.set_write_timeout(Some(2 * PATIENCE))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (sent, answered) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let failure = Arc::new(OnceLock::new());
+        let start = |what: Box<dyn FnOnce() -> anyhow::Result<()> + Send>| {
+            let failure = failure.clone();
+            std::thread::spawn(move || {
+                what().inspect_err(|error| {
+                    let _ = failure.set(format!("{error:#}"));
+                })
+            })
+        };
         let (stopped, count, mut out) = (stop.clone(), sent.clone(), stream.try_clone()?);
-        let sender = std::thread::spawn(move || {
+        let sender = start(Box::new(move || {
             let mut number = 0u64;
             while !stopped.load(SeqCst) {
                 number += 1;
                 out.write_all(format!("line {number}\n").as_bytes()).context("the guest takes nothing")?;
                 count.store(number, SeqCst);
             }
-            out.shutdown(Shutdown::Write)?;
-            Ok(())
-        });
+            Ok(out.shutdown(Shutdown::Write)?)
+        }));
         let count = answered.clone();
-        let reader = std::thread::spawn(move || {
+        let reader = start(Box::new(move || {
             let mut lines = BufReader::new(stream);
             let mut answer = String::new();
             for number in 1u64.. {
@@ -71,16 +82,19 @@ impl Stream {
                 count.store(number, SeqCst);
             }
             Ok(())
-        });
-        Ok(Stream { stop, sent, answered, sender, reader })
+        }));
+        Ok(Stream { stop, sent, answered, failure, sender, reader })
     }
 
     /// Waits for `more` answers.
     pub fn hears(&self, more: u64) -> anyhow::Result<()> {
         let (began, until) = (Instant::now(), self.answered.load(SeqCst) + more);
         while self.answered.load(SeqCst) < until {
-            ensure!(!self.reader.is_finished() && !self.sender.is_finished(), "the client has lost its connection");
-            ensure!(began.elapsed() < PATIENCE, "the client hears nothing");
+            if self.reader.is_finished() || self.sender.is_finished() {
+                bail!("the client has lost its connection: {}", self.failure.get().map_or("it ended", String::as_str));
+            }
+            let (sent, answered) = (self.sent.load(SeqCst), self.answered.load(SeqCst));
+            ensure!(began.elapsed() < PATIENCE, "the client hears nothing: {sent} lines sent, {answered} answered");
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())

@@ -10,6 +10,9 @@ use crate::upper::opens::Backing;
 const BACKING_OPEN: libc::c_ulong = 0x4010_e501;
 const BACKING_CLOSE: libc::c_ulong = 0x4004_e502;
 
+/// So many numbers below the newest may be those of requests that were being answered when a daemon died.
+const NEWEST: u32 = 1024;
+
 /// The argument of [`BACKING_OPEN`].
 #[repr(C)]
 struct BackingMap {
@@ -30,6 +33,13 @@ impl Device {
     /// Those of the mount that `device` is the other end of.
     pub fn new(device: OwnedFd) -> Device {
         Device { device, is_refused: AtomicBool::new(false) }
+    }
+
+    pub(super) fn strike_out(&self, backing: Backing) -> std::io::Result<()> {
+        // SAFETY: the request reads the number that its argument points to.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::ioctl(self.device.as_raw_fd(), BACKING_CLOSE, &raw const backing.0) };
+        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -57,11 +67,21 @@ impl Backings for Device {
     }
 
     fn close(&self, backing: Backing) {
-        // SAFETY: the request reads the number that its argument points to.
-        #[allow(unsafe_code)]
-        let result = unsafe { libc::ioctl(self.device.as_raw_fd(), BACKING_CLOSE, &raw const backing.0) };
-        if result < 0 {
-            tracing::debug!(backing = backing.0, error = %std::io::Error::last_os_error(), "the kernel has no such backing");
+        if let Err(error) = self.strike_out(backing) {
+            tracing::debug!(backing = backing.0, %error, "the kernel has no such backing");
+        }
+    }
+
+    fn close_leftovers(&self, recorded: &[Backing]) {
+        // The kernel counts on: a new one has the newest number.
+        let file = rustix::fs::memfd_create("newest", rustix::fs::MemfdFlags::CLOEXEC).map(File::from);
+        let newest = file.map_err(std::io::Error::from).and_then(|file| self.open_named(&file));
+        let Ok(newest) = newest else { return };
+        let is_left = |number: &u32| !recorded.contains(&Backing(*number));
+        let numbers = (newest.0.saturating_sub(NEWEST).max(1)..=newest.0).filter(is_left);
+        let count = numbers.filter(|number| self.strike_out(Backing(*number)).is_ok()).count() - 1;
+        if count > 0 {
+            tracing::debug!(count, "struck out files that a daemon which died had passed through last");
         }
     }
 }

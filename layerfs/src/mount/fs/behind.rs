@@ -12,7 +12,7 @@ use super::super::hidden::hand::Order;
 use super::super::hidden::{Hidden, Pin, Quiet, Turn};
 use super::super::watch::Op;
 use super::attrs::{clear_privileges, may_lose_bits, unprivileged};
-use super::opens::{Access, until_passed};
+use super::opens::{Access, Open, until_passed};
 use super::{Fs, Stat, State};
 use crate::content::Content;
 use crate::error::{Error, Result};
@@ -132,13 +132,16 @@ impl Fs {
         Ok(Stamp { bytes: inode.size(), mtime: inode.inode.attrs.mtime })
     }
 
-    /// What was prepared and isn't used is let go.
-    pub(super) fn not_used(&self, ino: Ino, prepared: &Prepared<'_>) {
-        let is_used = |node| self.opens.get(ino).is_some_and(|open| u64::from(open.record.node) == node);
-        if let (Some(pin), Some(hidden)) = (&prepared.pin, self.hidden.get())
-            && !is_used(pin.node())
+    /// The end of an opening: what was prepared and isn't used is let go.
+    pub(super) fn was_opened(&self, ino: Ino, prepared: Prepared<'_>) {
+        let node = prepared.pin.as_ref().map(Pin::node);
+        // Before anybody is asked to let it go: what is pinned stays.
+        drop(prepared);
+        let is_used = |open: Open| open.record.count > 0 && Some(u64::from(open.record.node)) == node;
+        if let (Some(node), Some(hidden)) = (node, self.hidden.get())
+            && !self.opens.get(ino).is_some_and(is_used)
         {
-            hidden.not_used(pin.node());
+            hidden.not_used(node);
         }
     }
 

@@ -97,14 +97,18 @@ impl Fs {
             self.writable_upper()?.warm().keep_free();
         }
         let prepared = self.prepare(ino, flags)?;
-        let backing = loop {
+        let opened = loop {
             match self.opened_as(ino, flags, &prepared) {
-                Ok(backing) => break backing,
-                Err(IsWarm) => self.make_warm_own(ino)?,
+                Ok(backing) => break Ok(backing),
+                Err(IsWarm) => {
+                    if let Err(errno) = self.make_warm_own(ino) {
+                        break Err(errno);
+                    }
+                }
             }
         };
-        self.not_used(ino, &prepared);
-        Ok(backing)
+        self.was_opened(ino, prepared);
+        opened
     }
 
     /// Up to `buffer.len()` bytes of `ino` at `offset`; fewer at its end only.

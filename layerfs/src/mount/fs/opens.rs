@@ -53,6 +53,10 @@ pub trait Backings: Send + Sync {
 
     /// Strikes one out; descriptors that were opened with it go on.
     fn close(&self, backing: Backing);
+
+    /// Strikes out what a daemon that died had registered last and didn't come to record, or to strike out: all of the newest but
+    /// `recorded`. Nobody else registers one meanwhile.
+    fn close_leftovers(&self, _recorded: &[Backing]) {}
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -80,6 +84,9 @@ impl Opens {
         let opens = Opens::default();
         for (slot, record) in records {
             opens.shard(record.ino).lock().insert(record.ino, Open { slot, record, sealed: None });
+            if record.count == 0 {
+                opens.doubts.add(record.ino);
+            }
         }
         opens
     }
@@ -195,6 +202,10 @@ pub(super) struct InUse {
 impl Fs {
     /// From now on files are passed through where that is possible. Once, before the first is opened.
     pub fn pass_through(&self, backings: Box<dyn Backings>) {
+        if self.is_resumed {
+            let recorded: Vec<Backing> = self.opens.records().iter().filter_map(|record| record.backing).collect();
+            backings.close_leftovers(&recorded);
+        }
         let _ = self.backings.set(backings);
     }
 
@@ -367,9 +378,13 @@ impl Fs {
     /// Looks again at files that weren't given back yet when we heard of their closing. Call it now and then; what it costs when
     /// there are none is nothing.
     pub fn look_again(&self) {
-        let (Some(upper), false) = (&self.upper, self.opens.doubts.is_empty()) else { return };
+        let Some(upper) = &self.upper else { return };
+        let due = self.opens.doubts.due();
+        if due.is_empty() {
+            return;
+        }
         let Some(_gate) = self.gate.try_read() else { return };
-        for ino in self.opens.doubts.due() {
+        for ino in due {
             let mut state = self.state.write();
             let sealed = {
                 let mut shard = self.opens.shard(ino).lock();
@@ -377,13 +392,16 @@ impl Fs {
                     0 => is_ours_alone(upper, record),
                     node => !self.is_hidden_there(node),
                 };
-                let is_closed = |open: &&Open| open.record.count == 0 && is_free(&open.record);
-                let Some(open) = shard.get(&ino).filter(is_closed).copied() else { continue };
+                let closed = shard.get(&ino).filter(|open| open.record.count == 0).copied();
+                if closed.is_some_and(|open| !is_free(&open.record)) {
+                    continue;
+                }
+                self.opens.doubts.settle(ino);
+                let Some(open) = closed else { continue };
                 shard.remove(&ino);
                 ended(upper, &open);
                 open.sealed
             };
-            self.opens.doubts.settle(ino);
             if self.catch_up(upper, &mut state, ino).is_ok() {
                 upper.data().unknow(ino);
             }

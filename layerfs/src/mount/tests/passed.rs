@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
+use crate::mount::backing::Device;
+use crate::mount::fs::Backings;
 use crate::mount::{Mount, MountOptions, UnmountOptions};
 use crate::upper::hold::Hold;
 
@@ -74,6 +76,17 @@ fn sealed_bytes(view: &View, name: &str) -> Vec<u8> {
     let count = view.read_at(ino, 0, &mut bytes).unwrap();
     bytes.truncate(count);
     bytes
+}
+
+#[test]
+fn what_a_daemon_has_not_recorded_is_struck_out() {
+    let Some(mounted) = mounted() else { return };
+    let device = Device::new(mounted.mount.descriptors.lock()[0].try_clone().unwrap());
+    let file = tempfile::tempfile().unwrap();
+    let backings: Vec<_> = (0..5).map(|_| device.open(&file).unwrap()).collect();
+    device.close_leftovers(&backings[1..3]);
+    let is_there: Vec<_> = backings.iter().map(|backing| device.strike_out(*backing).is_ok()).collect();
+    assert_eq!(is_there, [false, true, true, false, false]);
 }
 
 #[test]
