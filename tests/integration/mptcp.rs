@@ -8,10 +8,11 @@
 //! The hook `follow` leads the first address along, by which the machine tells its client of the new one; then its tunnel is taken down.
 
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use layerfs_tests::case::Case;
+use layerfs_tests::case::{Case, output_of};
 use layerfs_tests::fixtures;
 use layerfs_tests::host::{PORT, TwoHosts, run_in};
 use layerfs_tests::network::{End, Link, inside};
@@ -56,6 +57,10 @@ fn across() -> anyhow::Result<()> {
         ensure!(began.elapsed() < PATIENCE, "the client has made no way to the new address");
         std::thread::sleep(Duration::from_millis(20));
     }
+    client.hears(1000).context("with two ways")?;
+    let second = format!("netns exec {} ss -Htn state established dst {SECOND}", router.0);
+    let second = output_of(Command::new("ip").args(second.split(' ')))?;
+    ensure!(!second.is_empty(), "the way to the new address is closed again");
     // From now on nothing leads to the first address.
     for host in [&moving.hosts.a, &moving.hosts.b] {
         run_in(host, &follow::hook()?.to_string_lossy(), &["remove", GUEST])?;
@@ -84,6 +89,10 @@ fn connect(hosts: &TwoHosts, router: &Router) -> anyhow::Result<()> {
         run_in(host, "sh", &["-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])?;
         follow::ip(&format!("-n {} route add 10.88.{subnet}.0/24 via 172.20.{subnet}.2", router.0))?;
     }
+    // A way is given up after its first timeout, which is seconds where a move has just held packets up; the fourth, by
+    // default, is a minute then.
+    let stale = "echo 1 > /proc/sys/net/mptcp/stale_loss_cnt";
+    output_of(Command::new("ip").args(["netns", "exec", &router.0, "sh", "-c", stale]))?;
     follow::ip(&format!("-n {} mptcp limits set subflow 4 add_addr_accepted 4", router.0))
 }
 
@@ -123,8 +132,8 @@ fn give_address(end: &End) -> anyhow::Result<()> {
 /// How many further ways the client's kernel has made.
 fn joins(end: &End) -> anyhow::Result<u64> {
     let namespace = format!("--net=/run/netns/{}", end.namespace);
-    let mut command = std::process::Command::new("nsenter");
-    let text = layerfs_tests::case::output_of(command.arg(namespace).args(["--", "cat", "/proc/self/net/netstat"]))?;
+    let mut command = Command::new("nsenter");
+    let text = output_of(command.arg(namespace).args(["--", "cat", "/proc/self/net/netstat"]))?;
     let mut rows = text.lines().filter(|line| line.starts_with("MPTcpExt:")).map(|line| line.split(' '));
     let (names, counts) = (rows.next().context("no MPTCP here")?, rows.next().context("no MPTCP here")?);
     let count = names.zip(counts).find(|(name, _)| *name == "MPJoinSynAckRx").map(|(_, count)| count);
