@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -457,14 +459,21 @@ impl Guest for FakeGuest {
     }
 
     fn restore(&self, from: &Path, _: Manner) -> Result<()> {
+        self.restored(from, &from.join(MEMORY_FILE))
+    }
+
+    fn restore_with(&self, from: &Path, memory: File) -> Result<()> {
+        self.restored(from, Path::new(&format!("/proc/self/fd/{}", memory.as_raw_fd())))
+    }
+}
+
+impl FakeGuest {
+    fn restored(&self, from: &Path, memory: &Path) -> Result<()> {
         self.world.guarded(&self.label, Call::Restore, || {
-            let load = |name: &str| {
-                let path = from.join(name);
-                std::fs::read(&path).map_err(|e| layerfs::Error::file("read", path, e))
-            };
-            let inside: Inside = serde_json::from_slice(&load(STATE_FILE)?)
+            let load = |path: &Path| std::fs::read(path).map_err(|e| layerfs::Error::file("read", path, e));
+            let inside: Inside = serde_json::from_slice(&load(&from.join(STATE_FILE))?)
                 .map_err(|e| layerfs::Error::corrupt("fake guest's state", e.to_string()))?;
-            self.appear("restore", inside, load(MEMORY_FILE)?)?;
+            self.appear("restore", inside, load(memory)?)?;
             self.note(Event::Restored);
             Ok(())
         })

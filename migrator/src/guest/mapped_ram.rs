@@ -47,27 +47,11 @@ pub(super) struct Layout {
 impl Layout {
     /// That of `file`.
     pub fn read(file: &File) -> Result<Layout, String> {
-        let mut head = vec![0; HEAD];
-        let mut have = 0;
-        while have < HEAD {
-            match file.read_at(&mut head[have..], have as u64) {
-                Ok(0) => break,
-                Ok(count) => have += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(format!("the machine's state cannot be read: {error}")),
-            }
-        }
-        Layout::parse(&head[..have]).ok_or_else(|| "this is no machine's state of QEMU's".to_owned())
+        Layout::parse(&head_of(file)?).ok_or_else(no_state)
     }
 
     fn parse(head: &[u8]) -> Option<Layout> {
-        let rest = head.strip_prefix(b"QEVM\0\0\0\x03\x07")?;
-        let length = u32::from_be_bytes(*rest.first_chunk()?) as usize;
-        let machine = std::str::from_utf8(rest.get(4..4usize.checked_add(length)?)?).ok()?.to_owned();
-        let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
-        if machine.is_empty() || length > 64 || !machine.bytes().all(is_plain) {
-            return None;
-        }
+        let machine = parse_machine(head)?;
         let at = head.windows(NAME.len()).position(|window| window == NAME)? + NAME.len();
         let number = |at: usize| Some(u64::from_be_bytes(*head.get(at..)?.first_chunk()?));
         let version = u32::from_be_bytes(*head.get(at + 8..)?.first_chunk()?);
@@ -94,6 +78,40 @@ impl Layout {
         copy(file, &out, self.bitmap.0 + self.bitmap.1, self.pages)?;
         copy(file, &out, end, length)
     }
+}
+
+fn no_state() -> String {
+    "this is no machine's state of QEMU's".to_owned()
+}
+
+/// What is before the memory in a file of QEMU's.
+fn head_of(file: &File) -> Result<Vec<u8>, String> {
+    let mut head = vec![0; HEAD];
+    let mut have = 0;
+    while have < HEAD {
+        match file.read_at(&mut head[have..], have as u64) {
+            Ok(0) => break,
+            Ok(count) => have += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(format!("the machine's state cannot be read: {error}")),
+        }
+    }
+    head.truncate(have);
+    Ok(head)
+}
+
+/// The machine's type in a file of QEMU's, with memory or without.
+pub(super) fn machine_of(file: &File) -> Result<String, String> {
+    parse_machine(&head_of(file)?).ok_or_else(no_state)
+}
+
+fn parse_machine(head: &[u8]) -> Option<String> {
+    let rest = head.strip_prefix(b"QEVM\0\0\0\x03\x07")?;
+    let length = u32::from_be_bytes(*rest.first_chunk()?) as usize;
+    let machine = std::str::from_utf8(rest.get(4..4usize.checked_add(length)?)?).ok()?;
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+    let is_sound = !machine.is_empty() && length <= 64 && machine.bytes().all(is_plain);
+    is_sound.then(|| machine.to_owned())
 }
 
 /// Copies a part of a file to the same place.

@@ -25,6 +25,7 @@ mod lazy_pages;
 mod lxc;
 mod machine;
 mod mapped_ram;
+mod memory;
 mod name;
 mod neighbours;
 mod network;
@@ -43,6 +44,7 @@ pub mod state;
 mod surroundings;
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -214,6 +216,15 @@ pub trait Guest: Send + Sync {
     /// # Errors
     /// [`crate::Error::Guest`]; nothing of it runs then, and it can be tried again.
     fn restore(&self, from: &Path, manner: Manner) -> Result<()>;
+
+    /// As [`Guest::restore`] with [`Manner::Whole`]; `memory` is a file without a name that has what the state's [`state::MEMORY_FILE`]
+    /// has, and becomes the guest's memory where the driver can do that.
+    ///
+    /// # Errors
+    /// As [`Guest::restore`].
+    fn restore_with(&self, from: &Path, _memory: File) -> Result<()> {
+        self.restore(from, Manner::Whole)
+    }
 }
 
 /// Makes guests out of their records: the seam at which tests put fakes.

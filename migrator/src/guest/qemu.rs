@@ -1,15 +1,15 @@
 //! The driver "qemu": a machine by QEMU, its disk a file on the mounted stack.
 //!
-//! Memory is saved in place ("mapped-ram"): each page has its place in the file, whatever else is in it, so the same memory is cut
-//! into the same pieces of 64 KiB in every state, and in a scan of the memory that QEMU shares with whoever looks. A dumped
-//! machine stands still in its QEMU and goes on there if it is resumed.
+//! Its memory is a file that it shares with us ([`memory`](super::memory)): each page has its place, whatever else is in it, so the same
+//! memory is cut into the same pieces of 64 KiB in every state, dumped or scanned, and QEMU need not save nor load it. Where it isn't
+//! shared QEMU saves it in place ("mapped-ram"). A dumped machine stands still in its QEMU and goes on there if it is resumed.
+//!
+//! In a state: `memory.raw`, `devices` (what QEMU saves beside the memory, if that is shared), `accel`.
 //!
 //! In the run folder: `qmp` (QEMU's control socket), `process.json`, `console` (what the machine writes on its serial line).
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use serde_json::json;
 
 use super::machine::{self, AUTO, MachineOptions};
 use super::mapped_ram::{self, Layout};
+use super::memory::{Held, Memory};
 use super::network::Tap;
 use super::options::Network;
 use super::processes::{Process, status_bytes, wait_until};
@@ -38,13 +39,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const MEMORY_PATIENCE: Duration = Duration::from_secs(3600);
 /// More than any memory or disk can be read.
 const NO_LIMIT: u64 = 1 << 40;
-/// So much of the memory is copied at a time, in bytes.
-const PIECE: usize = 1 << 20;
-/// A state's chunk, in bytes.
-const SMALL_PIECE: usize = 64 << 10;
 const MEGABYTE: u64 = 1 << 20;
 /// Where it stands what emulates a machine, or did.
 const ACCEL: &str = "accel";
+/// What a state has beside shared memory.
+const DEVICES_FILE: &str = "devices";
+/// What has QEMU save pages in place, and leave out shared memory.
+const MAPPED_RAM: &str = "mapped-ram";
+const IGNORE_SHARED: &str = "x-ignore-shared";
 /// From this version on QEMU maps a file that it can't write.
 const MAPS_FILES: (u32, u32) = (8, 2);
 /// A socket's path can't be longer.
@@ -54,12 +56,22 @@ type Outcome<T> = std::result::Result<T, String>;
 
 /// A state that is about to be loaded.
 struct Incoming {
+    /// What QEMU loads.
     file: PathBuf,
-    layout: Layout,
+    /// How it was saved.
+    capability: &'static str,
+    /// The machine's type.
+    machine: String,
     /// What emulated it, which is part of what was saved.
     accel: String,
-    /// Whether the memory stays in the file until it is touched.
-    is_lazy: bool,
+}
+
+/// Where a machine's memory is to lie.
+enum Backing {
+    /// In this file, which it shares.
+    Shared(Memory),
+    /// In the state's file, from this place on, until it is touched.
+    Lazy(PathBuf, u64),
 }
 
 /// A guest of this driver.
@@ -137,28 +149,26 @@ impl QemuGuest {
         surroundings::version(text.split_once("version ")?.1)
     }
 
-    fn command(&self, incoming: Option<&Incoming>) -> Outcome<Command> {
+    fn command(&self, memory: &Backing, incoming: Option<&Incoming>) -> Outcome<Command> {
         let program = self.programs.find(PROGRAM).ok_or("there is no QEMU: run scripts/setup guests")?;
         let mut command = self.programs.command(program);
-        let options = &self.options;
-        let memory = options.memory / MEGABYTE;
+        let (options, megabytes) = (&self.options, self.options.memory / MEGABYTE);
         command.args(["-name", self.name.as_str(), "-nodefaults", "-display", "none", "-no-user-config", "-daemonize"]);
         command.arg("-pidfile").arg(self.run.join("pid"));
         let accel = incoming.map_or_else(|| self.accel(), |incoming| incoming.accel.clone());
         fs::write(self.run.join(ACCEL), &accel).map_err(|error| format!("cannot note what emulates it: {error}"))?;
         // A state fits the type of machine that it is of, which a newer QEMU knows by its name.
-        let kind = incoming.map_or("q35", |incoming| incoming.layout.machine.as_str());
+        let kind = incoming.map_or("q35", |incoming| incoming.machine.as_str());
         command.arg("-machine").arg(format!("{kind},accel={accel},memory-backend=memory"));
         // The same on every host, so that a state fits all of them.
-        command.args(["-cpu", "qemu64", "-m", &format!("{memory}M"), "-smp", &options.cpus.to_string()]);
-        command.arg("-object").arg(match incoming.filter(|incoming| incoming.is_lazy) {
-            None => format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
-            Some(Incoming { file, layout, .. }) => format!(
-                "memory-backend-file,id=memory,size={memory}M,mem-path={},offset={},share=off,readonly=on,rom=off",
-                file.display(),
-                layout.pages
-            ),
-        });
+        command.args(["-cpu", "qemu64", "-m", &format!("{megabytes}M"), "-smp", &options.cpus.to_string()]);
+        let place = match memory {
+            Backing::Shared(memory) => format!("mem-path={},share=on", memory.path().display()),
+            Backing::Lazy(file, at) => {
+                format!("mem-path={},offset={at},share=off,readonly=on,rom=off", file.display())
+            }
+        };
+        command.arg("-object").arg(format!("memory-backend-file,id=memory,size={megabytes}M,{place}"));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", self.socket().display()));
         let console = self.run.join("console");
         command.arg("-chardev").arg(format!("file,id=console,path={},append=on", console.display()));
@@ -190,7 +200,7 @@ impl QemuGuest {
     }
 
     /// Starts QEMU, which returns when its socket answers.
-    fn launch(&self, incoming: Option<&Incoming>) -> Outcome<()> {
+    fn launch(&self, memory: &Backing, incoming: Option<&Incoming>) -> Outcome<()> {
         if self.socket().as_os_str().len() > MAX_SOCKET_PATH {
             let path = self.socket();
             return Err(format!("{} is too long for a socket: use a store with a shorter path", path.display()));
@@ -200,7 +210,7 @@ impl QemuGuest {
         }
         let pidfile = self.run.join("pid");
         let _ = fs::remove_file(&pidfile);
-        run(self.command(incoming)?.stdout(Stdio::piped()))?;
+        run(self.command(memory, incoming)?.stdout(Stdio::piped()))?;
         let pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok());
         let process = pid.and_then(Process::of).ok_or("QEMU ended at once")?;
         process.save(&self.saved()).map_err(|error| error.to_string())
@@ -236,11 +246,12 @@ impl QemuGuest {
         self.tap().map_or(Ok(()), |tap| tap.remove().map_err(&failed))
     }
 
-    /// What QEMU needs to know before memory is saved or loaded.
-    fn prepare_memory(qmp: &mut Qmp) -> Outcome<()> {
-        let capability = json!({ "capabilities": [{ "capability": "mapped-ram", "state": true }] });
-        qmp.call("migrate-set-capabilities", capability)
-            .map_err(|error| format!("{error} (saving memory in place needs QEMU 9.0 or later)"))?;
+    /// What QEMU needs to know before a machine is saved or loaded by `capability`.
+    fn prepare(qmp: &mut Qmp, capability: &str) -> Outcome<()> {
+        let all = [MAPPED_RAM, IGNORE_SHARED];
+        let wanted = all.map(|name| json!({ "capability": name, "state": name == capability }));
+        qmp.call("migrate-set-capabilities", json!({ "capabilities": wanted }))
+            .map_err(|error| format!("{error} (saving machines needs QEMU 9.0 or later)"))?;
         qmp.call("migrate-set-parameters", json!({ "max-bandwidth": NO_LIMIT })).map(|_| ())
     }
 
@@ -264,103 +275,95 @@ impl QemuGuest {
         if is_over { outcome } else { Err("QEMU does not come to an end with its memory".to_owned()) }
     }
 
-    fn save(&self, into: &Path) -> Outcome<()> {
-        let mut qmp = self.qmp()?;
-        qmp.call("stop", json!({}))?;
-        Self::prepare_memory(&mut qmp)?;
-        fs::write(into.join(ACCEL), self.accel()).map_err(|error| format!("cannot write its state: {error}"))?;
-        let file = into.join(MEMORY_FILE);
-        qmp.call("migrate", json!({ "uri": format!("file:{}", file.display()) }))?;
-        Self::wait_memory(&mut qmp)
+    /// The memory of QEMU's process.
+    fn held(&self) -> Outcome<Held> {
+        let process = self.process().ok_or("it isn't running")?;
+        Held::by(process.pid, self.options.memory).map_err(|error| format!("its memory cannot be read: {error}"))
     }
 
-    fn load(&self, from: &Path, manner: Manner) -> Outcome<()> {
-        let mut file = from.join(MEMORY_FILE);
-        let opened = File::open(&file).map_err(|error| format!("its state cannot be read: {error}"))?;
-        let layout = Layout::read(&opened)?;
-        if layout.bytes != self.options.memory {
-            return Err(format!("its state has {} bytes of memory, not {}", layout.bytes, self.options.memory));
-        }
+    fn copy(&self, held: &Held, into: &Path) -> Outcome<()> {
+        held.copy(self.options.memory, into).map_err(|error| format!("its memory cannot be copied: {error}"))
+    }
+
+    fn save(&self, into: &Path) -> Outcome<()> {
+        let (mut qmp, held) = (self.qmp()?, self.held()?);
+        qmp.call("stop", json!({}))?;
+        fs::write(into.join(ACCEL), self.accel()).map_err(|error| format!("cannot write its state: {error}"))?;
+        let (file, capability) =
+            if held.is_shared() { (DEVICES_FILE, IGNORE_SHARED) } else { (MEMORY_FILE, MAPPED_RAM) };
+        Self::prepare(&mut qmp, capability)?;
+        qmp.call("migrate", json!({ "uri": format!("file:{}", into.join(file).display()) }))?;
+        Self::wait_memory(&mut qmp)?;
+        // Saving the devices may still have changed it.
+        if held.is_shared() { self.copy(&held, into) } else { Ok(()) }
+    }
+
+    /// What is in a state's folder, and where its memory is to lie; `ahead` has it already.
+    fn incoming(&self, from: &Path, manner: Manner, ahead: Option<File>) -> Outcome<(Backing, Incoming)> {
+        let unread = |error: std::io::Error| format!("its state cannot be read: {error}");
         let accel = fs::read_to_string(from.join(ACCEL)).unwrap_or_else(|_| self.accel());
         if !self.accels().contains(&accel) {
             return Err(format!("it ran by {accel:?}, which this host does not have"));
         }
-        let incoming = Incoming { file: file.clone(), layout, accel, is_lazy: manner == Manner::Lazily };
-        if incoming.is_lazy {
-            // The memory is mapped where it lies; QEMU loads the rest.
-            file = self.run.join("devices.raw");
-            let written = incoming.layout.write_rest(&opened, &file);
-            written.map_err(|error| format!("the devices' states cannot be read: {error}"))?;
+        let (path, devices) = (from.join(MEMORY_FILE), from.join(DEVICES_FILE));
+        let (file, expected) = (File::open(&path).map_err(unread)?, self.options.memory);
+        let check = |bytes: u64| match bytes == expected {
+            true => Ok(()),
+            false => Err(format!("its state has {bytes} bytes of memory, not {expected}")),
+        };
+        if devices.exists() {
+            check(file.metadata().map_err(unread)?.len())?;
+            let machine = mapped_ram::machine_of(&File::open(&devices).map_err(unread)?)?;
+            let memory = match (manner, ahead) {
+                (Manner::Lazily, _) => Backing::Lazy(path, 0),
+                (Manner::Whole, Some(ahead)) => Backing::Shared(Memory::of(ahead, expected).map_err(unread)?),
+                (Manner::Whole, None) => Backing::Shared(Memory::read(&file, expected).map_err(unread)?),
+            };
+            return Ok((memory, Incoming { file: devices, capability: IGNORE_SHARED, machine, accel }));
         }
-        self.launch(Some(&incoming))?;
+        let layout = Layout::read(&file)?;
+        check(layout.bytes)?;
+        let incoming = |file| Incoming { file, capability: MAPPED_RAM, machine: layout.machine.clone(), accel };
+        if manner == Manner::Whole {
+            return Ok((Backing::Shared(Memory::new(expected).map_err(unread)?), incoming(path)));
+        }
+        // The memory is mapped where it lies; QEMU loads the rest.
+        let rest = self.rest();
+        layout.write_rest(&file, &rest).map_err(|error| format!("the devices' states cannot be read: {error}"))?;
+        Ok((Backing::Lazy(path, layout.pages), incoming(rest)))
+    }
+
+    /// Where the devices of a state lie that has them in one file with the memory.
+    fn rest(&self) -> PathBuf {
+        self.run.join("devices.raw")
+    }
+
+    fn load(&self, from: &Path, manner: Manner, ahead: Option<File>) -> Outcome<()> {
+        let (memory, incoming) = self.incoming(from, manner, ahead)?;
+        self.launch(&memory, Some(&incoming))?;
         let mut qmp = self.qmp()?;
-        Self::prepare_memory(&mut qmp)?;
-        qmp.call("migrate-incoming", json!({ "uri": format!("file:{}", file.display()) }))?;
+        Self::prepare(&mut qmp, incoming.capability)?;
+        qmp.call("migrate-incoming", json!({ "uri": format!("file:{}", incoming.file.display()) }))?;
         Self::wait_memory(&mut qmp)?;
         // Before it goes on, so that the first packet that it sends arrives.
         self.release()?;
         qmp.call("cont", json!({}))?;
         self.announce(&mut qmp);
-        let _ = fs::remove_file(self.run.join("devices.raw"));
+        let _ = fs::remove_file(self.rest());
         Ok(())
     }
 
-    /// Copies the memory that QEMU shares, without what it never used.
-    fn copy_memory(&self, pid: u32, into: &Path) -> Outcome<()> {
-        let failed = |error: io::Error| format!("its memory cannot be copied: {error}");
-        let mut links = fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)?.flatten().map(|entry| entry.path());
-        let is_memory = |path: &PathBuf| {
-            fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:memory-backend-memfd"))
-        };
-        let Some(link) = links.find(is_memory) else { return self.copy_private(pid, into) };
-        let (memory, copy) = (File::open(link).map_err(failed)?, File::create(into.join(MEMORY_FILE)).map_err(failed)?);
-        let bytes = memory.metadata().map_err(failed)?.len();
-        let base = mapped_ram::pages_of(bytes);
-        copy.set_len(base + bytes).map_err(failed)?;
-        let mut buffer = vec![0; PIECE];
-        let mut at = 0;
-        while at < bytes {
-            let begin = match rustix::fs::seek(&memory, rustix::fs::SeekFrom::Data(at)) {
-                Ok(begin) => begin,
-                Err(rustix::io::Errno::NXIO) => break,
-                Err(error) => return Err(failed(error.into())),
-            };
-            let end =
-                rustix::fs::seek(&memory, rustix::fs::SeekFrom::Hole(begin)).map_err(|error| failed(error.into()))?;
-            at = begin;
-            while at < end {
-                let piece = &mut buffer[..(end - at).min(PIECE as u64) as usize];
-                memory.read_exact_at(piece, at).map_err(failed)?;
-                copy.write_all_at(piece, base + at).map_err(failed)?;
-                at += piece.len() as u64;
-            }
+    fn restored(&self, from: &Path, manner: Manner, ahead: Option<File>) -> Result<()> {
+        let failed = self.failed("restore");
+        if self.process().is_some() {
+            return Err(failed("it runs already".to_owned()));
         }
-        Ok(())
-    }
-
-    /// Copies memory that lies on a state's file, of one that came by post-copy.
-    fn copy_private(&self, pid: u32, into: &Path) -> Outcome<()> {
-        let failed = |error: io::Error| format!("its memory cannot be copied: {error}");
-        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(failed)?;
-        let start = maps.lines().find_map(|line| {
-            let (range, _) = line.split_once(' ').filter(|_| line.ends_with(MEMORY_FILE))?;
-            let (start, end) = range.split_once('-')?;
-            let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-            (end - start == self.options.memory).then_some(start)
-        });
-        let start = start.ok_or("its memory cannot be found: start it again")?;
-        let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
-        let copy = File::create(into.join(MEMORY_FILE)).map_err(failed)?;
-        let base = mapped_ram::pages_of(self.options.memory);
-        copy.set_len(base + self.options.memory).map_err(failed)?;
-        let mut buffer = vec![0; SMALL_PIECE];
-        for at in (0..self.options.memory).step_by(SMALL_PIECE) {
-            memory.read_exact_at(&mut buffer, start + at).map_err(failed)?;
-            if buffer.iter().any(|byte| *byte != 0) {
-                copy.write_all_at(&buffer, base + at).map_err(failed)?;
-            }
+        let loaded = self.load(from, manner, ahead);
+        if loaded.is_err() {
+            // The failure is what counts.
+            let _ = self.end("restore");
         }
-        Ok(())
+        loaded.map_err(&failed)
     }
 }
 
@@ -402,7 +405,9 @@ impl Guest for QemuGuest {
         if self.process().is_some() {
             return Err(failed("it runs already".to_owned()));
         }
-        let started = self.launch(None).and_then(|()| self.release());
+        let memory = Memory::new(self.options.memory).map_err(|error| format!("there is no memory for it: {error}"));
+        let started = memory.and_then(|memory| self.launch(&Backing::Shared(memory), None));
+        let started = started.and_then(|()| self.release());
         if started.is_err() {
             // The failure is what counts.
             let _ = self.end("start");
@@ -430,8 +435,7 @@ impl Guest for QemuGuest {
 
     fn scan(&self, into: &Path) -> Result<Written> {
         let failed = self.failed("scan");
-        let process = self.process().ok_or_else(|| failed("it isn't running".to_owned()))?;
-        self.copy_memory(process.pid, into).map_err(&failed)?;
+        self.held().and_then(|held| self.copy(&held, into)).map_err(&failed)?;
         let (memory_bytes, other_bytes) = state::sizes(into)?;
         Ok(Written { memory_bytes, other_bytes, frozen: Duration::ZERO, has_ended: false })
     }
@@ -470,15 +474,10 @@ impl Guest for QemuGuest {
     }
 
     fn restore(&self, from: &Path, manner: Manner) -> Result<()> {
-        let failed = self.failed("restore");
-        if self.process().is_some() {
-            return Err(failed("it runs already".to_owned()));
-        }
-        let loaded = self.load(from, manner);
-        if loaded.is_err() {
-            // The failure is what counts.
-            let _ = self.end("restore");
-        }
-        loaded.map_err(&failed)
+        self.restored(from, manner, None)
+    }
+
+    fn restore_with(&self, from: &Path, memory: File) -> Result<()> {
+        self.restored(from, Manner::Whole, Some(memory))
     }
 }

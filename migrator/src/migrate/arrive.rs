@@ -103,7 +103,9 @@ impl Migrations {
         row.side = Side::Destination { phase: Phase::Arriving, gives_back: prepare.gives_back, was_known };
         self.write(&row)?;
         let machine = Destination::new(Phase::Arriving, prepare.gives_back);
-        self.0.arriving.lock().insert(row.id, Arrival { machine, opened: None, heard: Instant::now() });
+        let kept = Some(self.keep_memory(row.guest()));
+        let arrival = Arrival { machine, opened: None, heard: Instant::now(), kept, memory: None };
+        self.0.arriving.lock().insert(row.id, arrival);
         self.watch_lease(prepare.id);
         Ok(Message::prepared(Vec::new()))
     }
@@ -185,6 +187,8 @@ impl Migrations {
             machine: Destination::new(phase, gives_back),
             opened: None,
             heard: Instant::now(),
+            kept: None,
+            memory: None,
         });
         match (layers, row.layers) {
             (Some(new), Some(old)) if phase != Phase::Arriving && new != old => {
@@ -291,6 +295,9 @@ impl Migrations {
             }
         }
         self.open(row, layers, arrival)?;
+        if let Some(kept) = arrival.kept.take().filter(|_| !layers.lazily) {
+            arrival.memory = kept.lock().finish(store, layers.state);
+        }
         self.0.hooks.run(HookPoint::BeforeRestore, row)
     }
 
@@ -348,7 +355,10 @@ impl Migrations {
                 Err(error) => return Err(error),
             }
         }
-        guest.restore(&path, Manner::Whole)?;
+        match arrival.memory.take().filter(|memory| memory.layer == layers.state) {
+            Some(memory) => guest.restore_with(&path, memory.into_file())?,
+            None => guest.restore(&path, Manner::Whole)?,
+        }
         if !layers.lazily {
             // It may still be reading if it came lazily: then the state stays open until the guest goes.
             let _ = self.0.host.close_layer(row.guest());

@@ -15,6 +15,7 @@ mod depart;
 pub mod hooks;
 pub mod inhibit;
 pub mod learnt;
+mod memory;
 pub mod picture;
 pub mod plan;
 pub mod report;
@@ -169,6 +170,10 @@ struct Arrival {
     /// Where its state can be read, once that is so.
     opened: Option<PathBuf>,
     heard: std::time::Instant,
+    /// Its memory, as far as it has come.
+    kept: Option<Arc<Mutex<memory::Kept>>>,
+    /// Its memory as the last state has it.
+    memory: Option<memory::Memory>,
 }
 
 impl Migrations {
