@@ -127,9 +127,10 @@ pub(super) struct Two {
 pub(super) fn timing() -> Timing {
     Timing {
         lease: Duration::from_millis(300),
-        patience: Duration::from_millis(1000),
-        frozen_patience: Duration::from_millis(1000),
-        commit_patience: Duration::from_millis(1000),
+        // Longer than a busy machine stands still; a host that is dead is waited for as long.
+        patience: Duration::from_millis(5000),
+        frozen_patience: Duration::from_millis(5000),
+        commit_patience: Duration::from_millis(5000),
         pauses: (Duration::from_millis(10), Duration::from_millis(50)),
     }
 }
