@@ -14,7 +14,7 @@ use layerfs::{Error, LayerId, LayerName, Result as StoreResult};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Activity, Drivers, Guest, GuestName, GuestRecord, GuestSpec, GuestState, Guests, Host, Manner, Scratch, Written,
+    Activity, Drivers, Guest, GuestName, GuestRecord, GuestSpec, GuestState, Guests, Host, Scratch, Written, memory,
     state,
 };
 use crate::error::Result;
@@ -189,14 +189,19 @@ impl Hosted<'_> {
     /// Of any kind; it doesn't run then.
     pub fn restore(&self, name: &GuestName, state: LayerId, state_name: Option<LayerName>) -> Result<GuestRecord> {
         let from = self.host.open_layer(name, state)?;
-        let restored = self.restore_from(name, &from, state_name);
+        let restored = self.restore_from(name, (state, &from), state_name);
         let closed = self.host.close_layer(name);
         let restored = restored?;
         closed?;
         Ok(restored)
     }
 
-    fn restore_from(&self, name: &GuestName, from: &Path, state_name: Option<LayerName>) -> Result<GuestRecord> {
+    fn restore_from(
+        &self,
+        name: &GuestName,
+        (state, from): (LayerId, &Path),
+        state_name: Option<LayerName>,
+    ) -> Result<GuestRecord> {
         let description = Description::read(from)?;
         if description.spec.name != *name {
             let what = &description.spec.name;
@@ -225,7 +230,7 @@ impl Hosted<'_> {
         guest.discard()?;
         self.host.unmount(name, true)?;
         self.host.mount(name, description.instance)?;
-        guest.restore(from, Manner::Whole)?;
+        memory::restore(&*guest, store, (state, from), None)?;
         Ok(self.guests.update(name, |record| {
             record.state = GuestState::Running;
             record.spec = description.spec;

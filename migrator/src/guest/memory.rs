@@ -1,142 +1,129 @@
-//! A machine's memory: a file without a name that QEMU maps and whoever looks at it reads, and how it is copied.
+//! A state's memory, for drivers that take it as a file ([`Guest::restore_with`]): read from the store, not through a mount.
 //!
-//! Hides the ways in which QEMU may hold it. *Shared*, in a file of ours: QEMU saves and loads the devices alone, and the file is the
-//! memory of the state, byte for byte. *Anonymous*, in a file of QEMU's own, by an earlier version of this program; *private*, as
-//! changes to the file of a state that it goes on from (post-copy). The pages of those stand in QEMU's file of the state
-//! ([`mapped_ram`]), and in copies at the same place.
+//! Invariant: the file is what the layer has, or it is dropped.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::fd::AsRawFd;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
-use super::mapped_ram;
+use layerfs::LayerId;
+use layerfs::content::{Content, Extent, Extents, get_sized};
+use layerfs::id::Ino;
+use layerfs::inode::Node;
+use layerfs::store::Store;
+use layerfs::view::View;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
+
 use super::state::MEMORY_FILE;
+use super::{Guest, Manner};
+use crate::error::Result;
 
-/// So much is copied at a time, in bytes: what was read is in the processor's cache still when it is written.
-const PIECE: usize = 256 << 10;
-/// A state's chunk, in bytes.
-const SMALL_PIECE: usize = 64 << 10;
+/// Lets `guest` go on from the state `layer`, which is open at `path`, with all of its memory, of which `last` is an earlier one.
+///
+/// # Errors
+/// Those of [`Guest::restore`], and of the store.
+pub fn restore(
+    guest: &dyn Guest,
+    store: &Arc<Store>,
+    (layer, path): (LayerId, &Path),
+    last: Option<Memory>,
+) -> Result<()> {
+    match Memory::of(store, layer, last)? {
+        Some(memory) => guest.restore_with(path, memory.file),
+        None => guest.restore(path, Manner::Whole),
+    }
+}
 
-/// Memory that a machine is about to have.
-#[derive(Debug)]
-pub(super) struct Memory(File);
+/// Memory as a state has it.
+pub struct Memory {
+    layer: LayerId,
+    content: Content,
+    file: File,
+}
 
 impl Memory {
-    /// Nothing but zeroes.
-    pub fn new(bytes: u64) -> io::Result<Memory> {
-        let file = File::from(rustix::fs::memfd_create("layerfs-memory", rustix::fs::MemfdFlags::CLOEXEC)?);
-        Memory::of(file, bytes)
+    /// How long the memory of state `layer` is, if that has a file of memory.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn bytes_of(store: &Arc<Store>, layer: LayerId) -> Result<Option<u64>> {
+        Ok(content_of(store, layer)?.map(|content| content.len()))
     }
 
-    /// What is in `file`, which becomes as long as it is to be.
-    pub fn of(file: File, bytes: u64) -> io::Result<Memory> {
-        file.set_len(bytes)?;
-        Ok(Memory(file))
-    }
-
-    /// As a state has it.
-    pub fn read(from: &File, bytes: u64) -> io::Result<Memory> {
-        let memory = Memory::new(bytes)?;
-        copy(from, &memory.0, 0, bytes)?;
-        Ok(memory)
-    }
-
-    /// Where another process can open it as long as this exists.
-    pub fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
-    }
-}
-
-/// The memory of a machine that there is.
-#[derive(Debug)]
-pub(super) enum Held {
-    Shared(File),
-    Anonymous(File),
-    /// It begins at this address of the process.
-    Private(File, u64),
-}
-
-impl Held {
-    /// That of QEMU's process `pid`, which has so many `bytes` of it.
-    pub fn by(pid: u32, bytes: u64) -> io::Result<Held> {
-        for link in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().map(|entry| entry.path()) {
-            let Ok(target) = fs::read_link(&link) else { continue };
-            let target = target.to_string_lossy();
-            if target.starts_with("/memfd:layerfs-memory") {
-                return Ok(Held::Shared(File::open(link)?));
-            }
-            if target.starts_with("/memfd:memory-backend-memfd") {
-                return Ok(Held::Anonymous(File::open(link)?));
-            }
+    /// The memory of state `layer`, made of `last`, that of an earlier one. None if that state has no file of memory.
+    ///
+    /// # Errors
+    /// Those of the store; then `last` is gone too.
+    pub fn of(store: &Arc<Store>, layer: LayerId, last: Option<Memory>) -> Result<Option<Memory>> {
+        if last.as_ref().is_some_and(|last| last.layer == layer) {
+            return Ok(last);
         }
-        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
-        let start = maps.lines().find_map(|line| {
-            let (range, _) = line.split_once(' ').filter(|_| line.ends_with(MEMORY_FILE))?;
-            let (start, end) = range.split_once('-')?;
-            let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-            (end - start == bytes).then_some(start)
-        });
-        let start = start.ok_or_else(|| io::Error::other("it can't be found: start the guest again"))?;
-        Ok(Held::Private(File::open(format!("/proc/{pid}/mem"))?, start))
-    }
-
-    /// Whether QEMU leaves it out of what it saves.
-    pub fn is_shared(&self) -> bool {
-        matches!(self, Held::Shared(_))
-    }
-
-    /// Copies its `bytes`, without what was never used, to where a state in the folder `into` has them.
-    pub fn copy(&self, bytes: u64, into: &Path) -> io::Result<()> {
-        let to = File::create(into.join(MEMORY_FILE))?;
-        let base = if self.is_shared() { 0 } else { mapped_ram::pages_of(bytes) };
-        to.set_len(base + bytes)?;
-        match self {
-            Held::Shared(memory) | Held::Anonymous(memory) => copy(memory, &to, base, bytes),
-            Held::Private(memory, start) => {
-                let mut buffer = vec![0; SMALL_PIECE];
-                for at in (0..bytes).step_by(SMALL_PIECE) {
-                    memory.read_exact_at(&mut buffer, start + at)?;
-                    if buffer.iter().any(|byte| *byte != 0) {
-                        to.write_all_at(&buffer, base + at)?;
-                    }
-                }
-                Ok(())
+        let Some(content) = content_of(store, layer)? else { return Ok(None) };
+        let (file, had) = match last.filter(|last| last.content.len() == content.len()) {
+            Some(last) => (last.file, last.content),
+            None => {
+                let failed = |error| layerfs::Error::io("taking memory for a guest", error);
+                let file =
+                    File::from(memfd_create("layerfs-memory", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?);
+                file.set_len(content.len()).map_err(failed)?;
+                (file, Content::empty())
             }
-        }
-    }
-}
-
-/// Copies `bytes` of `from`, but for its holes, to `to`, `shift` bytes further on there: by two threads, as a guest waits for it.
-fn copy(from: &File, to: &File, shift: u64, bytes: u64) -> io::Result<()> {
-    let middle = (bytes / 2).next_multiple_of(PIECE as u64).min(bytes);
-    std::thread::scope(|scope| {
-        let rest = scope.spawn(|| copy_part(from, to, shift, middle, bytes));
-        copy_part(from, to, shift, 0, middle)?;
-        rest.join().unwrap_or_else(|_| Err(io::Error::other("copying panicked")))
-    })
-}
-
-fn copy_part(from: &File, to: &File, shift: u64, mut at: u64, end: u64) -> io::Result<()> {
-    let mut buffer = vec![0; PIECE];
-    while at < end {
-        // Descriptors share their position, which seeking for data doesn't need.
-        let begin = match rustix::fs::seek(from, rustix::fs::SeekFrom::Data(at)) {
-            Ok(begin) => begin,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
         };
-        if begin >= end {
+        // By two threads, as a guest may wait for it.
+        let (bytes, middle) = (content.len(), content.len() / 2);
+        std::thread::scope(|scope| {
+            let rest = scope.spawn(|| update(store, &file, (&had, &content), (middle, bytes)));
+            update(store, &file, (&had, &content), (0, middle))?;
+            let panicked =
+                |_| Err(layerfs::Error::io("writing a guest's memory", std::io::Error::other("it panicked")));
+            rest.join().unwrap_or_else(panicked)
+        })?;
+        Ok(Some(Memory { layer, content, file }))
+    }
+}
+
+fn content_of(store: &Arc<Store>, layer: LayerId) -> Result<Option<Content>> {
+    let view = View::open(store, layer)?;
+    let Some((ino, _)) = view.lookup(Ino::ROOT, MEMORY_FILE.as_bytes())? else { return Ok(None) };
+    match view.expect_inode(ino)?.node {
+        Node::File(content) => Ok(Some(content)),
+        _ => Ok(None),
+    }
+}
+
+/// Makes `file`, which has what `old` says (nothing: zeroes), have what `new` says, of what begins in the given part.
+fn update(
+    store: &Store,
+    file: &File,
+    (old, new): (&Content, &Content),
+    (from, end): (u64, u64),
+) -> layerfs::Result<()> {
+    let failed = |error| layerfs::Error::io("writing a guest's memory", error);
+    if let Content::Inline(bytes) = new {
+        return file.write_all_at(bytes, 0).map_err(failed);
+    }
+    let mut had = Extents::new(store, old, from)?;
+    let mut last = had.next().transpose()?;
+    for extent in Extents::new(store, new, from)? {
+        let (at, extent) = extent?;
+        if at >= end {
             break;
         }
-        let hole = rustix::fs::seek(from, rustix::fs::SeekFrom::Hole(begin))?.min(end);
-        at = begin;
-        while at < hole {
-            let piece = &mut buffer[..(hole - at).min(PIECE as u64) as usize];
-            from.read_exact_at(piece, at)?;
-            to.write_all_at(piece, shift + at)?;
-            at += piece.len() as u64;
+        while last.is_some_and(|(begin, extent)| begin + extent.len() <= at) {
+            last = had.next().transpose()?;
+        }
+        // What begins elsewhere is written again: pieces of memory have their places.
+        if last == Some((at, extent)) {
+            continue;
+        }
+        match extent {
+            Extent::Chunk { id, bytes } => file.write_all_at(&get_sized(store, &id, bytes)?, at).map_err(failed)?,
+            Extent::Hole { .. } if old.is_empty() => {}
+            Extent::Hole { bytes } => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(file, flags, at, bytes).map_err(|error| failed(error.into()))?;
+            }
         }
     }
     Ok(())
@@ -144,36 +131,54 @@ fn copy_part(from: &File, to: &File, shift: u64, mut at: u64, end: u64) -> io::R
 
 #[cfg(test)]
 mod tests {
+    use layerfs::LayerName;
+    use layerfs::monitor::Silent;
+    use layerfs::store::StoreOptions;
+
+    use super::super::state;
     use super::*;
 
     #[test]
-    fn what_is_copied_is_the_same_and_holes_stay() {
-        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        let bytes = 9 * PIECE as u64;
-        from.set_len(bytes).unwrap();
-        let places = [0, PIECE as u64 * 3 + 4096, bytes / 2 - 4096, bytes / 2 + 8192, bytes - 4096];
-        for (number, at) in places.into_iter().enumerate() {
-            from.write_all_at(&[number as u8 + 1; 4096], at).unwrap();
-        }
-        to.set_len(4096 + bytes).unwrap();
-        copy(&from, &to, 4096, bytes).unwrap();
-        let read = |file: &File, at| {
+    fn memory_is_what_the_last_state_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let name = LayerName::new("state").unwrap();
+        let bytes = 4 << 20;
+        let mut plain: Vec<u8> =
+            (0..bytes / 4).flat_map(|n: u32| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        plain[1 << 20..2 << 20].fill(0);
+        let state = |plain: &[u8], previous| {
+            let state = folder.path().join("folder");
+            std::fs::create_dir_all(&state).unwrap();
+            std::fs::write(state.join(MEMORY_FILE), plain).unwrap();
+            state::import(&store, &state, &name, previous, &Silent).unwrap().0
+        };
+        let whole = |memory: &Memory| {
             let mut read = vec![0; bytes as usize];
-            file.read_exact_at(&mut read, at).unwrap();
+            memory.file.read_exact_at(&mut read, 0).unwrap();
             read
         };
-        assert!(read(&from, 0) == read(&to, 4096));
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&to.metadata().unwrap());
-        assert!(blocks * 512 < bytes / 2, "{blocks} blocks");
-    }
-
-    #[test]
-    fn memory_that_was_read_can_be_opened_by_its_path() {
-        let from = tempfile::tempfile().unwrap();
-        from.write_all_at(b"what it was", 70_000).unwrap();
-        from.set_len(1 << 20).unwrap();
-        let memory = Memory::read(&from, 1 << 20).unwrap();
-        let read = fs::read(memory.path()).unwrap();
-        assert!(read.len() == 1 << 20 && read[70_000..].starts_with(b"what it was"));
+        let mut last: Option<Memory> = None;
+        let mut layer = None;
+        for round in 0..6usize {
+            // Pages change, pieces become zero, and holes are filled.
+            plain[round * 300_000..][..5000].fill(round as u8 + 1);
+            plain[(round + 7) * 200_000..][..150_000].fill(0);
+            plain[(1 << 20) + round * 70_000..][..100].fill(7);
+            let new = state(&plain, layer);
+            layer = Some(new);
+            let memory = Memory::of(&store, new, last.take()).unwrap().unwrap();
+            assert!(memory.layer == new && whole(&memory) == plain, "round {round}");
+            last = Some(memory);
+        }
+        // Another length is another memory.
+        plain.truncate(3 << 20);
+        let new = state(&plain, layer);
+        let memory = Memory::of(&store, new, last).unwrap().unwrap();
+        assert_eq!(memory.file.metadata().unwrap().len(), 3 << 20);
+        std::fs::remove_file(folder.path().join("folder").join(MEMORY_FILE)).unwrap();
+        std::fs::write(folder.path().join("folder/pages-1.img"), b"another kind of guest").unwrap();
+        let other = state::import(&store, &folder.path().join("folder"), &name, None, &Silent).unwrap().0;
+        assert!(Memory::of(&store, other, None).unwrap().is_none());
     }
 }

@@ -24,8 +24,9 @@ pub mod launch;
 mod lazy_pages;
 mod lxc;
 mod machine;
+mod machine_memory;
 mod mapped_ram;
-mod memory;
+pub mod memory;
 mod name;
 mod neighbours;
 mod network;
@@ -218,7 +219,8 @@ pub trait Guest: Send + Sync {
     fn restore(&self, from: &Path, manner: Manner) -> Result<()>;
 
     /// As [`Guest::restore`] with [`Manner::Whole`]; `memory` is a file without a name that has what the state's [`state::MEMORY_FILE`]
-    /// has, and becomes the guest's memory where the driver can do that.
+    /// has, and becomes the guest's memory where the driver can do that. Who serves `from` itself restores so, by [`memory::restore`],
+    /// where it can: killed while it reads all of it there, it couldn't die.
     ///
     /// # Errors
     /// As [`Guest::restore`].

@@ -1,6 +1,6 @@
 //! The driver "qemu": a machine by QEMU, its disk a file on the mounted stack.
 //!
-//! Its memory is a file that it shares with us ([`memory`](super::memory)): each page has its place, whatever else is in it, so the same
+//! Its memory is a file that it shares with us ([`machine_memory`](super::machine_memory)): each page has its place, whatever else is in it, so the same
 //! memory is cut into the same pieces of 64 KiB in every state, dumped or scanned, and QEMU need not save nor load it. Where it isn't
 //! shared QEMU saves it in place ("mapped-ram"). A dumped machine stands still in its QEMU and goes on there if it is resumed.
 //!
@@ -19,8 +19,8 @@ use layerfs::import::DISK_NAME;
 use serde_json::json;
 
 use super::machine::{self, AUTO, MachineOptions};
+use super::machine_memory::{Held, Memory};
 use super::mapped_ram::{self, Layout};
-use super::memory::{Held, Memory};
 use super::network::Tap;
 use super::options::Network;
 use super::processes::{Process, status_bytes, wait_until};

@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 use super::{Arrival, HookPoint, Migrations, busy};
 use crate::error::{Error, Result};
 use crate::guest::{
-    Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide, Surroundings,
+    Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide, Surroundings, memory,
 };
 use crate::handover::destination::{Destination, Event, Found, Phase, Step};
 use crate::handover::journal::{Layers, Row, Side};
@@ -355,9 +355,10 @@ impl Migrations {
                 Err(error) => return Err(error),
             }
         }
-        match arrival.memory.take().filter(|memory| memory.layer == layers.state) {
-            Some(memory) => guest.restore_with(&path, memory.into_file())?,
-            None => guest.restore(&path, Manner::Whole)?,
+        match layers.lazily {
+            // Not all of it is here: what is missing comes through the mount.
+            true => guest.restore(&path, Manner::Whole)?,
+            false => memory::restore(&*guest, self.0.guests.store(), (layers.state, &path), arrival.memory.take())?,
         }
         if !layers.lazily {
             // It may still be reading if it came lazily: then the state stays open until the guest goes.

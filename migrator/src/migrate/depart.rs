@@ -7,7 +7,7 @@ use layerfs::error::ErrorClass;
 use super::control::{Control, Said};
 use super::{HookPoint, Migrations};
 use crate::error::{Error, Result, chain};
-use crate::guest::{Activity, Guest, GuestState, Manner};
+use crate::guest::{Activity, Guest, GuestState, memory};
 use crate::handover::journal::{Layers, Row, Side};
 use crate::handover::source::{Event, Outcome, Phase, Source, Step};
 use crate::handover::{Fate, MoveId};
@@ -173,7 +173,7 @@ impl Migrations {
         self.0.host.mount(row.guest(), layers.instance)?;
         self.0.host.close_layer(row.guest())?;
         let path = self.0.host.open_layer(row.guest(), layers.state)?;
-        guest.restore(&path, Manner::Whole)?;
+        memory::restore(guest, self.0.guests.store(), (layers.state, &path), None)?;
         self.0.host.close_layer(row.guest())
     }
 

@@ -173,7 +173,7 @@ struct Arrival {
     /// Its memory, as far as it has come.
     kept: Option<Arc<Mutex<memory::Kept>>>,
     /// Its memory as the last state has it.
-    memory: Option<memory::Memory>,
+    memory: Option<crate::guest::memory::Memory>,
 }
 
 impl Migrations {
