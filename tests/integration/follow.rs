@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{Criu, Fuse, Namespaces, Root, Tool};
 use layerfs_tests::host::{Host, PORT, TwoHosts, run_in};
@@ -77,6 +77,25 @@ pub fn tunnels(host: &Host) -> anyhow::Result<usize> {
     Ok(run_in(host, "ip", &["-o", "link", "show", "type", "vxlan"])?.lines().count())
 }
 
+/// What the networks of both hosts are like, for whoever looks why nothing came through.
+fn networks(hosts: &TwoHosts) -> String {
+    let look = "ip -br link; ip -br addr; ip route; ip neigh; bridge fdb show; ss -tino; ip -s link show type vxlan";
+    let of = |host: &Host| {
+        let pid = host.ctl.json(["guest", "show", GUEST]).map(|shown| shown["pid"].to_string());
+        let pid = pid.unwrap_or_default();
+        let inside = format!("nsenter -t {pid} -n ip neigh; nsenter -t {pid} -n ss -tino");
+        run_in(host, "sh", &["-c", &format!("{look}; {inside}; true")]).unwrap_or_else(|error| format!("{error:#}"))
+    };
+    format!("on a:\n{}\non b:\n{}", of(&hosts.a), of(&hosts.b))
+}
+
+/// The hardware address of the guests' bridge.
+fn hardware_of_bridge(host: &Host) -> anyhow::Result<String> {
+    let shown = run_in(host, "ip", &["-o", "link", "show", "dev", "guests"])?;
+    let address = shown.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
+    Ok(address.context("a bridge without an address")?.to_owned())
+}
+
 struct Guest<'a>(&'a TwoHosts);
 
 impl Drop for Guest<'_> {
@@ -107,13 +126,16 @@ fn across() -> anyhow::Result<()> {
     a.ctl.ok(create.iter().chain(&network).chain(&["--", "/bin/echo", "7777"]))?;
     let _guest = Guest(&hosts);
     a.ctl.ok(["guest", "start", GUEST])?;
+    // It is the guest's gateway, and its client: whoever knows it would look for another in vain.
+    let hardware = hardware_of_bridge(a)?;
     let client = Client::start(a, "10.88.0.2:7777")?;
-    client.hears(20)?;
+    client.hears(20).with_context(|| networks(&hosts))?;
     for turn in 0..4 {
         let (from, to) = if turn % 2 == 0 { (&hosts.a, "b") } else { (&hosts.b, "a") };
         let report: Value = from.ctl.json(["migrate", GUEST, to])?;
         ensure!(report["outcome"] == "moved", "turn {turn}: {report}");
-        client.hears(20)?;
+        client.hears(20).with_context(|| format!("after turn {turn}: {report}\n{}", networks(&hosts)))?;
+        ensure!(hardware_of_bridge(a)? == hardware, "turn {turn}: the bridge has another address");
         // Away from home it takes a tunnel; at home it takes none.
         let expected = if turn % 2 == 0 { 1 } else { 0 };
         let there = (tunnels(&hosts.a)?, tunnels(&hosts.b)?);

@@ -18,7 +18,8 @@ use serde_json::Value;
 
 use crate::moves::Ledger;
 
-/// The longest that anything may take.
+/// The longest that anything may take: on a busy machine a guest may stand still for many seconds, and its client's next try
+/// comes as much later.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const GUEST: &str = "zoo";
 /// How often it goes to and fro, unless `LAYERFS_MIGRATIONS` says otherwise.

@@ -9,7 +9,7 @@
 //! nothing leaves it; on a host, two guests never share a namespace.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -46,6 +46,7 @@ impl<'a> Tap<'a> {
     /// Makes it. Nothing passes before [`Tap::release`].
     pub fn make(&self) -> Result<(), String> {
         self.remove()?;
+        self.0.fix_bridge();
         self.0.ip(&["tuntap", "add", "dev", self.name(), "mode", "tap"])?;
         let joined = self.0.ip(&["link", "set", self.name(), "master", self.bridge()]);
         if joined.is_err() {
@@ -75,7 +76,7 @@ impl<'a> Tap<'a> {
         let hardware = Network::hardware_text(self.0.hardware);
         if let Some(bridge) = self.0.programs.find("bridge") {
             let words = ["fdb", "replace", &hardware, "dev", self.name(), "master", "dynamic"];
-            if let Err(error) = run(Command::new(bridge).args(words).stdin(std::process::Stdio::null())) {
+            if let Err(error) = run(Command::new(bridge).args(words).stdin(Stdio::null())) {
                 tracing::debug!(error, "a bridge wasn't told where a machine is");
             }
         }
@@ -140,6 +141,7 @@ impl<'a> Link<'a> {
 
     fn make_parts(&self) -> Result<(), String> {
         let (name, hardware) = (self.name.as_str(), Network::hardware_text(self.hardware));
+        self.fix_bridge();
         // A program for each line takes milliseconds, while the guest stands still.
         let pair = format!(
             "netns add {name}\nlink add {name} type veth peer name {INSIDE} address {hardware} netns {name}\n\
@@ -151,6 +153,20 @@ impl<'a> Link<'a> {
         let inside =
             format!("link set lo up\naddress add {} dev {INSIDE}\nlink set {INSIDE} up\n{route}", self.address);
         self.ip_lines(&["-n", name], &inside)
+    }
+
+    /// Has the bridge keep its hardware address. By default it is that of one of its ports: it changes as guests come and go, nobody is
+    /// told, and who knows the host by that address, as by a gateway's, finds it no more for up to a minute.
+    fn fix_bridge(&self) {
+        let fixed = self.program().and_then(|ip| {
+            let shown = run(Command::new(ip).args(["-o", "link", "show", "dev", self.bridge]).stdin(Stdio::null()))?;
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            let address = shown.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
+            self.ip(&["link", "set", "dev", self.bridge, "address", address.ok_or("it has none")?])
+        });
+        if let Err(error) = fixed {
+            tracing::debug!(bridge = self.bridge, error, "a bridge's hardware address may change");
+        }
     }
 
     /// Lets nothing pass.
@@ -220,6 +236,6 @@ impl<'a> Link<'a> {
 
     fn ip(&self, arguments: &[&str]) -> Result<(), String> {
         let ip = self.program()?;
-        run(Command::new(ip).args(arguments).stdin(std::process::Stdio::null())).map(|_| ())
+        run(Command::new(ip).args(arguments).stdin(Stdio::null())).map(|_| ())
     }
 }
