@@ -79,7 +79,7 @@ impl Backings for Device {
         let Ok(newest) = newest else { return };
         let is_left = |number: &u32| !recorded.contains(&Backing(*number));
         let numbers = (newest.0.saturating_sub(NEWEST).max(1)..=newest.0).filter(is_left);
-        let count = numbers.filter(|number| self.strike_out(Backing(*number)).is_ok()).count() - 1;
+        let count = numbers.filter(|number| self.strike_out(Backing(*number)).is_ok()).count().saturating_sub(1);
         if count > 0 {
             tracing::debug!(count, "struck out files that a daemon which died had passed through last");
         }
