@@ -5,6 +5,9 @@
 //! and while more is waiting than one thread gets done, another reads on. Memory: a thread has room for the largest request and the
 //! largest answer, 2 MiB, of which what was once used is resident.
 //!
+//! A program doesn't wait for the answer to RELEASE, but for that to what it asks next: the answer is held back until nothing is there to
+//! read. Whatever such a request counts has been counted then.
+//!
 //! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
 //! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
 //! a mount that is idle nothing, and isn't done where there is one processor.
@@ -18,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 
@@ -40,6 +44,10 @@ const LOOKS_FOR: Duration = Duration::from_micros(40);
 /// Looking that was in vain is left out up to so often, as a power of two.
 const IN_VAIN_MAX: u32 = 6;
 const PAUSES: usize = 4;
+/// Giving way takes as long as looking.
+const LOOKS_BETWEEN_YIELDS: usize = 4;
+/// The most answers that wait until there is nothing to read, and requests that they wait for.
+const HELD_BACK: u32 = 16;
 
 /// Serves the mount until it ends, with up to `limit` threads; the calling one is the first.
 pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) -> io::Result<()> {
@@ -55,6 +63,7 @@ pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) ->
         at_once: AtomicU32::new(0),
         in_vain: AtomicU32::new(0),
         left_out: AtomicU32::new(0),
+        held_back: Mutex::default(),
         made: AtomicUsize::new(1),
     };
     let role = served.role.clone();
@@ -75,7 +84,16 @@ struct Served {
     /// How often in a row it looked in vain, and how often it will not look.
     in_vain: AtomicU32,
     left_out: AtomicU32,
+    held_back: Mutex<HeldBack>,
     made: AtomicUsize,
+}
+
+/// Requests that are done and not answered.
+#[derive(Default)]
+struct HeldBack {
+    numbers: Vec<u64>,
+    /// How often something else was there to read since.
+    passed_by: u32,
 }
 
 /// What a thread works with.
@@ -148,6 +166,9 @@ impl Served {
             if matches!(&request, Ok(request) if request.operation.is_forget()) {
                 self.at_once.store(0, Ordering::Relaxed);
             }
+            if is_slow {
+                self.answer_held_back();
+            }
             let serving = self.role.serves(turn, in_order);
             if is_slow || (!in_order && self.at_once.load(Ordering::Relaxed) >= BACKLOG) {
                 self.give(serving);
@@ -167,9 +188,11 @@ impl Served {
     fn next(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
         if let Some(bytes) = self.read(buffer)? {
             self.at_once.fetch_add(1, Ordering::Relaxed);
+            self.pass_by_held_back();
             return Ok(bytes);
         }
         self.at_once.store(0, Ordering::Relaxed);
+        self.answer_held_back();
         if let Some(bytes) = self.look(buffer)? {
             return Ok(bytes);
         }
@@ -194,10 +217,12 @@ impl Served {
         }
         let begun = Instant::now();
         while begun.elapsed() < LOOKS_FOR {
-            (0..PAUSES).for_each(|_| std::hint::spin_loop());
-            if let Some(bytes) = self.read(buffer)? {
-                self.in_vain.store(0, Ordering::Relaxed);
-                return Ok(Some(bytes));
+            for _ in 0..LOOKS_BETWEEN_YIELDS {
+                (0..PAUSES).for_each(|_| std::hint::spin_loop());
+                if let Some(bytes) = self.read(buffer)? {
+                    self.in_vain.store(0, Ordering::Relaxed);
+                    return Ok(Some(bytes));
+                }
             }
             std::thread::yield_now();
         }
@@ -221,9 +246,32 @@ impl Served {
     }
 
     fn answer(&self, request: &Request<'_>, room: &mut [u8]) {
-        if let Some((errno, bytes)) = requests::perform(&self.front, request, room) {
+        let Some((errno, bytes)) = requests::perform(&self.front, request, room) else { return };
+        // If this daemon dies the next is told again of what isn't answered. Where others have the file open it couldn't tell whether that
+        // was counted.
+        if request.operation == Operation::Release && !self.front.fs.is_open(request.ino) {
+            self.held_back.lock().numbers.push(request.asked.number);
+        } else {
             self.write(request.asked.number, errno, &room[..bytes]);
         }
+    }
+
+    /// There was something to read: what is held back waits for that, up to a limit.
+    fn pass_by_held_back(&self) {
+        let mut held_back = self.held_back.lock();
+        if held_back.numbers.is_empty() {
+            return;
+        }
+        held_back.passed_by += 1;
+        if held_back.passed_by >= HELD_BACK {
+            drop(held_back);
+            self.answer_held_back();
+        }
+    }
+
+    fn answer_held_back(&self) {
+        let HeldBack { numbers, .. } = std::mem::take(&mut *self.held_back.lock());
+        numbers.into_iter().for_each(|number| self.write(number, 0, &[]));
     }
 
     /// Answers what can't be understood.

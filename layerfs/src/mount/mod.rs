@@ -43,6 +43,7 @@ use crate::seal::{self, SealOptions, SealReport};
 use crate::squash::{self, Chain, SquashReport, Squashed};
 use crate::store::{Expect, Pin, Store};
 use crate::upper::hold::Hold;
+use crate::upper::opens::is_memory;
 use crate::upper::table::Tables;
 use crate::upper::{self, Upper, UpperRecord, UpperSize};
 use crate::view::View;
@@ -258,12 +259,13 @@ impl Mount {
 
     /// Goes on with the mount of `record`, whose daemon died and left `kept`.
     fn resume(store: &Arc<Store>, record: &MountRecord, mut kept: Vec<OwnedFd>) -> Result<Arc<Mount>> {
+        let opens = kept.iter().position(is_memory).map(|at| kept.remove(at));
         // The last two are the hidden mount's, if there are so many.
         let hidden = if kept.len() > 2 { kept.split_off(kept.len() - 2) } else { Vec::new() };
         let pin = record.layer.map(|layer| store.pin(layer)).transpose()?;
         let (view, upper) = match record.upper {
             Some(id) => {
-                let (upper, tables) = Upper::resume(store, id)?;
+                let (upper, tables) = Upper::resume(store, id, opens)?;
                 (open_view(store, upper.record().base)?, Some((upper, tables)))
             }
             None => (open_view(store, record.layer)?, None),
@@ -320,6 +322,10 @@ impl Mount {
             let threads = usize::from(record.threads).clamp(2, 4);
             fs.find_hidden(|| hidden.start(&fs, threads)).map_err(failed)?;
         }
+        if let Some(upper) = fs.upper() {
+            let failed = |e| Error::io("duplicating a descriptor", e);
+            descriptors.extend(upper.opens().descriptor().map_err(failed)?);
+        }
         fs.give_ahead(Box::new(kernel.clone()));
         if can_pass_through(&fs) {
             fs.keep_warm();
@@ -357,7 +363,7 @@ impl Mount {
         Ok(mount)
     }
 
-    /// The connection to the kernel, and with io_uring the memory that requests are in: while copies of them are open the
+    /// The connections to the kernel, with io_uring the memory that requests are in, and that which tells what is open: while copies of them are open the
     /// mount is there, whatever becomes of this process, and [`restore`] goes on with them.
     /// None once it has ended.
     ///

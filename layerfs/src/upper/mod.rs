@@ -15,6 +15,7 @@ pub mod table;
 pub mod warm;
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -211,12 +212,13 @@ pub struct Upper {
 }
 
 /// Who had an upper before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Past {
     /// A mount that has ended.
     Ended,
-    /// A daemon that died, whose mount goes on: programs still have files open, without a name too.
-    GoesOn,
+    /// A daemon that died, whose mount goes on: programs still have files open, without a name too. With the memory that tells which,
+    /// if the keeper has it.
+    GoesOn(Option<OwnedFd>),
 }
 
 struct Numbers {
@@ -288,12 +290,12 @@ impl Upper {
         Upper::open_after(store, id, Past::Ended)
     }
 
-    /// Opens upper `id` for a mount that goes on, though its daemon died.
+    /// Opens upper `id` for a mount that goes on, though its daemon died. `opens` is what [`OpenTable::descriptor`] gave that one.
     ///
     /// # Errors
     /// As [`Upper::open`].
-    pub fn resume(store: &Arc<Store>, id: UpperId) -> Result<(Upper, Tables)> {
-        Upper::open_after(store, id, Past::GoesOn)
+    pub fn resume(store: &Arc<Store>, id: UpperId, opens: Option<OwnedFd>) -> Result<(Upper, Tables)> {
+        Upper::open_after(store, id, Past::GoesOn(opens))
     }
 
     fn open_after(store: &Arc<Store>, id: UpperId, past: Past) -> Result<(Upper, Tables)> {
@@ -302,9 +304,10 @@ impl Upper {
         store.db().hold_space()?;
         let data = DataFolder::open(&folder_path(store, id))?;
         let next = record.next_ino;
+        let has_ended = matches!(past, Past::Ended);
         let (journal, (opens, resumed)) = match past {
             Past::Ended => (Journal::start(store.db(), id)?, (OpenTable::create(&data.folder)?, Vec::new())),
-            Past::GoesOn => (Journal::resume(store.db(), id)?, OpenTable::resume(&data.folder)?),
+            Past::GoesOn(memory) => (Journal::resume(store.db(), id)?, OpenTable::resume(&data.folder, memory)?),
         };
         let written = resumed.iter().filter(|(_, record)| record.is_written_past_us());
         // From before the rows are read: what they are told of a file's times is of that moment.
@@ -316,7 +319,7 @@ impl Upper {
         let (store, resumed_opens) = (store.clone(), Mutex::new(resumed));
         let upper = Upper { id, store, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
-        let (repairs, outdated_maps) = upper.load(&mut tables, past)?;
+        let (repairs, outdated_maps) = upper.load(&mut tables, has_ended)?;
         upper.commit(&mut tables, repairs)?;
         upper.settle_warm(&tables);
         outdated_maps.into_iter().for_each(|ino| upper.data.remove_map_file(ino));
@@ -325,14 +328,14 @@ impl Upper {
 
     /// Reads the rows. Returns what a crash left to be repaired: files without a name that nobody can have open, times
     /// of files that were being written; and whose map files can go once that is done.
-    fn load(&self, tables: &mut Tables, past: Past) -> Result<(Change, Vec<Ino>)> {
+    fn load(&self, tables: &mut Tables, has_ended: bool) -> Result<(Change, Vec<Ino>)> {
         let mut repairs = Change::new();
         let mut backed_inos = HashSet::new();
         let mut ranged_inos = HashSet::new();
         for row in self.store.db().iter(Cf::Uppers, &table::inode_prefix(self.id))? {
             let (mut inode, stamp) = table::decode_inode(&row?.1)?;
             let ino = inode.inode.ino;
-            if inode.inode.nlink == 0 && past == Past::Ended {
+            if inode.inode.nlink == 0 && has_ended {
                 repairs.forget(ino);
                 continue;
             }
