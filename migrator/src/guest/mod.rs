@@ -185,6 +185,12 @@ pub trait Guest: Send + Sync {
     /// If it can't be found out; then it may run.
     fn status(&self) -> Result<Status>;
 
+    /// Whether its memory is a file that [`Guest::dump`] only copies and [`Guest::restore_with`] takes as it is: the destination has most of
+    /// it before.
+    fn has_memory_file(&self) -> bool {
+        false
+    }
+
     /// Reads the memory of the running guest, without stopping it, into files in the empty folder `into` that
     /// [`state::import`] cuts into the same chunks as the files of a dump. It need not be consistent.
     ///

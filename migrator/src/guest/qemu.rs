@@ -433,6 +433,10 @@ impl Guest for QemuGuest {
         Ok(Status { activity, pid: Some(process.pid), memory_bytes: status_bytes(process.pid, "VmRSS") })
     }
 
+    fn has_memory_file(&self) -> bool {
+        self.held().is_ok_and(|held| held.is_shared())
+    }
+
     fn scan(&self, into: &Path) -> Result<Written> {
         let failed = self.failed("scan");
         self.held().and_then(|held| self.copy(&held, into)).map_err(&failed)?;

@@ -53,6 +53,8 @@ pub struct Learnt {
     seen: Vec<Seen>,
     /// How many of the same guest were learnt from.
     pub reports: usize,
+    /// Whether its memory is a file, of which the destination has most before.
+    pub has_memory_file: bool,
 }
 
 /// The middle one; of two in the middle the smaller.
@@ -93,7 +95,7 @@ impl Learnt {
             }
             _ => Seen::of(report, 1.0),
         };
-        Learnt { seen: chosen.into_iter().rev().take(LEARNT).map(seen).collect(), reports: own }
+        Learnt { seen: chosen.into_iter().rev().take(LEARNT).map(seen).collect(), reports: own, has_memory_file: false }
     }
 
     fn middle(&self, of: impl Fn(&Seen) -> Option<f64>) -> Option<f64> {
@@ -114,13 +116,12 @@ impl Learnt {
         // Without reports: what was measured of containers of 53 to 162 MB and machines of 240 to 533 MB, and what this one did in the
         // rounds. What these have read is only read and compared then.
         let pack = if read_seconds > 0.0 { (read_seconds / 10.0).max(memory / 4e9) } else { memory / 1e9 };
-        let guess = [
-            0.15 + memory / 2e9,
-            pack,
-            3.0 * link.round_trip + 0.02,
-            2.0 * link.round_trip + 0.02,
-            0.3 + memory / 1e9 + link.round_trip,
-        ];
+        let (dump, restore) = match self.has_memory_file {
+            true => (0.03 + memory / 3e9, 0.15 + memory / 6e9),
+            false => (0.15 + memory / 2e9, 0.3 + memory / 1e9),
+        };
+        let (send, stage) = (3.0 * link.round_trip + 0.02, 2.0 * link.round_trip + 0.02);
+        let guess = [dump, pack, send, stage, restore + link.round_trip];
         let bytes = bytes * self.middle(|seen| seen.more).map_or(1.0, |more| more.clamp(1.0 / MORE, MORE));
         let stages = (0..DOWN_STAGES.len()).map(|at| self.stage(at, read_seconds).unwrap_or(guess[at]));
         let apart = self.middle(|seen| seen.apart).unwrap_or(0.0);
