@@ -199,8 +199,8 @@ impl Run<'_> {
             run.report.obstacles.extend(there?);
             let reports = report::load(run.me.0.guests.store())?;
             let (guest, driver) = (run.name().to_string(), run.row.spec.driver.clone());
-            let learnt = Learnt::from(&reports, &guest, &driver, run.report.memory_bytes);
-            run.learnt = Learnt { has_memory_file: run.guest.has_memory_file(), ..learnt };
+            run.learnt = Learnt::from(&reports, &guest, &driver, run.report.memory_bytes);
+            run.learnt.has_memory_file = run.guest.has_memory_file();
             Ok(((), 0))
         })
     }
