@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
-    LogLevel, Options, ReadOptions, WriteBatch, WriteOptions,
+    LogLevel, Options, PrefixRange, ReadOptions, WriteBatch, WriteOptions,
 };
 
 use crate::error::{Error, Result};
@@ -232,18 +232,24 @@ impl Db {
 
     /// All entries whose key begins with `prefix`, in order of their keys, as of now.
     pub fn iter<'a>(&'a self, cf: Cf, prefix: &[u8]) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
-        let prefix = prefix.to_vec();
-        let entries = self.iter_from(cf, &prefix)?;
-        Ok(entries.take_while(move |entry| {
-            entry.as_ref().is_err() || entry.as_ref().is_ok_and(|(key, _)| key.starts_with(&prefix))
-        }))
+        let mut options = ReadOptions::default();
+        // Where it ends: else it would look for the next entry beyond, over all that was removed there.
+        options.set_iterate_range(PrefixRange(prefix));
+        self.entries(cf, options, IteratorMode::Start)
     }
 
     /// All entries from key `start` on, in order of their keys, as of now.
     pub fn iter_from<'a>(&'a self, cf: Cf, start: &[u8]) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
-        let mut options = ReadOptions::default();
+        self.entries(cf, ReadOptions::default(), IteratorMode::From(start, Direction::Forward))
+    }
+
+    fn entries<'a>(
+        &'a self,
+        cf: Cf,
+        mut options: ReadOptions,
+        mode: IteratorMode<'_>,
+    ) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
         options.fill_cache(false);
-        let mode = IteratorMode::From(start, Direction::Forward);
         let entries = self.db.iterator_cf_opt(self.handle(cf)?, options, mode);
         Ok(entries.map(|entry| entry.map_err(Error::from)))
     }

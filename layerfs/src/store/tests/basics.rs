@@ -154,6 +154,31 @@ fn the_database_iterates_by_prefix_and_applies_batches_whole() {
 }
 
 #[test]
+fn what_was_removed_beyond_a_prefix_is_not_walked_over() {
+    let (_folder, store) = store();
+    let db = store.db();
+    for remove in [false, true] {
+        let mut batch = Batch::new();
+        for number in 0..1000 {
+            let key = format!("b{number:04}");
+            match remove {
+                true => batch.delete(Cf::Peers, key),
+                false => batch.put(Cf::Peers, key, "x"),
+            }
+        }
+        batch.put(Cf::Peers, "a", "x");
+        db.write(batch, Sync::No).unwrap();
+    }
+    rocksdb::perf::set_perf_stats(rocksdb::perf::PerfStatsLevel::EnableCount);
+    let mut counts = rocksdb::perf::PerfContext::default();
+    counts.reset();
+    assert_eq!(db.iter(Cf::Peers, b"a").unwrap().count(), 1);
+    assert_eq!(counts.metric(rocksdb::perf::PerfMetric::InternalDeleteSkippedCount), 0);
+    assert_eq!(db.iter_from(Cf::Peers, b"a").unwrap().count(), 1);
+    assert!(counts.metric(rocksdb::perf::PerfMetric::InternalDeleteSkippedCount) >= 1000, "nothing was counted");
+}
+
+#[test]
 fn opening_refuses_what_it_should() {
     let (folder, store) = store();
     let path = store.folder().to_owned();
