@@ -74,6 +74,12 @@ impl Time {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
         Time { seconds: now.tv_sec, nanos: now.tv_nsec as u32 }
     }
+
+    /// The time of the kernel's last tick, which is what the host's filesystem notes as time of a change at the earliest.
+    pub fn of_last_tick() -> Time {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+        Time { seconds: now.tv_sec, nanos: now.tv_nsec as u32 }
+    }
 }
 
 /// The attributes of an inode, without its kind.

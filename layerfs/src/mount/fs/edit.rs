@@ -155,7 +155,9 @@ impl<'fs> Edit<'fs> {
     ) -> Ino {
         let ino = self.upper.take_ino();
         let kind = node.kind();
-        let mut attrs = Attrs::imported(u32::from(permissions), caller.uid, caller.gid, self.now);
+        // What is written to a file past us gets its time from the host's filesystem: it must not be before this one.
+        let now = if kind == FileKind::File { Time::of_last_tick() } else { self.now };
+        let mut attrs = Attrs::imported(u32::from(permissions), caller.uid, caller.gid, now);
         let mut xattrs = Vec::new();
         if folder.inode.attrs.permissions & libc::S_ISGID as u16 != 0 {
             attrs.gid = folder.inode.attrs.gid;

@@ -100,7 +100,8 @@ fn sizes_and_times_are_seen_at_once() {
         let (by_name, by_file) = (fs::metadata(&path).unwrap(), file.metadata().unwrap());
         assert_eq!((by_name.len(), by_file.len()), (round * 5000 + 1000, round * 5000 + 1000));
         let times = |seen: &fs::Metadata| (seen.mtime(), seen.mtime_nsec());
-        assert!(times(&by_name) == times(&by_file) && times(&by_file) > times(&last));
+        assert_eq!(times(&by_name), times(&by_file), "round {round}");
+        assert!(times(&by_file) > times(&last), "round {round}: {:?} is not after {:?}", times(&by_file), times(&last));
         last = by_file;
     }
     let set = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1000);
