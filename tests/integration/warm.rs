@@ -100,12 +100,32 @@ impl Warm {
         Ok(File::open(self.ours(name))?)
     }
 
-    /// How a file is noted as open: 1 passed through, 8 to its copy (FORMAT.md, `opens`); 0 if it isn't.
+    /// How a file is noted as open: 1 passed through, 8 to its copy (FORMAT.md, "What is open"); 0 if it isn't.
     fn how_open(&self, name: &str) -> anyhow::Result<u32> {
         let ino = fs::metadata(self.ours(name))?.ino();
-        let rows = fs::read(self.host.ctl.store().join("uppers/1/opens"))?;
-        let row = rows.chunks_exact(32).find(|row| row[..8] == ino.to_le_bytes());
-        Ok(row.map_or(0, |row| u32::from_le_bytes([row[24], row[25], row[26], row[27]]) & 9))
+        let flags = |record: &[u8]| u32::from_le_bytes([record[24], record[25], record[26], record[27]]);
+        let places = self.opens()?;
+        let records = places.chunks_exact(64).map(|place| {
+            let (first, second) = place.split_at(32);
+            let is_second = flags(second) >> 30 == (((flags(first) >> 30) + 1) & 3);
+            if is_second { second } else { first }
+        });
+        let record = records.into_iter().find(|record| record[..8] == ino.to_le_bytes());
+        Ok(record.map_or(0, |record| flags(record) & 9))
+    }
+
+    /// The memory in which the daemon notes what is open. A daemon that has just begun may not have it yet.
+    fn opens(&self) -> anyhow::Result<Vec<u8>> {
+        let mut found = None;
+        until("the list of open files", || {
+            let Ok(links) = fs::read_dir(format!("/proc/{}/fd", self.host.serving_pid()?)) else { return Ok(false) };
+            let links = links.flatten().map(|entry| entry.path());
+            let is_it =
+                |link: &PathBuf| fs::read_link(link).is_ok_and(|to| to.starts_with("/memfd:layerfs-opens (deleted)"));
+            found = links.into_iter().find(is_it).and_then(|link| fs::read(link).ok());
+            Ok(found.is_some())
+        })?;
+        found.context("there is none")
     }
 
     /// Seals, compares what the layer has, unmounts, and looks for what is left.
