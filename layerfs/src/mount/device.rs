@@ -6,7 +6,7 @@
 //! largest answer, 2 MiB, of which what was once used is resident.
 //!
 //! A program doesn't wait for the answer to RELEASE, but for that to what it asks next: the answer is held back until nothing is there to
-//! read. Whatever such a request counts has been counted then.
+//! read, or what is changes something. Whatever such a request counts has been counted then.
 //!
 //! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
 //! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
@@ -197,7 +197,7 @@ impl Served {
             if matches!(&request, Ok(request) if request.operation.is_forget()) {
                 self.at_once.store(0, Ordering::Relaxed);
             }
-            if is_slow {
+            if is_slow || !matches!(&request, Ok(request) if changes_nothing(request)) {
                 self.answer_held_back();
             }
             let serving = self.role.serves(turn, in_order);
@@ -346,6 +346,26 @@ impl Served {
                 let _ = rustix::io::write(self.device.as_fd(), &answer_header(number, libc::EIO, 0));
             }
         }
+    }
+}
+
+/// Whether it is all the same to `request` that the kernel still has what was closed before: it frees no space, and takes none.
+fn changes_nothing(request: &Request<'_>) -> bool {
+    match request.operation {
+        Operation::Open => {
+            let flags = request.word(0) as i32;
+            flags & libc::O_ACCMODE == libc::O_RDONLY && flags & libc::O_TRUNC == 0
+        }
+        Operation::Release
+        | Operation::Lookup
+        | Operation::Getattr
+        | Operation::Read
+        | Operation::Readlink
+        | Operation::Opendir
+        | Operation::Readdir
+        | Operation::Readdirplus
+        | Operation::Releasedir => true,
+        _ => false,
     }
 }
 
