@@ -363,8 +363,8 @@ impl Mount {
         Ok(mount)
     }
 
-    /// The connections to the kernel, with io_uring the memory that requests are in, and that which tells what is open: while copies of them are open the
-    /// mount is there, whatever becomes of this process, and [`restore`] goes on with them.
+    /// The connections to the kernel, with io_uring the memory that requests are in, and that which tells what is open: while
+    /// copies of them are open the mount is there, whatever becomes of this process, and [`restore`] goes on with them.
     /// None once it has ended.
     ///
     /// # Errors

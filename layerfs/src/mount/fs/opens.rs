@@ -154,8 +154,7 @@ struct Closed {
 
 /// Whether what changes now gets a later time of change than `time`. The kernel's clock for that stands still between ticks.
 fn has_passed(time: Time) -> bool {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
-    (now.tv_sec, now.tv_nsec as u32) > (time.seconds, time.nanos)
+    Time::of_last_tick() > time
 }
 
 /// Waits until what changes gets a later time of change than `time`, but not for long.
