@@ -5,12 +5,15 @@
 //! and while more is waiting than one thread gets done, another reads on. Memory: a thread has room for the largest request and the
 //! largest answer, 2 MiB, of which what was once used is resident.
 //!
+//! A program doesn't wait for the answer to RELEASE, but for that to what it asks next: the answer is held back until nothing is there to
+//! read, or what is changes something. Whatever such a request counts has been counted then.
+//!
 //! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
 //! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
 //! a mount that is idle nothing, and isn't done where there is one processor.
 
 use std::cell::Cell;
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -18,10 +21,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
-use super::abi::{Operation, Request, answer_header};
+use super::abi::{ANSWER_HEADER_BYTES, Operation, Request, answer_header};
 use super::front::Front;
 use super::leader::{Role, Turn};
 use super::requests;
@@ -31,15 +35,18 @@ use crate::patience;
 pub(super) const DATA_BYTES: usize = 1 << 20;
 /// The headers of a request and of what it asks for have more than enough room in it.
 const HEADERS_BYTES: usize = 4096;
+const PAGE_BYTES: usize = 4096;
 /// Another reads on if so many requests were there as soon as they were asked for.
 const BACKLOG: u32 = 4;
 /// Reading or writing more than this at once takes long.
 const SMALL_BYTES: u32 = 64 << 10;
 /// For how long to look before sleeping.
-const LOOKS_FOR: Duration = Duration::from_micros(40);
-/// Looking that was in vain is left out up to so often, as a power of two.
+const LOOKS_FOR: Duration = Duration::from_micros(100);
+/// Looking that was in vain is left out up to so often, as a power of two, while nothing comes as soon as that.
 const IN_VAIN_MAX: u32 = 6;
 const PAUSES: usize = 4;
+/// The most answers that wait until there is nothing to read, and requests that they wait for.
+const HELD_BACK: u32 = 16;
 
 /// Serves the mount until it ends, with up to `limit` threads; the calling one is the first.
 pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) -> io::Result<()> {
@@ -55,6 +62,7 @@ pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) ->
         at_once: AtomicU32::new(0),
         in_vain: AtomicU32::new(0),
         left_out: AtomicU32::new(0),
+        held_back: Mutex::default(),
         made: AtomicUsize::new(1),
     };
     let role = served.role.clone();
@@ -75,15 +83,56 @@ struct Served {
     /// How often in a row it looked in vain, and how often it will not look.
     in_vain: AtomicU32,
     left_out: AtomicU32,
+    held_back: Mutex<HeldBack>,
     made: AtomicUsize,
+}
+
+/// Requests that are done and not answered.
+#[derive(Default)]
+struct HeldBack {
+    numbers: Vec<u64>,
+    /// How often something else was there to read since.
+    passed_by: u32,
 }
 
 /// What a thread works with.
 struct Hands {
     request: Vec<u8>,
-    answer: Vec<u8>,
+    answer: Room,
     /// While it serves as the leader: its turn.
     turn: Rc<Cell<Option<Turn>>>,
+}
+
+/// Where an answer is made: its header and its payload lie one after the other, as the kernel takes each page for itself. So a short
+/// answer lies in one page, and what is read begins with one.
+struct Room {
+    bytes: Vec<u8>,
+    /// Where the first page begins.
+    start: usize,
+    /// Where the payload begins.
+    at: usize,
+}
+
+impl Room {
+    fn new() -> Room {
+        let bytes = vec![0; 2 * PAGE_BYTES + DATA_BYTES];
+        let start = bytes.as_ptr().align_offset(PAGE_BYTES);
+        Room { bytes, start, at: start + ANSWER_HEADER_BYTES }
+    }
+
+    /// For the payload of the answer to `operation`.
+    fn payload(&mut self, operation: Operation) -> &mut [u8] {
+        let before = if operation == Operation::Read { PAGE_BYTES } else { ANSWER_HEADER_BYTES };
+        self.at = self.start + before;
+        &mut self.bytes[self.at..][..DATA_BYTES]
+    }
+
+    /// The answer with the first `bytes` of the payload.
+    fn whole(&mut self, number: u64, errno: i32, bytes: usize) -> &[u8] {
+        let whole = &mut self.bytes[self.at - ANSWER_HEADER_BYTES..][..ANSWER_HEADER_BYTES + bytes];
+        whole[..ANSWER_HEADER_BYTES].copy_from_slice(&answer_header(number, errno, bytes));
+        whole
+    }
 }
 
 impl Served {
@@ -97,8 +146,8 @@ impl Served {
     }
 
     fn take_turns(self: &Arc<Served>) {
-        let (request, answer) = (vec![0; DATA_BYTES + HEADERS_BYTES], vec![0; DATA_BYTES]);
-        let mut hands = Hands { request, answer, turn: Rc::default() };
+        let request = vec![0; DATA_BYTES + HEADERS_BYTES];
+        let mut hands = Hands { request, answer: Room::new(), turn: Rc::default() };
         let (served, turn) = (self.clone(), hands.turn.clone());
         patience::before_waits(move || {
             if let Some(turn) = turn.take() {
@@ -148,8 +197,11 @@ impl Served {
             if matches!(&request, Ok(request) if request.operation.is_forget()) {
                 self.at_once.store(0, Ordering::Relaxed);
             }
+            if is_slow || !matches!(&request, Ok(request) if changes_nothing(request)) {
+                self.answer_held_back();
+            }
             let serving = self.role.serves(turn, in_order);
-            if is_slow || (!in_order && self.at_once.load(Ordering::Relaxed) >= BACKLOG) {
+            if is_slow || (!in_order && self.has_backlog()) {
                 self.give(serving);
             } else {
                 hands.turn.set(Some(serving));
@@ -163,23 +215,50 @@ impl Served {
         }
     }
 
+    /// Whether there is more to read than who serves one request after the other gets done: another request waits now, as others did
+    /// lately. One program alone may have closed a file and asked for another since we last looked, but then waits for us.
+    fn has_backlog(&self) -> bool {
+        if self.at_once.load(Ordering::Relaxed) < BACKLOG {
+            return false;
+        }
+        let mut device = [PollFd::new(&self.device, PollFlags::IN)];
+        let waits = poll(&mut device, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
+        if !waits {
+            self.at_once.store(0, Ordering::Relaxed);
+        }
+        waits
+    }
+
     /// The next request: waits for it.
     fn next(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
         if let Some(bytes) = self.read(buffer)? {
             self.at_once.fetch_add(1, Ordering::Relaxed);
+            self.pass_by_held_back();
             return Ok(bytes);
         }
         self.at_once.store(0, Ordering::Relaxed);
+        // Whoever was just answered may be waiting for this processor.
+        std::thread::yield_now();
+        if let Some(bytes) = self.read(buffer)? {
+            return Ok(bytes);
+        }
+        self.answer_held_back();
         if let Some(bytes) = self.look(buffer)? {
             return Ok(bytes);
         }
         self.front.fs.idle();
+        let begun = Instant::now();
         loop {
             match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno),
             }
             if let Some(bytes) = self.read(buffer)? {
+                if begun.elapsed() < LOOKS_FOR {
+                    // Looking would have found it.
+                    self.in_vain.store(0, Ordering::Relaxed);
+                    self.left_out.store(0, Ordering::Relaxed);
+                }
                 return Ok(bytes);
             }
         }
@@ -220,22 +299,46 @@ impl Served {
         }
     }
 
-    fn answer(&self, request: &Request<'_>, room: &mut [u8]) {
-        if let Some((errno, bytes)) = requests::perform(&self.front, request, room) {
-            self.write(request.asked.number, errno, &room[..bytes]);
+    fn answer(&self, request: &Request<'_>, room: &mut Room) {
+        let payload = room.payload(request.operation);
+        let Some((errno, bytes)) = requests::perform(&self.front, request, payload) else { return };
+        // If this daemon dies the next is told again of what isn't answered. Where others have the file open it couldn't tell whether that
+        // was counted.
+        if request.operation == Operation::Release && !self.front.fs.is_open(request.ino) {
+            self.held_back.lock().numbers.push(request.asked.number);
+        } else {
+            self.write(request.asked.number, room.whole(request.asked.number, errno, bytes));
         }
+    }
+
+    /// There was something to read: what is held back waits for that, up to a limit.
+    fn pass_by_held_back(&self) {
+        let mut held_back = self.held_back.lock();
+        if held_back.numbers.is_empty() {
+            return;
+        }
+        held_back.passed_by += 1;
+        if held_back.passed_by >= HELD_BACK {
+            drop(held_back);
+            self.answer_held_back();
+        }
+    }
+
+    fn answer_held_back(&self) {
+        let HeldBack { numbers, .. } = std::mem::take(&mut *self.held_back.lock());
+        numbers.into_iter().for_each(|number| self.write(number, &answer_header(number, 0, 0)));
     }
 
     /// Answers what can't be understood.
     fn refuse(&self, bytes: &[u8]) {
         if let Ok(number) = super::abi::long(bytes, 8) {
-            self.write(number, libc::EINVAL, &[]);
+            self.write(number, &answer_header(number, libc::EINVAL, 0));
         }
     }
 
-    fn write(&self, number: u64, errno: i32, data: &[u8]) {
-        let header = answer_header(number, errno, data.len());
-        match rustix::io::writev(&self.device, &[IoSlice::new(&header), IoSlice::new(data)]) {
+    /// Gives the kernel an answer to request `number`.
+    fn write(&self, number: u64, answer: &[u8]) {
+        match rustix::io::write(&self.device, answer) {
             // Who asked has gone, or the mount.
             Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV) => {}
             Err(error) => {
@@ -243,6 +346,26 @@ impl Served {
                 let _ = rustix::io::write(self.device.as_fd(), &answer_header(number, libc::EIO, 0));
             }
         }
+    }
+}
+
+/// Whether it is all the same to `request` that the kernel still has what was closed before: it frees no space, and takes none.
+fn changes_nothing(request: &Request<'_>) -> bool {
+    match request.operation {
+        Operation::Open => {
+            let flags = request.word(0) as i32;
+            flags & libc::O_ACCMODE == libc::O_RDONLY && flags & libc::O_TRUNC == 0
+        }
+        Operation::Release
+        | Operation::Lookup
+        | Operation::Getattr
+        | Operation::Read
+        | Operation::Readlink
+        | Operation::Opendir
+        | Operation::Readdir
+        | Operation::Readdirplus
+        | Operation::Releasedir => true,
+        _ => false,
     }
 }
 

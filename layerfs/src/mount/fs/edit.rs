@@ -120,6 +120,9 @@ impl<'fs> Edit<'fs> {
             self.change.forget(ino);
             self.reaped.push(ino);
         } else {
+            if is_gone && inode.backed.is_some() {
+                self.fs.orphans.removed(ino);
+            }
             self.set(inode);
         }
         Ok(())

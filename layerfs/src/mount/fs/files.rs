@@ -94,7 +94,7 @@ impl Fs {
             self.setattr(ino, set, caller)?;
         }
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
-            self.writable_upper()?.warm().keep_free();
+            self.clear_the_way(self.writable_upper()?);
         }
         let prepared = self.prepare(ino, flags)?;
         let opened = loop {

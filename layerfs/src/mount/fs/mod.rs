@@ -348,6 +348,7 @@ impl Fs {
             hidden.removed(ino);
         }
         upper.data().remove(ino);
+        self.orphans.gone(ino);
         upper.warm().remove_idle(ino);
         self.parents.write().remove(&ino);
         self.unnamed.lock().remove(&ino);

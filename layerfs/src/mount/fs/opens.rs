@@ -290,9 +290,10 @@ impl Fs {
     pub fn opened_new(&self, ino: Ino, flags: i32) -> Option<Backing> {
         if Access::of(flags).writes
             && self.backings.get().is_some()
-            && let Ok((upper, _gate)) = self.enter()
+            && let Some(upper) = &self.upper
         {
-            upper.warm().keep_free();
+            self.clear_the_way(upper);
+            let _gate = self.changes();
             let _stripe = self.stripe(ino).lock();
             if let Err(errno) = self.copy_up(upper, ino, u64::MAX) {
                 tracing::debug!(%ino, ?errno, "no data file for a new file yet");
@@ -310,7 +311,7 @@ impl Fs {
     }
 
     /// Whether somebody has `ino` open.
-    pub(super) fn is_open(&self, ino: Ino) -> bool {
+    pub(in crate::mount) fn is_open(&self, ino: Ino) -> bool {
         self.opens.shard(ino).lock().contains_key(&ino)
     }
 

@@ -2,23 +2,36 @@
 //! more than a change of one.
 //!
 //! Invariants: an inode that is dropped here has no name, and the kernel doesn't know it, so nobody can come to it again; fewer
-//! than [`AT_ONCE`] wait, and none while the mount is idle; should the daemon end before, whoever opens the upper next drops
-//! them.
+//! than [`AT_ONCE`] wait, none of them large, and none while the mount is idle or the disk is full; should the daemon end before,
+//! whoever opens the upper next drops them.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::Fs;
 use crate::id::Ino;
+use crate::patience;
 use crate::upper::Upper;
 use crate::upper::table::{Change, Tables};
 
 /// So many go in one change: those who want to change something else wait for it.
 const AT_ONCE: usize = 32;
+/// A file of so many bytes doesn't wait: who removed it may write into its room next, past us.
+const LARGE_BYTES: u64 = 64 << 10;
+/// A disk with so much room is not filled before the kernel has said what it has forgotten.
+const PLENTY_BYTES: u64 = 256 << 20;
+/// The longest wait for that. A program may keep it from forgetting, for ever.
+const FORGETS_IN: Duration = Duration::from_millis(20);
+const LOOKS_EVERY: Duration = Duration::from_micros(200);
 
 /// Those of one mount.
 #[derive(Default)]
 pub(super) struct Orphans {
     waiting: Mutex<Waiting>,
+    /// Inodes that lost their last name and are still here, with their data.
+    removed: Mutex<BTreeSet<Ino>>,
 }
 
 #[derive(Default)]
@@ -29,14 +42,24 @@ struct Waiting {
 }
 
 impl Orphans {
-    /// Adds one; returns those to drop now.
-    fn put(&self, ino: Ino) -> Vec<Ino> {
+    /// Adds one with `bytes` of data; returns those to drop now.
+    fn put(&self, ino: Ino, bytes: u64) -> Vec<Ino> {
         let mut waiting = self.waiting.lock();
         waiting.inos.push(ino);
-        if waiting.may_wait && waiting.inos.len() < AT_ONCE {
+        if waiting.may_wait && waiting.inos.len() < AT_ONCE && bytes < LARGE_BYTES {
             return Vec::new();
         }
         std::mem::take(&mut waiting.inos)
+    }
+
+    /// `ino`, which has data here, has just lost its last name.
+    pub fn removed(&self, ino: Ino) {
+        self.removed.lock().insert(ino);
+    }
+
+    /// The data of `ino` are no more, or nobody shall wait for that.
+    pub fn gone(&self, ino: Ino) {
+        self.removed.lock().remove(&ino);
     }
 }
 
@@ -53,20 +76,62 @@ impl Fs {
 
     /// There is nothing to do just now.
     pub fn idle(&self) {
-        let Some(upper) = &self.upper else { return };
+        self.drop_waiting();
+    }
+
+    /// Drops those that wait; false if there are none.
+    pub(super) fn drop_waiting(&self) -> bool {
+        let Some(upper) = &self.upper else { return false };
         let waiting = std::mem::take(&mut self.orphans.waiting.lock().inos);
         if !waiting.is_empty() {
             self.drop_all(upper, &waiting);
         }
+        !waiting.is_empty()
+    }
+
+    /// Somebody is about to write past us, who can't be given room once it lacks: where there is little, warm copies and what was removed
+    /// go first. The kernel may have had this request taken before those that say what it has forgotten.
+    pub(super) fn clear_the_way(&self, upper: &Upper) {
+        upper.warm().keep_free();
+        if self.orphans.removed.lock().is_empty() {
+            return;
+        }
+        let has_plenty = |space: rustix::fs::StatVfs| space.f_bavail.saturating_mul(space.f_frsize) >= PLENTY_BYTES;
+        if upper.data().space().is_ok_and(has_plenty) {
+            return;
+        }
+        self.drop_waiting();
+        self.await_forgets();
+    }
+
+    /// Waits until the kernel has forgotten what was removed, but not for long.
+    fn await_forgets(&self) {
+        let begun = Instant::now();
+        while self.removed_and_closed().next().is_some() {
+            if begun.elapsed() >= FORGETS_IN {
+                self.removed_and_closed().for_each(|ino| self.orphans.gone(ino));
+                return;
+            }
+            patience::waits();
+            std::thread::sleep(LOOKS_EVERY);
+        }
+    }
+
+    /// Those that the kernel should forget, if no program keeps it from that.
+    fn removed_and_closed(&self) -> impl Iterator<Item = Ino> {
+        let removed: Vec<Ino> = self.orphans.removed.lock().iter().copied().collect();
+        removed.into_iter().filter(|ino| self.opens.get(*ino).is_none_or(|open| open.record.count == 0))
     }
 
     /// The kernel doesn't know `ino` any more: it is dropped, now or soon, if it has no name.
     pub(super) fn drop_if_orphan(&self, upper: &Upper, ino: Ino) {
-        if is_orphan(&self.state.read().tables, ino) {
-            let now = self.orphans.put(ino);
-            if !now.is_empty() {
-                self.drop_all(upper, &now);
-            }
+        let state = self.state.read();
+        let Some(orphan) = state.tables.inode(ino).filter(|inode| inode.inode.nlink == 0) else { return };
+        let bytes = orphan.backed.map_or(0, |backed| backed.bytes);
+        drop(state);
+        let now = self.orphans.put(ino, bytes);
+        if !now.is_empty() {
+            self.drop_all(upper, &now);
         }
     }
 
@@ -130,6 +195,40 @@ mod tests {
         remove(1);
         fs.drop_orphans();
         assert_eq!(held(), before);
+        remove(1);
+        assert!(fs.drop_waiting() && !fs.drop_waiting());
+        assert_eq!(held(), before);
+        remove(1);
+        let large = make();
+        fs.write(large, LARGE_BYTES, b"data", None).unwrap();
+        fs.forget(large, 1);
+        assert_eq!(held(), before, "who waits goes with what is large");
         fs.idle();
+    }
+
+    #[test]
+    fn who_opens_a_file_waits_briefly_for_what_the_kernel_forgets() {
+        let fs = empty_fs(store());
+        let upper = fs.upper().unwrap();
+        let [made, other] = [b"a", b"b"].map(|name| {
+            let made = fs.make(Ino::ROOT, name, libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+            fs.write(made, 0, b"data", None).unwrap();
+            made
+        });
+        let awaited = || fs.removed_and_closed().collect::<Vec<_>>();
+        fs.opened(made, libc::O_RDWR);
+        fs.unlink(Ino::ROOT, b"a").unwrap();
+        assert_eq!(awaited(), [], "somebody has it open");
+        fs.release(made, libc::O_RDWR, false);
+        fs.unlink(Ino::ROOT, b"b").unwrap();
+        assert_eq!(awaited(), [made, other]);
+        std::thread::scope(|scope| {
+            scope.spawn(|| fs.forget(made, 1));
+            fs.await_forgets();
+        });
+        assert_eq!(awaited(), [], "for one we don't wait any more");
+        assert!(upper.data().stat(made).is_err() && upper.data().stat(other).is_ok());
+        fs.forget(other, 1);
+        assert!(upper.data().stat(other).is_err());
     }
 }

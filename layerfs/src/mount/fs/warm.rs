@@ -209,14 +209,14 @@ impl Fs {
         self.upper.as_ref().is_some_and(|upper| upper.warm().make_room())
     }
 
-    /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more when copies could go for it.
+    /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more when removed files or copies could go for it.
     pub(in crate::mount) fn with_room<T>(
         &self,
         can_be_repeated: bool,
         mut work: impl FnMut() -> FsResult<T>,
     ) -> FsResult<T> {
         match work() {
-            Err(errno) if can_be_repeated && errno.is_no_space() && self.make_room() => work(),
+            Err(errno) if can_be_repeated && errno.is_no_space() && (self.drop_waiting() | self.make_room()) => work(),
             done => done,
         }
     }
