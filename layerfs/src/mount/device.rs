@@ -5,9 +5,6 @@
 //! and while more is waiting than one thread gets done, another reads on. Memory: a thread has room for the largest request and the
 //! largest answer, 2 MiB, of which what was once used is resident.
 //!
-//! A program doesn't wait for the answer to RELEASE, but for that to what it asks next: the answer is held back until nothing is there to
-//! read, or what is changes something. Whatever such a request counts has been counted then.
-//!
 //! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
 //! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
 //! a mount that is idle nothing, and isn't done where there is one processor.
@@ -21,7 +18,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
@@ -45,8 +41,6 @@ const LOOKS_FOR: Duration = Duration::from_micros(100);
 /// Looking that was in vain is left out up to so often, as a power of two, while nothing comes as soon as that.
 const IN_VAIN_MAX: u32 = 6;
 const PAUSES: usize = 4;
-/// The most answers that wait until there is nothing to read, and requests that they wait for.
-const HELD_BACK: u32 = 16;
 
 /// Serves the mount until it ends, with up to `limit` threads; the calling one is the first.
 pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) -> io::Result<()> {
@@ -62,7 +56,6 @@ pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) ->
         at_once: AtomicU32::new(0),
         in_vain: AtomicU32::new(0),
         left_out: AtomicU32::new(0),
-        held_back: Mutex::default(),
         made: AtomicUsize::new(1),
     };
     let role = served.role.clone();
@@ -83,16 +76,7 @@ struct Served {
     /// How often in a row it looked in vain, and how often it will not look.
     in_vain: AtomicU32,
     left_out: AtomicU32,
-    held_back: Mutex<HeldBack>,
     made: AtomicUsize,
-}
-
-/// Requests that are done and not answered.
-#[derive(Default)]
-struct HeldBack {
-    numbers: Vec<u64>,
-    /// How often something else was there to read since.
-    passed_by: u32,
 }
 
 /// What a thread works with.
@@ -197,9 +181,6 @@ impl Served {
             if matches!(&request, Ok(request) if request.operation.is_forget()) {
                 self.at_once.store(0, Ordering::Relaxed);
             }
-            if is_slow || !matches!(&request, Ok(request) if changes_nothing(request)) {
-                self.answer_held_back();
-            }
             let serving = self.role.serves(turn, in_order);
             if is_slow || (!in_order && self.has_backlog()) {
                 self.give(serving);
@@ -233,7 +214,6 @@ impl Served {
     fn next(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
         if let Some(bytes) = self.read(buffer)? {
             self.at_once.fetch_add(1, Ordering::Relaxed);
-            self.pass_by_held_back();
             return Ok(bytes);
         }
         self.at_once.store(0, Ordering::Relaxed);
@@ -242,7 +222,6 @@ impl Served {
         if let Some(bytes) = self.read(buffer)? {
             return Ok(bytes);
         }
-        self.answer_held_back();
         if let Some(bytes) = self.look(buffer)? {
             return Ok(bytes);
         }
@@ -302,31 +281,7 @@ impl Served {
     fn answer(&self, request: &Request<'_>, room: &mut Room) {
         let payload = room.payload(request.operation);
         let Some((errno, bytes)) = requests::perform(&self.front, request, payload) else { return };
-        // If this daemon dies the next is told again of what isn't answered. Where others have the file open it couldn't tell whether that
-        // was counted.
-        if request.operation == Operation::Release && !self.front.fs.is_open(request.ino) {
-            self.held_back.lock().numbers.push(request.asked.number);
-        } else {
-            self.write(request.asked.number, room.whole(request.asked.number, errno, bytes));
-        }
-    }
-
-    /// There was something to read: what is held back waits for that, up to a limit.
-    fn pass_by_held_back(&self) {
-        let mut held_back = self.held_back.lock();
-        if held_back.numbers.is_empty() {
-            return;
-        }
-        held_back.passed_by += 1;
-        if held_back.passed_by >= HELD_BACK {
-            drop(held_back);
-            self.answer_held_back();
-        }
-    }
-
-    fn answer_held_back(&self) {
-        let HeldBack { numbers, .. } = std::mem::take(&mut *self.held_back.lock());
-        numbers.into_iter().for_each(|number| self.write(number, &answer_header(number, 0, 0)));
+        self.write(request.asked.number, room.whole(request.asked.number, errno, bytes));
     }
 
     /// Answers what can't be understood.
@@ -346,26 +301,6 @@ impl Served {
                 let _ = rustix::io::write(self.device.as_fd(), &answer_header(number, libc::EIO, 0));
             }
         }
-    }
-}
-
-/// Whether it is all the same to `request` that the kernel still has what was closed before: it frees no space, and takes none.
-fn changes_nothing(request: &Request<'_>) -> bool {
-    match request.operation {
-        Operation::Open => {
-            let flags = request.word(0) as i32;
-            flags & libc::O_ACCMODE == libc::O_RDONLY && flags & libc::O_TRUNC == 0
-        }
-        Operation::Release
-        | Operation::Lookup
-        | Operation::Getattr
-        | Operation::Read
-        | Operation::Readlink
-        | Operation::Opendir
-        | Operation::Readdir
-        | Operation::Readdirplus
-        | Operation::Releasedir => true,
-        _ => false,
     }
 }
 

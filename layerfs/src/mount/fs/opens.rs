@@ -311,7 +311,7 @@ impl Fs {
     }
 
     /// Whether somebody has `ino` open.
-    pub(in crate::mount) fn is_open(&self, ino: Ino) -> bool {
+    pub(super) fn is_open(&self, ino: Ino) -> bool {
         self.opens.shard(ino).lock().contains_key(&ino)
     }
 
