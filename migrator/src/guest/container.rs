@@ -104,6 +104,13 @@ impl Site {
         self.link().map_or(Ok(()), |link| link.hold())
     }
 
+    /// Sends after it what came for it while it was held.
+    pub fn send_kept(&self) {
+        if let Some(link) = self.link() {
+            link.send_kept();
+        }
+    }
+
     /// Removes its connection, if there is any of it.
     pub fn disconnect(&self) -> Outcome<()> {
         self.link().map_or(Ok(()), |link| link.remove())
@@ -282,6 +289,7 @@ impl<E: Engine> Guest for Container<E> {
     }
 
     fn discard(&self) -> Result<()> {
+        self.0.site().send_kept();
         self.end("discard")
     }
 

@@ -32,6 +32,7 @@ mod neighbours;
 mod network;
 mod oci;
 pub mod options;
+mod packets;
 pub mod pagemap;
 mod preflight;
 mod process;
@@ -210,8 +211,8 @@ pub trait Guest: Send + Sync {
     /// [`crate::Error::Guest`].
     fn resume(&self) -> Result<()>;
 
-    /// Removes what a dumped guest has left here, without a word to its clients; it goes on elsewhere or later. Fine if
-    /// there is nothing left.
+    /// Removes what a dumped guest has left here, without a word to its clients; it goes on elsewhere or later. What came for it meanwhile
+    /// over the network may be sent after it. Fine if there is nothing left.
     ///
     /// # Errors
     /// [`crate::Error::Guest`] if something of it is still there.

@@ -6,13 +6,13 @@
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-const ARP: u16 = 0x0806;
-const IPV6: u16 = 0x86dd;
+use super::packets::{ARP, IPV6, Packets};
+
 /// Neighbour advertisement, in ICMPv6.
 const ADVERTISEMENT: u8 = 136;
 /// What it says replaces what was known.
@@ -82,29 +82,7 @@ pub(super) fn tell(namespace: Option<&Path>, interface: &str, hardware: [u8; 6],
 }
 
 fn send(interface: &str, protocol: u16, frame: &[u8]) -> io::Result<()> {
-    // Protocol 0: nothing is received by it.
-    // SAFETY: a call without pointers; what it returns is checked.
-    #[allow(unsafe_code)]
-    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-    if socket < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: it was just made, and nobody else has it.
-    #[allow(unsafe_code)]
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    let index = rustix::net::netdevice::name_to_index(&socket, interface)?;
-    // SAFETY: all zeros is a valid address of this kind.
-    #[allow(unsafe_code)]
-    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    (to.sll_family, to.sll_protocol, to.sll_ifindex) = (libc::AF_PACKET as u16, protocol.to_be(), index as i32);
-    to.sll_halen = 6;
-    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-    // SAFETY: the kernel reads the frame and the address, which both live here, by their lengths.
-    #[allow(unsafe_code)]
-    let sent = unsafe {
-        libc::sendto(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, (&raw const to).cast(), length)
-    };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    Packets::open(interface)?.send(protocol, frame)
 }
 
 #[cfg(test)]

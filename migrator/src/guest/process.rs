@@ -181,6 +181,7 @@ impl Guest for ProcessGuest {
     }
 
     fn discard(&self) -> Result<()> {
+        self.site.send_kept();
         self.criu().discard().map_err(self.failed("discard"))?;
         self.end("discard")
     }

@@ -233,7 +233,7 @@ impl QemuGuest {
     fn end(&self, action: &'static str) -> Result<()> {
         let failed = self.failed(action);
         if let Some(tap) = self.tap() {
-            tap.hold_if_there().map_err(&failed)?;
+            tap.shut_if_there().map_err(&failed)?;
         }
         if let Some(process) = Process::load(&self.saved()) {
             process.kill();
@@ -474,6 +474,9 @@ impl Guest for QemuGuest {
     }
 
     fn discard(&self) -> Result<()> {
+        if let Some(tap) = self.tap() {
+            tap.send_kept();
+        }
         self.end("discard")
     }
 
