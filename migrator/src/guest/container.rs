@@ -99,9 +99,14 @@ impl Site {
         Ok(())
     }
 
-    /// Lets nothing pass.
+    /// Lets nothing in from the network.
     pub fn hold(&self) -> Outcome<()> {
         self.link().map_or(Ok(()), |link| link.hold())
+    }
+
+    /// Lets nothing out any more either.
+    pub fn shut(&self) -> Outcome<()> {
+        self.link().map_or(Ok(()), |link| link.shut())
     }
 
     /// Sends after it what came for it while it was held.
@@ -271,6 +276,7 @@ impl<E: Engine> Guest for Container<E> {
         let frozen = began.elapsed();
         fs::write(site.dumped(), into.as_os_str().as_encoded_bytes())
             .map_err(|error| failed(format!("cannot note that it stands still: {error}")))?;
+        site.shut().map_err(&failed)?;
         if !process.wait_gone(PATIENCE) {
             return Err(failed("it was dumped and does not end".to_owned()));
         }

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Hides `ip`. The namespace is ours, not the runtime's: it outlives the guest's processes, so that nobody hears them end
-//! when they go on elsewhere. Invariants: while the pair's outer end is down ([`Link::hold`]) nothing reaches the guest and
-//! nothing leaves it; on a host, two guests never share a namespace.
+//! when they go on elsewhere. Invariants: from [`Link::hold`] on nothing reaches the guest, and while the pair's outer end is down
+//! ([`Link::shut`]) nothing leaves it; on a host, two guests never share a namespace.
 //!
 //! What clients send by TCP meanwhile is kept, and sent through the bridge once the guest goes on, here or elsewhere: a client whose
 //! first words are lost says them again only after 0.2, 0.6, 1.4 s.
@@ -61,9 +61,14 @@ impl<'a> Tap<'a> {
         joined
     }
 
-    /// Lets nothing pass.
+    /// As [`Link::hold`].
     pub fn hold(&self) -> Result<(), String> {
         self.0.hold()
+    }
+
+    /// As [`Link::shut`].
+    pub fn shut(&self) -> Result<(), String> {
+        self.0.shut()
     }
 
     /// Lets nothing pass, if it is there.
@@ -183,9 +188,13 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Lets nothing pass, and keeps what comes until [`Link::send_kept`].
+    /// Lets nothing in, and keeps what comes until [`Link::send_kept`]. What the guest sends until it stands still, as answers to what it
+    /// has had, goes its way; [`Link::shut`] then.
     pub fn hold(&self) -> Result<(), String> {
-        self.shut()?;
+        if let Err(error) = self.let_in(false) {
+            tracing::debug!(bridge = self.bridge, error, "a guest's connection is shut both ways at once");
+            self.shut()?;
+        }
         let kept = Packets::open(self.bridge).and_then(|packets| packets.keep(self.hardware).map(|()| packets));
         match kept {
             Ok(packets) => drop(KEPT.lock().insert(self.name.clone(), packets)),
@@ -194,14 +203,31 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    /// Lets nothing pass.
-    fn shut(&self) -> Result<(), String> {
+    /// Lets nothing pass, in or out.
+    pub fn shut(&self) -> Result<(), String> {
         self.ip(&["link", "set", &self.name, "down"])
+    }
+
+    /// Has the bridge give the guest frames again, or none any more.
+    fn let_in(&self, whether: bool) -> Result<(), String> {
+        let bridge = self.programs.find("bridge").ok_or("there is no `bridge`: install iproute2")?;
+        let say = |words: &[&str]| run(Command::new(&bridge).args(words).stdin(Stdio::null())).map(|_| ());
+        let (name, on) = (self.name.as_str(), if whether { "on" } else { "off" });
+        let every = ["learning", on, "flood", on, "mcast_flood", on, "bcast_flood", on];
+        say(&[&["link", "set", "dev", name], &every[..]].concat())?;
+        if !whether {
+            // What the bridge has learnt, which may be nothing.
+            let _ = say(&["fdb", "del", &Network::hardware_text(self.hardware), "dev", name, "master"]);
+        }
+        Ok(())
     }
 
     /// Lets everything pass, also what came while the guest was held.
     pub fn release(&self) -> Result<(), String> {
         self.ip(&["link", "set", &self.name, "up"])?;
+        if let Err(error) = self.let_in(true) {
+            tracing::debug!(bridge = self.bridge, error, "a guest's connection was opened without its bridge's flags");
+        }
         // The bridge doesn't use its port yet.
         self.send_kept_by(&self.name);
         Ok(())
@@ -342,12 +368,12 @@ mod tests {
             let link = Link::of(&programs, &network, &guest, folder.path()).unwrap();
             link.make().unwrap();
             let namespace = File::open(link.namespace()).unwrap();
-            let inside = std::thread::scope(|scope| {
+            let (inside, guest) = std::thread::scope(|scope| {
                 let inside = scope.spawn(|| {
                     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
                     let inside = Packets::open(INSIDE).unwrap();
                     inside.keep(link.hardware).unwrap();
-                    inside
+                    (inside, Packets::open(INSIDE).unwrap())
                 });
                 inside.join().unwrap()
             });
@@ -370,8 +396,18 @@ mod tests {
             say(UDP, b"who doesn't say it again");
             client.send(IPV4, &frame([2, 9, 9, 9, 9, 9], 6, b"for others")).unwrap();
             say(6, b"second");
+            // What it was about to answer goes out until it stands still.
+            let (asker, answer) = ([2, 0, 0, 0, 0, 9], b"answer");
+            let hears = Packets::open("client").unwrap();
+            hears.keep(asker).unwrap();
+            guest.send(IPV4, &frame(asker, 6, answer)).unwrap();
+            assert_eq!(hears.wait_kept(), [frame(asker, 6, answer)]);
+            link.shut().unwrap();
+            let _ = guest.send(IPV4, &frame(asker, 6, answer));
+            assert_eq!(hears.kept_now(), 0, "nothing leaves it");
+            say(6, b"third");
             release();
-            let kept = [b"first ", b"second"].map(|word| frame(link.hardware, 6, word.trim_ascii_end()));
+            let kept = [b"first ", b"second", b"third "].map(|word| frame(link.hardware, 6, word.trim_ascii_end()));
             assert_eq!(hear(), kept);
             release();
             say(6, b"after");
@@ -379,6 +415,7 @@ mod tests {
 
             // It goes on elsewhere: the bridge sends its frames every way.
             link.hold().unwrap();
+            link.shut().unwrap();
             let elsewhere = Packets::open("client").unwrap();
             elsewhere.keep(link.hardware).unwrap();
             Packets::open("lgbridge").unwrap().send(IPV4, &frame(link.hardware, 6, b"from here")).unwrap();

@@ -125,8 +125,9 @@ impl Packets {
         let length = size_of::<T>() as libc::socklen_t;
         // SAFETY: the kernel reads the value, which lives here, by its length.
         #[allow(unsafe_code)]
-        let set =
-            unsafe { libc::setsockopt(self.socket.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), length) };
+        let set = unsafe {
+            libc::setsockopt(self.socket.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), length)
+        };
         if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
@@ -159,6 +160,11 @@ fn for_tcp_to(hardware: [u8; 6]) -> [libc::sock_filter; 13] {
 
 #[cfg(test)]
 impl Packets {
+    /// How many frames are kept just now; they are gone then.
+    pub fn kept_now(&self) -> usize {
+        self.kept().unwrap().len()
+    }
+
     /// Waits until something was kept, but not for ever.
     pub fn wait_kept(&self) -> Vec<Vec<u8>> {
         for _ in 0..500 {

@@ -167,8 +167,10 @@ impl Guest for ProcessGuest {
                 return Err(failed(error));
             }
         };
+        let frozen = began.elapsed();
+        self.site.shut().map_err(&failed)?;
         let (memory_bytes, other_bytes) = state::sizes(into)?;
-        Ok(Written { memory_bytes, other_bytes, frozen: began.elapsed(), has_ended: false })
+        Ok(Written { memory_bytes, other_bytes, frozen, has_ended: false })
     }
 
     fn resume(&self) -> Result<()> {

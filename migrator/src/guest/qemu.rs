@@ -457,8 +457,12 @@ impl Guest for QemuGuest {
             self.resume()?;
             return Err(failed(error));
         }
+        let frozen = began.elapsed();
+        if let Some(tap) = self.tap() {
+            tap.shut().map_err(&failed)?;
+        }
         let (memory_bytes, other_bytes) = state::sizes(into)?;
-        Ok(Written { memory_bytes, other_bytes, frozen: began.elapsed(), has_ended: false })
+        Ok(Written { memory_bytes, other_bytes, frozen, has_ended: false })
     }
 
     fn resume(&self) -> Result<()> {
