@@ -309,12 +309,17 @@ impl Fs {
         }
         let end = offset.checked_add(bytes).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
         self.data_changes(ino);
-        match self.copy_up(upper, ino, u64::MAX)? {
+        let has_changed = match self.copy_up(upper, ino, u64::MAX)? {
             Some(ranged) => self.allocate_ranged(upper, ino, &ranged, mode, offset..end)?,
-            None => upper.data().allocate(ino, mode, offset, bytes)?,
-        }
+            None => upper.data().allocate(ino, mode, offset, bytes).map(|()| true)?,
+        };
         let end = if mode & KEEP_SIZE != 0 { 0 } else { end };
-        self.data_changed(upper, ino, end, None).map(drop)
+        self.data_changed(upper, ino, end, None)?;
+        if !has_changed {
+            // Else the data file would tell a daemon that comes after this one that there was a change, and when.
+            upper.save(&mut self.state.write().tables, &[ino])?;
+        }
+        Ok(())
     }
 
     /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`.

@@ -321,7 +321,7 @@ impl Fs {
         }
     }
 
-    /// `fallocate` for a file that was copied up by range, whose stripe is held.
+    /// `fallocate` for a file that was copied up by range, whose stripe is held. Whether its data file has changed.
     pub(super) fn allocate_ranged(
         &self,
         upper: &Upper,
@@ -329,10 +329,10 @@ impl Fs {
         ranged: &Ranged,
         mode: i32,
         range: Range<u64>,
-    ) -> FsResult<()> {
+    ) -> FsResult<bool> {
         if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 {
             upper.data().allocate(ino, mode, range.start, range.end - range.start)?;
-            return self.zero_ranged(upper, ino, ranged, range);
+            return self.zero_ranged(upper, ino, ranged, range).map(|()| true);
         }
         // What shows through is nobody's to reserve space for; it is there, as far as anybody can read.
         let start = range.start.max(ranged.map_end());
@@ -340,8 +340,10 @@ impl Fs {
             upper.data().allocate(ino, mode, start, range.end - start)?;
         } else if mode & libc::FALLOC_FL_KEEP_SIZE == 0 && range.end > ranged.bytes {
             upper.data().set_len(ino, range.end)?;
+        } else {
+            return Ok(false);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// What shows through in `range` is zero from now on; the data file has no bytes there.

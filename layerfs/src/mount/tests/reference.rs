@@ -707,3 +707,16 @@ proptest! {
         run(&ops, ranges_from)?;
     }
 }
+
+#[test]
+fn reserving_what_shows_through_changes_times_for_good() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT RUN: comparing with the host's filesystem needs the superuser (device nodes, owners)");
+        return;
+    }
+    let file = || vec!["b"];
+    let before = [Op::Create(file(), 0o644), Op::Write(file(), 250_000, 1, 0), Op::Seal, Op::SetMtime(file(), 0, 0)];
+    let after = [Op::Allocate(file(), 0, 0, 1), Op::Crash];
+    let ops: Vec<Op> = before.into_iter().chain(after).collect();
+    run(&ops, 1).unwrap();
+}
