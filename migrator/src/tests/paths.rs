@@ -126,8 +126,8 @@ async fn a_transfer_whose_first_connection_is_lost_goes_on_by_itself() {
         let report = paths.push("x", exactly(connections)).await.unwrap();
         assert!(paths.there.has_whole("x", layer));
         assert_eq!(report.retries, 1, "{report:?}");
-        // What was in flight: queues, sockets and what was being verified, which is the more the busier the machine is.
-        assert!(report.chunk_plain_bytes < 100 << 20, "{report:?}");
+        // What was in flight: queues, sockets and what was being verified.
+        assert!(report.chunk_plain_bytes < 88 << 20, "{report:?}");
         assert!(report.chunks_reused > 0, "{report:?}");
     }
 }
