@@ -122,12 +122,15 @@ async fn a_transfer_whose_first_connection_is_lost_goes_on_by_itself() {
     for connections in [1, 3] {
         let paths = Paths::new(1, Rights::default()).await;
         let layer = add_layer(paths.here.store(), "x", &tree(200, 60 << 20));
-        paths.relays[0].cut_at(30 << 20);
+        const CUT_AT: u64 = 30 << 20;
+        paths.relays[0].cut_at(CUT_AT);
         let report = paths.push("x", exactly(connections)).await.unwrap();
         assert!(paths.there.has_whole("x", layer));
         assert_eq!(report.retries, 1, "{report:?}");
-        // What was in flight: queues, sockets and what was being verified.
-        assert!(report.chunk_plain_bytes < 88 << 20, "{report:?}");
+        // The report counts what was given to the sockets, which may be all of it by then: what the second attempt took is what
+        // has passed since. It is half of the layer, and what was in flight: in queues, in sockets and being verified.
+        let second = paths.relays[0].bytes() - CUT_AT;
+        assert!(second < 54 << 20, "the second attempt took {second} bytes: {report:?}");
         assert!(report.chunks_reused > 0, "{report:?}");
     }
 }
