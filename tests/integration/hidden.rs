@@ -332,6 +332,16 @@ fn full() -> anyhow::Result<()> {
     fs::remove_file(uppers.join("ballast"))?;
     (0..1000).try_for_each(|page| file.write_all_at(&[3; PAGE], page * 2 * PAGE as u64))?;
     file.sync_all()?;
+    // Nor is it kept from them that only the first part of it found room.
+    for (number, left) in [20, 80, 160].into_iter().enumerate() {
+        let space = rustix::fs::statvfs(&uppers)?;
+        let ballast = (space.f_bavail * space.f_frsize).saturating_sub(left << 10);
+        fs::write(uppers.join("ballast"), vec![0; ballast as usize])?;
+        file.write_all_at(&[6; 64 * PAGE], ((9 + number as u64) << 20) + PAGE as u64)?;
+        let errno = file.sync_all().err().and_then(|error| error.raw_os_error());
+        ensure!(errno == Some(libc::ENOSPC), "fsync with room for {left} KiB of 256: {errno:?}");
+        fs::remove_file(uppers.join("ballast"))?;
+    }
     // Who doesn't sync hears of it from `close`.
     fs::write(uppers.join("ballast"), vec![0; 34 << 20])?;
     (1000..2000).try_for_each(|page| file.write_all_at(&[4; PAGE], page * 2 * PAGE as u64))?;

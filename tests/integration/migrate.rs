@@ -180,7 +180,10 @@ pub fn folder(host: &Host) -> PathBuf {
 
 /// Where `host` keeps states that are being written, as long as there are any.
 pub fn memory_of(host: &Host) -> PathBuf {
-    PathBuf::from(format!("/dev/shm/layerfs{}", host.ctl.store().display().to_string().replace('/', "-")))
+    PathBuf::from(format!(
+        "/dev/shm/layerfs{}",
+        host.ctl.store().display().to_string().replace('_', "__").replace('-', "_-").replace('/', "-")
+    ))
 }
 
 /// How often a guest goes to and fro.

@@ -170,7 +170,7 @@ impl Served {
         loop {
             let bytes = match self.next(&mut hands.request) {
                 Ok(bytes) => bytes,
-                Err(rustix::io::Errno::NODEV) => return Some(Ok(())),
+                Err(rustix::io::Errno::NODEV | rustix::io::Errno::CONNABORTED) => return Some(Ok(())),
                 Err(errno) => return Some(Err(errno.into())),
             };
             let request = Request::whole(&hands.request[..bytes]);

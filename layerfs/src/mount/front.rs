@@ -167,6 +167,7 @@ impl Front {
             self.setattr(asked, ino, SetAttr { size: Some(0), ..SetAttr::default() })?;
         }
         let backing = self.fs.open(ino, flags & !libc::O_TRUNC, asked.caller)?;
+        self.sync_way(ino, backing.as_ref(), flags)?;
         // What is stored through a mapping changes times without the kernel's knowledge: what it knows of them must not hold for ever.
         if backing.is_some()
             && flags & libc::O_ACCMODE == libc::O_RDWR
@@ -216,7 +217,9 @@ impl Front {
         flags: i32,
     ) -> FsResult<(Stat, Opened)> {
         let stat = self.make(asked, folder, name, mode & 0o7777 | libc::S_IFREG, umask, 0)?;
-        Ok(self.opened_new(stat, flags))
+        let opened = self.opened_new(stat, flags);
+        self.sync_way(opened.0.ino, opened.1.backing.as_ref(), flags)?;
+        Ok(opened)
     }
 
     /// Makes a file without a name (`O_TMPFILE`), and opens it.
@@ -230,6 +233,20 @@ impl Front {
         let make = || self.fs.make_unnamed(folder, mode, umask, asked.caller);
         let stat = self.make_once(asked, folder, make)?;
         Ok(self.opened_new(stat, flags))
+    }
+
+    /// Of what is written to a file that is passed through the kernel makes the bytes durable by itself, if that was asked for; that there
+    /// is such a file must be so before.
+    fn sync_way(&self, ino: Ino, backing: Option<&Backing>, flags: i32) -> FsResult<()> {
+        let Some(upper) = self.fs.upper().filter(|_| backing.is_some() && flags & libc::O_DSYNC != 0) else {
+            return Ok(());
+        };
+        let synced = upper.sync();
+        if synced.is_err() {
+            // The kernel won't close what wasn't opened.
+            self.fs.release(ino, flags, false);
+        }
+        Ok(synced?)
     }
 
     fn opened_new(&self, stat: Stat, flags: i32) -> (Stat, Opened) {
@@ -248,9 +265,21 @@ impl Front {
         patience::on_behalf_of(asked.caller.pid, || self.fs.read(ino, offset, buffer))
     }
 
-    pub fn write(&self, asked: Asked, ino: Ino, offset: u64, data: &[u8], clear_bits: bool) -> FsResult<u64> {
+    /// What the kernel `writes_back` it can't write later: all of it is written, or it is an error.
+    pub fn write(
+        &self,
+        asked: Asked,
+        ino: Ino,
+        offset: u64,
+        data: &[u8],
+        clear_bits: bool,
+        writes_back: bool,
+    ) -> FsResult<u64> {
         let write = || self.fs.write(ino, offset, data, clear_bits.then_some(asked.caller));
         let written = patience::on_behalf_of(asked.caller.pid, write)?;
+        if let (true, Some(failure)) = (writes_back, written.failure) {
+            return Err(failure);
+        }
         if written.cleared_privileges
             && let Some(kernel) = self.kernel.get()
         {
@@ -265,8 +294,10 @@ impl Front {
         if !self.fs.is_writable() {
             return fail(libc::ENOSYS);
         }
+        // In this order: who still hears that listings are kept began before the switch, which freezes it.
         let FolderHandle(handle) = self.fs.open_folder(ino);
-        Ok(Opened { handle, flags: FOLDER_FLAGS, backing: None })
+        let flags = if self.fs.keeps_listings() { FOLDER_FLAGS } else { 0 };
+        Ok(Opened { handle, flags, backing: None })
     }
 
     pub fn release_folder(&self, ino: Ino, handle: u64) {

@@ -115,6 +115,8 @@ pub struct UnmountOptions {
     pub keep_record: bool,
     /// Remove an upper without a name, with all that is in it.
     pub discard_upper: bool,
+    /// End it in other mount namespaces too, if they have copies: programs that use those get errors.
+    pub everywhere: bool,
 }
 
 /// What there is to know of a mount.
@@ -432,9 +434,11 @@ impl Mount {
         {
             tracing::warn!(%error, "the trace of a sealed layer is not kept");
         }
-        *self.pin.lock() = Some(self.store.pin(report.layer)?);
+        let pin = self.store.pin(report.layer);
         report.changed_inodes.iter().for_each(|ino| self.kernel.attributes_changed(*ino));
         report.changed_folders.iter().for_each(|folder| self.kernel.listing_changed(*folder));
+        fs.listings_told();
+        *self.pin.lock() = Some(pin?);
         Ok(report)
     }
 
@@ -477,43 +481,63 @@ impl Mount {
 
     /// Unmounts, and waits until everything is saved (but not if programs keep a lazily unmounted one going).
     ///
-    /// A copy in another mount namespace (a container's, or made by `unshare`) goes on until that namespace gives it up.
+    /// A copy in another mount namespace (a container's, or made by `unshare`) goes on until that namespace gives it up, unless it is to
+    /// end everywhere: [`Mount::is_left`] tells.
     ///
     /// # Errors
-    /// [`Error::Busy`] if programs use it.
+    /// [`Error::Busy`] if programs use it; [`Error::Denied`] if this user may not end copies.
     pub fn unmount(&self, options: &UnmountOptions) -> Result<()> {
         if self.fs().is_none() {
             return Ok(());
+        }
+        if options.everywhere {
+            // What programs wrote through mappings isn't with us yet, and is lost with the connection.
+            point::sync(&self.record.dir, self.device);
         }
         let before = std::mem::replace(&mut *self.ending.lock(), *options);
         if let Err(error) = point::unmount(&self.record.dir, options.lazy) {
             *self.ending.lock() = before;
             return Err(error);
         }
-        if !options.lazy {
-            self.wait_unless_copied();
+        let has_ended = options.lazy || self.wait_unless_copied();
+        if let (false, true, Some(device)) = (has_ended, options.everywhere, self.device) {
+            tracing::warn!(dir = %self.record.dir.display(), "ends a mount in other mount namespaces too");
+            point::end_everywhere(device)?;
+            self.wait();
         }
         Ok(())
     }
 
+    /// Whether it is mounted nowhere any more that this process sees, and hasn't ended: another mount namespace has a copy, or somebody
+    /// has just unmounted it.
+    pub fn is_left(&self) -> bool {
+        !self.has_ended() && self.device.is_some_and(|device| !point::is_mounted(device))
+    }
+
+    /// The processes in whose mount namespaces it is mounted, as far as this user may see them.
+    pub fn processes(&self) -> Vec<u32> {
+        self.device.map(point::processes).unwrap_or_default()
+    }
+
     /// If it is mounted nowhere any more (somebody's `umount`), waits until it has ended, as [`Mount::unmount`] does.
     pub fn wait_if_left(&self) {
-        if self.device.is_some_and(|device| !point::is_mounted(device)) {
+        if self.is_left() {
             self.wait_unless_copied();
         }
     }
 
-    /// Waits until it has ended, unless the kernel goes on with it somewhere else.
-    fn wait_unless_copied(&self) {
+    /// Waits until it has ended, unless the kernel goes on with it somewhere else. Returns whether it has.
+    fn wait_unless_copied(&self) -> bool {
         let (mut phase, until) = (self.phase.lock(), Instant::now() + COPIED_WAIT);
         while *phase == Phase::Served && !self.turned.wait_until(&mut phase, until).timed_out() {}
         if *phase == Phase::Served {
             let dir = self.record.dir.display();
             tracing::warn!(%dir, "unmounted, but another mount namespace has a copy of it: it ends when that goes");
-            return;
+            return false;
         }
         drop(phase);
         self.wait();
+        true
     }
 
     /// Waits until it has ended.

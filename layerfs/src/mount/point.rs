@@ -1,12 +1,14 @@
 //! Mount points on the host: making sure that one is fit, unmounting, syncing.
 
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::UnmountFlags;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags, fsconfig_create, fsmount, fsopen};
 
 use crate::error::{Error, Result};
 
@@ -62,10 +64,46 @@ fn is_layerfs(dir: &Path) -> bool {
 
 /// Whether the filesystem with this device number is mounted somewhere, as this process sees it. Asks nothing of the filesystem.
 pub(super) fn is_mounted(device: u64) -> bool {
+    std::fs::read("/proc/self/mountinfo").map_or(true, |table| mounts(&table, device))
+}
+
+/// Whether a table of mounts has the filesystem with this device number.
+fn mounts(table: &[u8], device: u64) -> bool {
     let number = format!("{}:{}", libc::major(device), libc::minor(device));
-    let Ok(table) = std::fs::read("/proc/self/mountinfo") else { return true };
     let mut lines = table.split(|byte| *byte == b'\n');
     lines.any(|line| line.split(|byte| *byte == b' ').nth(2) == Some(number.as_bytes()))
+}
+
+/// The processes in whose mount namespaces that filesystem is mounted, as far as this user may see them.
+pub(super) fn processes(device: u64) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| std::fs::read(format!("/proc/{pid}/mountinfo")).is_ok_and(|table| mounts(&table, device)))
+        .collect()
+}
+
+/// Ends the kernel's connection for the filesystem with this device number, wherever it is mounted.
+///
+/// # Errors
+/// [`Error::Denied`] for an ordinary user.
+pub(super) fn end_everywhere(device: u64) -> Result<()> {
+    // Connections are files of a filesystem of their own, which is shown to nobody here.
+    let end = || -> rustix::io::Result<()> {
+        let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(context.as_fd())?;
+        let all = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        let name = format!("{}/abort", libc::minor(device));
+        let abort = rustix::fs::openat(&all, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::io::write(&abort, b"1").map(drop)
+    };
+    match end() {
+        // It has ended by itself.
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::PERM | Errno::ACCESS) => {
+            Err(Error::Denied("only root may end a mount that other mount namespaces have copies of".to_owned()))
+        }
+        Err(errno) => Err(Error::io("ending a mount everywhere", errno)),
+    }
 }
 
 /// A field of `mountinfo`: space, tab, newline and backslash stand there as `\ooo`.

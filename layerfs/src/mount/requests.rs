@@ -19,6 +19,7 @@ const SET_MTIME: u32 = 1 << 5;
 const SET_ATIME_NOW: u32 = 1 << 7;
 const SET_MTIME_NOW: u32 = 1 << 8;
 /// That a write clears setuid and setgid.
+const WRITE_CACHE: u32 = 1 << 0;
 const WRITE_CLEARS_BITS: u32 = 1 << 2;
 
 impl From<Short> for Errno {
@@ -152,7 +153,8 @@ fn answer_data(front: &Front, request: &Request<'_>, answer: &mut Answer<'_>) ->
         Operation::Write => {
             let (offset, size, flags) = (request.long(8), request.word(16) as usize, request.word(20));
             let data = request.rest().get(..size).ok_or(Short)?;
-            answer.count(front.write(asked, ino, offset, data, flags & WRITE_CLEARS_BITS != 0)? as u32)
+            let (clears_bits, writes_back) = (flags & WRITE_CLEARS_BITS != 0, flags & WRITE_CACHE != 0);
+            answer.count(front.write(asked, ino, offset, data, clears_bits, writes_back)? as u32)
         }
         Operation::Setxattr => {
             let (size, flags) = (request.word(0) as usize, request.word(4) as i32);

@@ -59,6 +59,7 @@ pub struct DataFolder {
     known: RwLock<HashMap<Ino, Stamp>>,
     /// Data files were created since the folder was last synced.
     created: AtomicBool,
+    syncing: Mutex<()>,
 }
 
 pub(super) fn file_name(ino: Ino) -> String {
@@ -101,6 +102,7 @@ impl DataFolder {
             maps: RwLock::default(),
             known: RwLock::default(),
             created: AtomicBool::new(false),
+            syncing: Mutex::new(()),
         })
     }
 
@@ -284,6 +286,8 @@ impl DataFolder {
 
     /// Makes durable which data files there are.
     pub fn sync_folder(&self) -> Result<()> {
+        // Who finds nothing to do has waited for whoever does it.
+        let _syncing = self.syncing.lock();
         if self.created.swap(false, Ordering::AcqRel)
             && let Err(errno) = rustix::fs::fsync(&self.folder)
         {

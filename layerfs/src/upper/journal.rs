@@ -81,6 +81,14 @@ impl Journal {
         result
     }
 
+    /// Does `change`, which is no answer, in the midst of answering.
+    pub fn aside<T>(&self, change: impl FnOnce() -> T) -> T {
+        let before = REQUEST.replace(None);
+        let result = change();
+        REQUEST.set(before);
+        result
+    }
+
     /// If an earlier daemon did `request`: the inode that the answer is about (0 if about none).
     pub fn done(&self, request: u64) -> Option<Ino> {
         self.done.lock().remove(&request)

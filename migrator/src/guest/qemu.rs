@@ -10,12 +10,15 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layerfs::import::DISK_NAME;
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use serde_json::json;
 
 use super::machine::{self, AUTO, MachineOptions};
@@ -119,14 +122,26 @@ impl QemuGuest {
         Tap::of(&self.programs, &self.options.network, &self.name, &self.run)
     }
 
-    /// A path in the stack, as the host has it.
-    fn at(&self, path: &Path) -> PathBuf {
-        self.root.join(path.strip_prefix("/").unwrap_or(path))
+    /// A file of the stack, as the host has it. Links lead nowhere else: the stack may be somebody's whom the host's files are none of.
+    fn at(&self, path: &Path) -> Outcome<Option<PathBuf>> {
+        let failed = |error: Errno| format!("cannot open {} in its stack: {error}", path.display());
+        let (folder, flags) = (OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, OFlags::PATH | OFlags::CLOEXEC);
+        let root = rustix::fs::open(&self.root, folder, Mode::empty()).map_err(failed)?;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+        let file = match rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            opened => opened.map_err(failed)?,
+        };
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&file).map_err(failed)?.st_mode);
+        if kind != FileType::RegularFile {
+            return Err(format!("{} in its stack is no file", path.display()));
+        }
+        let found = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        found.map(Some).map_err(|error| format!("cannot find {} in its stack: {error}", path.display()))
     }
 
-    fn disk(&self) -> Option<PathBuf> {
-        let disk = self.at(self.options.disk.as_deref().unwrap_or(Path::new(DISK_NAME)));
-        disk.exists().then_some(disk)
+    fn disk(&self) -> Outcome<Option<PathBuf>> {
+        self.at(self.options.disk.as_deref().unwrap_or(Path::new(DISK_NAME)))
     }
 
     /// What it runs by; what is best here if it doesn't run.
@@ -175,13 +190,14 @@ impl QemuGuest {
         command.args(["-serial", "chardev:console"]);
         for (option, path) in [("-kernel", &options.kernel), ("-initrd", &options.initrd)] {
             if let Some(path) = path {
-                command.arg(option).arg(self.at(path));
+                let found = self.at(path)?.ok_or_else(|| format!("there is no {} in its stack", path.display()))?;
+                command.arg(option).arg(found);
             }
         }
         if let Some(append) = &options.append {
             command.arg("-append").arg(append);
         }
-        if let Some(disk) = self.disk() {
+        if let Some(disk) = self.disk()? {
             let file =
                 json!({ "driver": "file", "node-name": "file0", "filename": disk, "cache": { "direct": false } });
             let raw = json!({ "driver": "raw", "node-name": "disk0", "file": "file0" });

@@ -88,10 +88,14 @@ impl Migrations {
                     self.again(row, Self::resume)?;
                     Some(Event::Resumed)
                 }
-                Step::Discard => {
-                    self.again(row, Self::discard)?;
-                    Some(Event::Discarded)
-                }
+                // The guest is the destination's: that something of it is left here is no failure of the move.
+                Step::Discard => match self.again(row, Self::discard) {
+                    Ok(()) => Some(Event::Discarded),
+                    Err(error) => {
+                        row.note = chain(&error);
+                        None
+                    }
+                },
                 Step::Abort => {
                     self.say_abort(row, talk.as_deref_mut());
                     None

@@ -63,7 +63,11 @@ impl Migrations {
         let id = MoveId::random()?;
         let row = Row::source(id, &record, peer.name.as_str());
         let store = self.0.guests.store();
-        let not_found = || layerfs::Error::NotFound { what: "layer", name: record.spec.stack.to_string() };
+        let not_found = || {
+            let text =
+                format!("its layer's name {} is gone; `layerctl tag` gives it to the layer again", record.spec.stack);
+            Error::guest("migrate", name, text)
+        };
         let stack = store.name(&record.spec.stack)?.ok_or_else(not_found)?.layer;
         let report = Report::new(&id.to_string(), name.as_str(), &record.spec.driver, peer.name.as_str());
         let talk = Talk::new(self.control(peer.clone()));
@@ -289,6 +293,12 @@ impl Run<'_> {
         }
         let (outcome, text) = self.outcome();
         self.report.outcome = outcome.to_owned();
+        if self.phase() == Phase::Gone {
+            let text =
+                format!("what is left of it here isn't removed yet ({}); that is tried again and again", self.row.note);
+            self.monitor.warn(&text);
+            self.report.decisions.push(text);
+        }
         self.report.error = match &result {
             Err(error) => Some(chain(error)),
             Ok(()) => text.clone(),

@@ -85,6 +85,9 @@ pub struct UmountRequest {
     /// Detach even if in use.
     #[serde(default)]
     pub lazy: bool,
+    /// End copies in other mount namespaces too.
+    #[serde(default)]
+    pub everywhere: bool,
 }
 
 /// What was unmounted.
@@ -94,11 +97,17 @@ pub struct UmountResult {
     pub unmounted: Vec<Unmounted>,
 }
 
-/// A mount that is no more.
+/// A mount that is no more, here at least.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Unmounted {
     /// Where it was.
     pub dir: PathBuf,
+    /// Whether it goes on in other mount namespaces, which have copies of it.
+    #[serde(default)]
+    pub goes_on: bool,
+    /// The processes in those: number and name.
+    #[serde(default)]
+    pub used_by: Vec<String>,
     /// The upper that was kept.
     pub kept_upper: Option<UpperInfo>,
 }

@@ -88,6 +88,9 @@ pub struct Umount {
     /// Detach now, even if something still uses it
     #[arg(long, short)]
     pub lazy: bool,
+    /// End it in other mount namespaces too (containers', `unshare --mount`): what uses it there gets errors
+    #[arg(long, conflicts_with = "lazy")]
+    pub everywhere: bool,
 }
 
 /// Make a layer of what was changed in a mount.

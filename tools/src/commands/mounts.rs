@@ -5,8 +5,8 @@ use std::path::Path;
 use super::Session;
 use crate::api::Empty;
 use crate::api::mounts::{
-    MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, UpperInfo, UpperList,
-    UppersRemoveRequest,
+    MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, Unmounted, UpperInfo,
+    UpperList, UppersRemoveRequest,
 };
 use crate::cli::mounts as args;
 use crate::failure::Result;
@@ -65,12 +65,21 @@ fn real(dir: &Path) -> Result<std::path::PathBuf> {
 /// `layerctl umount`.
 pub fn umount(session: &Session, args: args::Umount) -> Result<()> {
     let dirs = args.dirs.iter().map(|dir| real(dir)).collect::<Result<_>>()?;
-    let request = UmountRequest { dirs, all: args.all, discard: args.discard, lazy: args.lazy };
+    let args::Umount { all, discard, lazy, everywhere, .. } = args;
+    let request = UmountRequest { dirs, all, discard, lazy, everywhere };
     let result: UmountResult = session.call("umount", &request)?;
     session.output.answer(&result, |result| {
         result.unmounted.iter().map(|unmounted| format!("unmounted {}\n", unmounted.dir.display())).collect()
     })?;
     if !session.output.json {
+        for Unmounted { dir, used_by, .. } in result.unmounted.iter().filter(|unmounted| unmounted.goes_on) {
+            let who = if used_by.is_empty() { String::new() } else { format!(" (process {})", used_by.join(", ")) };
+            let dir = dir.display();
+            session.output.note(&format!(
+                "it goes on in mount namespaces that have a copy of it{who}, and ends with those; `layerctl umount {dir} --everywhere` \
+                 ends it now"
+            ));
+        }
         for upper in result.unmounted.iter().filter_map(|unmounted| unmounted.kept_upper.as_ref()) {
             let UpperInfo { id, base, base_name, .. } = upper;
             let base = base_name.clone().unwrap_or_else(|| short(base));

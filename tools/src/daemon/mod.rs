@@ -41,6 +41,9 @@ const PREDECESSOR: Duration = Duration::from_secs(15);
 const TRACES_EVERY: Duration = Duration::from_secs(15);
 /// The exit code by which systemd, if it started this daemon, knows that another one is wanted.
 const EXIT_HANDED_OVER: i32 = 75;
+/// Threads that may wait or compute: several for each piece of work, and for each transfer and question of a peer. They are started
+/// when they are needed, and go after ten idle seconds.
+const MOST_THREADS: usize = 1024;
 
 /// All that the operations share.
 pub struct Daemon {
@@ -136,7 +139,7 @@ fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .max_blocking_threads(64)
+        .max_blocking_threads(MOST_THREADS)
         .thread_name("layerfs-io")
         .enable_all()
         .build()

@@ -16,6 +16,9 @@ use crate::api::{Event, Progress, WorkInfo};
 use crate::failure::{Class, Failure, Result};
 use crate::units;
 
+/// So many long pieces of work at a time at most.
+const MOST_WORKS: usize = 128;
+
 /// All that is under way.
 #[derive(Debug, Default)]
 pub struct Works {
@@ -85,9 +88,14 @@ impl Works {
     /// Registers a piece of work.
     ///
     /// # Errors
-    /// [`Class::Busy`] if the daemon is about to exit.
+    /// [`Class::Busy`] if the daemon is about to exit, or has [`MOST_WORKS`] already.
     pub fn begin(self: &Arc<Works>, label: String, is_long: bool) -> Result<Entry> {
         let mut register = self.inner.lock();
+        // Each takes a few of the runtime's threads, and waits for others: were all taken by such as wait, nothing would go on.
+        if is_long && register.current.values().filter(|work| work.is_long).count() >= MOST_WORKS {
+            let failure = Failure::new(Class::Busy, format!("the daemon does {MOST_WORKS} things at a time already"));
+            return Err(failure.hint("wait for some of them; `layerctl daemon status` shows what they are"));
+        }
         if register.is_closed {
             return Err(Failure::new(Class::Busy, "the daemon is about to exit; try again in a moment"));
         }

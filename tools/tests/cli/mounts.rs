@@ -93,6 +93,61 @@ fn nameless_changes_are_kept() {
 }
 
 #[test]
+fn a_copy_elsewhere_is_told_of_and_can_be_ended() {
+    use std::io::{Read, Write};
+    use std::process::{Command, Stdio};
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt", "--upper", "work"]);
+    let mut other = Command::new("unshare");
+    other.args(["--mount", "--propagation", "private", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut other = other.spawn().unwrap();
+    // Once it answers, it has its namespace.
+    other.stdin.as_mut().unwrap().write_all(b"?").unwrap();
+    other.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let answer = host.json(&["umount", "mnt"]);
+    let left = &answer["unmounted"][0];
+    assert_eq!((&left["goes_on"], &left["used_by"][0]), (&true.into(), &format!("{} (cat)", other.id()).into()));
+    let again = host.run(&["mount", "base", "mnt", "--upper", "work"]);
+    assert!(again.contains("--everywhere") && again.contains("(cat)"), "{again}");
+    assert_eq!(host.json(&["umount", "mnt", "--everywhere"])["unmounted"][0]["goes_on"], false);
+    host.json(&["mount", "base", "mnt", "--upper", "work"]);
+    assert_eq!(std::fs::read(host.path("mnt/etc/hostname")).unwrap(), b"edge\n");
+    drop(other.stdin.take());
+    other.wait().unwrap();
+}
+
+#[test]
+fn nothing_is_mounted_over_the_store() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    for dir in ["store", "store/packs", "."] {
+        let refused = host.run(&["mount", "base", dir]);
+        assert!(refused.contains("in the way of"), "{refused}");
+    }
+    assert!(host.json(&["mounts"])["mounts"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn what_guests_lie_on_stays_theirs() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["tag", "base", "other"]);
+    host.json(&["guest", "create", "web", "--driver", "process", "--on", "base", "--", "/bin/true"]);
+    assert!(host.run(&["remove", "other", "base"]).contains("guest web lies on base"));
+    assert_eq!(host.json(&["list"])["layers"].as_array().unwrap().len(), 2, "all of them, or none");
+    host.json(&["remove", "other"]);
+    host.json(&["guest", "remove", "web"]);
+    host.json(&["remove", "base"]);
+}
+
+#[test]
 fn what_mounts_do_can_be_seen() {
     use std::io::{Read, Write};
     if !can_mount() {

@@ -12,6 +12,7 @@ use super::super::hidden::hand::Order;
 use super::super::hidden::{Hidden, Pin, Quiet, Turn};
 use super::super::watch::Op;
 use super::attrs::{clear_privileges, may_lose_bits, unprivileged};
+use super::files::Put;
 use super::opens::{Access, Open, until_passed};
 use super::{Fs, Stat, State};
 use crate::content::Content;
@@ -244,7 +245,7 @@ impl Fs {
             change(&mut inode);
             let mut row = Change::new();
             row.inode(inode);
-            upper.commit(&mut state.tables, row)?;
+            upper.journal().aside(|| upper.commit(&mut state.tables, row))?;
         }
         self.data_changes(ino);
         hidden.told(ino, stamp.mtime);
@@ -270,13 +271,14 @@ impl Fs {
             // It was removed just now.
             return Ok(data.len());
         }
-        let (written, end) = self.put(upper, ino, offset, data)?;
+        let Put { bytes, end, failure } = self.put(upper, ino, offset, data)?;
         self.state.write().tables.touch(ino, |inode| {
             if let Some(backed) = &mut inode.backed {
                 backed.bytes = backed.bytes.max(end);
             }
         });
-        Ok(written)
+        // The kernel takes what it is told for all, and forgets the rest.
+        failure.map_or(Ok(bytes), Err)
     }
 
     /// Has `order` done to the hidden file of `ino`, if it has one; none if not. Hold no lock.

@@ -31,6 +31,18 @@ pub struct Written {
     pub bytes: usize,
     /// Whether it cleared setuid, setgid or capabilities: what the kernel has cached of the inode is wrong then.
     pub cleared_privileges: bool,
+    /// Why it was no more, if it was less than asked for.
+    pub failure: Option<Errno>,
+}
+
+/// What was put into a file.
+pub(super) struct Put {
+    /// How many bytes.
+    pub bytes: usize,
+    /// Where they end.
+    pub end: u64,
+    /// Why it were no more, if it were less than given.
+    pub failure: Option<Errno>,
 }
 
 /// Where a file's bytes are.
@@ -132,6 +144,8 @@ impl Fs {
                     }
                 }
                 Source::Backed => match self.writable_upper()?.data().file(ino) {
+                    // If it is still that: a seal may have taken it away, and a write made another in its place that shows what is sealed.
+                    Ok(_) if !matches!(self.source(&self.state.read(), ino)?, Source::Backed) => continue,
                     Ok(file) => return read_file(&file, offset, buffer),
                     // A seal has just taken it away.
                     Err(_) if !self.is_backed(ino) => continue,
@@ -170,14 +184,16 @@ impl Fs {
         let _seen = self.seen(Op::Write, ino, None);
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
-        let (written, end) = self.put(upper, ino, offset, data)?;
+        let Put { bytes, end, failure } = self.put(upper, ino, offset, data)?;
         let cleared_privileges = self.data_changed(upper, ino, end, by)?;
-        Ok(Written { bytes: written, cleared_privileges })
+        Ok(Written { bytes, cleared_privileges, failure })
     }
 
-    /// Puts `data` into the upper's file of `ino`, whose stripe is held; the caller updates the inode. How many bytes it
-    /// was, and where they end.
-    pub(super) fn put(&self, upper: &Upper, ino: Ino, offset: u64, data: &[u8]) -> FsResult<(usize, u64)> {
+    /// Puts `data` into the upper's file of `ino`, whose stripe is held; the caller updates the inode.
+    ///
+    /// # Errors
+    /// If not a byte could be written.
+    pub(super) fn put(&self, upper: &Upper, ino: Ino, offset: u64, data: &[u8]) -> FsResult<Put> {
         let end =
             offset.checked_add(data.len() as u64).filter(|end| *end <= i64::MAX as u64).ok_or(Errno(libc::EFBIG))?;
         self.data_changes(ino);
@@ -196,7 +212,7 @@ impl Fs {
             return Err(errno);
         }
         self.watch.written(written);
-        Ok((written, end - (data.len() - written) as u64))
+        Ok(Put { bytes: written, end: end - (data.len() - written) as u64, failure })
     }
 
     /// The data of `ino` changed and reaches at least to `end`. Returns whether privileges were cleared.
@@ -360,10 +376,12 @@ impl Fs {
         let mut copied = 0;
         while copied < bytes {
             let wanted = buffer.len().min((bytes - copied) as usize);
-            let count = self.read(from.0, from.1 + copied, &mut buffer[..wanted])?;
-            if count == 0 {
-                break;
-            }
+            let count = match self.read(from.0, from.1 + copied, &mut buffer[..wanted]) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(_) if copied > 0 => break,
+                Err(errno) => return Err(errno),
+            };
             match self.write(to.0, to.1 + copied, &buffer[..count], None) {
                 Ok(written) => copied += written.bytes as u64,
                 Err(_) if copied > 0 => break,

@@ -27,6 +27,7 @@ mod xattrs;
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -124,6 +125,7 @@ pub struct Fs {
     watch: Watch,
     /// Whether a daemon before this one served the mount: the kernel may know any inode, and any may be open.
     is_resumed: bool,
+    keeps_listings: AtomicBool,
 }
 
 pub(super) struct State {
@@ -181,6 +183,7 @@ impl Fs {
             ranges_from: RANGES_FROM,
             watch: Watch::default(),
             is_resumed: false,
+            keeps_listings: AtomicBool::new(true),
         }
     }
 
@@ -340,6 +343,17 @@ impl Fs {
         }
         self.surely_closed(upper, ino);
         self.drop_if_orphan(upper, ino);
+    }
+
+    /// Whether the kernel may go on with the listings that it has. Not from a seal's switch until it was told which are old:
+    /// the rest of such a listing would be asked for by a position of before.
+    pub(in crate::mount) fn keeps_listings(&self) -> bool {
+        self.keeps_listings.load(Ordering::Acquire)
+    }
+
+    /// The kernel has been told which listings are old.
+    pub(in crate::mount) fn listings_told(&self) {
+        self.keeps_listings.store(true, Ordering::Release);
     }
 
     /// An inode is gone for good.

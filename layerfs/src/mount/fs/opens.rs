@@ -10,7 +10,7 @@
 //! - A sealed file may be passed through to a [warm copy](super::warm) for those who read it; whoever wants to write makes that the
 //!   data file first.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -76,6 +76,8 @@ pub(super) struct Opens {
     /// What was closed and isn't counted yet, since a seal is going on.
     late: Queue<Late>,
     doubts: Doubts,
+    /// What the kernel said twice to be closed.
+    miscounted: Mutex<HashSet<Ino>>,
 }
 
 impl Opens {
@@ -360,7 +362,10 @@ impl Fs {
             let mut state = self.state.write();
             let closed = match late.again {
                 // It may have been counted: rather one too many than too few.
-                true => Closed { is_written_past_us: true, sealed: None },
+                true => {
+                    self.opens.miscounted.lock().insert(late.ino);
+                    Closed { is_written_past_us: true, sealed: None }
+                }
                 false => self.close(upper, late.ino, late.access),
             };
             if let Err(errno) = self.catch_up(upper, &mut state, late.ino) {
@@ -459,7 +464,10 @@ impl Fs {
 
     /// The kernel has forgotten `ino`: nobody has it open or mapped, whatever we think.
     pub(super) fn surely_closed(&self, upper: &Upper, ino: Ino) {
-        if self.opens.get(ino).is_none() {
+        let Some(open) = self.opens.get(ino) else { return };
+        // How often an earlier daemon's kernel looked it up isn't known, so this may not be the last time. The kernel keeps what is open,
+        // and says when it is closed; only if it said that twice we may have counted too many.
+        if self.is_resumed && open.record.count > 0 && !self.opens.miscounted.lock().contains(&ino) {
             return;
         }
         let _gate = self.changes();
@@ -468,6 +476,7 @@ impl Fs {
     }
 
     fn strike_out(&self, upper: &Upper, state: &mut State, ino: Ino) {
+        self.opens.miscounted.lock().remove(&ino);
         if let Some(mut open) = self.opens.shard(ino).lock().remove(&ino) {
             self.close_backing(&mut open.record);
             ended(upper, &open);
@@ -612,7 +621,7 @@ impl Fs {
         }
         let mut change = Change::new();
         change.forget(ino);
-        upper.commit(&mut state.tables, change)?;
+        upper.journal().aside(|| upper.commit(&mut state.tables, change))?;
         upper.data().remove(ino);
         Ok(())
     }

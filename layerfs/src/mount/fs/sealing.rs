@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
@@ -72,7 +73,8 @@ impl Fs {
         let upper = self.writable_upper()?;
         let only = self.sealing.lock();
         let _gate = self.gate.write();
-        *self.changed.lock() = Some(HashSet::new());
+        // What others write past us, or have mapped: a page that is dirty already changes without anybody's knowing.
+        *self.changed.lock() = Some(upper.data().all_known().into_iter().collect());
         Ok(Sealing { fs: self, upper, _only: only })
     }
 
@@ -251,6 +253,7 @@ impl Frozen<'_> {
     pub fn switch(self, view: Arc<View>, dropped: Change) -> Vec<Ino> {
         let mut state = self.fs.state.write();
         self.fs.freeze_listings(&state);
+        self.fs.keeps_listings.store(false, Ordering::Release);
         let mut folders: Vec<Ino> = state.tables.folders().map(|(folder, _)| folder).collect();
         folders.extend(self.fs.open_folders());
         let backed = state.tables.inodes().filter(|inode| inode.backed.is_some() && inode.inode.nlink > 0);

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, Timespec, Timestamps, XattrFlags};
@@ -236,12 +236,15 @@ fn map_a_file() {
     #[allow(unsafe_code)]
     // SAFETY: nobody truncates the file while it is mapped.
     let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+    let mut file = Some(file);
     for line in std::io::stdin().lines() {
-        match line.unwrap().split_once(' ') {
+        let line = line.unwrap();
+        match line.split_once(' ') {
             Some((offset, text)) => {
                 let offset: usize = offset.parse().unwrap();
                 map[offset..offset + text.len()].copy_from_slice(text.as_bytes());
             }
+            None if line == "close" => drop(file.take()),
             None => map.flush().unwrap(),
         }
         let mut out = std::io::stdout().lock();
@@ -271,10 +274,8 @@ impl Mapper {
     }
 }
 
-#[test]
-fn a_copy_in_another_namespace_holds_nobody_up() {
-    let Some(m) = mounted() else { return };
-    fs::write(m.path("file"), b"there").unwrap();
+/// A process in a mount namespace of its own, which ends when what is returned with it is dropped.
+fn elsewhere() -> (Child, ChildStdin) {
     let mut other = Command::new("unshare");
     other.args(["--mount", "--propagation", "private", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut other = other.spawn().unwrap();
@@ -282,13 +283,47 @@ fn a_copy_in_another_namespace_holds_nobody_up() {
     // Once it answers, it has its namespace.
     input.write_all(b"?").unwrap();
     output.read_exact(&mut [0]).unwrap();
+    (other, input)
+}
+
+#[test]
+fn a_copy_in_another_namespace_holds_nobody_up() {
+    let Some(m) = mounted() else { return };
+    fs::write(m.path("file"), b"there").unwrap();
+    let (mut other, input) = elsewhere();
     m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
-    assert!(!m.mount.has_ended() && !m.path("file").exists());
+    assert!(!m.mount.has_ended() && m.mount.is_left() && !m.path("file").exists());
+    assert_eq!(m.mount.processes(), [other.id()]);
     drop(input);
     other.wait().unwrap();
     m.mount.wait();
     let m = m.remount();
     assert_eq!(fs::read(m.path("file")).unwrap(), b"there");
+}
+
+#[test]
+fn a_mount_ends_everywhere_if_it_shall() {
+    let Some(m) = mounted() else { return };
+    fs::write(m.path("mapped"), vec![0; 100_000]).unwrap();
+    m.seal();
+    let mut mapper = Mapper::start(&m.path("mapped"));
+    mapper.tell("50000 mmap");
+    mapper.end();
+    let (mut other, input) = elsewhere();
+    let ending = UnmountOptions { keep_record: true, everywhere: true, ..Default::default() };
+    m.mount.unmount(&ending).unwrap();
+    assert!(m.mount.has_ended() && !m.mount.is_left());
+    let m = m.remount();
+    assert_eq!(&fs::read(m.path("mapped")).unwrap()[50_000..50_004], b"mmap");
+    // One that was left before.
+    let (mut another, more) = elsewhere();
+    m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+    assert!(!m.mount.has_ended());
+    m.mount.unmount(&ending).unwrap();
+    assert!(m.mount.has_ended());
+    drop((input, more));
+    other.wait().unwrap();
+    another.wait().unwrap();
 }
 
 #[test]
@@ -317,6 +352,26 @@ fn mappings_and_programs_work() {
     assert!(Command::new(m.path("program")).status().unwrap().success());
     m.seal();
     assert!(Command::new(m.path("program")).status().unwrap().success());
+}
+
+#[test]
+fn what_is_stored_through_a_mapping_while_a_seal_reads_ahead_is_noticed() {
+    let Some(m) = mounted() else { return };
+    fs::write(m.path("mapped"), vec![b'-'; 8192]).unwrap();
+    let ino = Ino(fs::metadata(m.path("mapped")).unwrap().ino());
+    let mut mapper = Mapper::start(&m.path("mapped"));
+    mapper.tell("0 before");
+    mapper.tell("close");
+    let fs_ = m.mount.fs().unwrap();
+    let sealing = fs_.begin_seal().unwrap();
+    // Its page is dirty already: no time changes, and nobody is told.
+    mapper.tell("0 during");
+    mapper.end();
+    let (frozen, changed) = sealing.freeze().unwrap();
+    assert!(changed.contains(&ino), "it would be sealed as it was read ahead");
+    drop((frozen, sealing));
+    m.seal();
+    assert_eq!(&fs::read(m.path("mapped")).unwrap()[..6], b"during");
 }
 
 #[test]

@@ -141,7 +141,11 @@ impl Run<'_> {
             Ok(()) => {}
             // It fetched all of it meanwhile.
             Err(error) if error.class() == ErrorClass::NotFound => {}
-            Err(error) => self.monitor.warn(&format!("the rest of the memory is fetched by the destination: {error}")),
+            Err(error) => {
+                let text = format!("the rest of the memory is fetched by the destination: {error}");
+                self.monitor.warn(&text);
+                self.report.decisions.push(text);
+            }
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use layerfs::manifest::Manifest;
+use layerfs::monitor::Monitor;
 use layerfs::store::{Expect, NameRecord, Presence, Store};
 use layerfs::{LayerId, LayerName};
 use migrator::lazy::SourceStatus;
@@ -12,7 +13,7 @@ use crate::api::layers::{
     InspectRequest, LayerInfo, LayerList, ListRequest, Named, PartialInfo, RemoveRequest, RemoveResult, TagRequest,
 };
 use crate::daemon::http::Context;
-use crate::failure::{Failure, Result};
+use crate::failure::{Class, Failure, Result};
 
 /// The store's names, both ways.
 pub struct Catalog {
@@ -115,7 +116,7 @@ pub fn layer_name(text: &str) -> Result<LayerName> {
 pub fn resolve(store: &Arc<Store>, text: &str) -> Result<LayerId> {
     store.resolve(text).map_err(|error| {
         let failure = Failure::from(error);
-        if failure.class != crate::failure::Class::NotFound {
+        if failure.class != Class::NotFound {
             return failure;
         }
         let names = store.names().unwrap_or_default();
@@ -166,7 +167,14 @@ pub fn list(context: &Context, request: ListRequest) -> Result<LayerList> {
         if request.pattern.as_ref().is_some_and(|pattern| !matches(pattern.as_bytes(), name.as_str().as_bytes())) {
             continue;
         }
-        let (info, manifest) = catalog.info(record.layer)?;
+        let (info, manifest) = match catalog.info(record.layer) {
+            Ok(found) => found,
+            // One that is damaged hides no others.
+            Err(failure) => {
+                context.reporter.warn(&format!("{name}: {failure}; `layerctl remove {name}` gives it up"));
+                continue;
+            }
+        };
         if kind.is_none_or(|kind| manifest.kind == kind) {
             let partial = catalog.partial(record.layer, &sources)?;
             let names = vec![name.to_string()];
@@ -240,6 +248,12 @@ pub fn remove(context: &Context, request: RemoveRequest) -> Result<RemoveResult>
         }
         if !found.contains(&name) {
             found.push(name);
+        }
+    }
+    for name in &found {
+        if let Some(guest) = context.daemon.guests.on(name)? {
+            let failure = Failure::new(Class::Busy, format!("guest {guest} lies on {name}"));
+            return Err(failure.hint(format!("`layerctl guest remove {guest}` first; it moves by that name")));
         }
     }
     let mut removed = Vec::new();

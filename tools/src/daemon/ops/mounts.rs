@@ -45,6 +45,8 @@ type Table = BTreeMap<PathBuf, Served>;
 
 /// A mount whose tables can't be had for so long hangs.
 const HANGS: Duration = Duration::from_secs(10);
+/// So many processes are named in a message at most.
+const MOST_NAMED: usize = 8;
 
 /// A mount that this daemon serves.
 #[derive(Clone)]
@@ -233,7 +235,7 @@ impl Mounts {
         for mount in self.all() {
             let mut ended = mount.unmount(&UnmountOptions { keep_record: true, ..UnmountOptions::default() });
             if ended.is_err() && lazy {
-                ended = mount.unmount(&UnmountOptions { lazy: true, keep_record: true, discard_upper: false });
+                ended = mount.unmount(&UnmountOptions { lazy: true, keep_record: true, ..UnmountOptions::default() });
             }
             if let Err(error) = ended {
                 tracing::warn!("{}", crate::failure::describe(&error));
@@ -258,9 +260,16 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     }
     daemon.mounts.wait_for_left(&request);
     if let Ok(there) = daemon.mounts.get(&request.dir) {
-        let text = format!("{} is mounted on {} already", there.record().source, request.dir.display());
-        return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {}` first", request.dir.display())));
+        let (source, dir) = (&there.record().source, request.dir.display());
+        if there.is_left() {
+            let text =
+                format!("{source} was unmounted from {dir}, but goes on in other mount namespaces{}", copies(&there));
+            return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir} --everywhere` ends it")));
+        }
+        let text = format!("{source} is mounted on {dir} already");
+        return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir}` first")));
     }
+    refuse_own(&daemon.settings.store, &request.dir)?;
     let upper = upper_choice(&daemon.store, &request)?;
     let options =
         MountOptions { upper, transport: request.transport, writeback: request.writeback, ..MountOptions::default() };
@@ -268,6 +277,21 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
     daemon.mounts.serve(mount.clone(), None, false);
     describe(context, &Catalog::read(&daemon.store)?, &mount)
+}
+
+/// A mount over the store would hide it from everybody, the next command included; what lies in it is the store's own.
+fn refuse_own(store: &Path, dir: &Path) -> Result<()> {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let (store, dir) = (real(store), real(dir));
+    if store.starts_with(&dir) || dir.starts_with(&store) {
+        let text = format!(
+            "the store lies at {}, which a mount on {} would get in the way of",
+            store.display(),
+            dir.display()
+        );
+        return Err(Failure::invalid(text).hint("choose a folder outside of the store, and not above it"));
+    }
+    Ok(())
 }
 
 /// A mount that was brought back and is now asked for in the same way, as fstab does after a crash.
@@ -356,17 +380,28 @@ pub fn list(context: &Context, _: Empty) -> Result<MountList> {
 /// `/v1/umount`.
 pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult> {
     let mounts = &context.daemon.mounts;
-    let chosen = match request.all {
+    let guests = context.daemon.guests.folders(&context.daemon.settings)?;
+    let guest_at = |dir: &Path| guests.iter().find(|(_, folder)| dir.starts_with(folder)).map(|(name, _)| name);
+    let mut chosen = match request.all {
         true => mounts.all(),
         false => request.dirs.iter().map(|dir| mounts.get(dir)).collect::<Result<_>>()?,
     };
+    if let Some((dir, name)) = request.dirs.iter().find_map(|dir| Some((dir, guest_at(dir)?))) {
+        let text = format!("{} is guest {name}'s", dir.display());
+        return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl guest stop {name}` unmounts it")));
+    }
+    chosen.retain(|mount| guest_at(&mount.record().dir).is_none());
     let mut unmounted = Vec::new();
     for mount in chosen {
         let record = mount.record();
         let is_clean = mount.fs().is_some_and(|fs| seal::is_clean(&fs));
         let kept = record.upper.filter(|_| !request.discard && !is_clean);
-        let options =
-            UnmountOptions { lazy: request.lazy, keep_record: false, discard_upper: request.discard || is_clean };
+        let options = UnmountOptions {
+            lazy: request.lazy,
+            keep_record: false,
+            discard_upper: request.discard || is_clean,
+            everywhere: request.everywhere,
+        };
         mount.unmount(&options).map_err(|error| match error {
             layerfs::Error::Busy(_) => Failure::from(error).hint(users(&record.dir)),
             other => other.into(),
@@ -376,9 +411,28 @@ pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult>
             Some(upper) => Some(upper_info(context, &catalog, &upper)?),
             None => None,
         };
-        unmounted.push(Unmounted { dir: record.dir.clone(), kept_upper });
+        let goes_on = mount.is_left();
+        let used_by = if goes_on { with_names(mount.processes()) } else { Vec::new() };
+        unmounted.push(Unmounted { dir: record.dir.clone(), goes_on, used_by, kept_upper });
     }
     Ok(UmountResult { unmounted })
+}
+
+/// The processes in whose mount namespaces a mount goes on, for a sentence.
+fn copies(mount: &Mount) -> String {
+    match with_names(mount.processes()).as_slice() {
+        [] => String::new(),
+        processes => format!(" (process {})", processes.join(", ")),
+    }
+}
+
+/// Processes as users know them; no more than a few.
+fn with_names(processes: Vec<u32>) -> Vec<String> {
+    let named = |pid: u32| {
+        let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        format!("{pid} ({})", command.trim())
+    };
+    processes.into_iter().take(MOST_NAMED).map(named).collect()
 }
 
 /// Which processes use a mount, as a way out.

@@ -3,7 +3,7 @@
 //! A guest's things lie in the store's folder below `guests/NAME`: `root` (its mount), `state` (a state that is being
 //! restored), `run` (what its driver keeps). States that are being written lie in memory where there is enough of it.
 
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,14 +40,30 @@ pub fn upper_name(name: &GuestName) -> layerfs::Result<LayerName> {
     LayerName::new(&format!("guest/{name}"))
 }
 
-fn folder(daemon: &Daemon, name: &GuestName) -> PathBuf {
-    daemon.settings.store.join("guests").join(name.as_str())
+/// The folder of a guest in its store.
+pub(super) fn folder(store: &Path, name: &GuestName) -> PathBuf {
+    store.join("guests").join(name.as_str())
 }
 
-/// Below memory, a store's own place.
-fn memory(daemon: &Daemon, name: &GuestName) -> PathBuf {
-    let store = daemon.settings.store.display().to_string().replace('/', "-");
-    Path::new(MEMORY).join(format!("layerfs{store}")).join(name.as_str())
+/// Below memory, a store's own place: no other store's path gives the same.
+fn memory(daemon: &Daemon) -> PathBuf {
+    let store = daemon.settings.store.display().to_string();
+    Path::new(MEMORY).join(format!("layerfs{}", store.replace('_', "__").replace('-', "_-").replace('/', "-")))
+}
+
+/// Makes a store's place in memory. Everybody may make folders there: one that others could look into, or change, is none.
+fn make_private(place: &Path) -> layerfs::Result<()> {
+    let failed = |error| Error::file("make", place, error);
+    match std::fs::DirBuilder::new().mode(0o700).create(place) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed(error)),
+        _ => {}
+    }
+    let found = std::fs::symlink_metadata(place).map_err(failed)?;
+    let is_ours = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0;
+    match is_ours {
+        true => Ok(()),
+        false => Err(Error::Denied(format!("{} is somebody else's", place.display()))),
+    }
 }
 
 fn make(path: &Path) -> layerfs::Result<()> {
@@ -64,13 +80,15 @@ fn remove(path: &Path) -> layerfs::Result<()> {
 
 /// Removes all folders of a guest that nothing is mounted in any more.
 pub fn remove_folders(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
-    let memory = memory(daemon, name);
+    let place = memory(daemon);
     {
         let _held = IN_MEMORY.lock();
-        remove(&memory)?;
-        remove_empty(memory.parent());
+        if std::fs::symlink_metadata(&place).is_ok() && make_private(&place).is_ok() {
+            remove(&place.join(name.as_str()))?;
+            remove_empty([&*place]);
+        }
     }
-    remove(&folder(daemon, name))
+    remove(&folder(&daemon.settings.store, name))
 }
 
 /// Removes folders in which nothing is; others are somebody's.
@@ -85,7 +103,7 @@ impl DaemonHost {
     }
 
     fn made(&self, guest: &GuestName, part: &str) -> layerfs::Result<PathBuf> {
-        let path = folder(&self.daemon, guest).join(part);
+        let path = folder(&self.daemon.settings.store, guest).join(part);
         make(&path)?;
         Ok(path)
     }
@@ -94,8 +112,10 @@ impl DaemonHost {
     fn unmount_dir(&self, dir: &Path) -> layerfs::Result<()> {
         let Some(mount) = self.daemon.mounts.at(dir) else { return Ok(()) };
         let began = Instant::now();
+        // A program that was given mounts of its own may have a copy of it, which nobody needs.
+        let options = UnmountOptions { everywhere: true, ..UnmountOptions::default() };
         loop {
-            match mount.unmount(&UnmountOptions::default()) {
+            match mount.unmount(&options) {
                 Err(Error::Busy(_)) if began.elapsed() < LEAVING => std::thread::sleep(Duration::from_millis(10)),
                 ended => return ended,
             }
@@ -105,7 +125,7 @@ impl DaemonHost {
 
 impl Host for DaemonHost {
     fn root(&self, guest: &GuestName) -> PathBuf {
-        folder(&self.daemon, guest).join("root")
+        folder(&self.daemon.settings.store, guest).join("root")
     }
 
     fn run_folder(&self, guest: &GuestName) -> Result<PathBuf> {
@@ -116,9 +136,11 @@ impl Host for DaemonHost {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed).to_string();
         let is_enough = rustix::fs::statvfs(MEMORY).is_ok_and(|stat| stat.f_bavail * stat.f_frsize / 2 > bytes);
-        let in_memory = memory(&self.daemon, guest).join(&number);
+        let place = memory(&self.daemon);
+        let in_memory = place.join(guest.as_str()).join(&number);
         let _held = IN_MEMORY.lock();
-        let path = match is_enough && make(&in_memory).is_ok() {
+        let is_made = is_enough && make_private(&place).and_then(|()| make(&in_memory)).is_ok();
+        let path = match is_made {
             true => in_memory,
             false => self.daemon.store.tmp_folder().join(format!("guest-{guest}-{number}")),
         };
@@ -131,19 +153,23 @@ impl Host for DaemonHost {
     fn remove_scratch(&self, guest: &GuestName, path: &Path) -> Result<()> {
         remove(path)?;
         let _held = IN_MEMORY.lock();
-        let memory = memory(&self.daemon, guest);
+        let place = memory(&self.daemon);
         // A folder on the disk has no such parents.
-        remove_empty([Some(&*memory), memory.parent()].into_iter().flatten());
+        remove_empty([&*place.join(guest.as_str()), &*place]);
         Ok(())
     }
 
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {
         let dir = self.made(guest, "root")?;
         if let Some(there) = self.daemon.mounts.at(&dir) {
-            if there.info().and_then(|info| info.base) == Some(stack) {
+            if there.is_left() {
+                // Somebody has unmounted it: there is nothing at its folder.
+                self.unmount_dir(&dir)?;
+            } else if there.info().and_then(|info| info.base) == Some(stack) {
                 return Ok(dir);
+            } else {
+                return Err(Error::Busy(format!("the root of guest {guest} is mounted on another stack")).into());
             }
-            return Err(Error::Busy(format!("the root of guest {guest} is mounted on another stack")).into());
         }
         let upper = UpperChoice::Named(upper_name(guest)?);
         self.daemon.mounts.make(&self.daemon.store, stack, &format!("guest {guest}"), &dir, upper)?;
@@ -185,6 +211,6 @@ impl Host for DaemonHost {
     }
 
     fn close_layer(&self, guest: &GuestName) -> Result<()> {
-        Ok(self.unmount_dir(&folder(&self.daemon, guest).join("state"))?)
+        Ok(self.unmount_dir(&folder(&self.daemon.settings.store, guest).join("state"))?)
     }
 }

@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use layerfs::LayerName;
 use layerfs::store::Store;
 use layerfs::upper;
 use migrator::guest::checkpoint::{DEFAULT_TAG, Hosted};
@@ -23,6 +24,7 @@ use crate::api::guests::{
     GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestInfo,
     GuestList, GuestName as NameRequest, GuestObstacle, GuestRemove, GuestRestore,
 };
+use crate::config::Settings;
 use crate::daemon::Daemon;
 use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
@@ -56,6 +58,24 @@ impl GuestsState {
     /// The drivers.
     pub fn drivers(&self) -> &HostDrivers {
         &self.drivers
+    }
+
+    /// The guests, each with the folder that its mounts lie in.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn folders(&self, settings: &Settings) -> Result<Vec<(GuestName, PathBuf)>> {
+        let names = self.records.list()?.into_iter().map(|record| record.spec.name);
+        Ok(names.map(|name| (name.clone(), host::folder(&settings.store, &name))).collect())
+    }
+
+    /// A guest that is here, or on its way here, and lies on the layer called `layer`.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn on(&self, layer: &LayerName) -> Result<Option<GuestName>> {
+        let mut here = self.records.list()?.into_iter().filter(|record| record.state != GuestState::Away);
+        Ok(here.find(|record| record.spec.stack == *layer).map(|record| record.spec.name))
     }
 
     /// Takes the guest for one operation.
