@@ -134,9 +134,9 @@ fn an_exported_image_comes_back() {
     hold!(
         "import_layout",
         host.session(&[
-            &["import", "oci:image:3.0", "other"],
-            &["import", "oci:image", "other"],
-            &["import", "image", "other", "--reference", "nope"],
+            &["import", "oci:image:3.0", "other", "--platform", "linux/arm64"],
+            &["import", "oci:image", "other", "--platform", "linux/arm64"],
+            &["import", "image", "other", "--reference", "nope", "--platform", "linux/arm64"],
             &["import", "oci:image:1.0", "other", "--reference", "2.0"],
             &["import", "oci:nowhere:1.0", "other"],
         ])
