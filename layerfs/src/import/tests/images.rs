@@ -221,7 +221,7 @@ fn damaged_and_foreign_images_are_refused() {
     std::os::unix::fs::symlink("/etc/passwd", &blob).unwrap();
     assert!(bench.try_import(&bench.src(), &options).is_err());
     fs::write(bench.src().join("index.json"), "{\"manifests\":[]}").unwrap();
-    assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::Invalid);
+    assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::NotFound);
     fs::write(bench.src().join("index.json"), "nonsense").unwrap();
     assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::Corrupt);
     let bad = "{\"manifests\":[{\"digest\":\"sha256:../../../../etc/passwd\"}]}";
