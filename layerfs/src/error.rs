@@ -73,6 +73,9 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// None of what there is is what was asked for; says what there is.
+    #[error("{0}")]
+    NoneFits(String),
     /// A name is taken.
     #[error("{what} {name:?} exists already; choose another name or remove it first")]
     Exists {
@@ -182,7 +185,7 @@ impl Error {
             Error::Index(text) if text.contains("Corruption") => ErrorClass::Corrupt,
             Error::Index(_) => ErrorClass::Io,
             Error::Invalid(_) => ErrorClass::Invalid,
-            Error::NotFound { .. } | Error::LayerMissing(_) => ErrorClass::NotFound,
+            Error::NotFound { .. } | Error::NoneFits(_) | Error::LayerMissing(_) => ErrorClass::NotFound,
             Error::Exists { .. } => ErrorClass::Exists,
             Error::Busy(_) | Error::Cancelled | Error::GivenUp(_) => ErrorClass::Busy,
             Error::Absent { .. } => ErrorClass::Network,

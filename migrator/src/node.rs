@@ -474,7 +474,8 @@ impl Node {
 
 fn peer_address(peer: &Peer) -> Result<&str> {
     peer.address.as_deref().ok_or_else(|| {
-        let message = format!("peer {0} has no address; do `layerctl peer remove {0}` and add it with one", peer.name);
+        let message =
+            format!("peer {0} has no address; `layerctl peer set {0} --address HOST[:PORT]` gives it one", peer.name);
         Error::refused(ErrorClass::Invalid, message)
     })
 }

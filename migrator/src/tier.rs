@@ -46,6 +46,9 @@ const UPLOAD_PATIENCE: Duration = Duration::from_secs(3600);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the waiting thread gives the runtime on top.
 const SLACK: Duration = Duration::from_secs(5);
+/// What a failure without keys is most likely due to.
+const NO_KEYS: &str = "; no access keys were found, so this machine's own role at Amazon was tried: set AWS_ACCESS_KEY_ID and \
+                       AWS_SECRET_ACCESS_KEY before the daemon starts, or tier_credentials in its config file";
 /// How long a reader waits if nothing else is said, in seconds.
 pub const DEFAULT_TIMEOUT_SECONDS: u64 = 20;
 
@@ -157,6 +160,8 @@ pub struct Bucket {
     store: Arc<AmazonS3>,
     prefix: String,
     place: String,
+    /// What to say of failures besides what they say themselves.
+    hint: &'static str,
     timeout: Duration,
     runtime: Handle,
     /// Uploads leave the network to transfers that somebody waits for.
@@ -196,13 +201,15 @@ impl Bucket {
             }
         }
         let place = settings.url();
-        let store = builder.build().map_err(|error| fault("reaching", &place, error))?;
+        let hint = if keys.is_some() { "" } else { NO_KEYS };
+        let store = builder.build().map_err(|error| fault("reaching", &place, error, hint))?;
         let timeout = Duration::from_secs(settings.timeout_seconds.max(1));
         let gate = |priority| governor.gate(Controls { priority, ..Controls::default() });
         Ok(Bucket {
             store: Arc::new(store),
             prefix: settings.prefix.clone(),
             place,
+            hint,
             timeout,
             runtime,
             uploads: gate(Priority::Low),
@@ -229,7 +236,7 @@ impl Bucket {
             action,
             place: self.place.clone(),
             class: ErrorClass::Network,
-            detail: format!("no answer within {} s", limit.as_secs()),
+            detail: format!("no answer within {} s{}", limit.as_secs(), self.hint),
         };
         match take.recv_timeout(limit + SLACK) {
             Ok(Ok(outcome)) => Ok(outcome),
@@ -242,7 +249,7 @@ impl Bucket {
     }
 
     fn fault(&self, action: &'static str, error: object_store::Error) -> Error {
-        fault(action, &self.place, error)
+        fault(action, &self.place, error, self.hint)
     }
 
     /// The store that the folder belongs to, if it belongs to one.
@@ -294,15 +301,16 @@ impl Bucket {
     }
 }
 
-fn fault(action: &'static str, place: &str, error: object_store::Error) -> Error {
+fn fault(action: &'static str, place: &str, error: object_store::Error, hint: &'static str) -> Error {
     use object_store::Error as E;
     let (class, hint) = match &error {
         E::NotFound { .. } => (ErrorClass::NotFound, ""),
+        E::PermissionDenied { .. } | E::Unauthenticated { .. } if !hint.is_empty() => (ErrorClass::Denied, hint),
         E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
             (ErrorClass::Denied, "; check the keys in the environment or the AWS credentials file of the daemon")
         }
         E::NotSupported { .. } | E::NotImplemented { .. } => (ErrorClass::Unsupported, ""),
-        _ => (ErrorClass::Network, ""),
+        _ => (ErrorClass::Network, hint),
     };
     let detail = format!("{}{hint}", crate::error::chain(&error));
     Error::Tier { action, place: place.to_owned(), class, detail }

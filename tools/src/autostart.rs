@@ -36,7 +36,7 @@ pub enum Announcement {
 /// Whether a command may make a store where there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreUse {
-    /// Yes: `import`, `pull`, `peer add`, `daemon`.
+    /// Yes: `import`, `pull`, `peer add`, `peer id`, `tier add`, `daemon`, and what a push by ssh starts.
     MayCreate,
     /// No: there is nothing to see in a store that doesn't exist.
     MustExist,
@@ -82,11 +82,16 @@ pub fn ensure(settings: &Settings, store_use: StoreUse) -> Result<Client> {
     if let Some(client) = find(settings)? {
         return Ok(client);
     }
-    if store_use == StoreUse::MustExist && !settings.store.join("format").exists() {
-        return Err(no_store(settings));
+    if store_use == StoreUse::MustExist {
+        require_store(settings)?;
     }
     start(settings, &DaemonStart { autostarted: true, ..DaemonStart::default() })?;
     Client::new(&socket_path(&settings.store))
+}
+
+/// Fails if there is no store.
+pub fn require_store(settings: &Settings) -> Result<()> {
+    if settings.store.join("format").exists() { Ok(()) } else { Err(no_store(settings)) }
 }
 
 fn no_store(settings: &Settings) -> Failure {

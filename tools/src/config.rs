@@ -22,6 +22,8 @@ pub const DEFAULT_SQUASH_PAST: u64 = 32;
 pub const ENV_STORE: &str = "LAYERFS_STORE";
 /// Names the one config file to read, instead of the system's and the user's.
 pub const ENV_CONFIG: &str = "LAYERFS_CONFIG";
+/// zstd's levels.
+const COMPRESSION_LEVELS: std::ops::RangeInclusive<i32> = 1..=22;
 /// The daemon's log filter.
 pub const ENV_LOG: &str = "LAYERFS_LOG";
 
@@ -270,6 +272,12 @@ impl Settings {
                 ))
             })?),
         };
+        if let Some(level) = file.compression.filter(|level| !COMPRESSION_LEVELS.contains(level)) {
+            let (least, most) = (*COMPRESSION_LEVELS.start(), *COMPRESSION_LEVELS.end());
+            return Err(Failure::invalid(format!(
+                "compression = {level} in the config file is no level of zstd; write one from {least} to {most}"
+            )));
+        }
         let time = |name: &str, text: &Option<String>| match text {
             None => Ok(None),
             Some(text) => units::parse_time(text).map(Some).ok_or_else(|| {
@@ -306,6 +314,16 @@ impl Settings {
             lazy_timeout: Duration::from_secs(file.lazy_timeout_seconds.unwrap_or(30).max(1)),
             log: environment.text(ENV_LOG).or(file.log).unwrap_or_else(|| "info".to_owned()),
         })
+    }
+
+    /// What to tell if the credentials file that the config file names isn't there. It is read whenever it is needed, and
+    /// may come later, so that this is no failure.
+    pub fn missing_credentials(&self) -> Option<String> {
+        let path = self.tier_credentials.as_ref().filter(|path| !path.exists())?;
+        let place = path.display();
+        Some(format!(
+            "{place}, which tier_credentials in the config file names, does not exist: the second tier has no keys"
+        ))
     }
 }
 
@@ -405,6 +423,15 @@ mod tests {
         assert_eq!(scene.find(None).unwrap().limit, Some(1_000_000));
         scene.user("cache = \"lots\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("64 MiB"));
+        for level in ["0", "23", "99", "-3"] {
+            scene.user(&format!("compression = {level}\n"));
+            assert!(scene.find(None).unwrap_err().message.contains("from 1 to 22"));
+        }
+        scene.user("compression = 22\n");
+        assert_eq!(scene.find(None).unwrap().compression, Some(22));
+        scene.user("tier_credentials = \"/nonexistent/keys\"\n");
+        let missing = scene.find(None).unwrap().missing_credentials();
+        assert!(missing.is_some_and(|text| text.contains("/nonexistent/keys") && text.contains("tier_credentials")));
         scene.user("warm_copies = \"many\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("warm_copies"));
         scene.user("warm_copies = \"0\"\n");

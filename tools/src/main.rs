@@ -25,6 +25,7 @@ use std::ffi::OsStr;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 
 use cli::{Cli, Command};
 use failure::{Failure, Result};
@@ -39,7 +40,10 @@ fn main() -> ExitCode {
     if name == OsStr::new("mount.layerfs") || name == OsStr::new("mount.fuse.layerfs") {
         return ExitCode::from(mount_helper::main(std::env::args_os().skip(1)));
     }
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
     let output = Output::new(&cli.global);
     match run(cli, output) {
         Ok(code) => ExitCode::from(code),
@@ -49,6 +53,25 @@ fn main() -> ExitCode {
             ExitCode::from(failure.class.exit_code())
         }
     }
+}
+
+/// Tells of wrong usage as of any other failure, if JSON was asked for; else, and for help and version, as clap does.
+fn misused(error: &clap::Error) -> ExitCode {
+    let wants_json = std::env::args_os().skip(1).take_while(|arg| arg != "--").any(|arg| arg == "--json");
+    if !(wants_json && error.use_stderr()) {
+        error.exit();
+    }
+    let failure = match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
+            Failure::invalid("a command is missing").hint("`--help` lists them")
+        }
+        _ => {
+            let text = error.render().to_string();
+            Failure::invalid(text.strip_prefix("error: ").unwrap_or(&text).trim_end())
+        }
+    };
+    Output::json().failure(&failure);
+    ExitCode::from(failure.class.exit_code())
 }
 
 fn run(cli: Cli, output: Output) -> Result<u8> {

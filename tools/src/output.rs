@@ -42,6 +42,11 @@ impl Output {
         }
     }
 
+    /// JSON and nothing else, for what goes wrong before the options are known.
+    pub fn json() -> Output {
+        Output { json: true, quiet: true, color_stdout: false, color_stderr: false, stderr_is_terminal: false }
+    }
+
     /// The paints of stdout.
     pub fn paint(&self) -> Paint {
         Paint(self.color_stdout)

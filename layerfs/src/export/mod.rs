@@ -83,7 +83,8 @@ pub struct Destination {
 impl Destination {
     /// Finds out what `text` means: `oci:PATH[:TAG]` is an OCI layout; a name that ends in `.tar`, `.tar.gz`,
     /// `.tgz`, `.tar.zst`, `.tzst`, `.tar.xz` or `.txz` is a tar; `.raw`, `.img` a disk image; anything else a
-    /// folder. A `format` that is given decides instead of the ending.
+    /// folder, unless it ends as another kind of archive or image and isn't a folder yet. A `format` that is given
+    /// decides instead of the ending.
     pub fn parse(text: &str, format: Option<Format>) -> Result<Destination> {
         if let Some(rest) = text.strip_prefix("oci:") {
             let format = format.unwrap_or(Format::Oci(Compression::Gzip));
@@ -93,7 +94,7 @@ impl Destination {
             };
             return Destination { path: path.into(), format, tag }.checked();
         }
-        let format = format.unwrap_or_else(|| Format::of_path(text));
+        let format = format.map_or_else(|| Format::of_path(text), Ok)?;
         Destination { path: text.into(), format, tag: None }.checked()
     }
 
@@ -106,7 +107,7 @@ impl Destination {
 }
 
 impl Format {
-    fn of_path(text: &str) -> Format {
+    fn of_path(text: &str) -> Result<Format> {
         const ENDINGS: [(&str, Format); 9] = [
             (".tar", Format::Tar(Compression::None)),
             (".tar.gz", Format::Tar(Compression::Gzip)),
@@ -118,8 +119,28 @@ impl Format {
             (".raw", Format::Raw),
             (".img", Format::Raw),
         ];
-        let found = ENDINGS.iter().find(|(ending, _)| text.ends_with(ending));
-        found.map_or(Format::Folder, |(_, format)| *format)
+        const DISKS: [&str; 6] = [".qcow2", ".qcow", ".vmdk", ".vdi", ".vhd", ".vhdx"];
+        const OTHERS: [&str; 11] =
+            [".zip", ".7z", ".rar", ".cpio", ".iso", ".squashfs", ".sqfs", ".erofs", ".tbz", ".tbz2", ".tlz4"];
+        if let Some((_, format)) = ENDINGS.iter().find(|(ending, _)| text.ends_with(ending)) {
+            return Ok(*format);
+        }
+        let name = text.rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+        let is_one_of = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+        // `.tar.lz4`, `.tar.br`, `.TAR`: some tar, but none of those above.
+        let is_tar = name.ends_with(".tar") || name.rsplit_once('.').is_some_and(|(stem, _)| stem.ends_with(".tar"));
+        if !(is_tar || is_one_of(&DISKS) || is_one_of(&OTHERS)) || Path::new(text).is_dir() {
+            return Ok(Format::Folder);
+        }
+        let known: Vec<&str> = ENDINGS.iter().map(|(ending, _)| *ending).collect();
+        let way = match is_one_of(&DISKS) {
+            true => "export a .raw and convert it with `qemu-img convert -O FORMAT`",
+            false => "choose one of those, or say with --format what to write",
+        };
+        Err(Error::invalid(format!(
+            "{text:?} ends as a kind of file that is not written here; the endings are {}; {way}",
+            known.join(" ")
+        )))
     }
 }
 
@@ -180,4 +201,39 @@ fn file_bytes(view: &View) -> u64 {
 /// The error for a destination that is taken.
 fn taken(path: &Path, what: &'static str) -> Error {
     Error::Exists { what, name: path.display().to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endings_say_what_is_written() {
+        let format = |text: &str| Destination::parse(text, None).map(|to| to.format);
+        for (text, wanted) in [
+            ("rootfs", Format::Folder),
+            ("debian-12.1", Format::Folder),
+            ("app.d", Format::Folder),
+            ("app.tar.d/rootfs", Format::Folder),
+            ("app.zip/", Format::Folder),
+            ("app.tar", Format::Tar(Compression::None)),
+            ("app.tgz", Format::Tar(Compression::Gzip)),
+            ("vm.img", Format::Raw),
+            ("oci:layout.zip:1", Format::Oci(Compression::Gzip)),
+        ] {
+            assert_eq!(format(text).unwrap(), wanted, "{text}");
+        }
+        for text in
+            ["vm1.qcow2", "vm1.VMDK", "app.tar.lz4", "app.tar.bz2", "app.TAR", "app.zip", "a/b.iso", "x.squashfs"]
+        {
+            let error = format(text).unwrap_err().to_string();
+            assert!(error.contains(text) && error.contains(".tar.zst") && error.contains(".raw"), "{error}");
+        }
+        assert!(format("vm1.qcow2").unwrap_err().to_string().contains("qemu-img"));
+        assert_eq!(Destination::parse("app.zip", Some(Format::Folder)).unwrap().format, Format::Folder);
+        let folder = tempfile::tempdir().unwrap();
+        let there = folder.path().join("there.iso");
+        std::fs::create_dir(&there).unwrap();
+        assert_eq!(format(there.to_str().unwrap()).unwrap(), Format::Folder);
+    }
 }

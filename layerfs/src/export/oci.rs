@@ -30,6 +30,8 @@ use crate::view::View;
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
+/// When something was made of which that isn't known: the same each time. There are tools that fail without a time.
+const UNKNOWN_TIME: &str = "1970-01-01T00:00:00Z";
 const TAG_KEY: &str = "org.opencontainers.image.ref.name";
 /// No index that a person made is larger.
 const MAX_INDEX_BYTES: u64 = 4 * 1024 * 1024;
@@ -186,10 +188,14 @@ fn image_config(view: &View, diff_ids: Vec<String>, history: Vec<Value>) -> Resu
         config.entry(key).or_insert_with(|| value.into());
     }
     config.entry("config").or_insert_with(|| json!({}));
+    config.entry("created").or_insert_with(|| UNKNOWN_TIME.into());
     // How many of the stack's layers there were when the image was imported.
     let imported =
         layer.map_or(Ok(0), |layer| Manifest::load(&**view.chunks(), layer).map(|m| m.depth as usize + 1))?;
-    let history = merged_history(config.get("history"), imported, history);
+    let mut history = merged_history(config.get("history"), imported, history);
+    for entry in history.iter_mut().filter_map(Value::as_object_mut) {
+        entry.entry("created").or_insert_with(|| UNKNOWN_TIME.into());
+    }
     config.insert("history".to_owned(), history.into());
     config.insert("rootfs".to_owned(), json!({ "type": "layers", "diff_ids": diff_ids }));
     Ok(config.into())

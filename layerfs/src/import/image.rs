@@ -157,11 +157,12 @@ fn choose<'a>(manifests: &'a [Descriptor], choice: &Choice) -> Result<&'a Descri
                 })
                 .collect();
             let what = if found.is_empty() { "no image fits" } else { "several images fit" };
-            Err(Error::invalid(format!(
+            let text = format!(
                 "{what} {} for {wanted_platform}; choose a reference and a platform among: {}",
                 choice.reference.as_deref().unwrap_or("(any name)"),
                 described.join("; ")
-            )))
+            );
+            Err(if found.is_empty() { Error::NoneFits(text) } else { Error::invalid(text) })
         }
     }
 }

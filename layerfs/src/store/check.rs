@@ -153,6 +153,7 @@ impl<'a> PackCheck<'a> {
                 // The id stands beside it already.
                 let detail = match error {
                     Error::ChunkDamaged { detail, .. } => detail,
+                    Error::ChunkMissing(_) => "it is not where the index says".to_owned(),
                     error => error.to_string(),
                 };
                 self.found(Finding::Chunk(*id, *location, detail));

@@ -95,6 +95,14 @@ impl FsckReport {
     }
 }
 
+/// What is wrong, without the advice to run fsck.
+fn told(error: &Error) -> String {
+    match error {
+        Error::ChunkMissing(id) => format!("chunk {id} is missing from the store"),
+        error => error.to_string(),
+    }
+}
+
 impl Store {
     /// Checks the structure of everything.
     ///
@@ -203,7 +211,7 @@ impl Store {
                     Err(_) if !self.is_root(*root)? => None,
                     Err(error) => {
                         let kind = ProblemKind::LayerBroken;
-                        report.add(kind, layer.to_string(), error.to_string(), names.clone(), false);
+                        report.add(kind, layer.to_string(), told(&error), names.clone(), false);
                         Manifest::load(&Uncached(self), layer).ok().and_then(|manifest| manifest.parent)
                     }
                 };

@@ -28,6 +28,7 @@ use crate::store::pack::{HEADER_BYTES, PackId, read_record};
 use crate::store::packs::Packs;
 use crate::store::scan::{Found, PackScan};
 use crate::store::tier::{self, Objects, Record, State, Tier};
+use crate::store::{Store, Uncached};
 
 /// What a rebuild found.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -42,6 +43,10 @@ pub struct RebuildReport {
     pub pack_problems: Vec<String>,
     /// Whether names, uppers, mounts and peers could be taken over.
     pub records_kept: bool,
+    /// Names that there are now, those that were made up included.
+    pub names: u64,
+    /// Layers in their stacks.
+    pub layers: u64,
     /// Names that were given to layers whose names are unknown.
     pub recovered: Vec<String>,
 }
@@ -100,11 +105,15 @@ pub fn rebuild_from(
     } else {
         keep_aside(&new, &folder.join("index.damaged"))?;
     }
+    drop(lock);
+    let store = Store::open(folder, options)?;
     // After a lost disk the old index is a new one, which never knew a name.
-    if !report.records_kept || (objects.is_some() && is_nameless) {
-        drop(lock);
-        report.recovered = recover_names(folder, options, objects, &manifests)?;
+    let has_lost_names = !report.records_kept || (objects.is_some() && is_nameless);
+    store.connect_tier(objects);
+    if has_lost_names {
+        report.recovered = recover_names(&store, &manifests)?;
     }
+    (report.names, report.layers) = count_named(&store, &manifests)?;
     Ok(report)
 }
 
@@ -261,14 +270,7 @@ fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Resul
 }
 
 /// Names the complete layers that no other complete layer lies on.
-fn recover_names(
-    folder: &Path,
-    options: StoreOptions,
-    objects: Option<Arc<dyn Objects>>,
-    manifests: &BTreeMap<LayerId, Option<LayerId>>,
-) -> Result<Vec<String>> {
-    let store = crate::store::Store::open(folder, options)?;
-    store.connect_tier(objects);
+fn recover_names(store: &Store, manifests: &BTreeMap<LayerId, Option<LayerId>>) -> Result<Vec<String>> {
     let complete: BTreeSet<LayerId> =
         manifests.keys().copied().filter(|layer| store.check_stack(*layer).is_ok()).collect();
     let parents: BTreeSet<LayerId> = complete.iter().filter_map(|layer| *manifests.get(layer)?).collect();
@@ -279,6 +281,23 @@ fn recover_names(
         recovered.push(name.to_string());
     }
     Ok(recovered)
+}
+
+/// How many names there are, and how many layers in their stacks, as far as their manifests were read.
+fn count_named(store: &Store, manifests: &BTreeMap<LayerId, Option<LayerId>>) -> Result<(u64, u64)> {
+    let names = store.names()?;
+    let mut layers = BTreeSet::new();
+    for (_, record) in &names {
+        let mut next = Some(record.layer);
+        while let Some(layer) = next.filter(|layer| layers.insert(*layer)) {
+            // One that is only in the second tier was not read.
+            next = match manifests.get(&layer) {
+                Some(parent) => *parent,
+                None => Manifest::load(&Uncached(store), layer).ok().and_then(|manifest| manifest.parent),
+            };
+        }
+    }
+    Ok((names.len() as u64, layers.len() as u64))
 }
 
 /// Puts `new` in the place of `old`, which afterwards lies at `new`, if there is one.

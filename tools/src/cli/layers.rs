@@ -31,7 +31,7 @@ impl From<Kind> for layerfs::manifest::LayerKind {
 ///
 /// SRC is recognised by its content: a folder, a tar archive (plain, gzip, zstd, xz), an OCI image layout (folder or
 /// tar), an archive of `docker save`, or a disk image (raw, qcow2). `-` reads from stdin. An OCI image becomes a stack,
-/// one layer each; NAME is its top.
+/// one layer each; NAME is its top. `oci:PATH[:TAG]` is an OCI image layout too, as `export` writes it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl import ./rootfs debian --kind base\n  \
@@ -39,6 +39,7 @@ impl From<Kind> for layerfs::manifest::LayerKind {
     layerctl import ./added app --parent debian                  SRC lies over debian\n  \
     layerctl import ./rootfs2 app --parent debian --whole        SRC is the whole tree\n  \
     docker save nginx | layerctl import - nginx\n  \
+    layerctl import oci:app-image:1.0 app                        what `export app oci:app-image:1.0` wrote\n  \
     layerctl import disk.qcow2 vm/disk --kind instance")]
 pub struct Import {
     /// A folder, archive, OCI layout or disk image; `-` for stdin
@@ -85,7 +86,8 @@ const FORMATS: [&str; 8] = ["folder", "tar", "tar.gz", "tar.zst", "tar.xz", "oci
 /// Write a layer out as a folder, an archive, an OCI image or a disk image.
 ///
 /// Everything below the layer is part of it.
-/// The format follows DEST's ending (.tar, .tar.gz, .tgz, .tar.zst, .tar.xz, .raw, .img); anything else is a folder.
+/// The format follows DEST's ending (.tar, .tar.gz, .tgz, .tar.zst, .tar.xz, .raw, .img). Endings of other archives and
+/// images, such as .zip and .qcow2, are refused; anything else is a folder.
 /// `oci:PATH[:TAG]` is an OCI image layout. An existing DEST is never overwritten.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -177,7 +179,7 @@ pub struct Squash {
 /// List the layers that have names.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  layerctl list\n  layerctl list 'debian*' --kind base\n  layerctl list --json | jq -r '.layers[].name'"
+    after_help = "Examples:\n  layerctl list\n  layerctl list 'debian*' --kind base\n  layerctl list --json | jq -r '.layers[].names[]'"
 )]
 pub struct List {
     /// Only names that match; * stands for anything

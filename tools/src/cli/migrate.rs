@@ -44,7 +44,7 @@ pub struct Migrate {
     /// It may run before all of its memory is there, if that makes the downtime noticeably shorter
     #[arg(long)]
     pub postcopy: bool,
-    /// Change nothing; tell what is in the way, and what it would be like
+    /// Change nothing; tell what is in the way (exit code 7), or what it would be like
     #[arg(long, short = 'n')]
     pub dry_run: bool,
     /// The most to take of the network while the guest runs: 10M (MiB per second), 100Mbit

@@ -39,7 +39,8 @@ pub struct Push {
     /// For registries
     #[command(flatten)]
     pub registry: PushOptions,
-    /// Send what a mount needs first; the files' data follows in the background, and when it is read there
+    /// Send what a mount needs first; the files' data follows in the background, and when it is read there. --limit is
+    /// for what is sent first; `layerctl limit` and `layerctl transfers limit` hold for the rest
     #[arg(long)]
     pub lazy: bool,
 }
@@ -67,7 +68,8 @@ pub struct Pull {
     /// For registries
     #[command(flatten)]
     pub registry: PullOptions,
-    /// Fetch what a mount needs first; the files' data follows in the background, and when it is read
+    /// Fetch what a mount needs first; the files' data follows in the background, and when it is read. --limit is for
+    /// what is fetched first; `layerctl limit` and `layerctl transfers limit` hold for the rest
     #[arg(long)]
     pub lazy: bool,
 }

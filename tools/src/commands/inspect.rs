@@ -31,8 +31,11 @@ pub fn inspect(session: &Session, mut args: args::Inspect) -> Result<()> {
         items.push(item);
         Ok(())
     })?;
+    // A folder has entries, whatever was asked for.
+    let is_folder = result.entry.as_ref().is_some_and(|entry| entry.kind == "folder");
+    let has_chunks = request.chunks && !is_folder;
     if session.output.json {
-        let key = if request.chunks { "chunks" } else { "entries" };
+        let key = if has_chunks { "chunks" } else { "entries" };
         let mut value = serde_json::to_value(&result).unwrap_or_default();
         if let Some(object) = value.as_object_mut() {
             object.insert(key.to_owned(), items.into());
@@ -44,8 +47,12 @@ pub fn inspect(session: &Session, mut args: args::Inspect) -> Result<()> {
         Some(entry) => entry_text(entry, paint),
         None => layer_text(&result, paint),
     };
-    let table = if request.chunks { chunk_table(&items, paint)? } else { folder_table(&items, paint)? };
-    session.output.answer(&result, |_| if table.is_empty() { text } else { format!("{text}\n{table}") })
+    let table = if has_chunks { chunk_table(&items, paint)? } else { folder_table(&items, paint)? };
+    session.output.answer(&result, |_| if table.is_empty() { text } else { format!("{text}\n{table}") })?;
+    if request.chunks && is_folder {
+        session.output.note("a folder has no chunks of its own; --chunks is for files, and for whole layers");
+    }
+    Ok(())
 }
 
 /// `layerctl trace`.

@@ -5,6 +5,8 @@ use std::io::{IsTerminal, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use layerfs::export::Destination;
+
 use super::Session;
 use crate::api::layers::{
     ExportRequest, ExportResult, ImportRequest, ImportResult, InspectRequest, LayerInfo, LayerList, ListRequest, Named,
@@ -17,11 +19,12 @@ use crate::progress::Display;
 use crate::{absolute, units};
 
 /// `layerctl import`.
-pub fn import(session: &Session, args: args::Import) -> Result<()> {
+pub fn import(session: &Session, mut args: args::Import) -> Result<()> {
     if let Some(address) = args.source.to_str().filter(|source| source.starts_with("oci://")) {
         let text = format!("{address} is an image in a registry, which is pulled");
         return Err(Failure::invalid(text).hint(format!("`layerctl pull {} {address}` does that", args.name)));
     }
+    as_layout(&mut args)?;
     let is_stream = args.source.as_os_str() == "-" || is_pipe(&args.source);
     let request = ImportRequest {
         source: if is_stream { None } else { Some(absolute(&args.source)?) },
@@ -46,6 +49,24 @@ pub fn import(session: &Session, args: args::Import) -> Result<()> {
         session.client_of_new_store()?.work("import", &request, &mut display, &mut |_| Ok(()))?
     };
     session.output.answer(&result, |result| imported(result, session.output.paint()))
+}
+
+/// Takes `oci:PATH[:TAG]` apart, as an export does.
+fn as_layout(args: &mut args::Import) -> Result<()> {
+    let Some(text) = args.source.to_str().filter(|text| text.starts_with("oci:")) else { return Ok(()) };
+    let Destination { path, tag, .. } = Destination::parse(text, None)?;
+    if let Some(format) = args.format.as_ref().filter(|format| *format != "oci") {
+        return Err(Failure::invalid(format!("{text} is an OCI image layout, not --format {format}")));
+    }
+    if let (Some(tag), Some(reference)) = (&tag, &args.reference) {
+        return Err(Failure::invalid(format!(
+            "{text} names the image {tag:?}, and --reference {reference:?}; give one"
+        )));
+    }
+    args.reference = args.reference.take().or(tag);
+    args.format = Some("oci".to_owned());
+    args.source = path;
+    Ok(())
 }
 
 fn imported(result: &ImportResult, paint: Paint) -> String {
@@ -146,10 +167,14 @@ pub fn remove(session: &Session, args: args::Remove) -> Result<()> {
 /// `layerctl list`.
 pub fn list(session: &Session, args: args::List) -> Result<()> {
     let request = ListRequest { pattern: args.pattern, kind: args.kind };
+    let is_choosy = request.pattern.is_some() || request.kind.is_some();
     let list: LayerList = session.call("list", &request)?;
     session.output.answer(&list, |list| layer_table(&list.layers, session.output.paint()))?;
     if list.layers.is_empty() && !session.output.json {
-        session.output.note("no layers; `layerctl import SRC NAME` makes one");
+        session.output.note(match is_choosy {
+            true => "no layer matches; `layerctl list` shows all that have names",
+            false => "no layers; `layerctl import SRC NAME` makes one",
+        });
     }
     Ok(())
 }

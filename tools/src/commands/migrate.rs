@@ -9,15 +9,16 @@ use super::Session;
 use crate::api::Empty;
 use crate::api::migrate::{MigrateRequest, MoveInfo, ReportList, ReportRequest, ResolveAction, ResolveRequest};
 use crate::cli::migrate as args;
-use crate::failure::{Failure, Result};
+use crate::code_of;
+use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Paint, Table, facts, short};
 use crate::units;
 
 /// What stands for the report with the latest time.
 const LATEST: &str = "latest";
 
-/// `layerctl migrate`. Fails if a dry run finds something in the way.
-pub fn migrate(session: &Session, args: args::Migrate) -> Result<()> {
+/// `layerctl migrate`. A dry run that finds something in the way ends as the move would.
+pub fn migrate(session: &Session, args: args::Migrate) -> Result<u8> {
     let label = format!("moving {} to {}", args.name, args.peer);
     let request = MigrateRequest {
         name: args.name,
@@ -36,7 +37,8 @@ pub fn migrate(session: &Session, args: args::Migrate) -> Result<()> {
     session.output.answer(&report, |report| match request.dry_run {
         true => forecast(report),
         false => whole(report, session.output.paint()),
-    })
+    })?;
+    Ok(code_of(report.obstacles.is_empty(), Class::Unsupported))
 }
 
 fn forecast(report: &Report) -> String {

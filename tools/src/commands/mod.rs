@@ -94,7 +94,7 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Daemon(args) => return system::daemon(session, args),
         Command::Version(_) => system::version(session)?,
         Command::Guest(args) => return guests::guest(session, args),
-        Command::Migrate(args) => migrate::migrate(session, args)?,
+        Command::Migrate(args) => return migrate::migrate(session, args),
         Command::Report(args) => migrate::report(session, args)?,
         Command::Completions(_) | Command::Generate(_) | Command::GuestLaunch(_) => {}
     }

@@ -214,9 +214,14 @@ fn scrub_text(result: &ScrubResult, paint: Paint) -> String {
             text.push_str(&format!("  needed by {}\n", damaged.needed_by.join(", ")));
         }
     }
-    let verdict = if result.clean { paint.green("clean") } else { paint.red("damaged") };
-    let (chunks, size) = (units::plural(result.chunks, "chunk"), units::size(result.bytes));
-    let rate = units::rate(result.bytes, result.seconds);
-    text.push_str(&format!("{verdict}: {chunks}, {size} read, {}, {rate}\n", units::duration(result.seconds)));
+    let chunks = units::plural(result.chunks, "chunk");
+    let damaged = result.damaged.iter().filter(|chunk| !chunk.healed).count() as u64;
+    let verdict = match (damaged, result.pack_problems.len() as u64) {
+        (0, 0) => format!("{}: {chunks}", paint.green("clean")),
+        (0, problems) => format!("{}: no chunk of {chunks}", paint.red(&units::plural(problems, "problem"))),
+        (damaged, _) => paint.red(&format!("{} of {chunks} damaged", units::count(damaged))),
+    };
+    let (size, rate) = (units::size(result.bytes), units::rate(result.bytes, result.seconds));
+    text.push_str(&format!("{verdict}, {size} read, {}, {rate}\n", units::duration(result.seconds)));
     text
 }

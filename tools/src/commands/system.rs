@@ -38,6 +38,9 @@ fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {
     }
     let running = autostart::find(&session.settings)?;
     if running.is_none() {
+        if let Some(missing) = session.settings.missing_credentials() {
+            session.output.warn(&missing);
+        }
         autostart::start(&session.settings, how)?;
     }
     let status: Status = session.call("status", &Empty {})?;
@@ -118,6 +121,7 @@ fn restart(session: &Session, force: bool) -> Result<()> {
     let status = match autostart::find(&session.settings)? {
         Some(client) => client::restart(&client, force)?,
         None => {
+            autostart::require_store(&session.settings)?;
             autostart::start(&session.settings, &args::DaemonStart::default())?;
             session.call("status", &Empty {})?
         }

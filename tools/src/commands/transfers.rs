@@ -88,7 +88,7 @@ fn table(list: &TransferList, paint: Paint) -> String {
             (what(transfer), None),
             (transfer.names.join(", "), Some(Color::Cyan)),
             (state, color),
-            (transfer.total_bytes.map_or_else(dash, |total| units::percent(transfer.bytes.min(total), total)), None),
+            (done(transfer), None),
             (units::size(moved), None),
             (if is_moving { units::rate(transfer.rate as u64, 1.0) } else { dash() }, None),
             (transfer.seconds_left.map_or_else(dash, units::duration), None),
@@ -101,6 +101,15 @@ fn table(list: &TransferList, paint: Paint) -> String {
         text.push_str(&format!("all together at most {} each way\n", units::rate(limit, 1.0)));
     }
     text
+}
+
+/// How much of it is done. One that has ended well is, however little of it had to be moved.
+fn done(transfer: &TransferInfo) -> String {
+    match transfer.total_bytes {
+        _ if transfer.state == "done" => units::percent(1, 1),
+        Some(total) => units::percent(transfer.bytes.min(total), total),
+        None => "-".to_owned(),
+    }
 }
 
 fn what(transfer: &TransferInfo) -> String {
@@ -137,7 +146,7 @@ pub fn limit(session: &Session, args: args::Limit) -> Result<()> {
         Some(args::NewLimit::Default) => LimitRequest { reset: true, ..LimitRequest::default() },
         Some(args::NewLimit::Rate(rate)) => LimitRequest { limit: Some(rate.0), ..LimitRequest::default() },
     };
-    let limit: Limit = session.client_of_new_store()?.call("limit", &request)?;
+    let limit: Limit = session.call("limit", &request)?;
     session.output.answer(&limit, |limit| {
         let rate = limit.limit.map_or_else(|| "no limit".to_owned(), |limit| units::rate(limit, 1.0));
         let source = if limit.from_config { ", as the config file says or leaves it" } else { "" };

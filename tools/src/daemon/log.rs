@@ -15,15 +15,17 @@ type Change = Box<dyn Fn(EnvFilter) -> std::result::Result<(), tracing_subscribe
 
 /// The log of this process, once it is started, with its filter.
 static LOG: OnceLock<(Change, Mutex<String>)> = OnceLock::new();
-const DEFAULT: &str = "info";
 
 /// Starts the log.
-pub fn start(settings: &Settings, is_foreground: bool) {
+///
+/// # Errors
+/// [`crate::failure::Class::Invalid`] for a filter of the environment or the config file that is none.
+pub fn start(settings: &Settings, is_foreground: bool) -> Result<()> {
     use std::io::IsTerminal;
-    let (text, filter) = match EnvFilter::try_new(&settings.log) {
-        Ok(filter) => (settings.log.clone(), filter),
-        Err(_) => (DEFAULT.to_owned(), DEFAULT.into()),
-    };
+    let filter = EnvFilter::try_new(&settings.log).map_err(|error| {
+        wrong(&settings.log, &error)
+            .hint(format!("it comes from {}, or from `log` in the config file", crate::config::ENV_LOG))
+    })?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -33,8 +35,14 @@ pub fn start(settings: &Settings, is_foreground: bool) {
     let handle = subscriber.reload_handle();
     // A second daemon in one process happens only in tests.
     if subscriber.try_init().is_ok() {
-        let _ = LOG.set((Box::new(move |filter| handle.reload(filter)), Mutex::new(text)));
+        let _ = LOG.set((Box::new(move |filter| handle.reload(filter)), Mutex::new(settings.log.clone())));
     }
+    Ok(())
+}
+
+fn wrong(filter: &str, why: &dyn std::fmt::Display) -> Failure {
+    let failure = Failure::invalid(format!("{filter:?} is no log filter: {why}"));
+    failure.hint("write it like `info`, `debug` or `layerfs::mount=trace,info`")
 }
 
 /// `/v1/log-filter`.
@@ -42,12 +50,8 @@ pub fn filter(_: &Context, request: LogFilterRequest) -> Result<LogFilter> {
     let (change, text) = LOG.get().ok_or_else(|| Failure::invalid("this daemon has no log of its own"))?;
     let mut text = text.lock();
     if let Some(wanted) = request.filter {
-        let wrong = |why: String| {
-            let failure = Failure::invalid(format!("{wanted:?} is no log filter: {why}"));
-            failure.hint("write it like `info`, `debug` or `layerfs::mount=trace,info`")
-        };
-        let parsed = EnvFilter::try_new(&wanted).map_err(|error| wrong(error.to_string()))?;
-        change(parsed).map_err(|error| wrong(error.to_string()))?;
+        let parsed = EnvFilter::try_new(&wanted).map_err(|error| wrong(&wanted, &error))?;
+        change(parsed).map_err(|error| wrong(&wanted, &error))?;
         tracing::info!(filter = %wanted, "logs by another filter from now on");
         *text = wanted;
     }

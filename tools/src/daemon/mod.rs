@@ -109,10 +109,10 @@ pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
         life::leave_terminal();
     }
     life::raise_descriptor_limit();
-    log::start(&settings, !start.detached);
+    let log = log::start(&settings, !start.detached);
     layerfs::mount::watch::set_slow(settings.slow_request);
     layerfs::mount::hand::is_started_by(["daemon", "hand"].map(Into::into).to_vec());
-    let outcome = prepare_and_serve(settings, start);
+    let outcome = log.and_then(|()| prepare_and_serve(settings, start));
     if let (true, Err(failure)) = (start.detached, &outcome) {
         tracing::error!("{failure}");
         announce(&autostart::Announcement::Failed(failure.clone()));
@@ -128,6 +128,9 @@ fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
         Some(text) => text.parse()?,
         None => settings.listen.clone(),
     };
+    if let Some(missing) = settings.missing_credentials() {
+        tracing::warn!("{missing}");
+    }
     let Some(store) = open_store(&settings)? else {
         // Another one was faster; whoever started this one can talk to that.
         if start.detached {

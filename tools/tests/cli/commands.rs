@@ -3,6 +3,9 @@
 use crate::hold;
 use crate::host::Host;
 
+/// When an exported image was made that doesn't say so itself.
+const EPOCH: &str = "1970-01-01T00:00:00Z";
+
 #[test]
 fn help_and_version() {
     let host = Host::new();
@@ -33,6 +36,7 @@ fn layers_from_in_to_out() {
         host.session(&[
             &["list"],
             &["list", "a*"],
+            &["list", "z*"],
             &["list", "--kind", "instance"],
             &["tree"],
             &["tree", "app"],
@@ -40,6 +44,9 @@ fn layers_from_in_to_out() {
         ])
     );
     hold!("list_json", host.run(&["list", "app", "--json"]));
+    let entries = |args: &[&str]| host.json(args)["entries"].as_array().map(Vec::len);
+    assert_eq!(entries(&["inspect", "app", "/etc", "--chunks"]), Some(2), "a folder has entries, not chunks");
+    assert_eq!(entries(&["inspect", "app", "/data.bin", "--chunks"]), None);
     hold!(
         "diff",
         host.session(&[&["diff", "base", "app"], &["diff", "app", "app"], &["diff", "base", "app", "--summary"]])
@@ -49,6 +56,7 @@ fn layers_from_in_to_out() {
         host.session(&[
             &["inspect", "app"],
             &["inspect", "app", "/etc"],
+            &["inspect", "app", "/etc", "--chunks"],
             &["inspect", "base", "/data.bin", "--chunks"],
             &["inspect", "app", "/name"]
         ])
@@ -76,6 +84,15 @@ fn the_store_looked_at() {
     let stat = host.json(&["stat"]);
     assert_eq!(stat["names"], 1);
     assert!(stat["packs"].as_u64().unwrap() >= 1);
+    hold!(
+        "nothing_yet",
+        host.session(&[
+            &["report", "latest"],
+            &["report", "1234"],
+            &["tier", "add", "s3://bucket/folder", "--endpoint", "http://127.0.0.1:9"],
+        ])
+    );
+    hold!("rebuilt", host.session(&[&["daemon", "stop"], &["fsck", "--rebuild"]]));
 }
 
 #[test]
@@ -92,9 +109,38 @@ fn streams() {
     hold!("export_missing_stdout", host.run(&["export", "nothing", "-"]));
     hold!(
         "export_folder",
-        host.session(&[&["export", "base", "out"], &["export", "base", "out"], &["export", "base", "out.tar.zst"]])
+        host.session(&[
+            &["export", "base", "out"],
+            &["export", "base", "out"],
+            &["export", "base", "out.tar.zst"],
+            &["export", "base", "out.qcow2"],
+            &["export", "base", "out.tar.lz4"]
+        ])
     );
     assert_eq!(std::fs::read(host.path("out/etc/hostname")).unwrap(), b"edge\n");
+}
+
+#[test]
+fn an_exported_image_comes_back() {
+    let host = Host::new();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    host.json(&["export", "base", "oci:image:1.0"]);
+    host.json(&["export", "base", "oci:image:2.0"]);
+    host.json(&["import", "oci:image:1.0", "back"]);
+    assert_eq!(host.json(&["diff", "base", "back"])["changes"].as_array().unwrap().len(), 0);
+    let image = &host.json(&["inspect", "back"])["image"]["configuration"];
+    assert_eq!((&image["created"], &image["history"][0]["created"]), (&EPOCH.into(), &EPOCH.into()));
+    hold!(
+        "import_layout",
+        host.session(&[
+            &["import", "oci:image:3.0", "other", "--platform", "linux/arm64"],
+            &["import", "oci:image", "other", "--platform", "linux/arm64"],
+            &["import", "image", "other", "--reference", "nope", "--platform", "linux/arm64"],
+            &["import", "oci:image:1.0", "other", "--reference", "2.0"],
+            &["import", "oci:nowhere:1.0", "other"],
+        ])
+    );
 }
 
 #[test]

@@ -12,7 +12,10 @@ fn usage() {
             &["imprt"],
             &["import", "x"],
             &["mount", "a", "b", "--read-only", "--upper", "u"],
-            &["push", "only-one"]
+            &["push", "only-one"],
+            &["--json", "import", "x"],
+            &["--json"],
+            &["limit", "fast", "--json"]
         ])
     );
 }
@@ -20,7 +23,17 @@ fn usage() {
 #[test]
 fn there_is_no_store() {
     let host = Host::new();
-    hold!("no_store", host.session(&[&["list"], &["--json", "list"], &["import", "missing", "x"]]));
+    hold!(
+        "no_store",
+        host.session(&[
+            &["list"],
+            &["--json", "list"],
+            &["import", "missing", "x"],
+            &["limit"],
+            &["limit", "1M"],
+            &["daemon", "restart"]
+        ])
+    );
     assert!(!host.store().exists(), "nothing was made");
 }
 
@@ -63,6 +76,11 @@ fn a_config_file_is_wrong() {
     let host = Host::new();
     std::fs::write(host.path("config.toml"), "stor = \"/x\"\n").unwrap();
     hold!("wrong_config", host.run(&["list"]));
+    // What only the daemon can tell.
+    std::fs::write(host.path("config.toml"), "log = \"foo=bar=baz\"\n").unwrap();
+    hold!("wrong_filter", host.run(&["daemon"]));
+    std::fs::write(host.path("config.toml"), "listen = \"off\"\ntier_credentials = \"/nonexistent\"\n").unwrap();
+    hold!("missing_credentials", host.run(&["daemon"]));
     std::fs::write(host.path("config.toml"), "listen = \"off\"\n").unwrap();
 }
 

@@ -76,6 +76,10 @@ fn transfers_are_watched_and_changed() {
     let shown = central.run(&["transfers"]);
     assert!(shown.contains("push to edge  base   done   100.0%") && shown.contains("high"), "{shown}");
     central.json(&["push", "base", "edge"]);
+    // Of which nothing had to be moved.
+    let shown = central.run(&["transfers"]);
+    let done = shown.lines().filter(|line| line.contains(" done "));
+    assert!(done.clone().count() >= 2 && done.clone().all(|line| line.contains("100.0%")), "{shown}");
 
     hold!(
         "limit",
@@ -128,6 +132,8 @@ fn what_a_peer_may_do_is_changed() {
             &["peer", "list"],
         ])
     );
+    let told = edge.run(&["pull", "base", "central"]);
+    assert!(told.contains("`layerctl peer set central --address HOST[:PORT]`"), "{told}");
     hold!("push_not_allowed", central.run(&["push", "base", "edge"]));
     edge.json(&["peer", "set", "central", "--allow-push", "--visible", "app/*"]);
     hold!("push_not_visible", central.run(&["push", "base", "edge"]));

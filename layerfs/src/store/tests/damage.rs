@@ -178,6 +178,7 @@ fn the_index_can_be_made_anew_from_packs_alone() {
     drop(store);
     let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
     assert!(report.records_kept && report.recovered.is_empty(), "{report:?}");
+    assert_eq!((report.names, report.layers), (1, 2));
     let check = |names: &[&str]| {
         let store = Store::open(&path, StoreOptions::default()).unwrap();
         let found: Vec<_> = store.names().unwrap().into_iter().map(|(name, _)| name.to_string()).collect();
@@ -194,6 +195,7 @@ fn the_index_can_be_made_anew_from_packs_alone() {
     std::io::Write::write_all(&mut &file, b"LFCR torn").unwrap();
     let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
     assert_eq!(report.recovered, [format!("recovered/{}", top.0.short())]);
+    assert_eq!((report.names, report.layers), (1, 2));
     check(&[report.recovered[0].as_str()]);
     // With an index full of rubbish.
     std::fs::write(path.join("index/CURRENT"), "rubbish").unwrap();

@@ -233,6 +233,7 @@ fn a_lost_disk_comes_back_from_there() {
     // With the index whole, a rebuild without the tier keeps what is only there.
     let report = rebuild(&path, StoreOptions::create(), &Silent).unwrap();
     assert!(report.records_kept && report.chunks > 5, "{report:?}");
+    assert_eq!((report.names, report.layers), (2, 2), "{report:?}");
     let store = open(&path, &bucket);
     read_all(&store, a).unwrap();
     drop(store);
@@ -240,6 +241,7 @@ fn a_lost_disk_comes_back_from_there() {
     drop(Store::open(&path, StoreOptions::create()).unwrap());
     let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
     assert_eq!((report.recovered.len(), report.packs), (2, 2), "{report:?}");
+    assert_eq!((report.names, report.layers), (2, 2), "{report:?}");
     let store = open(&path, &bucket);
     assert_eq!(store.packs.list().unwrap(), []);
     assert!(read_all(&store, a).unwrap() > 0 && read_all(&store, b).unwrap() > 0);

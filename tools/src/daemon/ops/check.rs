@@ -172,8 +172,8 @@ pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<
     }
     Ok(FsckResult {
         clean: problems.is_empty(),
-        names: report.recovered.len() as u64,
-        layers: 0,
+        names: report.names,
+        layers: report.layers,
         chunks: report.chunks,
         packs: report.packs,
         remote_packs: 0,

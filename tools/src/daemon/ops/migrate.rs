@@ -131,8 +131,12 @@ pub fn reports(context: &Context, _: Empty) -> Result<ReportList> {
 
 /// `/v1/report`.
 pub fn report(context: &Context, request: ReportRequest) -> Result<Report> {
-    let found = report::find(&context.daemon.store, &request.id).map_err(Failure::from);
-    found.map_err(|failure| failure.hint("`layerctl report` lists them"))
+    report::find(&context.daemon.store, &request.id).map_err(|error| match error {
+        layerfs::Error::NotFound { .. } if request.id.is_empty() => {
+            Failure::new(Class::NotFound, "there are no reports yet; each migration from here leaves one")
+        }
+        error => Failure::from(error).hint("`layerctl report` lists them"),
+    })
 }
 
 /// `/v1/guest-resolve`.

@@ -58,6 +58,14 @@ impl TierState {
 fn bucket(tier: &Tier, settings: &Settings, governor: &Governor, runtime: Handle) -> Result<Bucket> {
     let (file, profile) = (settings.tier_credentials.as_deref(), settings.tier_profile.as_deref());
     let keys = aws::keys(&Environment::current(), file, profile)?;
+    // The machine's own role, which is asked for without keys, is one at Amazon.
+    if let (None, Some(endpoint)) = (&keys, &tier.endpoint) {
+        let text = format!("no access keys were found for {} at {endpoint}", tier.url());
+        return Err(Failure::new(Class::Denied, text).hint(
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY before the daemon starts, or name an AWS credentials file as \
+             tier_credentials in the config file; then `layerctl daemon stop`, and the next command starts it anew",
+        ));
+    }
     Ok(Bucket::new(tier, keys.as_ref(), governor, runtime)?)
 }
 
