@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use layerfs::error::ErrorClass;
 use migrator::Migrations;
 use migrator::guest::{GuestName, HostDrivers};
 use migrator::handover::journal::{Row, Side};
@@ -65,14 +66,15 @@ impl Moves {
     /// Whether an operation may change guest `name`.
     ///
     /// # Errors
-    /// [`Class::Busy`] if a move of it isn't over: it decides.
+    /// [`Class::Busy`] if a move of it isn't over: it decides. Any other if that can't be found out.
     pub fn require_settled(&self, name: &GuestName) -> Result<()> {
         match self.get()?.open_move(name) {
             Ok(row) => {
                 let text = format!("guest {name} has an unfinished move ({})", row.peer);
                 Err(Failure::new(Class::Busy, text).hint(format!("`layerctl guest resolve {name}` tells about it")))
             }
-            Err(_) => Ok(()),
+            Err(error) if error.class() == ErrorClass::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 
