@@ -23,7 +23,7 @@ use super::processes::{Process, status_bytes};
 use super::programs::{Programs, complaint};
 use super::{
     Activity, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written,
-    lazy_pages, preflight, scan, state,
+    exec, lazy_pages, preflight, scan, state,
 };
 use crate::error::{Error, Result};
 
@@ -238,8 +238,8 @@ impl<E: Engine> Guest for Container<E> {
         self.running("run a command in")?;
         let failed = self.0.site().failed("run a command in");
         let mut command = self.0.command(argv).map_err(&failed)?;
-        let output =
-            command.output().map_err(|error| failed(format!("{} cannot be run: {error}", self.0.program().0)))?;
+        let output = exec::output(&mut command)
+            .map_err(|error| failed(format!("{} cannot be run: {error}", self.0.program().0)))?;
         if self.0.has_failed(&output) {
             return Err(failed(complaint(&output)));
         }

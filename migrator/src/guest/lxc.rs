@@ -7,12 +7,14 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
 use super::container::{Container, Engine, Outcome, PATIENCE, Site};
 use super::criu::{NETWORK, external, quoted, with_criu, write_script, write_unlock};
+use super::options::ContainerOptions;
 use super::processes::{Process, wait_until};
 use super::programs::{Programs, complaint};
 use super::{GuestRecord, Host, Manner};
@@ -26,6 +28,19 @@ const RESTORE: &str = "-r";
 /// A guest of this driver.
 pub type LxcGuest = Container<Lxc>;
 
+/// Its configuration is lines: an option that holds a line's end would bring settings of its own.
+fn check(options: &ContainerOptions) -> layerfs::Result<()> {
+    let words = options.command.iter().chain(options.env.keys()).chain(options.env.values()).chain(&options.hostname);
+    let paths = [Some(&options.folder), options.log.as_ref()].into_iter().flatten();
+    let mut bytes = words.map(String::as_bytes).chain(paths.map(|path| path.as_os_str().as_bytes()));
+    if bytes.any(|bytes| bytes.contains(&b'\n')) {
+        return Err(layerfs::Error::invalid(
+            "an option of an LXC guest holds a line's end, which its configuration can't",
+        ));
+    }
+    Ok(())
+}
+
 /// LXC's tools, for one container.
 pub struct Lxc {
     site: Site,
@@ -38,12 +53,7 @@ impl LxcGuest {
     /// [`layerfs::Error::Invalid`] for options that it doesn't know; those of [`Host::run_folder`].
     pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<LxcGuest> {
         let site = Site::new(record, host, programs)?;
-        let has_line_end = |text: &String| text.contains('\n');
-        let options = &site.options;
-        if options.command.iter().chain(options.env.values()).chain(options.env.keys()).any(has_line_end) {
-            let detail = "a word of an LXC guest's command holds a line's end, which its configuration can't";
-            return Err(layerfs::Error::invalid(detail).into());
-        }
+        check(&site.options)?;
         Ok(Container(Lxc { site }))
     }
 }
@@ -271,3 +281,33 @@ const SETTINGS: [(&str, &str); 8] = [
     ("lxc.signal.stop", "SIGKILL"),
     ("lxc.monitor.unshare", "0"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_option_brings_a_line_of_its_own() {
+        let read = |more: serde_json::Value| {
+            let mut all = serde_json::json!({ "command": ["/bin/prog"] });
+            all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            check(&ContainerOptions::read(&all).unwrap())
+        };
+        assert!(
+            read(serde_json::json!({ "hostname": "web", "folder": "/srv", "log": "/log", "env": { "A": "b" } }))
+                .is_ok()
+        );
+        for (option, value) in [
+            ("command", serde_json::json!(["/bin/prog", "a\nb"])),
+            ("env", serde_json::json!({ "A": "b\nlxc.hook.start = /bin/sh" })),
+            ("env", serde_json::json!({ "A\n": "b" })),
+            ("hostname", serde_json::json!("web\nlxc.hook.start-host = /bin/sh")),
+            ("folder", serde_json::json!("/\n")),
+            ("log", serde_json::json!("/log\n")),
+        ] {
+            let mut more = serde_json::Map::new();
+            more.insert(option.to_owned(), value);
+            assert!(read(more.into()).is_err(), "{option}");
+        }
+    }
+}

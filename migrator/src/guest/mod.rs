@@ -18,6 +18,7 @@ pub mod checkpoint;
 mod container;
 mod criu;
 mod drivers;
+mod exec;
 pub mod fake;
 mod host;
 pub mod launch;
@@ -174,7 +175,7 @@ pub trait Guest: Send + Sync {
     /// [`crate::Error::Guest`] if something of it goes on.
     fn stop(&self) -> Result<()>;
 
-    /// Runs a command inside of it and waits for its end.
+    /// Runs a command inside of it and waits for its end. Of endless output only the beginning is kept.
     ///
     /// # Errors
     /// [`crate::Error::Guest`] if it isn't running, or if the driver can't.

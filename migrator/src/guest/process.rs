@@ -13,8 +13,8 @@ use super::launch::{Orders, Start};
 use super::processes::Process;
 use super::programs::Programs;
 use super::{
-    Activity, ExecOutput, Guest, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written, lazy_pages,
-    scan, state,
+    Activity, ExecOutput, Guest, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written, exec,
+    lazy_pages, scan, state,
 };
 use crate::error::{Error, Result};
 
@@ -137,8 +137,8 @@ impl Guest for ProcessGuest {
         let mut command = Command::new(enter);
         command.args(["--target", &process.pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--root"]);
         command.arg(format!("--wd=/proc/{}/root", process.pid)).arg("--").args(argv);
-        command.env_clear().envs(self.site.options.environment()).stdin(std::process::Stdio::null());
-        let output = command.output().map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
+        command.env_clear().envs(self.site.options.environment());
+        let output = exec::output(&mut command).map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
         Ok(exec_output(output))
     }
 

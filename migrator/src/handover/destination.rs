@@ -150,14 +150,17 @@ impl Destination {
                 self.is_giving_back = true;
                 vec![Step::Clear]
             }
-            (Phase::Committed, Event::Again | Event::Silence) if self.is_giving_back => vec![Step::Clear],
             (Phase::Committed, Event::Commit) if self.is_giving_back => vec![self.reply()],
-            // Begun by an earlier run of this program, or given up by it: an operator may have taken it back at the source meanwhile.
-            (Phase::Committed, Event::Silence) => vec![Step::AskLater],
-            (Phase::Committed, Event::Commit | Event::Told(_) | Event::Again | Event::RunHere) => {
+            (Phase::Committed, Event::Commit | Event::Told(Fate::Released) | Event::RunHere) => {
                 self.is_giving_back = false;
                 vec![Step::Restore]
             }
+            (Phase::Committed, Event::Again | Event::Silence | Event::Told(_)) if self.is_giving_back => {
+                vec![Step::Clear]
+            }
+            // An operator may have taken it back at the source meanwhile: any other answer isn't leave to run it. A source that
+            // knows nothing of the move may have forgotten just that.
+            (Phase::Committed, Event::Again | Event::Silence | Event::Told(_)) => vec![Step::AskLater],
             (Phase::Committed, Event::Tried(Found::Running)) => vec![self.journal(Phase::Restored), self.reply()],
             (Phase::Committed, Event::Tried(Found::Nothing)) if self.gives_back => {
                 self.is_giving_back = true;
@@ -217,7 +220,9 @@ mod tests {
 
     #[test]
     fn a_committed_guest_isnt_restored_anew_without_the_sources_word_or_an_operators() {
-        for event in [Event::Restarted, Event::Silence] {
+        let told =
+            Fate::ALL.into_iter().filter(|fate| !matches!(fate, Fate::Released | Fate::Aborted)).map(Event::Told);
+        for event in [Event::Restarted, Event::Silence, Event::Again].into_iter().chain(told) {
             let mut side = Destination::new(Phase::Committed, true);
             assert_eq!(side.on(event), [Step::AskLater], "{event:?}");
         }

@@ -1,7 +1,8 @@
 //! What each side remembers of each move. FORMAT.md, "Moves".
 //!
 //! Invariants: a row is durable when a call returns, together with what it means for the guest's record, in one write;
-//! rows of moves that are over stay for a while, so that a side that missed the end can ask.
+//! rows of moves that are over stay for a while, so that a side that missed the end can ask; a row that can't be read is
+//! taken for one that isn't over.
 
 use std::sync::Arc;
 
@@ -13,11 +14,16 @@ use serde::{Deserialize, Serialize};
 
 use super::{Fate, MoveId, destination, source};
 use crate::guest::{GuestName, GuestRecord, GuestSpec, GuestState, Guests};
+use crate::identity::PublicKey;
+use crate::peers::Peer;
+use crate::streams::TRUSTED_KEY;
 
 const VERSION: u8 = 1;
 const PREFIX: &[u8] = b"move/";
-/// So many rows of moves that are over are kept.
+/// So many rows of moves that are over are kept, and as many of those that an operator or the destination ended in doubt.
 const KEPT: usize = 256;
+/// No epoch is higher: a guest could not get there by moving.
+pub const MAX_EPOCH: u64 = u64::MAX >> 1;
 
 /// Which side of a move this host is, and how far it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,8 +63,11 @@ pub struct Row {
     pub id: MoveId,
     /// What moves.
     pub spec: GuestSpec,
-    /// The other host.
+    /// The other host's name when it began.
     pub peer: String,
+    /// The other host's key, by which it is known whatever it is called; none if it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<PublicKey>,
     /// The guest's epoch once it has moved.
     pub epoch: u64,
     /// Which side this is, and how far.
@@ -74,20 +83,34 @@ pub struct Row {
 
 impl Row {
     /// The move `id` of a guest to `peer`, as its source sees it.
-    pub fn source(id: MoveId, record: &GuestRecord, peer: &str) -> Row {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is no higher epoch.
+    pub fn source(id: MoveId, record: &GuestRecord, peer: &Peer) -> Result<Row> {
         let side = Side::Source { phase: source::Phase::Moving };
-        Row::new(id, record.spec.clone(), peer, record.epoch + 1, side)
+        let next = record.epoch.checked_add(1).filter(|epoch| *epoch <= MAX_EPOCH);
+        let too_high = || Error::invalid(format!("guest {} has epoch {}", record.spec.name, record.epoch));
+        Ok(Row::new(id, record.spec.clone(), peer, next.ok_or_else(too_high)?, side))
     }
 
     /// The move `id` of a guest from `peer`, as its destination sees it.
-    pub fn destination(id: MoveId, spec: GuestSpec, peer: &str, epoch: u64, gives_back: bool) -> Row {
+    pub fn destination(id: MoveId, spec: GuestSpec, peer: &Peer, epoch: u64, gives_back: bool) -> Row {
         let side = Side::Destination { phase: destination::Phase::Arriving, gives_back, was_known: false };
         Row::new(id, spec, peer, epoch, side)
     }
 
-    fn new(id: MoveId, spec: GuestSpec, peer: &str, epoch: u64, side: Side) -> Row {
-        let (peer, began) = (peer.to_owned(), Time::now().seconds);
-        Row { id, spec, peer, epoch, side, layers: None, began, note: String::new() }
+    fn new(id: MoveId, spec: GuestSpec, peer: &Peer, epoch: u64, side: Side) -> Row {
+        let key = Some(peer.key).filter(|key| *key != TRUSTED_KEY);
+        let (peer, began) = (peer.name.to_string(), Time::now().seconds);
+        Row { id, spec, peer, key, epoch, side, layers: None, began, note: String::new() }
+    }
+
+    /// Whether `peer` is the other host.
+    pub fn is_with(&self, peer: &Peer) -> bool {
+        match self.key {
+            Some(key) => key == peer.key,
+            None => self.peer == peer.name.as_str(),
+        }
     }
 
     /// The guest's name.
@@ -109,6 +132,13 @@ impl Row {
             Side::Source { phase } => *phase == source::Phase::Released,
             Side::Destination { phase, .. } => *phase == destination::Phase::Staged,
         }
+    }
+
+    /// Whether it ended here otherwise than the other side may have been told last: it may come back much later, and has to
+    /// hear of it.
+    fn is_news(&self) -> bool {
+        use source::{Outcome, Phase};
+        matches!(self.side, Side::Source { phase: Phase::Ended(Outcome::Returned | Outcome::GivenUp) })
     }
 
     /// What is answered to the other side.
@@ -185,7 +215,7 @@ impl Row {
             Phase::Returned | Phase::Ended(Outcome::Returned) => {
                 record.state = if phase == Phase::Returned { GuestState::Stopped } else { GuestState::Running };
                 // The destination had the last one.
-                record.epoch = record.epoch.max(self.epoch + 1);
+                record.epoch = record.epoch.max(self.epoch.saturating_add(1));
                 record.peer = None;
             }
         }
@@ -210,7 +240,21 @@ impl Journal {
     /// # Errors
     /// Those of the index. Unless it is [`Error::NoSpace`], the row may be durable all the same.
     pub fn write(&self, row: &Row) -> Result<()> {
-        self.write_changing(row, |_| ())
+        self.put(row, |_| Ok(()), |_| ())
+    }
+
+    /// The same, if the guest's record is as it was `seen`.
+    ///
+    /// # Errors
+    /// As [`Journal::write`]; [`Error::Busy`] if it isn't: nothing has changed then.
+    pub fn write_over(&self, row: &Row, seen: Option<&GuestRecord>) -> Result<()> {
+        let is_as_seen = |old: Option<&GuestRecord>| match old == seen {
+            true => Ok(()),
+            false => {
+                Err(Error::Busy(format!("something else has just been done with guest {}; try again", row.guest())))
+            }
+        };
+        self.put(row, is_as_seen, |_| ())
     }
 
     /// The same; `change` has the last word on the guest's record.
@@ -218,9 +262,19 @@ impl Journal {
     /// # Errors
     /// As [`Journal::write`].
     pub fn write_changing(&self, row: &Row, change: impl FnOnce(&mut GuestRecord)) -> Result<()> {
+        self.put(row, |_| Ok(()), change)
+    }
+
+    fn put(
+        &self,
+        row: &Row,
+        look: impl FnOnce(Option<&GuestRecord>) -> Result<()>,
+        change: impl FnOnce(&mut GuestRecord),
+    ) -> Result<()> {
         let mut batch = Batch::new();
         batch.put(Cf::Transfers, key(row.id), row.encode());
         self.guests.change_with(row.guest(), batch, |old| {
+            look(old.as_ref())?;
             let mut record = row.record(old);
             if let Some(record) = &mut record {
                 change(record);
@@ -239,23 +293,28 @@ impl Journal {
         self.store.db().get(Cf::Transfers, key(id))?.map(|bytes| Row::decode(&bytes)).transpose()
     }
 
-    /// All of them, the oldest first.
+    /// All that can be read, the oldest first.
     ///
     /// # Errors
     /// Those of the index.
     pub fn list(&self) -> Result<Vec<Row>> {
-        let entries = self.store.db().iter(Cf::Transfers, PREFIX)?;
-        let mut rows = entries.map(|entry| Row::decode(&entry?.1)).collect::<Result<Vec<Row>>>()?;
-        rows.sort_by_key(|row| (row.began, row.id));
+        let (rows, unreadable) = self.read()?;
+        unreadable.iter().for_each(|bad| tracing::error!(error = %bad.error, "the record of a move can't be read"));
         Ok(rows)
     }
 
     /// The move of `guest` that isn't over, if there is one.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Those of the index, and of a row that can't be read and may be of this guest.
     pub fn open_of(&self, guest: &GuestName) -> Result<Option<Row>> {
-        Ok(self.list()?.into_iter().rev().find(|row| row.guest() == guest && !row.is_ended()))
+        let (rows, unreadable) = self.read()?;
+        let open = rows.into_iter().rev().find(|row| row.guest() == guest && !row.is_ended());
+        let may_be_its = |bad: &Unreadable| bad.guest.as_deref().is_none_or(|name| name == guest.as_str());
+        match unreadable.into_iter().find(may_be_its) {
+            Some(bad) if open.is_none() => Err(bad.error),
+            _ => Ok(open),
+        }
     }
 
     /// Forgets the oldest of those that are over, if there are many.
@@ -263,11 +322,41 @@ impl Journal {
     /// # Errors
     /// Those of the index.
     pub fn prune(&self) -> Result<()> {
-        let ended: Vec<Row> = self.list()?.into_iter().filter(Row::is_ended).collect();
+        let ended = self.list()?.into_iter().filter(Row::is_ended);
+        let (news, others): (Vec<Row>, Vec<Row>) = ended.partition(Row::is_news);
         let mut batch = Batch::new();
-        ended.iter().take(ended.len().saturating_sub(KEPT)).for_each(|row| batch.delete(Cf::Transfers, key(row.id)));
+        for rows in [news, others] {
+            rows.iter().take(rows.len().saturating_sub(KEPT)).for_each(|row| batch.delete(Cf::Transfers, key(row.id)));
+        }
         if batch.is_empty() { Ok(()) } else { self.store.db().write(batch, Sync::No) }
     }
+
+    /// The rows, the oldest first, and those that can't be read.
+    fn read(&self) -> Result<(Vec<Row>, Vec<Unreadable>)> {
+        let (mut rows, mut unreadable) = (Vec::new(), Vec::new());
+        for entry in self.store.db().iter(Cf::Transfers, PREFIX)? {
+            let bytes = entry?.1;
+            match Row::decode(&bytes) {
+                Ok(row) => rows.push(row),
+                Err(error) => unreadable.push(Unreadable { guest: guest_in(&bytes), error }),
+            }
+        }
+        rows.sort_by_key(|row| (row.began, row.id));
+        Ok((rows, unreadable))
+    }
+}
+
+/// A row that is damaged, or of a later version.
+struct Unreadable {
+    /// Whose it is, if that can be told.
+    guest: Option<String>,
+    error: Error,
+}
+
+/// The guest's name in a row whose other parts may be of any kind.
+fn guest_in(bytes: &[u8]) -> Option<String> {
+    let row: serde_json::Value = serde_json::from_slice(bytes.get(1..)?).ok()?;
+    Some(row.get("spec")?.get("name")?.as_str()?.to_owned())
 }
 
 fn key(id: MoveId) -> Vec<u8> {
@@ -287,6 +376,11 @@ mod tests {
         GuestRecord { state: GuestState::Running, epoch: 4, ..GuestRecord::new(spec) }
     }
 
+    fn peer(name: &str) -> Peer {
+        let rights = crate::peers::Rights::default();
+        Peer { name: crate::peers::PeerName::new(name).unwrap(), address: None, key: PublicKey([7; 32]), rights }
+    }
+
     fn journal() -> (Journal, Guests, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
@@ -296,23 +390,30 @@ mod tests {
 
     #[test]
     fn rows_are_pinned() {
-        let mut row = Row::source(MoveId([1; 16]), &record(), "edge");
+        let mut row = Row::source(MoveId([1; 16]), &record(), &peer("edge")).unwrap();
         row.began = 7;
         let layer = LayerId(ChunkId([2; 32]));
         row.layers = Some(Layers { instance: layer, state: layer, lazily: true });
         let two = "02".repeat(32);
         let json = format!(
             concat!(
-                r#"{{"id":"{}","spec":{{"name":"web","driver":"fake","stack":"app","options":{{}}}},"peer":"edge","epoch":5,"#,
+                r#"{{"id":"{}","spec":{{"name":"web","driver":"fake","stack":"app","options":{{}}}},"peer":"edge","key":"{}","epoch":5,"#,
                 r#""side":"source","phase":"moving","layers":{{"instance":"{}","state":"{}","lazily":true}},"began":7,"note":""}}"#
             ),
             "01".repeat(16),
+            PublicKey([7; 32]),
             two,
             two,
         );
         assert_eq!(row.encode(), [&[1][..], json.as_bytes()].concat());
         assert_eq!(Row::decode(&row.encode()).unwrap(), row);
-        let there = Row::destination(MoveId([1; 16]), record().spec, "core", 5, true);
+        // One of before there were keys in them.
+        let older = json.replace(&format!("\"key\":\"{}\",", PublicKey([7; 32])), "");
+        let older = Row::decode(&[&[1][..], older.as_bytes()].concat()).unwrap();
+        assert!(older.key.is_none() && older.is_with(&peer("edge")) && !older.is_with(&peer("core")));
+        assert!(row.is_with(&peer("core")), "the same host under another name");
+        assert!(!row.is_with(&Peer { key: PublicKey([8; 32]), ..peer("edge") }), "another host of the same name");
+        let there = Row::destination(MoveId([1; 16]), record().spec, &peer("core"), 5, true);
         assert_eq!(Row::decode(&there.encode()).unwrap(), there);
         assert!((0..there.encode().len()).all(|cut| Row::decode(&there.encode()[..cut]).is_err()));
     }
@@ -322,7 +423,7 @@ mod tests {
         let (journal, guests, _folder) = journal();
         guests.add(&record()).unwrap();
         let name = &record().spec.name;
-        let mut row = Row::source(MoveId([1; 16]), &record(), "edge");
+        let mut row = Row::source(MoveId([1; 16]), &record(), &peer("edge")).unwrap();
         let mut states = Vec::new();
         use source::{Outcome, Phase};
         for phase in [Phase::Moving, Phase::Stopping, Phase::Released, Phase::Returned, Phase::Ended(Outcome::Returned)]
@@ -349,7 +450,7 @@ mod tests {
         let name = record().spec.name;
         use destination::Phase;
         let write = |phase, was_known| {
-            let mut row = Row::destination(MoveId([3; 16]), record().spec, "core", 5, true);
+            let mut row = Row::destination(MoveId([3; 16]), record().spec, &peer("core"), 5, true);
             row.side = Side::Destination { phase, gives_back: true, was_known };
             journal.write(&row).unwrap();
             guests.find(&name).unwrap().map(|record| (record.state, record.epoch))
@@ -372,7 +473,7 @@ mod tests {
         let row = |number: u16, phase| {
             let mut id = [0; 16];
             id[..2].copy_from_slice(&number.to_be_bytes());
-            let mut row = Row::source(MoveId(id), &record(), "edge");
+            let mut row = Row::source(MoveId(id), &record(), &peer("edge")).unwrap();
             (row.began, row.side) = (i64::from(number), Side::Source { phase });
             row
         };
@@ -382,5 +483,50 @@ mod tests {
         journal.prune().unwrap();
         let left = journal.list().unwrap();
         assert_eq!((left.len(), left[0].began, left[1].began), (KEPT + 1, 0, 4));
+        // What a destination that comes back late has to hear is kept longer.
+        let returned = source::Phase::Ended(source::Outcome::Returned);
+        journal.write(&row(1, returned)).unwrap();
+        (1000..1010).for_each(|number| journal.write(&row(number, ended)).unwrap());
+        journal.prune().unwrap();
+        let left = journal.list().unwrap();
+        assert_eq!((left.len(), left[0].began, left[1].began), (KEPT + 2, 0, 1));
+    }
+
+    #[test]
+    fn a_row_that_cant_be_read_keeps_nothing_but_its_own_guest_back() {
+        let (journal, guests, _folder) = journal();
+        guests.add(&record()).unwrap();
+        let (web, other) = (record().spec.name, GuestName::new("other").unwrap());
+        journal.write(&Row::source(MoveId([1; 16]), &record(), &peer("edge")).unwrap()).unwrap();
+        let put = |id: u8, bytes: &[u8]| {
+            let mut batch = Batch::new();
+            batch.put(Cf::Transfers, key(MoveId([id; 16])), bytes);
+            guests.store().db().write(batch, Sync::Yes).unwrap();
+        };
+        put(2, b"\x02{\"spec\":{\"name\":\"later\"}}");
+        assert_eq!(journal.list().unwrap().len(), 1);
+        assert!(journal.open_of(&web).unwrap().is_some() && journal.open_of(&other).unwrap().is_none());
+        assert!(journal.open_of(&GuestName::new("later").unwrap()).is_err());
+        put(2, b"\x01{");
+        assert!(journal.open_of(&web).unwrap().is_some() && journal.open_of(&other).is_err());
+    }
+
+    #[test]
+    fn a_row_isnt_written_over_a_record_that_has_changed_since() {
+        let (journal, guests, _folder) = journal();
+        let row = Row::destination(MoveId([1; 16]), record().spec, &peer("core"), 5, true);
+        guests.add(&record()).unwrap();
+        assert!(matches!(journal.write_over(&row, None), Err(Error::Busy(_))));
+        assert_eq!((guests.get(row.guest()).unwrap(), journal.list().unwrap()), (record(), Vec::new()));
+        journal.write_over(&row, Some(&record())).unwrap();
+        assert_eq!(guests.get(row.guest()).unwrap().state, GuestState::Arriving);
+    }
+
+    #[test]
+    fn epochs_end_somewhere() {
+        for (epoch, is_fine) in [(0, true), (MAX_EPOCH - 1, true), (MAX_EPOCH, false), (u64::MAX, false)] {
+            let record = GuestRecord { epoch, ..record() };
+            assert_eq!(Row::source(MoveId([1; 16]), &record, &peer("edge")).is_ok(), is_fine, "{epoch}");
+        }
     }
 }

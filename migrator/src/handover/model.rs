@@ -1,5 +1,6 @@
 //! Every interleaving of both machines: each side dies between any two steps (the program alone, or the machine with the
-//! guest), messages are lost, repeated and overtake each other, and everything that can fail does. Checked in each state:
+//! guest), messages are lost, repeated and overtake each other, a side may have forgotten the move, the source's operator
+//! takes the guest back when the destination is dead, and everything that can fail does. Checked in each state:
 //! never two running; nobody runs it whose turn it isn't. And from each state, once faults end, both sides come to
 //! agree, with exactly one running.
 
@@ -27,6 +28,12 @@ enum Packet {
     Answer(u8),
 }
 
+impl Packet {
+    fn is_to_source(self) -> bool {
+        matches!(self, Packet::Reply(_) | Packet::Ask)
+    }
+}
+
 fn code(fate: Fate) -> u8 {
     Fate::ALL.iter().position(|other| *other == fate).unwrap() as u8
 }
@@ -49,13 +56,15 @@ struct State {
     gives_back: bool,
     net: Vec<Packet>,
     crashes: u8,
+    /// Whether the source's operator may still decide.
+    has_operator: bool,
 }
 
 /// A step to another state, and whether it is one that happens without faults.
 type Edge = (State, bool);
 
 impl State {
-    fn first(gives_back: bool) -> State {
+    fn first(gives_back: bool, has_operator: bool) -> State {
         State {
             source: Some(Source::new(here::Phase::Moving)),
             source_todo: Vec::new(),
@@ -69,6 +78,7 @@ impl State {
             gives_back,
             net: Vec::new(),
             crashes: 2,
+            has_operator,
         }
     }
 
@@ -155,7 +165,20 @@ impl State {
                 }
                 out.push((self.with(|s| s.source_on(Event::Failed)), true));
             }
-            Phase::Released => out.push((self.with(|s| s.source_on(Event::Silence)), true)),
+            Phase::Released => {
+                out.push((self.with(|s| s.source_on(Event::Silence)), true));
+                // The operator has seen that nothing runs there; what was on its way there died with it.
+                if self.has_operator && self.side.is_none() && self.side_copy == Copy::Nothing {
+                    let taken_back = self.with(|s| {
+                        s.has_operator = false;
+                        s.net.retain(|packet| packet.is_to_source());
+                        s.source_on(Event::RunHere);
+                        assert_eq!(s.source_todo.remove(0), Step::Journal(Phase::Returned));
+                        s.source_disk = Phase::Returned;
+                    });
+                    out.push((taken_back, false));
+                }
+            }
             _ => {}
         }
     }
@@ -247,8 +270,7 @@ impl State {
         self.source_edges(&mut out);
         self.side_edges(&mut out);
         for (at, packet) in self.net.iter().enumerate() {
-            let to_source = matches!(packet, Packet::Reply(_) | Packet::Ask);
-            let is_idle = match to_source {
+            let is_idle = match packet.is_to_source() {
                 true => self.source.is_some() && (self.source_todo.is_empty() || *packet == Packet::Ask),
                 false => self.side.is_some() && self.side_todo.is_empty(),
             };
@@ -258,6 +280,15 @@ impl State {
             if is_idle {
                 out.push((without.with(|s| s.deliver(*packet)), true));
                 out.push((self.with(|s| s.deliver(*packet)), false));
+                // Whoever is asked has forgotten the move.
+                let unknown = match packet {
+                    Packet::Ask => Some(Packet::Answer(code(Fate::Unknown))),
+                    Packet::Inquire => Some(Packet::Reply(code(Fate::Unknown))),
+                    _ => None,
+                };
+                if let Some(unknown) = unknown {
+                    out.push((without.with(|s| s.put(unknown)), false));
+                }
             }
             out.push((without, false));
         }
@@ -309,8 +340,8 @@ impl State {
     }
 }
 
-fn explore(gives_back: bool) {
-    let first = State::first(gives_back);
+fn explore(gives_back: bool, has_operator: bool) {
+    let first = State::first(gives_back, has_operator);
     let mut numbers: HashMap<State, usize> = HashMap::from([(first.clone(), 0)]);
     let mut queue = VecDeque::from([first]);
     // Who comes to each state without a fault.
@@ -349,10 +380,15 @@ fn explore(gives_back: bool) {
 
 #[test]
 fn never_two_and_never_none_with_a_guest_that_may_come_back() {
-    explore(true);
+    explore(true, false);
 }
 
 #[test]
 fn never_two_and_never_none_with_a_guest_that_stays() {
-    explore(false);
+    explore(false, false);
+}
+
+#[test]
+fn never_two_and_never_none_with_an_operator_who_takes_it_back() {
+    explore(true, true);
 }

@@ -13,7 +13,7 @@ use crate::guest::{
     Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide, Surroundings, memory,
 };
 use crate::handover::destination::{Destination, Event, Found, Phase, Step};
-use crate::handover::journal::{Layers, Row, Side};
+use crate::handover::journal::{Layers, MAX_EPOCH, Row, Side};
 use crate::handover::{Fate, MoveId};
 use crate::peers::{Peer, Visible};
 use crate::send::joined;
@@ -40,11 +40,11 @@ impl Migrations {
             );
             return Err(Error::refused(ErrorClass::Denied, message));
         }
-        let (me, peer) = (self.clone(), peer.name.to_string());
+        let (me, peer) = (self.clone(), peer.clone());
         joined(spawn_blocking(move || me.answer(&peer, message)).await)
     }
 
-    fn answer(&self, peer: &str, message: Message) -> Result<Message> {
+    fn answer(&self, peer: &Peer, message: Message) -> Result<Message> {
         #[cfg(test)]
         self.0.faults.alive()?;
         let (id, event, layers) = match message {
@@ -55,9 +55,9 @@ impl Migrations {
             Message::Commit { id } => (id, Some(Event::Commit), None),
             Message::Abort { id } => (id, Some(Event::Abort), None),
             Message::Inquire { id } => (id, None, None),
-            other => return Err(Error::protocol(peer, format!("{} as a request", other.kind()))),
+            other => return Err(Error::protocol(peer.name.as_str(), format!("{} as a request", other.kind()))),
         };
-        let Some(row) = self.0.journal.get(id)?.filter(|row| row.peer == peer) else {
+        let Some(row) = self.0.journal.get(id)?.filter(|row| row.is_with(peer)) else {
             return Ok(Message::fate(Fate::Unknown, 0, ""));
         };
         if let Some(arrival) = self.0.arriving.lock().get_mut(&id) {
@@ -74,13 +74,16 @@ impl Migrations {
         Ok(Message::fate(came.fate, came.took.as_micros() as u64, came.text))
     }
 
-    fn prepare(&self, peer: &str, prepare: &Prepare) -> Result<Message> {
+    fn prepare(&self, peer: &Peer, prepare: &Prepare) -> Result<Message> {
         let spec: GuestSpec = serde_json::from_str(&prepare.spec)
-            .map_err(|e| Error::protocol(peer, format!("a guest's description: {e}")))?;
+            .map_err(|e| Error::protocol(peer.name.as_str(), format!("a guest's description: {e}")))?;
+        if prepare.epoch > MAX_EPOCH {
+            return Err(Error::protocol(peer.name.as_str(), format!("epoch {} of guest {}", prepare.epoch, spec.name)));
+        }
         let lock = self.lock_of(&spec.name);
         let _held = lock.lock();
         if let Some(row) = self.0.journal.get(prepare.id)? {
-            let is_same = row.peer == peer && row.spec == spec && row.fate() == Fate::Arriving;
+            let is_same = row.is_with(peer) && row.spec == spec && row.fate() == Fate::Arriving;
             let over = || busy(format!("the move {} of guest {} is further already", prepare.id, spec.name));
             return if is_same { Ok(Message::prepared(Vec::new())) } else { Err(over()) };
         }
@@ -94,14 +97,16 @@ impl Migrations {
             );
             return Err(busy(message));
         }
-        let obstacles = self.obstacles(prepare, &spec)?;
+        let known = self.0.guests.find(&spec.name)?;
+        let obstacles = self.obstacles(prepare, &spec, known.as_ref())?;
         if prepare.dry_run || !obstacles.is_empty() {
             return Ok(Message::prepared(obstacles));
         }
-        let was_known = self.0.guests.find(&spec.name)?.is_some();
+        let was_known = known.is_some();
         let mut row = Row::destination(prepare.id, spec, peer, prepare.epoch, prepare.gives_back);
         row.side = Side::Destination { phase: Phase::Arriving, gives_back: prepare.gives_back, was_known };
-        self.write(&row)?;
+        // A guest that was made here meanwhile isn't the one that was looked at.
+        self.write_over(&row, known.as_ref())?;
         let machine = Destination::new(Phase::Arriving, prepare.gives_back);
         let kept = Some(self.keep_memory(row.guest()));
         let arrival = Arrival { machine, opened: None, heard: Instant::now(), kept, memory: None };
@@ -111,19 +116,18 @@ impl Migrations {
     }
 
     /// A source has one move of a guest at a time: that it prepares another says that it runs on what the last one left.
-    fn forget_older(&self, peer: &str, spec: &GuestSpec) -> Result<()> {
+    fn forget_older(&self, peer: &Peer, spec: &GuestSpec) -> Result<()> {
         let older = self.0.journal.open_of(&spec.name)?;
-        match older.filter(|row| row.peer == peer && matches!(row.side, Side::Destination { .. })) {
+        match older.filter(|row| row.is_with(peer) && matches!(row.side, Side::Destination { .. })) {
             Some(row) => self.arrive_locked(row.id, Event::Abort, None).map(drop),
             None => Ok(()),
         }
     }
 
-    fn obstacles(&self, prepare: &Prepare, spec: &GuestSpec) -> Result<Vec<Obstacle>> {
+    fn obstacles(&self, prepare: &Prepare, spec: &GuestSpec, known: Option<&GuestRecord>) -> Result<Vec<Obstacle>> {
         let mut found = Vec::new();
-        let known = self.0.guests.find(&spec.name)?;
         let name = &spec.name;
-        match &known {
+        match known {
             Some(record) if record.epoch >= prepare.epoch => {
                 let what = format!("the destination knows guest {name} in a later epoch ({})", record.epoch);
                 found
@@ -197,6 +201,9 @@ impl Migrations {
             (Some(new), _) => row.layers = Some(new),
             (None, _) => {}
         }
+        if let Some(why) = self.why_not(phase, event, &row) {
+            row.note = why;
+        }
         let mut came = Came { fate: row.fate(), took: Duration::ZERO, text: String::new() };
         let mut todo = arrival.machine.on(event);
         while !todo.is_empty() {
@@ -246,6 +253,24 @@ impl Migrations {
             self.0.arriving.lock().insert(id, arrival);
         }
         Ok(came)
+    }
+
+    /// What a source is told that comes too late, if `event` ends the move.
+    fn why_not(&self, phase: Phase, event: Event, row: &Row) -> Option<String> {
+        let seconds = self.0.timing.lease.as_secs();
+        match (phase, event) {
+            (Phase::Arriving, Event::Expired) => Some(format!(
+                "nothing was heard of {} for {seconds} s, so the guest wasn't expected any more",
+                row.peer
+            )),
+            (Phase::Arriving, Event::Restarted) => {
+                Some("the daemon was started anew while it was on its way".to_owned())
+            }
+            (Phase::Arriving | Phase::Staged | Phase::Committed, Event::GiveUp) => {
+                Some("an operator gave it up there".to_owned())
+            }
+            _ => None,
+        }
     }
 
     /// Keeps why something failed; says whether it didn't.

@@ -1,15 +1,17 @@
 //! What goes on with nobody waiting for it: asking what became of moves, trying again what failed, and taking up after a
 //! restart what was under way.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{Migrations, Resolution, busy};
 use crate::error::Result;
-use crate::guest::GuestState;
+use crate::guest::{GuestName, GuestState};
 use crate::handover::journal::{Row, Side};
 use crate::handover::{Fate, MoveId, destination, source};
+use crate::peers::Peer;
 use crate::send::joined;
 
 /// What moves call the layers of a guest, after `guest/NAME/`.
@@ -18,8 +20,17 @@ const PARTS: [&str; 5] = ["base", "instance", "state", "round-0", "round-1"];
 const PASSING: [&str; 3] = ["state", "round-0", "round-1"];
 /// How long one question in the background may take.
 const QUESTION: Duration = Duration::from_secs(5);
-/// So often in the time of a lease it is looked whether anything was heard.
+/// So often in the time of a lease it is looked whether anything was heard, and said that the guest still comes.
 const LOOKS: u32 = 20;
+
+/// Says to a destination again and again that its guest still comes, until this is dropped.
+pub(super) struct Announced(JoinHandle<()>);
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
 
 impl Migrations {
     /// Takes up every move that isn't over: finishes it, takes it back, or begins to ask. Blocks.
@@ -45,11 +56,11 @@ impl Migrations {
     ///
     /// # Errors
     /// Those of the index.
-    pub fn forget_layers(&self, guest: &crate::guest::GuestName) -> Result<()> {
+    pub fn forget_layers(&self, guest: &GuestName) -> Result<()> {
         self.forget_parts(guest, &PARTS)
     }
 
-    fn forget_parts(&self, guest: &crate::guest::GuestName, parts: &[&str]) -> Result<()> {
+    fn forget_parts(&self, guest: &GuestName, parts: &[&str]) -> Result<()> {
         let store = self.0.guests.store();
         for part in parts {
             match store.remove_name(&guest.layer(part)?) {
@@ -60,21 +71,37 @@ impl Migrations {
         Ok(())
     }
 
-    /// Does so for guests that went away and whose last move began longer ago than `age`, and removes the states of those that
-    /// came. Until then what they left makes their way back short. Blocks.
+    /// Does so for guests that went away or never came and whose last move began longer ago than `age`, and removes the states of
+    /// those that are here. Until then what they left makes their way back short. Calls `remove_folders` for guests that there are
+    /// none of any more, also for those of `folders` that nobody knows: asking whether a guest may come makes some. Blocks.
     ///
     /// # Errors
     /// Those of the index.
-    pub fn expire(&self, age: Duration) -> Result<()> {
+    pub fn expire(&self, age: Duration, folders: Vec<GuestName>, remove_folders: impl Fn(&GuestName)) -> Result<()> {
         let rows = self.0.journal.list()?;
         let since = layerfs::attr::Time::now().seconds.saturating_sub_unsigned(age.as_secs());
-        for record in self.0.guests.list()? {
-            let name = &record.spec.name;
-            let is_old = |row: &Row| row.guest() != name || (row.is_ended() && row.began < since);
-            match record.state {
-                GuestState::Away if rows.iter().all(is_old) => self.forget_parts(name, &PARTS)?,
-                // It has gone on from that state since, and its layers lie below its mount.
-                GuestState::Running if rows.iter().all(is_old) && rows.iter().any(|row| row.guest() == name) => {
+        let known = self.0.guests.list()?.into_iter().map(|record| record.spec.name);
+        let guests: BTreeSet<GuestName> =
+            known.chain(rows.iter().map(|row| row.guest().clone())).chain(folders).collect();
+        for name in &guests {
+            let lock = self.lock_of(name);
+            // Whoever has it takes steps of a move.
+            let Some(_held) = lock.try_lock() else { continue };
+            let mut moves = rows.iter().filter(|row| row.guest() == name).peekable();
+            let has_moved = moves.peek().is_some();
+            // A row that can't be read may be of a move that isn't over.
+            if !moves.all(|row| row.began < since) || !matches!(self.0.journal.open_of(name), Ok(None)) {
+                continue;
+            }
+            match self.0.guests.find(name)?.map(|record| record.state) {
+                None => {
+                    // Names that no move has left are somebody else's.
+                    self.forget_parts(name, if has_moved { &PARTS } else { &[] })?;
+                    remove_folders(name);
+                }
+                Some(GuestState::Away) => self.forget_parts(name, &PARTS)?,
+                // It has gone on from that state since, and its layers lie below its mount or its upper.
+                Some(GuestState::Running | GuestState::Created) if has_moved => {
                     self.forget_parts(name, &PASSING)?;
                     let state = name.layer("state")?;
                     self.0.guests.update(name, |record| {
@@ -82,7 +109,7 @@ impl Migrations {
                         Ok(())
                     })?;
                 }
-                _ => {}
+                Some(_) => {}
             }
         }
         Ok(())
@@ -92,7 +119,7 @@ impl Migrations {
     ///
     /// # Errors
     /// If there is none, or what follows from it failed.
-    pub fn resolve(&self, guest: &crate::guest::GuestName, resolution: Resolution) -> Result<Row> {
+    pub fn resolve(&self, guest: &GuestName, resolution: Resolution) -> Result<Row> {
         let row = self.open_move(guest)?;
         if self.0.leaving.lock().contains(guest) {
             return Err(busy(format!("guest {guest} is being moved right now; cancel that instead")));
@@ -175,17 +202,34 @@ impl Migrations {
     }
 
     async fn what_became_of(&self, row: &Row) -> Option<Fate> {
-        let peer = self.0.node.peer(&row.peer).await.ok()?;
+        let peer = self.other_side(row).await.ok()?;
         let mut control = self.control(peer);
         let said = control.inquire(row.id, QUESTION).await;
         control.close().await;
         match said {
-            Ok(said) => Some(said.fate),
+            Ok(said) => {
+                tracing::debug!(guest = %row.guest(), id = %row.id, fate = ?said.fate, "what the other side says of a move");
+                Some(said.fate)
+            }
             Err(error) => {
                 tracing::debug!(guest = %row.guest(), %error, "the other side didn't say what became of a move");
                 None
             }
         }
+    }
+
+    /// Lets the destination `peer` expect the guest of `row` for as long as the result lives: many can't ask this host, as it has no
+    /// address for them.
+    pub(super) fn announce(&self, row: &Row, peer: &Peer) -> Announced {
+        let (id, pause) = (row.id, self.0.timing.lease / LOOKS);
+        let mut control = self.control(peer.clone());
+        Announced(self.0.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                // What it answers is asked for before the guest stops.
+                let _ = control.inquire(id, QUESTION).await;
+            }
+        }))
     }
 
     /// A guest that was announced is forgotten when nothing is heard of it for the time of the lease; one that could be

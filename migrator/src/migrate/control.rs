@@ -76,7 +76,7 @@ impl Control {
 
     async fn once(&mut self, message: &Message) -> Result<Message> {
         #[cfg(test)]
-        let is_lost = self.cut.before()?;
+        let is_lost = self.cut.before(message)?;
         let mut link = match self.link.take() {
             Some(link) => link,
             None => self.node.connect(&self.peer).await?,

@@ -36,7 +36,7 @@ impl Migrations {
     pub(super) fn depart_on(&self, id: MoveId, event: Event) -> Result<()> {
         let row = self.0.journal.get(id)?;
         let mut row = row.ok_or_else(|| layerfs::Error::NotFound { what: "move", name: id.to_string() })?;
-        let peer = self.0.runtime.block_on(self.0.node.peer(&row.peer));
+        let peer = self.0.runtime.block_on(self.other_side(&row));
         let mut talk = peer.ok().map(|peer| Talk::new(self.control(peer)));
         let done = self.depart(&mut row, event, talk.as_mut());
         if let Some(mut talk) = talk {

@@ -112,13 +112,17 @@ mod tests {
     use super::*;
     use crate::guest::{GuestName, GuestRecord, GuestSpec};
     use crate::handover::MoveId;
+    use crate::identity::PublicKey;
+    use crate::peers::{Peer, PeerName, Rights};
 
     #[test]
     fn programs_are_run_by_point_and_guest_and_may_refuse() {
         let folder = tempfile::tempdir().unwrap();
         let (name, stack) = (GuestName::new("web").unwrap(), layerfs::LayerName::new("app").unwrap());
         let spec = GuestSpec { name, driver: "fake".to_owned(), stack, options: serde_json::json!({}) };
-        let row = Row::source(MoveId([1; 16]), &GuestRecord::new(spec), "edge");
+        let (key, rights) = (PublicKey([7; 32]), Rights::default());
+        let peer = Peer { name: PeerName::new("edge").unwrap(), address: None, key, rights };
+        let row = Row::source(MoveId([1; 16]), &GuestRecord::new(spec), &peer).unwrap();
         let write = |path: PathBuf, text: &str| {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(&path, text).unwrap();

@@ -30,15 +30,18 @@ use std::time::Duration;
 
 use layerfs::error::ErrorClass;
 use parking_lot::Mutex;
+use tokio::task::spawn_blocking;
 
 use crate::error::{Error, Result};
 use crate::governor::Rate;
-use crate::guest::{Drivers, GuestName, Guests, Host};
+use crate::guest::{Drivers, GuestName, GuestRecord, Guests, Host};
 use crate::handover::MoveId;
 use crate::handover::destination::Destination;
 use crate::handover::journal::{Journal, Row};
 use crate::node::Node;
 use crate::paths::PathOptions;
+use crate::peers::Peer;
+use crate::send::joined;
 
 pub use hooks::{HookFolder, HookPoint, Hooks};
 pub use learnt::Downtime;
@@ -48,7 +51,8 @@ pub use report::Report;
 /// How patient migrations are.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// A guest that was announced and of which nothing is heard for so long isn't expected any more.
+    /// A guest that was announced and of which nothing is heard for so long isn't expected any more; its source says much more
+    /// often that it still comes.
     pub lease: Duration,
     /// For how long a request is repeated while the guest runs.
     pub patience: Duration,
@@ -240,19 +244,38 @@ impl Migrations {
 
     /// Makes `row` durable.
     fn write(&self, row: &Row) -> Result<()> {
+        self.journal(|journal| {
+            journal.write_changing(row, |record| {
+                if let Some(layers) = row.layers {
+                    // Names that can't be made were refused when the guest was created.
+                    record.instance = row.guest().layer("instance").ok();
+                    record.state_layer = row.guest().layer("state").ok();
+                    tracing::debug!(guest = %row.guest(), instance = %layers.instance, "journalled");
+                }
+            })
+        })
+    }
+
+    /// Makes `row`, the first of a move, durable if the guest's record is as it was `seen`.
+    fn write_over(&self, row: &Row, seen: Option<&GuestRecord>) -> Result<()> {
+        self.journal(|journal| journal.write_over(row, seen))
+    }
+
+    fn journal(&self, write: impl FnOnce(&Journal) -> layerfs::Result<()>) -> Result<()> {
         #[cfg(test)]
         self.0.faults.journal(false)?;
-        self.0.journal.write_changing(row, |record| {
-            if let Some(layers) = row.layers {
-                // Names that can't be made were refused when the guest was created.
-                record.instance = row.guest().layer("instance").ok();
-                record.state_layer = row.guest().layer("state").ok();
-                tracing::debug!(guest = %row.guest(), instance = %layers.instance, "journalled");
-            }
-        })?;
+        write(&self.0.journal)?;
         #[cfg(test)]
         self.0.faults.journal(true)?;
         Ok(())
+    }
+
+    /// The other host of the move `row`, whatever it is called now.
+    async fn other_side(&self, row: &Row) -> Result<Peer> {
+        let Some(key) = row.key else { return self.0.node.peer(&row.peer).await };
+        let peers = self.0.node.peers().clone();
+        let found = joined(spawn_blocking(move || Ok(peers.by_key(&key)?)).await)?;
+        Ok(found.ok_or_else(|| layerfs::Error::NotFound { what: "peer", name: row.peer.clone() })?)
     }
 }
 

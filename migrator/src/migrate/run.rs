@@ -10,15 +10,16 @@ use layerfs::error::ErrorClass;
 use layerfs::monitor::{Monitor, check};
 use layerfs::{ChunkId, LayerId};
 
+use super::control::Said;
 use super::depart::Talk;
 use super::learnt::Learnt;
 use super::report::{self, Report, Stage};
 use super::{HookPoint, MigrateOptions, Migrations, busy};
 use crate::error::{Error, Result, chain};
 use crate::guest::{Activity, Guest, GuestName, GuestState, Obstacle, Scratch, Side as GuestSide};
-use crate::handover::MoveId;
 use crate::handover::journal::{Row, Side};
 use crate::handover::source::{Event, Outcome, Phase};
+use crate::handover::{Fate, MoveId};
 use crate::node::PushOptions;
 use crate::peers::Peer;
 use crate::similar::Similar;
@@ -61,7 +62,7 @@ impl Migrations {
         let peer = self.0.runtime.block_on(self.0.node.peer(peer))?;
         let guest = self.0.drivers.guest(&record, self.0.host.clone())?;
         let id = MoveId::random()?;
-        let row = Row::source(id, &record, peer.name.as_str());
+        let row = Row::source(id, &record, &peer)?;
         let store = self.0.guests.store();
         let not_found = || {
             let text =
@@ -249,16 +250,35 @@ impl Run<'_> {
     }
 
     fn copy_and_hand_over(&mut self) -> Result<()> {
+        let _announced = self.me.announce(&self.row, &self.peer);
         self.look();
         self.ahead()?;
         self.rounds()?;
         self.defer()?;
         let lazily = self.decide()?;
+        self.must_be_expected()?;
         self.monitor.phase("stopping", None);
         self.me.0.hooks.run(HookPoint::BeforeStop, &self.row)?;
         check(self.monitor.as_ref())?;
         self.depart(Event::Stop)?;
         self.hand_over(lazily)
+    }
+
+    /// A destination that has given the guest up meanwhile is found before it stops.
+    fn must_be_expected(&mut self) -> Result<()> {
+        let asked = self.talk.control.inquire(self.row.id, self.me.0.timing.patience);
+        let said = self.me.0.runtime.block_on(asked)?;
+        if said.fate == Fate::Arriving { Ok(()) } else { Err(self.turned_down(&said)) }
+    }
+
+    /// What the destination `said` of the guest, which isn't what should be.
+    fn turned_down(&self, said: &Said) -> Error {
+        let why = match said.text.as_str() {
+            "" if said.fate == Fate::Unknown => "it knows nothing of this move",
+            "" => "it doesn't expect the guest any more",
+            text => text,
+        };
+        Error::guest("prepare", self.name(), format!("{}: {why}", self.peer.name))
     }
 
     fn depart(&mut self, event: Event) -> Result<()> {

@@ -56,7 +56,7 @@ impl Run<'_> {
             let said = run.me.0.runtime.block_on(run.talk.control.fate(&message, patience))?;
             match said.fate {
                 Fate::Staged => Ok(((), 0)),
-                _ => Err(Error::guest("prepare", run.name(), format!("{}: {}", run.peer.name, said.text))),
+                _ => Err(run.turned_down(&said)),
             }
         })?;
         check(self.monitor.as_ref())?;

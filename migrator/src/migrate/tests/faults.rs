@@ -2,6 +2,9 @@
 //! case exactly one copy runs in the end, nothing that was acknowledged is gone, and nobody was in anybody's way.
 
 use super::*;
+use crate::handover::Fate;
+use crate::handover::destination::Event;
+use layerfs::store::db::{Batch, Cf, Sync};
 
 /// Calls at each side that a migration makes.
 const CALLS: [(&str, Call); 9] = [
@@ -247,5 +250,65 @@ async fn a_cancelled_migration_leaves_it_where_it_is() {
             spawn_blocking(move || migrations.migrate(&name, "b", MigrateOptions::default(), monitor)).await.unwrap();
         two.settle().await;
         assert_eq!(two.check(), runs, "{phase}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_was_taken_back_isnt_started_by_a_destination_that_comes_back_as_a_stranger() {
+    for is_renamed in [true, false] {
+        let mut two = Two::new().await;
+        // It has committed, and dies before it restores.
+        two.b.faults().die_at(3, true);
+        assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+        let (here, name) = (two.a.migrations.clone(), two.name.clone());
+        let row = spawn_blocking(move || here.resolve(&name, Resolution::RunHere)).await.unwrap().unwrap();
+        assert_eq!(two.world.running(&two.name), ["a"]);
+        if is_renamed {
+            let peers = two.a.node.peers();
+            let old = peers.remove("b").unwrap();
+            peers.add(Peer { name: PeerName::new("c").unwrap(), ..old }).unwrap();
+        } else {
+            let mut batch = Batch::new();
+            batch.delete(Cf::Transfers, [&b"move/"[..], &row.id.0].concat());
+            two.a.store.db().write(batch, Sync::Yes).unwrap();
+        }
+        let world = two.world.clone();
+        two.b.restart(&world).await;
+        if !is_renamed {
+            let decide = |resolution| {
+                let (there, name) = (two.b.migrations.clone(), two.name.clone());
+                spawn_blocking(move || there.resolve(&name, resolution))
+            };
+            let asked = decide(Resolution::Ask).await.unwrap().unwrap();
+            assert_eq!((asked.fate(), two.world.running(&two.name)), (Fate::Committed, vec!["a".to_owned()]));
+            decide(Resolution::GiveUp).await.unwrap().unwrap();
+        }
+        two.settle().await;
+        assert_eq!(two.check(), "a");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_isnt_expected_any_more_isnt_stopped() {
+    for (event, why) in [(Event::Expired, "nothing was heard of a for"), (Event::GiveUp, "an operator gave it up")] {
+        let two = Two::new().await;
+        let file = two.a.host.root(&two.name).join(inhibit::FILE);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, "defer").unwrap();
+        let options = MigrateOptions { defer: Duration::from_secs(60), ..MigrateOptions::default() };
+        let forget = async {
+            while two.b.migrations.open_move(&two.name).is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let (there, row) = (two.b.migrations.clone(), two.b.migrations.open_move(&two.name).unwrap());
+            spawn_blocking(move || there.arrive_on(row.id, event)).await.unwrap().unwrap();
+            std::fs::write(&file, "now").unwrap();
+        };
+        let (outcome, ()) = tokio::join!(two.migrate(false, options), forget);
+        let error = outcome.unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+        two.settle().await;
+        assert_eq!(two.check(), "a");
+        assert!(!two.world.events().contains(&crate::guest::fake::Event::Frozen("a".to_owned())), "{event:?}");
     }
 }

@@ -2,9 +2,12 @@
 
 use super::*;
 use crate::guest::fake::DISK_FILE;
+use crate::handover::journal::MAX_EPOCH;
 use crate::migrate::learnt::DOWN_STAGES;
 use crate::node::{Knowing, PushOptions};
+use crate::wire::Prepare;
 use layerfs::error::ErrorClass;
+use layerfs::store::Expect;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_moves_there_and_back_and_there() {
@@ -147,4 +150,81 @@ async fn two_layers_and_a_number_of_rounds_are_obeyed() {
     let none = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
     assert_eq!(two.migrate(true, none).await.unwrap().rounds.len(), 0);
     assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_cant_be_asked_says_by_itself_that_its_guest_still_comes() {
+    let mut two = Two::new().await;
+    // As between hosts of which one has no address for the other.
+    two.b.node.peers().change("a", |peer| peer.address = None).unwrap();
+    let timing = Timing { lease: Duration::from_millis(1000), ..timing() };
+    let world = two.world.clone();
+    two.a.migrations = migrations("a", &two.a.node, &two.a.guests, &two.a.host, &world, timing);
+    two.b.migrations = migrations("b", &two.b.node, &two.b.guests, &two.b.host, &world, timing);
+    let file = two.a.host.root(&two.name).join(inhibit::FILE);
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, "defer").unwrap();
+    let options = MigrateOptions { defer: Duration::from_millis(1700), ..MigrateOptions::default() };
+    let report = two.migrate(false, options).await.unwrap();
+    assert!(report.stage("defer").is_some_and(|stage| stage.seconds >= 1.7), "{report:?}");
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_move_that_came_to_nothing_left_goes_after_a_while() {
+    let two = Two::new().await;
+    two.fail("b", Call::Mount, When::Before);
+    two.migrate(false, MigrateOptions::default()).await.unwrap_err();
+    two.settle().await;
+    assert_eq!((two.check(), two.b.state(&two.name)), ("a".to_owned(), None));
+    // Somebody keeps a name there that no move has to do with.
+    let other = GuestName::new("other").unwrap();
+    let some = two.b.store.name(&layer_name("app")).unwrap().unwrap().layer;
+    two.b.store.set_name(&other.layer("state").unwrap(), some, Expect::Any).unwrap();
+    let left = |site: &Site| {
+        let names = site.store.names().unwrap().into_iter().map(|(name, _)| name.to_string());
+        names.filter(|name| name.starts_with("guest/")).collect::<Vec<_>>()
+    };
+    let expire = |site: &Site, age| {
+        let gone = Mutex::new(Vec::new());
+        site.migrations.expire(age, vec![other.clone()], |name| gone.lock().push(name.clone())).unwrap();
+        gone.into_inner()
+    };
+    assert!(left(&two.b).contains(&"guest/web/instance".to_owned()), "{:?}", left(&two.b));
+    // A folder without a record or a move is nobody's at once.
+    assert_eq!(expire(&two.b, Duration::from_secs(3600)), [other.clone()]);
+    assert!(left(&two.b).contains(&"guest/web/instance".to_owned()));
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(expire(&two.b, Duration::ZERO), [other.clone(), two.name.clone()]);
+    assert_eq!(left(&two.b), ["guest/other/state"]);
+    // Where it ended meanwhile its layers may lie below what it has written.
+    let ended = |record: &mut GuestRecord| {
+        record.state = GuestState::Created;
+        Ok(())
+    };
+    two.a.guests.update(&two.name, ended).unwrap();
+    assert!(left(&two.a).len() > 1, "{:?}", left(&two.a));
+    assert_eq!(expire(&two.a, Duration::ZERO), [other.clone()]);
+    assert_eq!(left(&two.a), ["guest/web/instance"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_epoch_that_no_guest_comes_to_is_refused() {
+    let two = Two::new().await;
+    let (peer, record) = (two.b.node.peers().get("a").unwrap(), two.a.guests.get(&two.name).unwrap());
+    let stack = two.a.store.name(&layer_name("app")).unwrap().unwrap().layer;
+    let prepare = |epoch| Prepare {
+        id: MoveId([9; 16]),
+        epoch,
+        dry_run: false,
+        gives_back: true,
+        post_copy: false,
+        stack,
+        spec: serde_json::to_string(&record.spec).unwrap(),
+        surroundings: "{}".to_owned(),
+    };
+    let ask = |epoch| two.b.migrations.serve(&peer, Message::Prepare(Box::new(prepare(epoch))));
+    assert!(ask(u64::MAX).await.is_err() && ask(MAX_EPOCH + 1).await.is_err());
+    assert!(two.b.migrations.moves().unwrap().is_empty());
+    assert!(matches!(ask(MAX_EPOCH).await, Ok(Message::Prepared { obstacles }) if obstacles.is_empty()));
 }

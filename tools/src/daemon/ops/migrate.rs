@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use layerfs::error::ErrorClass;
 use migrator::Migrations;
 use migrator::guest::{GuestName, HostDrivers};
 use migrator::handover::journal::{Row, Side};
@@ -11,7 +12,7 @@ use migrator::migrate::plan::Rounds;
 use migrator::migrate::{Ahead, HookFolder, MigrateOptions, Report, Resolution, Timing, report};
 use parking_lot::Mutex;
 
-use super::guests::DaemonHost;
+use super::guests::{DaemonHost, remove_folders, with_folders};
 use super::transfers::rate;
 use crate::api::Empty;
 use crate::api::migrate::{Layers, MigrateRequest, MoveInfo, ReportList, ReportRequest, ResolveAction, ResolveRequest};
@@ -49,7 +50,9 @@ impl Moves {
                 ticker.tick().await;
                 let Some(daemon) = expiring.upgrade() else { return };
                 let Ok(moves) = daemon.moves.get() else { return };
-                let expired = tokio::task::spawn_blocking(move || moves.expire(EXPIRES_AFTER)).await;
+                let expire =
+                    move || moves.expire(EXPIRES_AFTER, with_folders(&daemon), |name| remove_folders(&daemon, name));
+                let expired = tokio::task::spawn_blocking(expire).await;
                 if let Ok(Err(error)) = expired {
                     tracing::warn!(%error, "what moved guests left couldn't be removed");
                 }
@@ -65,14 +68,15 @@ impl Moves {
     /// Whether an operation may change guest `name`.
     ///
     /// # Errors
-    /// [`Class::Busy`] if a move of it isn't over: it decides.
+    /// [`Class::Busy`] if a move of it isn't over: it decides. Any other if that can't be found out.
     pub fn require_settled(&self, name: &GuestName) -> Result<()> {
         match self.get()?.open_move(name) {
             Ok(row) => {
                 let text = format!("guest {name} has an unfinished move ({})", row.peer);
                 Err(Failure::new(Class::Busy, text).hint(format!("`layerctl guest resolve {name}` tells about it")))
             }
-            Err(_) => Ok(()),
+            Err(error) if error.class() == ErrorClass::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -196,8 +200,9 @@ fn advice(row: &Row) -> String {
              came here: if {peer} had released it and is lost, it is gone"
         ),
         Side::Destination { phase: destination::Phase::Committed, .. } => format!(
-            "guest {guest} is this host's and couldn't be restored yet. --run-here tries again; --give-up gives it back to {peer}, \
-             where it goes on"
+            "guest {guest} is this host's and doesn't run yet: it couldn't be restored, or the daemon began anew and {peer} hasn't said \
+             again that it released it. Look there: `layerctl guest show {guest}`. --run-here restores it: if it was taken back on \
+             {peer}, there are two with one address. --give-up gives it back to {peer}, where it goes on"
         ),
         _ if row.is_ended() => String::new(),
         _ => format!("what is left to do for guest {guest} is tried again and again; nothing has to be decided"),

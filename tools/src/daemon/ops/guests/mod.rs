@@ -103,6 +103,27 @@ impl Drop for Taken<'_> {
     }
 }
 
+/// The guests that have folders here, whether they are on record or not.
+pub fn with_folders(daemon: &Daemon) -> Vec<GuestName> {
+    let Ok(folders) = std::fs::read_dir(daemon.settings.store.join("guests")) else { return Vec::new() };
+    let names = folders.filter_map(|folder| folder.ok()?.file_name().into_string().ok());
+    names.filter_map(|name| GuestName::new(&name).ok()).collect()
+}
+
+/// Removes the folders of a guest that isn't on record.
+pub fn remove_folders(daemon: &Arc<Daemon>, name: &GuestName) {
+    // Whoever makes one of that name just now has taken it.
+    let Ok(_taken) = daemon.guests.take(name) else { return };
+    let root = hosted(daemon).host.root(name);
+    let is_mounted = [root.with_file_name("state"), root].iter().any(|dir| daemon.mounts.at(dir).is_some());
+    if is_mounted || !matches!(daemon.guests.records.find(name), Ok(None)) {
+        return;
+    }
+    if let Err(error) = host::remove_folders(daemon, name) {
+        tracing::warn!(guest = %name, %error, "what a guest that never came left couldn't be removed");
+    }
+}
+
 fn hosted(daemon: &Arc<Daemon>) -> Hosted<'_> {
     Hosted {
         guests: &daemon.guests.records,
