@@ -358,7 +358,7 @@ fn mappings_and_programs_work() {
 fn what_is_stored_through_a_mapping_while_a_seal_reads_ahead_is_noticed() {
     let Some(m) = mounted() else { return };
     fs::write(m.path("mapped"), vec![b'-'; 8192]).unwrap();
-    let ino = Ino(fs::metadata(m.path("mapped")).unwrap().ino());
+    let ino = crate::Ino(fs::metadata(m.path("mapped")).unwrap().ino());
     let mut mapper = Mapper::start(&m.path("mapped"));
     mapper.tell("0 before");
     mapper.tell("close");
