@@ -1,7 +1,8 @@
 //! What the daemon does for its guests: mounts with uppers of their own, sealing, folders.
 //!
 //! A guest's things lie in the store's folder below `guests/NAME`: `root` (its mount), `state` (a state that is being
-//! restored), `run` (what its driver keeps). States that are being written lie in memory where there is enough of it.
+//! restored), `run` (what its driver keeps). States that are being written lie in memory where there is enough of it, else in
+//! `scratch`.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ use crate::daemon::Daemon;
 
 /// Where files are memory.
 const MEMORY: &str = "/dev/shm";
+/// Where states that are being written lie otherwise.
+const SCRATCH: &str = "scratch";
 /// How long a mount that the last process of a guest has just left may be busy.
 const LEAVING: Duration = Duration::from_secs(10);
 
@@ -64,13 +67,22 @@ fn remove(path: &Path) -> layerfs::Result<()> {
 
 /// Removes all folders of a guest that nothing is mounted in any more.
 pub fn remove_folders(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
-    let memory = memory(daemon, name);
-    {
-        let _held = IN_MEMORY.lock();
-        remove(&memory)?;
-        remove_empty(memory.parent());
-    }
+    remove_states(daemon, name)?;
     remove(&folder(daemon, name))
+}
+
+/// Whether there are folders of [`Host::scratch`] for a guest.
+pub fn has_states(daemon: &Daemon, name: &GuestName) -> bool {
+    memory(daemon, name).exists() || folder(daemon, name).join(SCRATCH).exists()
+}
+
+/// Removes all folders of [`Host::scratch`] for a guest.
+pub fn remove_states(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
+    let memory = memory(daemon, name);
+    let _held = IN_MEMORY.lock();
+    remove(&memory)?;
+    remove_empty(memory.parent());
+    remove(&folder(daemon, name).join(SCRATCH))
 }
 
 /// Removes folders in which nothing is; others are somebody's.
@@ -120,7 +132,8 @@ impl Host for DaemonHost {
         let _held = IN_MEMORY.lock();
         let path = match is_enough && make(&in_memory).is_ok() {
             true => in_memory,
-            false => self.daemon.store.tmp_folder().join(format!("guest-{guest}-{number}")),
+            // Not among what a start of the daemon removes.
+            false => folder(&self.daemon, guest).join(SCRATCH).join(&number),
         };
         // A number that an earlier daemon has used.
         remove(&path)?;
@@ -132,8 +145,8 @@ impl Host for DaemonHost {
         remove(path)?;
         let _held = IN_MEMORY.lock();
         let memory = memory(&self.daemon, guest);
-        // A folder on the disk has no such parents.
-        remove_empty([Some(&*memory), memory.parent()].into_iter().flatten());
+        let on_disk = folder(&self.daemon, guest).join(SCRATCH);
+        remove_empty([Some(&*on_disk), Some(&*memory), memory.parent()].into_iter().flatten());
         Ok(())
     }
 
