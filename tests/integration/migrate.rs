@@ -14,6 +14,7 @@ use layerfs_tests::case::Need::{self, Containers, Criu, Fuse, GuestTool, Kernel,
 use layerfs_tests::host::{Host, TwoHosts, run_in};
 use layerfs_tests::network::inside;
 use layerfs_tests::{case, fixtures};
+use migrator::guest::programs::{DEFAULT_FOLDER, Programs};
 use serde_json::Value;
 
 use crate::moves::Ledger;
@@ -53,6 +54,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("migrate::the_link_is_cut_after_the_commit", PROCESS, cut_after),
         Case::new("migrate::the_source_dies_on_the_way", PROCESS, source_dies),
         Case::new("migrate::the_destination_dies_on_the_way", PROCESS, dies),
+        Case::new("migrate::the_destination_dies_while_it_restores", PROCESS, dies_restoring),
+        Case::new("migrate::oci_source_dies_while_it_dumps", OCI, || dies_dumping("oci", "runc", "checkpoint")),
+        Case::new("migrate::lxc_source_dies_while_it_dumps", LXC, || dies_dumping("lxc", "lxc-checkpoint", "-s")),
         Case::new("migrate::obstacles_and_mistakes_are_told", &[Root, Fuse, Namespaces, Tool("cc")], mistakes),
     ]
 }
@@ -586,6 +590,98 @@ fn dies() -> anyhow::Result<()> {
         ensure!(report["outcome"] == "moved", "{step}: {report}");
         moving.passes(!is_first, count)?;
     }
+    Ok(())
+}
+
+/// Starts a daemon on `host`, with a keeper, for which `program` takes some seconds longer when it is told `word`. Returns the file that it
+/// makes then.
+fn slow_down(host: &mut Host, program: &str, word: &str) -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = std::env::var_os("LAYERFS_GUEST_TOOLS").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from);
+    let path = std::env::var("PATH")?;
+    let real = Programs::new(folder, "layerctl".into(), Some(path.clone().into())).find(program);
+    let (real, slow, begun) = (real.context("no such program")?, host.new_folder("slow")?, host.path("begun"));
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' --help '*) ;; *' {word} '*) : >{}; sleep 4 ;; esac\nexec {} \"$@\"\n",
+        begun.display(),
+        real.display()
+    );
+    fs::write(slow.join(program), script)?;
+    fs::set_permissions(slow.join(program), fs::Permissions::from_mode(0o755))?;
+    host.stop()?;
+    host.start_by(&["env", &format!("PATH={}:{path}", slow.display())], &[])?;
+    Ok(begun)
+}
+
+fn wait_for(file: &std::path::Path) -> anyhow::Result<()> {
+    let began = Instant::now();
+    while !file.exists() {
+        ensure!(began.elapsed() < PATIENCE, "there is no {}", file.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// How many copies of the zoo run on what is mounted for it on `host`.
+fn copies(host: &Host) -> anyhow::Result<usize> {
+    let device = |path: PathBuf| fs::metadata(path).map(|root| std::os::unix::fs::MetadataExt::dev(&root)).ok();
+    let root = device(folder(host).join("root")).context("no root")?;
+    let is_copy = |process: &PathBuf| {
+        let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+        let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
+        let is_first = line("NSpid:").split_whitespace().nth(1) == Some("1");
+        line("Name:") == "zoo" && is_first && device(process.join("root")) == Some(root)
+    };
+    Ok(fs::read_dir("/proc")?.flatten().map(|entry| entry.path()).filter(is_copy).count())
+}
+
+/// The destination's program is killed while CRIU restores, which goes on without it: the next one takes over what that has made.
+fn dies_restoring() -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let begun = slow_down(&mut moving.hosts.b, "criu", "restore")?;
+    moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let count = moving.passes(true, 3)?;
+    ensure!(copies(&moving.hosts.a)? == 1, "copies aren't counted");
+    let ctl = moving.hosts.a.ctl.clone();
+    let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+    wait_for(&begun)?;
+    let said = moving.hosts.b.ctl.run(["daemon", "restart"])?.failed_with(5)?;
+    ensure!(said.contains("hand over guest"), "{said}");
+    moving.hosts.b.kill_serving()?;
+    ensure!(!moving.settled()?, "it runs at the source");
+    asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
+    let count = moving.passes(false, count)?;
+    // None comes later, either.
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(copies(&moving.hosts.b)? == 1, "{} copies run", copies(&moving.hosts.b)?);
+    ensure!(moving.passes(false, count)? > count && !folder(&moving.hosts.b).join("run/restoring.json").exists());
+    moving.hosts.b.ctl.ok(["guest", "stop", GUEST])?;
+    Ok(())
+}
+
+/// The source's program is killed while the runtime dumps, which goes on without it and ends the container: it goes on from the state that
+/// was written.
+fn dies_dumping(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let begun = slow_down(&mut moving.hosts.a, program, word)?;
+    moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let count = moving.passes(true, 3)?;
+    let ctl = moving.hosts.a.ctl.clone();
+    let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+    wait_for(&begun)?;
+    moving.hosts.a.kill_serving()?;
+    ensure!(moving.settled()?, "it runs elsewhere");
+    asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
+    let count = moving.passes(true, count)?;
+    ensure!(copies(&moving.hosts.a)? == 1, "{} copies run", copies(&moving.hosts.a)?);
+    let began = Instant::now();
+    while memory_of(&moving.hosts.a).exists() {
+        ensure!(began.elapsed() < PATIENCE, "a state is left in memory");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
+    moving.migrate(false, &[])?;
+    moving.passes(false, count)?;
     Ok(())
 }
 

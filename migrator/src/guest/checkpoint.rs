@@ -139,7 +139,12 @@ impl Hosted<'_> {
                 stored_bytes: report.new_stored_bytes,
             })
         });
-        drop(scratch);
+        let goes_on = || guest.status().is_ok_and(|status| status.activity != Activity::Frozen);
+        match made.is_ok() || goes_on() {
+            true => drop(scratch),
+            // It may have nothing else to go on from.
+            false => drop(scratch.leave()),
+        }
         let made = made?;
         self.guests.update(name, |record| {
             record.state_layer = Some(state_name);
@@ -164,7 +169,19 @@ impl Hosted<'_> {
     ) -> Result<(Written, LayerId, f64)> {
         monitor.phase("dumping", None);
         let began = std::time::Instant::now();
-        let written = guest.dump(folder)?;
+        let written = match guest.dump(folder) {
+            Ok(written) => written,
+            Err(error) => {
+                // It may stand still all the same.
+                if guest.status()?.activity != Activity::Absent
+                    && let Err(second) = guest.resume()
+                {
+                    let text = format!("{error}; and it doesn't go on: {second}");
+                    return Err(crate::Error::guest("dump", &record.spec.name, text));
+                }
+                return Err(error);
+            }
+        };
         monitor.phase("sealing", None);
         match self.host.seal(&record.spec.name, instance_name) {
             Ok(instance) => {

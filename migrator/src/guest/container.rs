@@ -5,18 +5,18 @@
 //! Rolling back a dump restores it from the files that were just written. Meanwhile nothing is heard of it: its network is
 //! held back before, and outlives it.
 //!
-//! Hides how the runtime is called. Invariant: `dumped` in the run folder names the state of a container that stands still,
-//! and is there as long as it does.
+//! Hides how the runtime is called. Invariant: from before a dump begins until the container has gone on or is gone, `dumped` in the
+//! run folder names the state's folder and who writes it; a container that doesn't run and whose state there is complete stands still.
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::errand::{self, Errand, Note};
 use super::network::Link;
 use super::options::ContainerOptions;
 use super::processes::{Process, status_bytes};
@@ -29,6 +29,9 @@ use crate::error::{Error, Result};
 
 /// How long a container gets to do what it was told.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What CRIU writes last into a state; only then it ends what it has dumped.
+const LAST_FILE: &str = "inventory.img";
 
 /// What came of something, or what went wrong, in words.
 pub(super) type Outcome<T> = std::result::Result<T, String>;
@@ -45,6 +48,7 @@ pub(super) struct Site {
     pub run: PathBuf,
     /// Its root.
     pub root: PathBuf,
+    host: Arc<dyn Host>,
 }
 
 impl Site {
@@ -52,11 +56,11 @@ impl Site {
     ///
     /// # Errors
     /// [`layerfs::Error::Invalid`] for options that containers don't know; those of [`Host::run_folder`].
-    pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<Site> {
+    pub fn new(record: &GuestRecord, host: Arc<dyn Host>, programs: Arc<Programs>) -> Result<Site> {
         let name = record.spec.name.clone();
         let options = ContainerOptions::read(&record.spec.options)?;
         let (run, root) = (host.run_folder(&name)?, host.root(&name));
-        Ok(Site { name, options, programs, run, root })
+        Ok(Site { name, options, programs, run, root, host })
     }
 
     /// Makes an error of what went wrong with `action`.
@@ -124,6 +128,40 @@ impl Site {
     fn dumped(&self) -> PathBuf {
         self.run.join("dumped")
     }
+
+    fn restoring(&self) -> PathBuf {
+        self.run.join("restoring.json")
+    }
+
+    /// The note of a dump into `into`.
+    pub fn dump_to<'a>(&self, into: &'a Path) -> Note<'a> {
+        Note { file: self.dumped(), into: Some(into) }
+    }
+
+    /// The note of a restore.
+    pub fn restore(&self) -> Note<'static> {
+        Note { file: self.restoring(), into: None }
+    }
+
+    /// Where the whole state of a dump lies that ended the container.
+    fn whole_state(&self) -> Option<PathBuf> {
+        let into = Errand::load(&self.dumped())?.folder()?.to_owned();
+        into.join(LAST_FILE).exists().then_some(into)
+    }
+
+    /// Forgets a dump: with the state, if nobody is there any more who would remove that.
+    fn forget_dump(&self) {
+        if let Some(into) = Errand::orphaned(&self.dumped()).as_ref().and_then(Errand::folder)
+            && let Err(error) = self.host.remove_scratch(&self.name, into)
+        {
+            tracing::warn!(guest = %self.name, %error, "a state that nobody needs wasn't removed");
+        }
+        let _ = fs::remove_file(self.dumped());
+    }
+
+    fn forget_restore(&self) {
+        let _ = fs::remove_file(self.restoring());
+    }
 }
 
 /// What a command inside of a guest did.
@@ -157,10 +195,10 @@ pub(super) trait Engine: Send + Sync {
     /// Whether that command's `output` is the runtime's own complaint.
     fn has_failed(&self, output: &Output) -> bool;
 
-    /// Writes its state into `into`, and ends it.
+    /// Writes its state into `into`, and ends it. Who does it is noted in [`Site::dump_to`], which stays.
     fn save(&self, into: &Path) -> Outcome<()>;
 
-    /// Lets it go on from the state in `from`; its connection is there.
+    /// Lets it go on from the state in `from`; its connection is there. Who does it is noted in [`Site::restore`], which stays.
     fn load(&self, from: &Path, manner: Manner) -> Outcome<()>;
 
     /// Sees to it that the runtime knows nothing any more of one whose processes have ended.
@@ -172,8 +210,33 @@ pub struct Container<E>(pub(super) E);
 
 impl<E: Engine> Container<E> {
     fn running(&self, action: &'static str) -> Result<Process> {
+        self.settle()?;
         let failed = self.0.site().failed(action);
         self.0.first().map_err(&failed)?.ok_or_else(|| failed("it isn't running".to_owned()))
+    }
+
+    /// Finds out what came of dumps and restores whose beginner has died meanwhile.
+    fn settle(&self) -> Result<()> {
+        let (site, failed) = (self.0.site(), self.0.site().failed("look at"));
+        for note in [site.restoring(), site.dumped()] {
+            let Some(errand) = Errand::orphaned(&note) else { continue };
+            errand.wait().map_err(&failed)?;
+            let _held = errand::settling();
+            if Errand::load(&note).as_ref() != Some(&errand) {
+                continue;
+            }
+            if self.0.first().map_err(&failed)?.is_some() {
+                site.release().map_err(&failed)?;
+            } else if errand.folder().is_some() && site.whole_state().is_some() {
+                // It stands still.
+                continue;
+            }
+            match errand.folder() {
+                Some(_) => site.forget_dump(),
+                None => site.forget_restore(),
+            }
+        }
+        Ok(())
     }
 
     fn must_be_absent(&self, action: &'static str) -> Result<()> {
@@ -185,6 +248,9 @@ impl<E: Engine> Container<E> {
 
     fn end(&self, action: &'static str) -> Result<()> {
         let (site, failed) = (self.0.site(), self.0.site().failed(action));
+        for errand in [site.restoring(), site.dumped()].iter().filter_map(|note| Errand::orphaned(note)) {
+            errand.end().map_err(&failed)?;
+        }
         if let Some(process) = self.0.first().map_err(&failed)? {
             process.kill();
             if !process.wait_gone(PATIENCE) {
@@ -193,7 +259,8 @@ impl<E: Engine> Container<E> {
         }
         self.0.settle().map_err(&failed)?;
         lazy_pages::stop(&site.run);
-        let _ = fs::remove_file(site.dumped());
+        site.forget_restore();
+        site.forget_dump();
         site.disconnect().map_err(&failed)
     }
 
@@ -204,9 +271,10 @@ impl<E: Engine> Container<E> {
         self.end(action)?;
         site.connect().map_err(&failed)?;
         let up = work().and_then(|()| site.release());
-        if up.is_err() {
+        match &up {
+            Ok(()) => site.forget_restore(),
             // The failure is what counts.
-            let _ = self.end(action);
+            Err(_) => drop(self.end(action)),
         }
         up.map_err(&failed)
     }
@@ -247,11 +315,12 @@ impl<E: Engine> Guest for Container<E> {
     }
 
     fn status(&self) -> Result<Status> {
+        self.settle()?;
         let site = self.0.site();
         let process = self.0.first().map_err(site.failed("look at"))?;
         let activity = match &process {
             Some(_) => Activity::Running,
-            None if site.dumped().exists() => Activity::Frozen,
+            None if site.whole_state().is_some() => Activity::Frozen,
             None => Activity::Absent,
         };
         let memory_bytes = process.as_ref().map(memory_bytes);
@@ -270,12 +339,14 @@ impl<E: Engine> Guest for Container<E> {
         site.hold().map_err(&failed)?;
         let began = Instant::now();
         if let Err(error) = self.0.save(into) {
-            site.release().map_err(&failed)?;
+            // What ended all the same stands still.
+            if self.0.first().map_err(&failed)?.is_some() {
+                site.forget_dump();
+                site.release().map_err(&failed)?;
+            }
             return Err(failed(error));
         }
         let frozen = began.elapsed();
-        fs::write(site.dumped(), into.as_os_str().as_encoded_bytes())
-            .map_err(|error| failed(format!("cannot note that it stands still: {error}")))?;
         site.shut().map_err(&failed)?;
         if !process.wait_gone(PATIENCE) {
             return Err(failed("it was dumped and does not end".to_owned()));
@@ -285,13 +356,16 @@ impl<E: Engine> Guest for Container<E> {
     }
 
     fn resume(&self) -> Result<()> {
+        self.settle()?;
         let (site, failed) = (self.0.site(), self.0.site().failed("resume"));
         if self.0.first().map_err(&failed)?.is_none() {
-            let from = fs::read(site.dumped()).map_err(|_| failed("there is nothing left of it".to_owned()))?;
-            self.0.load(Path::new(&OsString::from_vec(from)), Manner::Whole).map_err(&failed)?;
+            let from = site.whole_state().ok_or_else(|| failed("there is nothing left of it".to_owned()))?;
+            self.0.load(&from, Manner::Whole).map_err(&failed)?;
         }
-        let _ = fs::remove_file(site.dumped());
-        site.release().map_err(&failed)
+        site.forget_dump();
+        site.release().map_err(&failed)?;
+        site.forget_restore();
+        Ok(())
     }
 
     fn discard(&self) -> Result<()> {
@@ -306,5 +380,194 @@ impl<E: Engine> Guest for Container<E> {
             }
             self.0.load(from, manner)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Child;
+
+    use layerfs::store::{Store, StoreOptions};
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::guest::GuestSpec;
+    use crate::guest::fake::{FakeHost, World};
+
+    /// A runtime whose container is a program that sleeps.
+    struct Sleeper {
+        site: Site,
+        runs: Mutex<Option<Child>>,
+        /// A dump fails after the container has ended.
+        fails: bool,
+    }
+
+    impl Sleeper {
+        fn end(&self) {
+            if let Some(mut child) = self.runs.lock().take() {
+                child.kill().unwrap();
+                child.wait().unwrap();
+            }
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            self.end();
+        }
+    }
+
+    impl Engine for Sleeper {
+        fn site(&self) -> &Site {
+            &self.site
+        }
+
+        fn program(&self) -> (&'static str, &'static str) {
+            ("sleep", "coreutils")
+        }
+
+        fn first(&self) -> Outcome<Option<Process>> {
+            Ok(self.runs.lock().as_ref().and_then(|child| Process::of(child.id())).filter(Process::is_alive))
+        }
+
+        fn launch(&self) -> Outcome<()> {
+            *self.runs.lock() = Some(Command::new("sleep").arg("600").spawn().unwrap());
+            Ok(())
+        }
+
+        fn command(&self, _: &[OsString]) -> Outcome<Command> {
+            Err("it takes none".to_owned())
+        }
+
+        fn has_failed(&self, _: &Output) -> bool {
+            false
+        }
+
+        fn save(&self, into: &Path) -> Outcome<()> {
+            self.site.dump_to(into).run(&mut writes(into, "true"))?;
+            self.end();
+            if self.fails { Err("it was made to fail".to_owned()) } else { Ok(()) }
+        }
+
+        fn load(&self, from: &Path, _: Manner) -> Outcome<()> {
+            self.site.restore().run(&mut writes(from, "false"))?;
+            assert!(from.join(LAST_FILE).exists());
+            self.launch()
+        }
+
+        fn settle(&self) -> Outcome<()> {
+            self.end();
+            Ok(())
+        }
+    }
+
+    /// What writes a state into `folder` after `first`.
+    fn writes(folder: &Path, first: &str) -> Command {
+        let mut command = Command::new("sh");
+        let script = format!("read -r line && {first} && touch {}/{LAST_FILE}", folder.display());
+        command.args(["-c", &script]);
+        command
+    }
+
+    struct Here {
+        _folder: tempfile::TempDir,
+        host: Arc<FakeHost>,
+        guest: Container<Sleeper>,
+    }
+
+    impl Here {
+        /// It runs.
+        fn new(fails: bool) -> Here {
+            let folder = tempfile::tempdir().unwrap();
+            let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+            let host = FakeHost::new("a", store, folder.path(), &World::new());
+            let spec = GuestSpec {
+                name: GuestName::new("web").unwrap(),
+                driver: "oci".to_owned(),
+                stack: layerfs::LayerName::new("app").unwrap(),
+                options: serde_json::json!({ "command": ["/bin/prog"] }),
+            };
+            let programs = Arc::new(Programs::new(folder.path().into(), "layerctl".into(), None));
+            let site = Site::new(&GuestRecord::new(spec), host.clone(), programs).unwrap();
+            let guest = Container(Sleeper { site, runs: Mutex::default(), fails });
+            guest.start().unwrap();
+            Here { _folder: folder, host, guest }
+        }
+
+        fn scratch(&self) -> PathBuf {
+            self.host.scratch(&self.guest.0.site.name, 0).unwrap()
+        }
+
+        fn activity(&self) -> Activity {
+            self.guest.status().unwrap().activity
+        }
+
+        fn is_noted(&self) -> bool {
+            self.guest.0.site.dumped().exists() || self.guest.0.site.restoring().exists()
+        }
+    }
+
+    #[test]
+    fn a_dump_that_fails_after_its_end_leaves_it_standing_still() {
+        let here = Here::new(true);
+        assert!(here.guest.dump(&here.scratch()).is_err());
+        assert_eq!(here.activity(), Activity::Frozen);
+        here.guest.resume().unwrap();
+        assert_eq!(here.activity(), Activity::Running);
+        assert!(!here.is_noted());
+    }
+
+    #[test]
+    fn a_dump_that_outlives_its_daemon_is_waited_for() {
+        // Whether the container ends with it, and whether the state gets whole.
+        for (ends, is_whole) in [(true, true), (true, false), (false, false)] {
+            let here = Here::new(false);
+            let into = here.scratch();
+            let first = if is_whole { "sleep 0.3" } else { "sleep 0.3 && false" };
+            let note = here.guest.0.site.dump_to(&into);
+            let mut dumps = note.begin(&mut writes(&into, first), b"\n").unwrap();
+            errand::orphan(&note.file);
+            if ends {
+                here.guest.0.end();
+            }
+            let expected = match (ends, is_whole) {
+                (false, _) => Activity::Running,
+                (true, true) => Activity::Frozen,
+                (true, false) => Activity::Absent,
+            };
+            assert_eq!(here.activity(), expected);
+            assert!(dumps.try_wait().unwrap().is_some(), "it wasn't waited for");
+            if expected == Activity::Frozen {
+                assert!(into.exists());
+                here.guest.resume().unwrap();
+                assert_eq!(here.activity(), Activity::Running);
+            }
+            // Nobody else knows of the state.
+            assert!(!into.exists() && !here.is_noted(), "{ends} {is_whole}");
+        }
+    }
+
+    #[test]
+    fn a_restore_that_outlives_its_daemon_is_waited_for() {
+        let here = Here::new(false);
+        let note = here.guest.0.site.restore();
+        let mut restores = note.begin(&mut writes(&here.scratch(), "sleep 0.3"), b"\n").unwrap();
+        errand::orphan(&note.file);
+        assert!(here.guest.restore(&here.scratch(), Manner::Whole).is_err(), "a second one was begun");
+        assert!(restores.try_wait().unwrap().is_some(), "it wasn't waited for");
+        assert_eq!((here.activity(), here.is_noted()), (Activity::Running, false));
+    }
+
+    #[test]
+    fn without_its_state_there_is_nothing_left_of_it() {
+        let here = Here::new(false);
+        let into = here.scratch();
+        here.guest.dump(&into).unwrap();
+        assert_eq!(here.activity(), Activity::Frozen);
+        fs::remove_dir_all(&into).unwrap();
+        assert_eq!(here.activity(), Activity::Absent);
+        assert!(here.guest.resume().is_err());
+        here.guest.start().unwrap();
+        assert!(!here.is_noted());
     }
 }

@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use super::errand::{self, Errand, Note};
 use super::launch::{Orders, Private};
-use super::processes::{Process, wait_until};
+use super::processes::{Process, inner_pid, wait_until};
 use super::programs::{self, Programs};
 use super::{Manner, lazy_pages};
 
@@ -103,18 +104,17 @@ impl Criu<'_> {
         }
         self.prepare_answer()?;
         let log = self.run.join("dump.log");
-        let mut command = self.programs.command(criu);
+        let mut command = self.programs.waiting(criu);
         command.arg("dump").args(["-t", &pid.to_string()]).arg("-D").arg(into).arg("--root").arg(self.root);
         command.arg("-o").arg(&log).args(self.common()).args(["--ghost-limit", GHOST_LIMIT]);
         command.arg("--action-script").arg(self.hook());
         if let Some(network) = &self.network {
             command.arg("--external").arg(external(network)?);
         }
+        command.stdout(Stdio::null()).stderr(Stdio::null());
         let began = Instant::now();
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(failed("run CRIU"))?;
-        if let Some(process) = Process::of(child.id()) {
-            process.save(&self.saved()).map_err(|error| error.to_string())?;
-        }
+        let save = |process: Process| process.save(&self.saved()).map_err(|error| error.to_string());
+        let mut child = errand::begin(&mut command, b"\n", save).map_err(failed("run CRIU"))?;
         let mut ended = None;
         let dumped = self.dumped();
         let is_over = wait_until(DUMP_PATIENCE, || {
@@ -200,15 +200,34 @@ impl Criu<'_> {
         self.tell("discard")
     }
 
-    /// Goes on from the state in `from`. `at_unlock` is a shell's line that is run as soon as connections may work. Returns the
+    /// Where a restore is noted.
+    pub fn restoring(&self) -> PathBuf {
+        self.run.join("restoring.json")
+    }
+
+    /// The first process that the restore `errand` has made, if it came so far and that is there.
+    pub fn restored(&self, errand: &Errand) -> Option<Process> {
+        let process = Process::of(self.pid()?)?;
+        (process.is_younger_than(errand.program()) && inner_pid(process.pid) == Some(1)).then_some(process)
+    }
+
+    fn pidfile(&self) -> PathBuf {
+        self.run.join("pid")
+    }
+
+    /// What CRIU says that it restored.
+    fn pid(&self) -> Option<u32> {
+        fs::read_to_string(self.pidfile()).ok()?.trim().parse().ok()
+    }
+
+    /// Goes on from the state in `from`. It is noted in [`Criu::restoring`], which stays. `at_unlock` is a shell's line that is run as soon as connections may work. Returns the
     /// first process.
     ///
     /// # Errors
     /// Why it can't be restored; nothing of it runs.
     pub fn restore(&self, from: &Path, manner: Manner, at_unlock: Option<&str>) -> Outcome<u32> {
         let criu = self.programs.criu()?.to_owned();
-        let pidfile = self.run.join("pid");
-        let _ = fs::remove_file(&pidfile);
+        let _ = fs::remove_file(self.pidfile());
         let log = self.run.join("restore.log");
         let mut arguments: Vec<OsString> = vec![criu.into(), "restore".into(), "-d".into(), "-D".into(), from.into()];
         arguments.extend([
@@ -219,7 +238,7 @@ impl Criu<'_> {
             "--root".into(),
             self.root.into(),
         ]);
-        arguments.extend(["--pidfile".into(), pidfile.clone().into()]);
+        arguments.extend(["--pidfile".into(), self.pidfile().into()]);
         arguments.extend(self.common());
         if self.network.is_some() {
             arguments.extend(["--inherit-fd".into(), format!("fd[0]:{NETWORK}").into()]);
@@ -233,9 +252,8 @@ impl Criu<'_> {
         }
         let orders =
             Orders::Private(Private { root: self.root.to_owned(), command: arguments, input: self.network.clone() });
-        let restored = self.programs.obey(&orders);
-        let pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok());
-        match (restored, pid) {
+        let restored = self.programs.obey_noted(&orders, &Note { file: self.restoring(), into: None });
+        match (restored, self.pid()) {
             (Ok(_), Some(pid)) => Ok(pid),
             (Ok(_), None) => Err("CRIU does not say which process it restored".to_owned()),
             (Err(error), pid) => {
@@ -308,4 +326,22 @@ pub(super) fn write_script(path: &Path, text: &str) -> Outcome<()> {
     let _ = fs::remove_file(path);
     fs::write(path, text).map_err(failed("write a script for CRIU"))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed("write a script for CRIU"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dump_that_cant_be_noted_freezes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run, done) = (folder.path().join("run"), folder.path().join("done"));
+        fs::create_dir_all(run.join("criu.json")).unwrap();
+        write_script(&folder.path().join("criu"), &format!("#!/bin/sh\n[ $1 = check ] || touch {}\n", done.display()))
+            .unwrap();
+        let programs = Programs::new(folder.path().into(), "layerctl".into(), Some(folder.path().into()));
+        let criu = Criu { programs: &programs, run: &run, root: folder.path(), network: None };
+        assert!(criu.dump(std::process::id(), folder.path()).unwrap_err().contains("criu.json"));
+        assert!(!done.exists() && !criu.is_held());
+    }
 }

@@ -22,10 +22,10 @@ pub struct HostDrivers {
 impl Drivers for HostDrivers {
     fn guest(&self, record: &GuestRecord, host: Arc<dyn Host>) -> Result<Arc<dyn Guest>> {
         match record.spec.driver.as_str() {
-            "process" => Ok(Arc::new(ProcessGuest::new(record, &*host, self.programs.clone())?)),
-            "oci" => Ok(Arc::new(OciGuest::new(record, &*host, self.programs.clone())?)),
+            "process" => Ok(Arc::new(ProcessGuest::new(record, host, self.programs.clone())?)),
+            "oci" => Ok(Arc::new(OciGuest::new(record, host, self.programs.clone())?)),
             "qemu" => Ok(Arc::new(QemuGuest::new(record, &*host, self.programs.clone())?)),
-            "lxc" => Ok(Arc::new(LxcGuest::new(record, &*host, self.programs.clone())?)),
+            "lxc" => Ok(Arc::new(LxcGuest::new(record, host, self.programs.clone())?)),
             other => {
                 let known = DRIVERS.join(", ");
                 Err(layerfs::Error::invalid(format!("there is no driver {other:?}: there are {known}")).into())

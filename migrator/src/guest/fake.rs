@@ -12,6 +12,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use layerfs::export::{Destination, Format, export};
@@ -48,11 +49,13 @@ pub struct FakeOptions {
     pub changed_pages: usize,
     /// How many bytes a step adds to its disk.
     pub disk_bytes: usize,
+    /// It ends with its dump, and goes on from the files of that, as a container does.
+    pub ends_with_dump: bool,
 }
 
 impl Default for FakeOptions {
     fn default() -> FakeOptions {
-        FakeOptions { pages: 256, changed_pages: 4, disk_bytes: 16 }
+        FakeOptions { pages: 256, changed_pages: 4, disk_bytes: 16, ends_with_dump: false }
     }
 }
 
@@ -142,6 +145,8 @@ struct Copy {
 struct Seen {
     /// By host and guest.
     copies: BTreeMap<(String, GuestName), Copy>,
+    /// Those that have ended with a dump, and the files that it wrote.
+    dumped: BTreeMap<(String, GuestName), (Copy, PathBuf)>,
     events: Vec<Event>,
     /// The highest counter that anybody saw, by guest.
     counters: BTreeMap<GuestName, u64>,
@@ -244,7 +249,9 @@ impl World {
 
     /// Ends everything on `host`, as a power cut does.
     pub fn crash(&self, host: &str) {
-        self.0.lock().copies.retain(|(there, _), _| there != host);
+        let mut seen = self.0.lock();
+        seen.copies.retain(|(there, _), _| there != host);
+        seen.dumped.retain(|(there, _), _| there != host);
     }
 
     fn fault(&self, host: &str, call: Call, when: When) -> Option<Error> {
@@ -363,7 +370,10 @@ impl FakeGuest {
     }
 
     fn end(&self) {
-        if self.world.0.lock().copies.remove(&self.key()).is_some() {
+        let mut seen = self.world.0.lock();
+        let was_there = seen.copies.remove(&self.key()).is_some() | seen.dumped.remove(&self.key()).is_some();
+        drop(seen);
+        if was_there {
             self.note(Event::Ended);
         }
     }
@@ -411,7 +421,9 @@ impl Guest for FakeGuest {
         self.world.guarded(&self.label, Call::Status, || {
             let seen = self.world.0.lock();
             let copy = seen.copies.get(&self.key());
+            let is_dumped = || seen.dumped.get(&self.key()).is_some_and(|(_, files)| files.join(STATE_FILE).exists());
             let activity = match copy {
+                None if is_dumped() => Activity::Frozen,
                 None => Activity::Absent,
                 Some(copy) if copy.is_frozen => Activity::Frozen,
                 Some(_) => Activity::Running,
@@ -435,14 +447,24 @@ impl Guest for FakeGuest {
             copy.is_frozen = true;
             let copy = copy.clone();
             seen.events.push(Event::Frozen(self.label.clone()));
+            if self.options.ends_with_dump {
+                seen.copies.remove(&self.key());
+                seen.dumped.insert(self.key(), (copy.clone(), into.to_owned()));
+            }
             drop(seen);
-            self.write("dump", &copy, into)
+            let written = self.write("dump", &copy, into)?;
+            Ok(Written { has_ended: self.options.ends_with_dump, ..written })
         })
     }
 
     fn resume(&self) -> Result<()> {
         self.world.guarded(&self.label, Call::Resume, || {
             let mut seen = self.world.0.lock();
+            if let Some((copy, files)) = seen.dumped.remove(&self.key())
+                && files.join(STATE_FILE).exists()
+            {
+                seen.copies.insert(self.key(), copy);
+            }
             let copy = seen.copies.get_mut(&self.key()).ok_or_else(|| self.failed("resume", "there is none"))?;
             if std::mem::take(&mut copy.is_frozen) {
                 seen.events.push(Event::Resumed(self.label.clone()));
@@ -531,13 +553,15 @@ impl Host for FakeHost {
     }
 
     fn scratch(&self, guest: &GuestName, _: u64) -> Result<PathBuf> {
-        let path = self.made(guest, "scratch")?;
-        self.remove(&path)?;
-        self.made(guest, "scratch")
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        self.made(guest, &format!("scratch/{}", NEXT.fetch_add(1, Ordering::Relaxed)))
     }
 
     fn remove_scratch(&self, _: &GuestName, path: &Path) -> Result<()> {
-        self.remove(path)
+        self.remove(path)?;
+        // What else is in the folder above is somebody else's.
+        let _ = path.parent().map(std::fs::remove_dir);
+        Ok(())
     }
 
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {

@@ -22,7 +22,8 @@ pub trait Host: Send + Sync {
     /// If it can't be made.
     fn run_folder(&self, guest: &GuestName) -> Result<PathBuf>;
 
-    /// An empty folder for a state that is being written, on memory if there is enough of it. It goes by [`Host::remove_scratch`].
+    /// An empty folder for a state that is being written, on memory if there is enough of it. It goes by [`Host::remove_scratch`] and,
+    /// but for that, survives the daemon: a guest that has ended with its dump may have nothing else.
     ///
     /// # Errors
     /// If it can't be made.
@@ -94,10 +95,18 @@ impl Scratch {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Lets it stay, for somebody who removes it. Returns where it is.
+    pub fn leave(mut self) -> PathBuf {
+        std::mem::take(&mut self.path)
+    }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
         if let Err(error) = self.host.remove_scratch(&self.guest, &self.path) {
             tracing::warn!(path = %self.path.display(), %error, "a folder for a state wasn't removed");
         }

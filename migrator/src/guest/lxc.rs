@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use super::container::{Container, Engine, Outcome, PATIENCE, Site};
 use super::criu::{NETWORK, external, quoted, with_criu, write_script, write_unlock};
+use super::errand::Note;
 use super::options::ContainerOptions;
 use super::processes::{Process, wait_until};
 use super::programs::{Programs, complaint};
@@ -51,7 +52,7 @@ impl LxcGuest {
     ///
     /// # Errors
     /// [`layerfs::Error::Invalid`] for options that it doesn't know; those of [`Host::run_folder`].
-    pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<LxcGuest> {
+    pub fn new(record: &GuestRecord, host: Arc<dyn Host>, programs: Arc<Programs>) -> Result<LxcGuest> {
         let site = Site::new(record, host, programs)?;
         check(&site.options)?;
         Ok(Container(Lxc { site }))
@@ -89,29 +90,40 @@ impl Lxc {
     }
 
     fn tool(&self, name: &str) -> Outcome<Command> {
+        self.tool_by(name, |program| self.site.programs.command(program))
+    }
+
+    fn tool_by(&self, name: &str, command: impl FnOnce(PathBuf) -> Command) -> Outcome<Command> {
         let program =
             self.site.programs.find(name).ok_or_else(|| format!("there is no {name}: apt-get install lxc"))?;
-        let mut command = self.site.programs.command(program);
+        let mut command = command(program);
         command.env("HOME", self.home()).arg("-P").arg(&self.site.run).arg("-n").arg(self.site.name.as_str());
         Ok(command)
     }
 
-    /// Runs one of LXC's tools; what it has to say goes to a log.
-    fn call(&self, name: &str, words: &[&str], folder: Option<(&str, &Path)>) -> Outcome<()> {
+    /// Runs one of LXC's tools; what it has to say goes to a log. One that works on a state's folder is noted.
+    fn call(&self, name: &str, words: &[&str], state: Option<(&Path, Note<'_>)>) -> Outcome<()> {
         let log = self.site.run.join("lxc.log");
         let _ = fs::remove_file(&log);
-        let mut command = self.tool(name)?;
+        let mut command = match &state {
+            Some(_) => self.tool_by(name, |program| self.site.programs.waiting(program))?,
+            None => self.tool(name)?,
+        };
         if words.first() == Some(&RESTORE)
             && let Some(folder) = self.wrapper()?
         {
             self.site.programs.put_first(&mut command, &folder);
         }
         command.arg("-o").arg(&log).args(["-l", "ERROR"]).stdout(Stdio::null()).stderr(Stdio::null());
-        if let Some((option, folder)) = folder {
-            command.arg(option).arg(folder);
+        if let Some((folder, _)) = &state {
+            command.arg("-D").arg(folder);
         }
         command.args(words);
-        let status = command.status().map_err(|error| format!("{name} cannot be run: {error}"))?;
+        let status = match state {
+            Some((_, note)) => note.run(&mut command),
+            None => command.status().map_err(|error| error.to_string()),
+        };
+        let status = status.map_err(|error| format!("{name} cannot be run: {error}"))?;
         if status.success() {
             return Ok(());
         }
@@ -244,18 +256,19 @@ impl Engine for Lxc {
             None => String::new(),
         };
         self.set_criu(&network)?;
-        self.call("lxc-checkpoint", &["-s"], Some(("-D", into)))
+        // The place of a log that isn't there yet is part of the state; the other log isn't.
+        fs::write(into.join(RESTORE_LOG), "").map_err(|error| format!("cannot write the state: {error}"))?;
+        self.call("lxc-checkpoint", &["-s"], Some((into, self.site.dump_to(into))))
             .map_err(|error| with_criu(error, &into.join("dump.log")))?;
-        // No part of the state; but the other log's place is.
         let _ = fs::remove_file(into.join("dump.log"));
-        fs::write(into.join(RESTORE_LOG), "").map_err(|error| format!("cannot write the state: {error}"))
+        Ok(())
     }
 
     fn load(&self, from: &Path, manner: Manner) -> Outcome<()> {
         self.configure()?;
         self.wait_stopped()?;
         self.set_criu(if manner == Manner::Lazily { "lazy-pages\n" } else { "" })?;
-        self.with_log(from, || self.call("lxc-checkpoint", &[RESTORE], Some(("-D", from))))
+        self.with_log(from, || self.call("lxc-checkpoint", &[RESTORE], Some((from, self.site.restore()))))
             .map_err(|error| with_criu(error, &self.site.run.join(RESTORE_LOG)))?;
         let mut found = None;
         wait_until(PATIENCE, || {

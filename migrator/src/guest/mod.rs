@@ -18,6 +18,7 @@ pub mod checkpoint;
 mod container;
 mod criu;
 mod drivers;
+mod errand;
 mod exec;
 pub mod fake;
 mod host;

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::container::{Container, Engine, Outcome, PATIENCE, Site};
 use super::criu::with_criu;
+use super::errand::Note;
 use super::network::Link;
 use super::processes::{Process, wait_until};
 use super::programs::Programs;
@@ -38,7 +39,7 @@ impl OciGuest {
     ///
     /// # Errors
     /// [`layerfs::Error::Invalid`] for options that it doesn't know; those of [`Host::run_folder`].
-    pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<OciGuest> {
+    pub fn new(record: &GuestRecord, host: Arc<dyn Host>, programs: Arc<Programs>) -> Result<OciGuest> {
         Ok(Container(Runc { site: Site::new(record, host, programs)? }))
     }
 }
@@ -51,6 +52,10 @@ impl Runc {
     }
 
     fn runc(&self) -> Outcome<Command> {
+        self.runc_by(|program| self.site.programs.command(program))
+    }
+
+    fn runc_by(&self, command: impl FnOnce(PathBuf) -> Command) -> Outcome<Command> {
         let runc = self.site.programs.find("runc").ok_or("there is no runc: run scripts/setup guests")?;
         // CRIU reads its settings there; runc has no option for what they say.
         let home = self.site.run.join("home");
@@ -58,22 +63,29 @@ impl Runc {
         let settings = "network-lock nftables\nlink-remap\nghost-limit 64M\n";
         let path = home.join(".criu/default.conf");
         fs::write(&path, settings).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-        let mut command = self.site.programs.command(runc);
+        let mut command = command(runc);
         command.env("HOME", home).arg("--root").arg(self.site.run.join("runc")).stdout(Stdio::null());
         Ok(command)
     }
 
-    /// Runs runc, which may leave its standard streams to the container.
-    fn call(&self, words: &[&str], paths: &[(&str, &Path)]) -> Outcome<()> {
+    /// Runs runc, which may leave its standard streams to the container; with a `note` of that, if it shall be known later.
+    fn call(&self, words: &[&str], paths: &[(&str, &Path)], note: Option<Note<'_>>) -> Outcome<()> {
         let log = self.site.run.join("runc.log");
         let _ = fs::remove_file(&log);
-        let mut command = self.runc()?;
+        let mut command = match &note {
+            Some(_) => self.runc_by(|program| self.site.programs.waiting(program))?,
+            None => self.runc()?,
+        };
         command.arg("--log").arg(&log).args(&words[..1]);
         for (option, path) in paths {
             command.arg(option).arg(path);
         }
         command.args(&words[1..]).arg(self.id()).stderr(Stdio::null());
-        let status = command.status().map_err(|error| format!("runc cannot be run: {error}"))?;
+        let status = match note {
+            Some(note) => note.run(&mut command),
+            None => command.status().map_err(|error| error.to_string()),
+        };
+        let status = status.map_err(|error| format!("runc cannot be run: {error}"))?;
         if status.success() {
             return Ok(());
         }
@@ -152,7 +164,7 @@ impl Runc {
     /// Removes what runc still knows of it.
     fn forget(&self) -> Outcome<()> {
         if self.state()?.is_some() {
-            self.call(&["delete", "--force"], &[])?;
+            self.call(&["delete", "--force"], &[], None)?;
         }
         Ok(())
     }
@@ -206,7 +218,7 @@ impl Engine for Runc {
 
     fn launch(&self) -> Outcome<()> {
         let bundle = self.bundle()?;
-        self.call(&["run", "--detach"], &[("--bundle", &bundle)])
+        self.call(&["run", "--detach"], &[("--bundle", &bundle)], None)
     }
 
     fn command(&self, argv: &[OsString]) -> Outcome<Command> {
@@ -226,7 +238,8 @@ impl Engine for Runc {
         if self.has_link_remap() {
             words.push("--link-remap");
         }
-        self.call(&words, &paths).map_err(|error| with_criu(error, &self.site.run.join("dump.log")))
+        self.call(&words, &paths, Some(self.site.dump_to(into)))
+            .map_err(|error| with_criu(error, &self.site.run.join("dump.log")))
     }
 
     fn load(&self, from: &Path, manner: Manner) -> Outcome<()> {
@@ -243,7 +256,7 @@ impl Engine for Runc {
         let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| self.release_at_unlock(&log, &is_over));
-            let restored = self.call(&words, &paths);
+            let restored = self.call(&words, &paths, Some(self.site.restore()));
             is_over.store(true, Ordering::Relaxed);
             restored
         })

@@ -1,14 +1,17 @@
 //! The driver "process": a process tree in namespaces of its own on the mounted stack, dumped and restored by CRIU directly.
 //!
-//! What it keeps is in the run folder: the first process (`process.json`), and what [`Criu`] has there.
+//! What it keeps is in the run folder: the first process (`process.json`), and what [`Criu`] has there. Invariant: it is known there,
+//! or by [`Criu::restoring`], from before it does anything; whoever comes after a daemon that died finds the one that there is.
 
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use super::container::{PATIENCE, Site, exec_output, memory_bytes};
 use super::criu::Criu;
+use super::errand::{self, Errand};
 use super::launch::{Orders, Start};
 use super::processes::Process;
 use super::programs::Programs;
@@ -28,7 +31,7 @@ impl ProcessGuest {
     ///
     /// # Errors
     /// [`layerfs::Error::Invalid`] for options that it doesn't know; those of [`Host::run_folder`].
-    pub fn new(record: &GuestRecord, host: &dyn Host, programs: Arc<Programs>) -> Result<ProcessGuest> {
+    pub fn new(record: &GuestRecord, host: Arc<dyn Host>, programs: Arc<Programs>) -> Result<ProcessGuest> {
         Ok(ProcessGuest { site: Site::new(record, host, programs)? })
     }
 
@@ -44,7 +47,47 @@ impl ProcessGuest {
         Process::load(&self.saved()).filter(Process::is_alive)
     }
 
+    /// Finds out what came of a restore whose beginner has died meanwhile.
+    fn settle(&self) -> Result<()> {
+        let failed = self.failed("look at");
+        let note = self.criu().restoring();
+        let Some(errand) = Errand::orphaned(&note) else { return Ok(()) };
+        errand.wait().map_err(&failed)?;
+        let _held = errand::settling();
+        if Errand::load(&note).as_ref() != Some(&errand) {
+            return Ok(());
+        }
+        match self.criu().restored(&errand) {
+            Some(process) if self.is_at_home(&process) => {
+                process.save(&self.saved())?;
+                self.site.release().map_err(&failed)?;
+            }
+            // Its root has gone with the daemon that mounted it.
+            Some(process) => self.kill("look at", &process)?,
+            None => {}
+        }
+        let _ = std::fs::remove_file(note);
+        Ok(())
+    }
+
+    /// Whether its root is what is mounted here for it.
+    fn is_at_home(&self, process: &Process) -> bool {
+        let place = |path: &Path| std::fs::metadata(path).map(|there| (there.dev(), there.ino())).ok();
+        let root = place(Path::new(&format!("/proc/{}/root", process.pid)));
+        root.is_some() && root == place(&self.site.root)
+    }
+
+    fn kill(&self, action: &'static str, process: &Process) -> Result<()> {
+        // The kernel ends the rest of its namespace with it.
+        process.kill();
+        match process.wait_gone(PATIENCE) {
+            true => Ok(()),
+            false => Err(self.failed(action)(format!("process {} does not end", process.pid))),
+        }
+    }
+
     fn running(&self, action: &'static str) -> Result<Process> {
+        self.settle()?;
         match self.first() {
             Some(process) if !self.criu().is_held() => Ok(process),
             Some(_) => Err(self.failed(action)("it stands still after a dump".to_owned())),
@@ -59,10 +102,17 @@ impl ProcessGuest {
 
     fn keep(&self, action: &'static str, pid: u32) -> Result<()> {
         let gone = || self.failed(action)("it ended at once; see its log, if it has one".to_owned());
-        Ok(Process::of(pid).ok_or_else(gone)?.save(&self.saved())?)
+        let process = Process::of(pid).ok_or_else(gone)?;
+        let saved = process.save(&self.saved());
+        if saved.is_err() {
+            // Nothing else knows it.
+            self.kill(action, &process)?;
+        }
+        Ok(saved?)
     }
 
     fn must_be_absent(&self, action: &'static str) -> Result<()> {
+        self.settle()?;
         match self.first() {
             Some(_) => Err(self.failed(action)("it runs already".to_owned())),
             None => Ok(()),
@@ -70,12 +120,18 @@ impl ProcessGuest {
     }
 
     fn end(&self, action: &'static str) -> Result<()> {
-        if let Some(process) = Process::load(&self.saved()) {
-            // The kernel ends the rest of its namespace with it.
-            process.kill();
-            if !process.wait_gone(PATIENCE) {
-                return Err(self.failed(action)(format!("process {} does not end", process.pid)));
+        let note = self.criu().restoring();
+        if let Some(errand) = Errand::load(&note) {
+            if errand.is_orphaned() {
+                errand.end().map_err(self.failed(action))?;
             }
+            if let Some(process) = self.criu().restored(&errand) {
+                self.kill(action, &process)?;
+            }
+            let _ = std::fs::remove_file(note);
+        }
+        if let Some(process) = Process::load(&self.saved()) {
+            self.kill(action, &process)?;
             let _ = std::fs::remove_file(self.saved());
         }
         lazy_pages::stop(&self.site.run);
@@ -143,6 +199,7 @@ impl Guest for ProcessGuest {
     }
 
     fn status(&self) -> Result<Status> {
+        self.settle()?;
         let Some(process) = self.first() else {
             return Ok(Status { activity: Activity::Absent, pid: None, memory_bytes: None });
         };
@@ -196,10 +253,88 @@ impl Guest for ProcessGuest {
         let restored = self.criu().restore(from, manner, at_unlock.as_deref()).map_err(&failed);
         let kept = restored.and_then(|pid| self.keep("restore", pid));
         let linked = kept.and_then(|()| self.site.release().map_err(&failed));
-        if linked.is_err() {
+        match &linked {
+            Ok(()) => drop(std::fs::remove_file(self.criu().restoring())),
             // The failure is what counts.
-            let _ = self.end("restore");
+            Err(_) => drop(self.end("restore")),
         }
         linked
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::{Child, Stdio};
+    use std::time::Instant;
+
+    use layerfs::store::{Store, StoreOptions};
+
+    use super::*;
+    use crate::guest::errand::Note;
+    use crate::guest::fake::{FakeHost, World};
+    use crate::guest::{GuestName, GuestSpec};
+
+    /// The first process of a namespace of processes, and who made it; none if that can't be had.
+    fn first_process() -> Option<(Process, Child)> {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--pid", "--fork", "sleep", "600"]).stderr(Stdio::null());
+        let mut child = unshare.spawn().ok()?;
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE && child.try_wait().unwrap().is_none() {
+            if let Some(first) = Process::of(child.id()).and_then(|outer| Process::of(*outer.tree().get(1)?)) {
+                return Some((first, child));
+            }
+        }
+        None
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn what_a_dead_daemons_restore_has_made_is_taken_over_or_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let host = FakeHost::new("a", store, folder.path(), &World::new());
+        let spec = GuestSpec {
+            name: GuestName::new("web").unwrap(),
+            driver: "process".to_owned(),
+            stack: layerfs::LayerName::new("app").unwrap(),
+            options: serde_json::json!({ "command": ["/bin/prog"] }),
+        };
+        let programs = Arc::new(Programs::new(folder.path().into(), "layerctl".into(), None));
+        let guest = ProcessGuest::new(&GuestRecord::new(spec), host, programs).unwrap();
+        let activity = || guest.status().unwrap().activity;
+        for is_at_home in [false, true] {
+            let note = Note { file: guest.criu().restoring(), into: None };
+            let mut wait = Command::new("sh");
+            let mut criu = note.begin(wait.args(["-c", "read -r line && exec sleep 0.3"]), b"\n").unwrap();
+            let Some((first, mut outer)) = first_process() else {
+                eprintln!("SKIPPED: a namespace of processes can't be had here (it needs root)");
+                return;
+            };
+            fs::write(guest.site.run.join("pid"), first.pid.to_string()).unwrap();
+            if is_at_home {
+                std::os::unix::fs::symlink("/", &guest.site.root).unwrap();
+            }
+            // As long as whoever began it lives it isn't anybody else's.
+            assert_eq!(activity(), Activity::Absent);
+            errand::orphan(&note.file);
+            assert_eq!(activity(), if is_at_home { Activity::Running } else { Activity::Absent });
+            assert!(criu.try_wait().unwrap().is_some(), "it wasn't waited for");
+            assert_eq!(first.is_alive(), is_at_home);
+            assert!(!note.file.exists());
+            // A second one is refused; without CRIU there is none anyway.
+            assert!(guest.restore(folder.path(), Manner::Whole).is_err());
+            assert_eq!(first.is_alive(), is_at_home, "it was harmed");
+            guest.stop().unwrap();
+            assert!(!first.is_alive());
+            outer.wait().unwrap();
+        }
+        // One that can't be kept in mind is ended.
+        let (first, mut outer) = first_process().unwrap();
+        fs::create_dir_all(guest.saved()).unwrap();
+        assert!(guest.keep("restore", first.pid).is_err());
+        assert!(!first.is_alive());
+        outer.wait().unwrap();
     }
 }

@@ -48,6 +48,17 @@ impl Process {
         stat(self.pid).is_some_and(|now| now.started == self.started && !now.is_dead) && self.boot == boot()
     }
 
+    /// Whether it started after `other` did, in the same run of the machine.
+    pub fn is_younger_than(&self, other: &Process) -> bool {
+        self.boot == other.boot && self.started >= other.started
+    }
+
+    /// One that isn't there any more.
+    #[cfg(test)]
+    pub fn gone() -> Process {
+        Process { pid: 1, started: 0, boot: "another".to_owned() }
+    }
+
     /// Kills it, if it is there.
     pub fn kill(&self) {
         if let (true, Some(pid)) = (self.is_alive(), Pid::from_raw(self.pid as i32)) {

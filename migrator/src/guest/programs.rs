@@ -8,9 +8,10 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
+use super::errand::{self, Note};
 use super::launch::Orders;
 
 /// Where `scripts/setup guests` puts private tools.
@@ -85,6 +86,13 @@ impl Programs {
         command
     }
 
+    /// The same, but it only becomes `program` when it has read a line, and ends if none comes.
+    pub fn waiting(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = self.command("/bin/sh");
+        command.args(["-c", "read -r line && exec \"$@\" </dev/null", "sh"]).arg(program);
+        command
+    }
+
     /// Lets `command` and its children find the programs in `folder` before all others.
     pub fn put_first(&self, command: &mut Command, folder: &Path) {
         let set = command.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
@@ -99,14 +107,27 @@ impl Programs {
     /// # Errors
     /// What it complained about, in words.
     pub fn obey(&self, orders: &Orders) -> Result<String, String> {
+        self.obey_by(orders, |command, orders| errand::begin(command, orders, |_| Ok(())))
+    }
+
+    /// The same, noted in `note` from before it begins.
+    ///
+    /// # Errors
+    /// As [`Programs::obey`]; nothing was done if it can't be noted.
+    pub(super) fn obey_noted(&self, orders: &Orders, note: &Note<'_>) -> Result<String, String> {
+        self.obey_by(orders, |command, orders| note.begin(command, orders))
+    }
+
+    fn obey_by(
+        &self,
+        orders: &Orders,
+        begin: impl FnOnce(&mut Command, &[u8]) -> Result<Child, String>,
+    ) -> Result<String, String> {
         let failed = |error: &dyn std::fmt::Display| format!("the guest's launcher cannot be run: {error}");
         let orders = serde_json::to_vec(orders).map_err(|error| failed(&error))?;
         let mut command = self.command(&self.own);
-        command.arg("guest-launch").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| failed(&error))?;
-        if let Some(mut pipe) = child.stdin.take() {
-            pipe.write_all(&orders).map_err(|error| failed(&error))?;
-        }
+        command.arg("guest-launch").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = begin(&mut command, &orders).map_err(|error| failed(&error))?;
         let output = child.wait_with_output().map_err(|error| failed(&error))?;
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())

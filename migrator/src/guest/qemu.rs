@@ -229,7 +229,12 @@ impl QemuGuest {
         run(self.command(memory, incoming)?.stdout(Stdio::piped()))?;
         let pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok());
         let process = pid.and_then(Process::of).ok_or("QEMU ended at once")?;
-        process.save(&self.saved()).map_err(|error| error.to_string())
+        process.save(&self.saved()).map_err(|error| {
+            // Nothing else knows it.
+            process.kill();
+            process.wait_gone(PATIENCE);
+            error.to_string()
+        })
     }
 
     fn release(&self) -> Outcome<()> {

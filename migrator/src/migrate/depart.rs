@@ -15,6 +15,9 @@ use crate::wire::Message;
 
 /// That an abort arrives is a courtesy: the other side asks if it doesn't.
 const COURTESY: Duration = Duration::from_secs(3);
+/// What is said of a guest that died before it was known from what to go on.
+pub(super) const LOST: &str =
+    "is lost here: it ended before its state was kept; `layerctl guest start` begins it anew from its disk";
 /// How often a guest that doesn't go on at once is told to.
 const ATTEMPTS: usize = 3;
 
@@ -86,6 +89,7 @@ impl Migrations {
                 }
                 Step::Resume => {
                     self.again(row, Self::resume)?;
+                    self.note_lost(row);
                     Some(Event::Resumed)
                 }
                 // The guest is the destination's: that something of it is left here is no failure of the move.
@@ -116,13 +120,16 @@ impl Migrations {
     fn step(&self, row: &mut Row, phase: Phase) -> Result<()> {
         row.side = Side::Source { phase };
         self.write(row)?;
+        let state = if phase.is_ended() { self.0.states.lock().remove(row.guest()) } else { None };
+        if let Some(Err(error)) = state.map(|state| self.0.host.remove_scratch(row.guest(), &state)) {
+            tracing::warn!(guest = %row.guest(), %error, "a state that nobody needs wasn't removed");
+        }
         let point = match phase {
             Phase::Ended(Outcome::Aborted | Outcome::Returned) => HookPoint::Abort,
             Phase::Ended(Outcome::Moved) => HookPoint::AfterLeave,
             _ => return Ok(()),
         };
         if point == HookPoint::Abort && self.guest_of(row)?.status()?.activity == Activity::Absent {
-            // The machine died with it, before its state was kept.
             self.0.guests.update(row.guest(), |record| {
                 record.state = GuestState::Created;
                 Ok(())
@@ -132,6 +139,16 @@ impl Migrations {
             tracing::warn!(guest = %row.guest(), %error, "a hook failed");
         }
         Ok(())
+    }
+
+    /// Says so if nothing of it is left to go on.
+    fn note_lost(&self, row: &mut Row) {
+        let status = self.guest_of(row).and_then(|guest| guest.status());
+        if status.is_ok_and(|status| status.activity == Activity::Absent) {
+            tracing::error!(guest = %row.guest(), "it {LOST}");
+            let before = if row.note.is_empty() { String::new() } else { format!(" ({})", row.note) };
+            row.note = format!("it {LOST}{before}");
+        }
     }
 
     /// Tries something several times, and leaves it to the background if it doesn't work.

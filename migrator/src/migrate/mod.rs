@@ -156,6 +156,8 @@ pub(crate) struct Inner {
     runtime: tokio::runtime::Handle,
     /// Held by whoever takes steps for a guest.
     locks: Mutex<HashMap<GuestName, Arc<Mutex<()>>>>,
+    /// The files that guests which stand still may go on from, until their moves are over.
+    states: Mutex<HashMap<GuestName, PathBuf>>,
     /// Guests that are being moved from here by somebody who waits for it.
     leaving: Mutex<HashSet<GuestName>>,
     /// What machines know beyond their rows.
@@ -200,6 +202,7 @@ impl Migrations {
             timing,
             runtime: tokio::runtime::Handle::current(),
             locks: Mutex::default(),
+            states: Mutex::default(),
             leaving: Mutex::default(),
             arriving: Mutex::default(),
             awaited: Mutex::default(),
@@ -236,6 +239,12 @@ impl Migrations {
     /// Whether something is under way that must not be cut off lightly.
     pub fn is_busy(&self) -> bool {
         !self.0.leaving.lock().is_empty() || !self.0.awaited.lock().is_empty()
+    }
+
+    /// The guests for which a move takes steps right now, be it from here or to here.
+    pub fn at_work(&self) -> Vec<GuestName> {
+        let locks = self.0.locks.lock();
+        locks.iter().filter(|(_, lock)| lock.is_locked()).map(|(name, _)| name.clone()).collect()
     }
 
     fn lock_of(&self, guest: &GuestName) -> Arc<Mutex<()>> {

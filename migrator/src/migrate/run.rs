@@ -11,7 +11,7 @@ use layerfs::monitor::{Monitor, check};
 use layerfs::{ChunkId, LayerId};
 
 use super::control::Said;
-use super::depart::Talk;
+use super::depart::{LOST, Talk};
 use super::learnt::Learnt;
 use super::report::{self, Report, Stage};
 use super::{HookPoint, MigrateOptions, Migrations, busy};
@@ -85,7 +85,6 @@ impl Migrations {
             report,
             began: Instant::now(),
             learnt: Learnt::default(),
-            kept: None,
             look: None,
             known: None,
             traces: Vec::new(),
@@ -108,8 +107,6 @@ struct Run<'a> {
     report: Report,
     began: Instant,
     learnt: Learnt,
-    /// The files that a guest which ended with its dump goes on from, if it comes back: they go with this.
-    kept: Option<Scratch>,
     /// The memory as it was looked at last, and when, in seconds since the migration began.
     look: Option<(Scratch, f64)>,
     /// What it has read of its stack, which may lie in its memory, and is there.
@@ -334,11 +331,17 @@ impl Run<'_> {
         }
     }
 
+    /// Whether there is nothing of it to go on.
+    fn is_lost(&self) -> bool {
+        self.me.0.guests.get(self.name()).is_ok_and(|record| record.state == GuestState::Created)
+    }
+
     /// How it ended, and where the guest is, if not where it should be.
     fn outcome(&self) -> (&'static str, Option<String>) {
         let (name, peer, note) = (self.name(), &self.peer.name, &self.row.note);
         match self.phase() {
             Phase::Gone | Phase::Ended(Outcome::Moved) => ("moved", None),
+            Phase::Ended(Outcome::Aborted) if self.is_lost() => ("aborted", Some(format!("guest {name} {LOST}"))),
             Phase::Ended(Outcome::Aborted) => ("aborted", Some(format!("guest {name} runs on here"))),
             Phase::Ended(Outcome::Returned) => (
                 "given-back",

@@ -206,6 +206,11 @@ impl Two {
 
     /// The same, of a guest with so many pages of memory.
     pub async fn with_pages(pages: usize, address_of_b: impl FnOnce(String) -> String) -> Two {
+        Two::with_options(serde_json::json!({ "pages": pages, "changed_pages": 2 }), address_of_b).await
+    }
+
+    /// The same, of a guest with these options.
+    pub async fn with_options(options: serde_json::Value, address_of_b: impl FnOnce(String) -> String) -> Two {
         let folder = tempfile::tempdir().unwrap();
         let world = World::new();
         let a = site("a", folder.path().join("a"), &world).await;
@@ -214,7 +219,6 @@ impl Two {
         b.know("a", &a, a.listener.address().to_string());
         let name = GuestName::new("web").unwrap();
         let base = a.base();
-        let options = serde_json::json!({ "pages": pages, "changed_pages": 2 });
         let spec = GuestSpec { name: name.clone(), driver: DRIVER.to_owned(), stack: layer_name("app"), options };
         let record = GuestRecord { state: GuestState::Running, ..GuestRecord::new(spec) };
         a.guests.add(&record).unwrap();

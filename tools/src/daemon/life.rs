@@ -98,7 +98,8 @@ async fn until_idle(daemon: &Arc<Daemon>) {
 /// `/v1/stop`.
 pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     let daemon = &context.daemon;
-    let under_way: Vec<String> = daemon.works.list().into_iter().map(|work| work.label).collect();
+    let moved = daemon.moves.at_work().into_iter().map(|guest| format!("hand over guest {guest}"));
+    let under_way: Vec<String> = daemon.works.list().into_iter().map(|work| work.label).chain(moved).collect();
     if !request.force && !under_way.is_empty() {
         let text = format!("the daemon is at work: {}", under_way.join(", "));
         return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));

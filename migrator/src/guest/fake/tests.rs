@@ -105,3 +105,28 @@ fn a_frozen_one_answers_nobody_and_faults_come_when_they_shall() {
     assert_eq!(here.world.counter("a", &here.name), Some(1));
     assert_eq!(here.world.violations(), Vec::<String>::new());
 }
+
+#[test]
+fn a_guest_whose_checkpoint_fails_goes_on() {
+    for ends_with_dump in [false, true] {
+        let here = here();
+        let options = serde_json::json!({ "pages": 64, "ends_with_dump": ends_with_dump });
+        let (driver, stack) = (DRIVER.to_owned(), LayerName::new("base").unwrap());
+        let record = GuestRecord::new(GuestSpec { name: here.name.clone(), driver, stack, options });
+        let guests = crate::guest::Guests::new(here.store.clone());
+        guests.add(&record).unwrap();
+        let drivers = FakeDrivers { label: "a".to_owned(), world: here.world.clone() };
+        let host = here.hosts[0].clone();
+        host.mount(&here.name, here.base).unwrap();
+        drivers.guest(&record, host.clone()).unwrap().start().unwrap();
+        let hosted = crate::guest::checkpoint::Hosted { guests: &guests, drivers: &drivers, host: host.clone() };
+        for (call, when) in [(Call::Dump, When::Before), (Call::Dump, When::After), (Call::Seal, When::Before)] {
+            here.world.fail("a", call, when);
+            assert!(hosted.checkpoint(&here.name, "evening", false, &Silent).is_err());
+            assert_eq!(here.world.running(&here.name), ["a"], "{call:?} {when:?}");
+            here.world.tick();
+        }
+        hosted.checkpoint(&here.name, "evening", false, &Silent).unwrap();
+        assert_eq!(here.world.violations(), Vec::<String>::new());
+    }
+}

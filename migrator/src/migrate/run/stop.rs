@@ -28,9 +28,16 @@ impl Run<'_> {
         let bytes_before = self.report.bytes;
         let guard = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes)?;
         let folder = guard.path().to_owned();
-        let written = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)))?;
-        // What has ended with its dump goes on from these files if nothing comes of the move, which is seen after this function.
-        let guard = if written.has_ended { self.kept.replace(guard) } else { Some(guard) };
+        let dumped = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)));
+        // What has ended with its dump, which may have failed later, goes on from these files if nothing comes of the move.
+        let guard = match &dumped {
+            Ok(written) if !written.has_ended => Some(guard),
+            _ => {
+                self.me.0.states.lock().insert(self.name().clone(), guard.leave());
+                None
+            }
+        };
+        let written = dumped?;
         let frozen = stopped.elapsed().saturating_sub(written.frozen);
         let stopped = if written.frozen.is_zero() { stopped } else { stopped + frozen };
         self.me.0.hooks.run(HookPoint::AfterStop, &self.row)?;

@@ -168,6 +168,42 @@ async fn a_machine_that_dies_before_the_release_goes_on_from_the_layers() {
     assert_eq!(two.check(), "a");
 }
 
+/// A guest that ends with its dump.
+async fn ending() -> Two {
+    Two::with_options(serde_json::json!({ "pages": 64, "ends_with_dump": true }), |address| address).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_has_ended_with_its_dump_goes_on_from_its_files_whatever_fails_then() {
+    for fails_to_resume in [0, 5] {
+        let two = ending().await;
+        two.fail("a", Call::Dump, When::After);
+        (0..fails_to_resume).for_each(|_| two.fail("a", Call::Resume, When::Before));
+        let error = two.migrate(false, MigrateOptions::default()).await.unwrap_err();
+        assert!(error.to_string().contains("made to fail"), "{error}");
+        two.settle().await;
+        assert_eq!(two.check(), "a", "{fails_to_resume}: {error}");
+        assert!(!two.a.folder.join("guests/web/scratch").exists(), "its state is left");
+        two.migrate(false, MigrateOptions::default()).await.unwrap();
+        assert_eq!(two.check(), "b");
+        assert!(!two.a.folder.join("guests/web/scratch").exists(), "its state is left");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_of_which_nothing_is_left_ends_its_move_and_may_be_started() {
+    let two = ending().await;
+    two.fail("a", Call::Dump, When::After);
+    (0..1000).for_each(|_| two.fail("a", Call::Resume, When::Before));
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    std::fs::remove_dir_all(two.a.folder.join("guests/web/scratch")).unwrap();
+    two.world.heal();
+    two.settle().await;
+    assert_eq!(two.a.state(&two.name).map(|(state, _)| state), Some(GuestState::Created));
+    let rows = two.a.migrations.moves().unwrap();
+    assert!(rows[0].note.contains("is lost here") && rows[0].note.contains("guest start"), "{:?}", rows[0]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_lacks_what_the_guest_may_use_is_found_before_anything_changes() {
     let two = Two::new().await;

@@ -43,7 +43,7 @@ impl Moves {
             Timing::default(),
         );
         *daemon.moves.0.lock() = Some(migrations.clone());
-        let expiring = Arc::downgrade(daemon);
+        let (expiring, recovering) = (Arc::downgrade(daemon), Arc::downgrade(daemon));
         tokio::spawn(async move {
             let mut ticker = tokio::time::interval(EXPIRE_EVERY);
             loop {
@@ -61,6 +61,9 @@ impl Moves {
         tokio::task::spawn_blocking(move || {
             if let Err(error) = migrations.recover() {
                 tracing::error!(%error, "unfinished moves of guests can't be taken up");
+            }
+            if let Some(daemon) = recovering.upgrade() {
+                super::guests::wake(&daemon);
             }
         });
     }
@@ -93,6 +96,11 @@ impl Moves {
     /// Whether one is under way, or isn't over.
     pub fn is_busy(&self) -> bool {
         self.0.lock().as_ref().is_some_and(Migrations::is_busy)
+    }
+
+    /// The guests that are being stopped, restored or given back right now.
+    pub fn at_work(&self) -> Vec<GuestName> {
+        self.0.lock().as_ref().map(Migrations::at_work).unwrap_or_default()
     }
 
     fn get(&self) -> Result<Migrations> {

@@ -1,7 +1,8 @@
 //! What the daemon does for its guests: mounts with uppers of their own, sealing, folders.
 //!
 //! A guest's things lie in the store's folder below `guests/NAME`: `root` (its mount), `state` (a state that is being
-//! restored), `run` (what its driver keeps). States that are being written lie in memory where there is enough of it.
+//! restored), `run` (what its driver keeps). States that are being written lie in memory where there is enough of it, else in
+//! `scratch`.
 
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ use crate::daemon::Daemon;
 
 /// Where files are memory.
 const MEMORY: &str = "/dev/shm";
+/// Where states that are being written lie otherwise.
+const SCRATCH: &str = "scratch";
 /// How long a mount that the last process of a guest has just left may be busy.
 const LEAVING: Duration = Duration::from_secs(10);
 
@@ -80,15 +83,24 @@ fn remove(path: &Path) -> layerfs::Result<()> {
 
 /// Removes all folders of a guest that nothing is mounted in any more.
 pub fn remove_folders(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
-    let place = memory(daemon);
-    {
-        let _held = IN_MEMORY.lock();
-        if std::fs::symlink_metadata(&place).is_ok() && make_private(&place).is_ok() {
-            remove(&place.join(name.as_str()))?;
-            remove_empty([&*place]);
-        }
-    }
+    remove_states(daemon, name)?;
     remove(&folder(&daemon.settings.store, name))
+}
+
+/// Whether there are folders of [`Host::scratch`] for a guest.
+pub fn has_states(daemon: &Daemon, name: &GuestName) -> bool {
+    memory(daemon).join(name.as_str()).exists() || folder(&daemon.settings.store, name).join(SCRATCH).exists()
+}
+
+/// Removes all folders of [`Host::scratch`] for a guest.
+pub fn remove_states(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
+    let place = memory(daemon);
+    let _held = IN_MEMORY.lock();
+    if std::fs::symlink_metadata(&place).is_ok() && make_private(&place).is_ok() {
+        remove(&place.join(name.as_str()))?;
+        remove_empty([&*place]);
+    }
+    remove(&folder(&daemon.settings.store, name).join(SCRATCH))
 }
 
 /// Removes folders in which nothing is; others are somebody's.
@@ -142,7 +154,8 @@ impl Host for DaemonHost {
         let is_made = is_enough && make_private(&place).and_then(|()| make(&in_memory)).is_ok();
         let path = match is_made {
             true => in_memory,
-            false => self.daemon.store.tmp_folder().join(format!("guest-{guest}-{number}")),
+            // Not among what a start of the daemon removes.
+            false => folder(&self.daemon.settings.store, guest).join(SCRATCH).join(&number),
         };
         // A number that an earlier daemon has used.
         remove(&path)?;
@@ -154,8 +167,8 @@ impl Host for DaemonHost {
         remove(path)?;
         let _held = IN_MEMORY.lock();
         let place = memory(&self.daemon);
-        // A folder on the disk has no such parents.
-        remove_empty([&*place.join(guest.as_str()), &*place]);
+        let on_disk = folder(&self.daemon.settings.store, guest).join(SCRATCH);
+        remove_empty([&*on_disk, &*place.join(guest.as_str()), &*place]);
         Ok(())
     }
 

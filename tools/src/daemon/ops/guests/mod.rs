@@ -198,6 +198,32 @@ pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
     Ok(info(context, &record))
 }
 
+/// Lets guests go on that an earlier daemon has left standing still, as it died at a checkpoint, and removes what it was writing. Those
+/// that move are their moves' affair.
+pub fn wake(daemon: &Arc<Daemon>) {
+    let wake = |record: &GuestRecord| -> Result<()> {
+        let guest = hosted(daemon).guest(record)?;
+        let is_left = record.state == GuestState::Running && guest.status()?.activity == Activity::Frozen;
+        if !is_left && !host::has_states(daemon, &record.spec.name) {
+            return Ok(());
+        }
+        let _taken = daemon.guests.take(&record.spec.name)?;
+        daemon.moves.require_settled(&record.spec.name)?;
+        // Whoever had it until now may have let it go on.
+        if guest.status()?.activity == Activity::Frozen {
+            tracing::info!(guest = %record.spec.name, "goes on, as its checkpoint was cut off");
+            guest.resume()?;
+        }
+        Ok(host::remove_states(daemon, &record.spec.name)?)
+    };
+    let records = daemon.guests.records.list().unwrap_or_default();
+    for record in &records {
+        if let Err(failure) = wake(record) {
+            tracing::warn!(guest = %record.spec.name, %failure, "what a cut off checkpoint left isn't cleared up");
+        }
+    }
+}
+
 /// Fails if something is in the way.
 fn clear(obstacles: Vec<Obstacle>) -> Result<()> {
     let mut lines = obstacles.into_iter().map(|obstacle| format!("{}\n  {}", obstacle.what, obstacle.fix));

@@ -1,0 +1,195 @@
+//! Programs that work on a guest for a while and outlive this one: CRIU, and the runtimes that run it.
+//!
+//! Such a program waits for a word on its standard input, and ends if none comes; it gets that when it is noted in the guest's
+//! run folder. So whoever comes after a program that died knows who is still at work, waits for it, and finds out what came of it.
+//!
+//! Invariants: a program that isn't noted has done nothing; its note goes after what came of it is known otherwise.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
+use serde::{Deserialize, Serialize};
+
+use super::processes::{Process, wait_until};
+
+/// For how long one that an earlier program began is waited for at a time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+type Outcome<T> = Result<T, String>;
+
+/// A program that is at work on a guest, or was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Errand {
+    program: Process,
+    /// Who began it; as long as that lives it sees to what comes of it.
+    by: Process,
+    /// The state's folder that it writes.
+    into: Option<PathBuf>,
+}
+
+/// Where an errand is noted, and what it writes.
+pub(super) struct Note<'a> {
+    /// The file.
+    pub file: PathBuf,
+    /// The state's folder.
+    pub into: Option<&'a Path>,
+}
+
+impl Note<'_> {
+    /// Starts `command`, which begins when it has read `word`.
+    ///
+    /// # Errors
+    /// If it can't be run or noted; it has done nothing then.
+    pub fn begin(&self, command: &mut Command, word: &[u8]) -> Outcome<Child> {
+        begin(command, word, |program| {
+            let by = Process::of(std::process::id()).ok_or("this process isn't seen in /proc")?;
+            let errand = Errand { program, by, into: self.into.map(Path::to_owned) };
+            let json = serde_json::to_vec(&errand).map_err(|error| error.to_string())?;
+            fs::write(&self.file, json).map_err(|error| format!("cannot write {}: {error}", self.file.display()))
+        })
+    }
+
+    /// Runs `command`, which begins when it has read a line ([`super::programs::Programs::waiting`]), to its end.
+    ///
+    /// # Errors
+    /// As [`Note::begin`].
+    pub fn run(&self, command: &mut Command) -> Outcome<ExitStatus> {
+        let mut child = self.begin(command, b"\n")?;
+        child.wait().map_err(|error| error.to_string())
+    }
+}
+
+/// Starts `command`, which begins when it has read `word`, and gets that when `note` is done.
+///
+/// # Errors
+/// As [`Note::begin`].
+pub(super) fn begin(command: &mut Command, word: &[u8], note: impl FnOnce(Process) -> Outcome<()>) -> Outcome<Child> {
+    let mut child = command.stdin(Stdio::piped()).spawn().map_err(|error| format!("it cannot be run: {error}"))?;
+    let noted = Process::of(child.id()).ok_or_else(|| "it ended at once".to_owned()).and_then(note);
+    let told = noted.and_then(|()| {
+        let pipe = child.stdin.take();
+        pipe.map_or(Ok(()), |mut pipe| pipe.write_all(word)).map_err(|error| format!("it takes no orders: {error}"))
+    });
+    if let Err(error) = told {
+        // It has only waited.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    Ok(child)
+}
+
+impl Errand {
+    /// The one that is noted in `file`.
+    pub fn load(file: &Path) -> Option<Errand> {
+        serde_json::from_slice(&fs::read(file).ok()?).ok()
+    }
+
+    /// The one that is noted in `file`, if nobody sees any more to what comes of it.
+    pub fn orphaned(file: &Path) -> Option<Errand> {
+        Errand::load(file).filter(Errand::is_orphaned)
+    }
+
+    /// Whether nobody sees any more to what comes of it.
+    pub fn is_orphaned(&self) -> bool {
+        !self.by.is_alive()
+    }
+
+    /// The program.
+    pub fn program(&self) -> &Process {
+        &self.program
+    }
+
+    /// The state's folder that it writes, or has written.
+    pub fn folder(&self) -> Option<&Path> {
+        self.into.as_deref()
+    }
+
+    /// Waits until it is over.
+    ///
+    /// # Errors
+    /// If it goes on for long.
+    pub fn wait(&self) -> Outcome<()> {
+        match self.program.wait_gone(PATIENCE) {
+            true => Ok(()),
+            false => {
+                Err(format!("process {}, which an earlier daemon began, is still at work on it", self.program.pid))
+            }
+        }
+    }
+
+    /// Ends it, after some time in which it may end by itself.
+    ///
+    /// # Errors
+    /// If it doesn't end.
+    pub fn end(&self) -> Outcome<()> {
+        if self.wait().is_err() {
+            // Half a guest isn't known by anything else: what it has made goes with it.
+            let all: Vec<Process> = self.program.tree().into_iter().filter_map(Process::of).collect();
+            self.program.kill();
+            all.iter().for_each(Process::kill);
+            if !wait_until(PATIENCE, || !all.iter().any(Process::is_alive)) {
+                return Err(format!("process {} and what it made do not end", self.program.pid));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Held while it is found out what came of an orphaned errand.
+pub(super) fn settling() -> MutexGuard<'static, ()> {
+    static SETTLING: Mutex<()> = Mutex::new(());
+    SETTLING.lock()
+}
+
+#[cfg(test)]
+pub(super) fn orphan(file: &Path) {
+    // Whoever had the first process's number in another run of the machine is gone.
+    let mut errand = Errand::load(file).unwrap();
+    errand.by = Process::gone();
+    fs::write(file, serde_json::to_vec(&errand).unwrap()).unwrap();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waits(then: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("read -r line && {then}")]);
+        command
+    }
+
+    #[test]
+    fn what_cant_be_noted_does_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, done) = (folder.path().join("note"), folder.path().join("done"));
+        let mut command = waits(&format!("touch {}", done.display()));
+        fs::create_dir(&file).unwrap();
+        let note = Note { file: file.clone(), into: None };
+        assert!(note.run(&mut command).is_err());
+        assert!(!done.exists());
+        fs::remove_dir(&file).unwrap();
+        assert!(note.run(&mut command).unwrap().success());
+        assert!(done.exists() && Errand::load(&file).is_some());
+    }
+
+    #[test]
+    fn one_is_an_orphan_when_its_beginner_is_gone_and_can_be_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let note = Note { file: folder.path().join("note"), into: Some(folder.path()) };
+        let mut child = note.begin(&mut waits("exec sleep 0.2"), b"\n").unwrap();
+        assert_eq!(Errand::orphaned(&note.file), None);
+        orphan(&note.file);
+        let errand = Errand::orphaned(&note.file).unwrap();
+        assert_eq!(errand.folder(), Some(folder.path()));
+        assert!(errand.program().is_alive());
+        errand.wait().unwrap();
+        assert!(!errand.program().is_alive());
+        child.wait().unwrap();
+    }
+}
