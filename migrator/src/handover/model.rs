@@ -77,7 +77,8 @@ impl State {
             side_copy: Copy::Nothing,
             gives_back,
             net: Vec::new(),
-            crashes: 2,
+            // An operator who decides needs one; more would make too many states.
+            crashes: if has_operator { 1 } else { 2 },
             has_operator,
         }
     }
@@ -283,7 +284,6 @@ impl State {
                 // Whoever is asked has forgotten the move.
                 let unknown = match packet {
                     Packet::Ask => Some(Packet::Answer(code(Fate::Unknown))),
-                    Packet::Inquire => Some(Packet::Reply(code(Fate::Unknown))),
                     _ => None,
                 };
                 if let Some(unknown) = unknown {
