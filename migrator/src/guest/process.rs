@@ -307,11 +307,11 @@ mod tests {
         for is_at_home in [false, true] {
             let note = Note { file: guest.criu().restoring(), into: None };
             let mut wait = Command::new("sh");
-            let mut criu = note.begin(wait.args(["-c", "read -r line && exec sleep 0.3"]), b"\n").unwrap();
             let Some((first, mut outer)) = first_process() else {
                 eprintln!("SKIPPED: a namespace of processes can't be had here (it needs root)");
                 return;
             };
+            let mut criu = note.begin(wait.args(["-c", "read -r line && exec sleep 0.3"]), b"\n").unwrap();
             fs::write(guest.site.run.join("pid"), first.pid.to_string()).unwrap();
             if is_at_home {
                 std::os::unix::fs::symlink("/", &guest.site.root).unwrap();
