@@ -31,7 +31,7 @@ pub struct Written {
     pub bytes: usize,
     /// Whether it cleared setuid, setgid or capabilities: what the kernel has cached of the inode is wrong then.
     pub cleared_privileges: bool,
-    /// Why it was no more, if it was less than asked for.
+    /// Why they were no more, if they were fewer than asked for.
     pub failure: Option<Errno>,
 }
 
@@ -41,7 +41,7 @@ pub(super) struct Put {
     pub bytes: usize,
     /// Where they end.
     pub end: u64,
-    /// Why it were no more, if it were less than given.
+    /// Why they were no more, if they were fewer than given.
     pub failure: Option<Errno>,
 }
 
