@@ -39,7 +39,7 @@ impl From<Kind> for layerfs::manifest::LayerKind {
     layerctl import ./added app --parent debian                  SRC lies over debian\n  \
     layerctl import ./rootfs2 app --parent debian --whole        SRC is the whole tree\n  \
     docker save nginx | layerctl import - nginx\n  \
-    layerctl import oci:app-image:1.0 app                        what `export app oci:app-image:1.0` wrote\n  \
+    layerctl import oci:app-image:1.0 app                        what export wrote there\n  \
     layerctl import disk.qcow2 vm/disk --kind instance")]
 pub struct Import {
     /// A folder, archive, OCI layout or disk image; `-` for stdin

@@ -139,7 +139,8 @@ fn what_guests_lie_on_stays_theirs() {
     }
     let host = mounted_base();
     host.json(&["tag", "base", "other"]);
-    host.json(&["guest", "create", "web", "--driver", "process", "--on", "base", "--", "/bin/true"]);
+    let made = host.output(&["guest", "create", "web", "--driver", "process", "--on", "base", "--", "/bin/true"]);
+    assert!(made.status.success(), "{made:?}");
     assert!(host.run(&["remove", "other", "base"]).contains("guest web lies on base"));
     assert_eq!(host.json(&["list"])["layers"].as_array().unwrap().len(), 2, "all of them, or none");
     host.json(&["remove", "other"]);
