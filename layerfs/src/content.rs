@@ -25,6 +25,8 @@ const NODE_MASK: u16 = 127;
 /// No tree is higher: 32^8 entries would be needed.
 const MAX_DEPTH: u8 = 8;
 
+const HOLES_ARE_NEIGHBOURS: &str = "two holes are neighbours";
+
 /// A run of a file's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub enum Extent {
@@ -49,6 +51,10 @@ impl Extent {
             Extent::Chunk { bytes, .. } => u64::from(*bytes),
             Extent::Hole { bytes } => *bytes,
         }
+    }
+
+    fn is_hole(&self) -> bool {
+        matches!(self, Extent::Hole { .. })
     }
 
     /// Never true for an extent of a valid list.
@@ -177,6 +183,7 @@ impl Content {
                 }
                 let extents = (0..count).map(|_| decode_extent(reader)).collect::<Result<Vec<_>>>()?;
                 check_sum(reader, extents.iter().map(Extent::len), bytes)?;
+                check_holes(reader, extents.iter().map(Extent::is_hole))?;
                 List::Direct(extents)
             }
             2 => {
@@ -195,6 +202,18 @@ impl Content {
 fn check_sum(reader: &Reader<'_>, lengths: impl Iterator<Item = u64>, expected: u64) -> Result<()> {
     let sum = lengths.fold(0u64, u64::saturating_add);
     if sum == expected { Ok(()) } else { Err(reader.error(format!("extents of {sum} bytes in a file of {expected}"))) }
+}
+
+/// Checks that no two in a row are holes: what walks a list does a step for each, and zeros cost nothing to store.
+fn check_holes(reader: &Reader<'_>, are_holes: impl Iterator<Item = bool>) -> Result<()> {
+    let mut after_hole = false;
+    for is_hole in are_holes {
+        if after_hole && is_hole {
+            return Err(reader.error(HOLES_ARE_NEIGHBOURS));
+        }
+        after_hole = is_hole;
+    }
+    Ok(())
 }
 
 fn encode_extent(extent: &Extent, out: &mut Vec<u8>) {
@@ -282,6 +301,7 @@ pub fn decode_node(plain: &[u8], depth: u8) -> Result<Vec<Entry>> {
             Entry::Node { bytes, id: reader.id()? }
         });
     }
+    check_holes(&reader, entries.iter().map(|entry| matches!(entry, Entry::Extent(extent) if extent.is_hole())))?;
     reader.finish()?;
     Ok(entries)
 }
@@ -397,13 +417,16 @@ pub struct Extents<'a, R: ChunkRead + ?Sized> {
     chunks: &'a R,
     /// (file offset, entry, its depth), the next on top.
     stack: Vec<(u64, Entry, u8)>,
+    /// Whether the last one given was a hole. The next must not be one, in the next node either: nodes of one hole
+    /// each, which a tree can repeat without end, would keep a reader busy for ever.
+    after_hole: bool,
 }
 
 impl<'a, R: ChunkRead + ?Sized> Extents<'a, R> {
     /// The extents of `content` from the one that holds byte `from` on, each with its file offset. Inline content
     /// has none.
     pub fn new(chunks: &'a R, content: &Content, from: u64) -> Result<Extents<'a, R>> {
-        let mut extents = Extents { chunks, stack: Vec::new() };
+        let mut extents = Extents { chunks, stack: Vec::new(), after_hole: false };
         if let Content::Extents { bytes, list, .. } = content {
             match list {
                 List::Direct(direct) => extents.push_all(0, direct.iter().map(|e| Entry::Extent(*e)), 0),
@@ -455,7 +478,14 @@ impl<R: ChunkRead + ?Sized> Iterator for Extents<'_, R> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             match self.stack.pop()? {
-                (offset, Entry::Extent(extent), _) => return Some(Ok((offset, extent))),
+                (_, Entry::Extent(Extent::Hole { .. }), _) if self.after_hole => {
+                    self.stack.clear();
+                    return Some(Err(Error::corrupt("list node", HOLES_ARE_NEIGHBOURS)));
+                }
+                (offset, Entry::Extent(extent), _) => {
+                    self.after_hole = extent.is_hole();
+                    return Some(Ok((offset, extent)));
+                }
                 (offset, Entry::Node { id, bytes }, depth) => {
                     if let Err(error) = self.open(offset, &id, bytes, depth) {
                         self.stack.clear();
@@ -539,6 +569,49 @@ mod tests {
         assert!(matches!(content, Content::Extents { list: List::Tree { depth: 2.., .. }, .. }));
     }
 
+    #[test]
+    fn neighbouring_holes_are_refused() {
+        let out = MemoryChunks::default();
+        let decode = |extents: &[Extent]| {
+            let (bytes, list) = (extents.iter().map(Extent::len).sum(), List::Direct(extents.to_vec()));
+            let mut encoded = Vec::new();
+            Content::Extents { bytes, data_bytes: 0, chunker: Chunker::Tree, list }.encode(&mut encoded);
+            Content::decode(&mut Reader::new("content", &encoded))
+        };
+        let (hole, data) = (Extent::Hole { bytes: 1 }, chunk(&out, 1));
+        assert!(decode(&[hole, data, hole]).is_ok());
+        assert!(matches!(decode(&[data, hole, hole]), Err(Error::Corrupt { .. })));
+        let leaf = |extents: &[Extent]| encode_node(1, &extents.iter().map(|e| Entry::Extent(*e)).collect::<Vec<_>>());
+        assert_eq!(decode_node(&leaf(&[hole, data, hole]), 1).unwrap().len(), 3);
+        assert!(matches!(decode_node(&leaf(&[hole; 512]), 1), Err(Error::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_tree_that_repeats_a_node_with_a_hole_is_left_at_the_second() {
+        let out = MemoryChunks::default();
+        let data = chunk(&out, 1);
+        // One hole; a hole at the start and one at the end.
+        for extents in
+            [vec![Extent::Hole { bytes: 1 }], vec![Extent::Hole { bytes: 1 }, data, Extent::Hole { bytes: 1 }]]
+        {
+            let count = extents.len();
+            let mut bytes: u64 = extents.iter().map(Extent::len).sum();
+            let leaf: Vec<Entry> = extents.into_iter().map(Entry::Extent).collect();
+            let mut root = out.put(Class::List, &encode_node(1, &leaf)).unwrap();
+            for depth in 2..=6 {
+                root = out.put(Class::List, &encode_node(depth, &[Entry::Node { id: root, bytes }; 512])).unwrap();
+                bytes *= 512;
+            }
+            let list = List::Tree { root, depth: 6 };
+            let content = Content::Extents { bytes, data_bytes: 0, chunker: Chunker::Tree, list };
+            for from in [0, bytes / 2, bytes - 20] {
+                let found: Vec<_> = Extents::new(&out, &content, from).unwrap().take(10).collect();
+                assert!(found.len() <= count + 1, "{from}: {}", found.len());
+                assert!(matches!(found.last(), Some(Err(Error::Corrupt { .. }))), "{from}");
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
@@ -566,6 +639,8 @@ mod tests {
             let mut buffer = vec![0; 1000];
             let count = read_at(&out, &content, from as u64, &mut buffer).unwrap();
             prop_assert_eq!(&buffer[..count], &expected[from..(from + 1000).min(expected.len())]);
+            let found = Extents::new(&out, &content, from as u64).unwrap().collect::<Result<Vec<_>>>().unwrap();
+            prop_assert!(found.first().is_none_or(|(at, extent)| (*at..at + extent.len()).contains(&(from as u64))));
         }
     }
 }

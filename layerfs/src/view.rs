@@ -5,7 +5,9 @@
 //! layer share its mapped tables. Numbers of inodes are those of the layers, on every host and in every view.
 
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::iter::successors;
 use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Weak};
@@ -17,7 +19,7 @@ use crate::chunk::ChunkRead;
 use crate::content;
 use crate::error::{Error, Result};
 use crate::id::{Ino, LayerId};
-use crate::inode::{Inode, Node, Stat, Target};
+use crate::inode::{DentryRef, Inode, Node, Stat, Target};
 use crate::manifest::Manifest;
 use crate::store::Store;
 use crate::table::{KEPT_BYTES, RELEASE_EVERY, Table};
@@ -290,38 +292,58 @@ impl View {
     }
 
     /// A path that leads to inode `ino`, if one does; without a leading slash, empty for the root. There is no
-    /// index for this: each step up reads the dentries of all layers.
+    /// index for this: each step up reads the dentries of all layers, for all folders of that step at once.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for a folder that lies in itself, and for too deep ones.
     pub fn path_of(&self, ino: Ino) -> Result<Option<Vec<u8>>> {
-        self.path_within(ino, 0)
+        let mut ways = WaysDown::new();
+        let mut step = HashSet::from([ino]);
+        for _ in 0..=MAX_STEPS_UP {
+            if step.contains(&Ino::ROOT) {
+                let names = successors(ways.get(&Ino::ROOT), |(below, _)| ways.get(below)).map(|(_, name)| *name);
+                return Ok(Some(names.collect::<Vec<_>>().join(&b'/')));
+            }
+            if step.is_empty() {
+                return Ok(None);
+            }
+            step = self.folders_above(&step, &mut ways)?;
+        }
+        Err(Error::corrupt("layer", format!("inode {ino} lies more than {MAX_STEPS_UP} folders deep")))
     }
 
-    fn path_within(&self, ino: Ino, steps: usize) -> Result<Option<Vec<u8>>> {
-        if ino == Ino::ROOT {
-            return Ok(Some(Vec::new()));
-        }
-        if steps > MAX_STEPS_UP {
-            return Err(Error::corrupt("layer", format!("folder {ino} lies in itself")));
-        }
-        // A name may stand in a folder that was removed: then another one may do.
+    /// The folders in which those of `below` lie, but for the ones that are in `ways` already; only the root, if that is
+    /// one.
+    fn folders_above<'v>(&'v self, below: &HashSet<Ino>, ways: &mut WaysDown<'v>) -> Result<HashSet<Ino>> {
+        let mut above = HashSet::new();
         for layer in &self.layers {
             for dentry in layer.table.dentries() {
-                let dentry = dentry?;
-                let leads_there = matches!(dentry.target, Target::Inode { ino: target, .. } if target == ino);
-                if !leads_there || self.lookup(dentry.folder, dentry.name)?.is_none_or(|(found, _)| found != ino) {
+                let DentryRef { folder, name, target } = dentry?;
+                let Target::Inode { ino, .. } = target else { continue };
+                if !below.contains(&ino) || self.lookup(folder, name)?.is_none_or(|(found, _)| found != ino) {
                     continue;
                 }
-                if let Some(mut path) = self.path_within(dentry.folder, steps + 1)? {
-                    if !path.is_empty() {
-                        path.push(b'/');
-                    }
-                    path.extend_from_slice(dentry.name);
-                    return Ok(Some(path));
+                if successors(Some(ino), |at| ways.get(at).map(|(below, _)| *below)).any(|at| at == folder) {
+                    return Err(Error::corrupt("layer", format!("folder {folder} lies in itself")));
+                }
+                if folder == Ino::ROOT {
+                    ways.insert(folder, (ino, name));
+                    return Ok(HashSet::from([folder]));
+                }
+                // A name may stand in a folder that was removed, so all that have one are gone through; but once each,
+                // as there may be any number of ways that lead nowhere.
+                if let Entry::Vacant(way) = ways.entry(folder) {
+                    way.insert((ino, name));
+                    above.insert(folder);
                 }
             }
         }
-        Ok(None)
+        Ok(above)
     }
 }
+
+/// For folders above some inode: the entry through which a way leads down to it.
+type WaysDown<'v> = HashMap<Ino, (Ino, &'v [u8])>;
 
 /// Pushes the components of `path` in reverse, so that the first is popped first.
 fn push_parts(left: &mut Vec<Vec<u8>>, path: &[u8]) {

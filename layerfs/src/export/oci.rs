@@ -1,7 +1,7 @@
 //! Export as an OCI image layout (image-spec 1.1): one layer tar per layer of the stack, config, manifest, index.
 //!
 //! Invariants: all blobs depend on the stack alone, so that the same stack gives the same digests everywhere; a
-//! layout that is there already keeps what it holds (but for the tag that is given), and gets the new image by one
+//! layout that is there already keeps what it holds, tags that name other images included, and gets the new image by one
 //! replacement of its index; a new layout appears at once.
 
 use std::fs::{self, File};
@@ -111,8 +111,16 @@ fn existing_index(path: &Path) -> Result<Option<Value>> {
 fn add_to_index(index: &mut Value, image: &Image, tag: &str) -> Result<()> {
     let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
     let manifests = manifests.ok_or_else(|| Error::invalid("the layout's index.json has no list of manifests"))?;
-    manifests.retain(|manifest| manifest["annotations"][TAG_KEY] != tag);
     let mut entry = image.manifest.descriptor(MANIFEST_TYPE);
+    let (same, other): (Vec<&Value>, Vec<&Value>) = manifests
+        .iter()
+        .filter(|manifest| manifest["annotations"][TAG_KEY] == tag)
+        .partition(|manifest| manifest["digest"] == entry["digest"]);
+    match (same.is_empty(), other.is_empty()) {
+        (_, false) => return Err(Error::Exists { what: "tag", name: tag.to_owned() }),
+        (false, true) => return Ok(()),
+        (true, true) => {}
+    }
     entry["annotations"] = json!({ TAG_KEY: tag });
     manifests.push(entry);
     Ok(())

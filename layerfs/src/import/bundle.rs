@@ -21,6 +21,8 @@ use crate::import::tar::{Archive, MemberKind};
 const MAX_DOCUMENT: u64 = 8 * 1024 * 1024;
 /// The most members of an image's archive.
 const MAX_MEMBERS: usize = 100_000;
+/// The most bytes of the paths of those and of what the links among them refer to.
+const MAX_PATHS_BYTES: usize = 32 * 1024 * 1024;
 /// The longest chain of links among an archive's members.
 const MAX_LINKS: usize = 8;
 
@@ -42,6 +44,7 @@ impl Bundle {
         let file = Arc::new(file);
         let mut archive = Archive::new(Section { file: file.clone(), at: 0, end: u64::MAX }, true);
         let mut members = HashMap::new();
+        let mut paths_bytes = 0;
         while let Some(member) = archive.next_member()? {
             if members.len() >= MAX_MEMBERS {
                 return Err(Error::invalid("the image's archive has more members than an image needs"));
@@ -56,6 +59,13 @@ impl Bundle {
                 },
                 _ => continue,
             };
+            paths_bytes += path.key().len();
+            if let Found::Link(target) = &found {
+                paths_bytes += target.key().len();
+            }
+            if paths_bytes > MAX_PATHS_BYTES {
+                return Err(Error::invalid("the image's archive has longer paths than an image needs"));
+            }
             members.insert(path, found);
         }
         Ok(Bundle::Archive { file, members })

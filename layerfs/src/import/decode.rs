@@ -30,8 +30,8 @@ impl Compression {
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Compression::Xz),
             [b'B', b'Z', b'h', b'1'..=b'9', ..] => {
-                let detail = "compression with bzip2 (unpack it first)".to_owned();
-                return Err(Error::Unsupported { what: "archive", detail });
+                let detail = "unpack it first".to_owned();
+                return Err(Error::Platform { what: "the content of a bzip2 archive", detail });
             }
             _ => None,
         })

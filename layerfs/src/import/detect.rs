@@ -31,6 +31,19 @@ pub enum Format {
     Qcow2,
 }
 
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Format::Folder => "folder",
+            Format::Tar => "tar",
+            Format::Oci => "oci",
+            Format::Docker => "docker",
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        })
+    }
+}
+
 impl std::str::FromStr for Format {
     type Err = Error;
 
@@ -76,7 +89,7 @@ impl Opened {
 }
 
 fn refused(format: Format, what: &str) -> Error {
-    Error::invalid(format!("{what} can't be read as {format:?}; leave the format out, to have it detected"))
+    Error::invalid(format!("{what} can't be read as {format}; leave the format out, to have it detected"))
 }
 
 /// Opens what lies at `path`, as `format` or as what it looks like.

@@ -25,6 +25,27 @@ enum Tag {
     File(TreePath, Attrs, Xattrs),
 }
 
+impl Tag {
+    /// What it holds in memory besides itself, in bytes.
+    fn held_bytes(&self) -> usize {
+        let of_xattrs = |xattrs: &Xattrs| -> usize {
+            xattrs.iter().map(|xattr| size_of_val(xattr) + xattr.0.len() + xattr.1.len()).sum()
+        };
+        match self {
+            Tag::File(path, _, xattrs) => path.key().len() + of_xattrs(xattrs),
+            Tag::Entry(path, entry) => {
+                path.key().len()
+                    + match entry {
+                        Entry::Node { xattrs, node: Node::Symlink(target), .. } => of_xattrs(xattrs) + target.len(),
+                        Entry::Node { xattrs, .. } => of_xattrs(xattrs),
+                        Entry::HardLink(target) => target.key().len(),
+                        Entry::Whiteout | Entry::Opaque => 0,
+                    }
+            }
+        }
+    }
+}
+
 /// For the keys of paths, the offsets at which the files there are cut.
 pub(super) type Cuts = BTreeMap<Vec<u8>, Vec<u64>>;
 
@@ -147,7 +168,7 @@ fn take<'a>(
             builder.add(&path, Entry::Node { attrs, xattrs, node })
         }
     };
-    let ingest = session.ingest(Box::new(sink) as Sink<'a>);
+    let ingest = session.ingest(Box::new(sink) as Sink<'a>).weighing(Tag::held_bytes);
     let mut feed = Feed { ingest, monitor, cutting, entries: 0, bytes: 0, warnings: 0 };
     source(&mut feed)?;
     let Feed { ingest, entries, bytes, warnings, .. } = feed;

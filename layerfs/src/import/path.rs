@@ -25,7 +25,7 @@ impl TreePath {
     /// # Errors
     /// [`Error::Invalid`] for `..`, NUL, names of more than 255 bytes, and paths beyond [`MAX_PATH`].
     pub fn parse(raw: &[u8]) -> Result<TreePath> {
-        let mut key = Vec::with_capacity(raw.len());
+        let mut key = Vec::with_capacity(raw.len().min(MAX_PATH));
         for name in raw.split(|byte| *byte == b'/') {
             if name.is_empty() || name == b"." {
                 continue;
@@ -44,6 +44,8 @@ impl TreePath {
         if key.len() > MAX_PATH {
             return Err(Error::invalid(format!("a path of {} bytes is too long: {}", key.len(), show(&raw[..100]))));
         }
+        // Many wait in memory, and what was written may be slashes for the most part.
+        key.shrink_to_fit();
         Ok(TreePath(key))
     }
 

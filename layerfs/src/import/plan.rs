@@ -417,7 +417,8 @@ impl<'a, 'o> Planner<'a, 'o> {
         self.top()?.subfolders -= 1;
         let Some(lower) = self.lower else { return Ok(()) };
         // A malformed parent, with a folder in itself, has an end too.
-        let mut left: u64 = lower.layers().iter().map(|layer| layer.manifest.dentry_count).sum();
+        let counts = lower.layers().iter().map(|layer| layer.manifest.dentry_count);
+        let mut left = counts.fold(0, u64::saturating_add);
         let mut folders = vec![child.0];
         while let Some(folder) = folders.pop() {
             for entry in lower.read_folder(folder, None)? {

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::chunk::{self, Class};
 use crate::closure::{ChunkUse, Known, walk_layer};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
@@ -31,6 +31,27 @@ pub(crate) enum Finding {
     Damage(PackId, u64, u64),
     /// An index entry whose record isn't there, or whose bytes are wrong.
     Chunk(ChunkId, Location, String),
+    /// A pack of which not all chunks could be looked at. Nothing is known against them.
+    Unchecked(PackId, Error),
+}
+
+/// Whether `error`, met when a chunk was read, says that it is damaged or gone. Every other says something of this
+/// machine just now: that it has no descriptor or memory left, that it may not read the file.
+pub(crate) fn is_damage(error: &Error) -> bool {
+    match error {
+        Error::ChunkMissing(_) | Error::ChunkDamaged { .. } | Error::Corrupt { .. } => true,
+        Error::File { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        // The record itself: opening a pack fails with its path.
+        Error::Io { source, .. } => source.raw_os_error() == Some(libc::EIO),
+        Error::Tier { class, .. } => matches!(class, ErrorClass::NotFound | ErrorClass::Corrupt),
+        _ => false,
+    }
+}
+
+/// What to tell of a pack whose chunks could not be looked at because of `error`.
+pub(crate) fn unchecked_detail(error: &Error) -> String {
+    let cause = std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
+    format!("not all of its chunks could be looked at: {error}{cause}")
 }
 
 impl Finding {
@@ -71,12 +92,14 @@ pub(crate) struct PackCheck<'a> {
     pub totals: Totals,
     findings: Mutex<Vec<Finding>>,
     matched: Mutex<HashMap<PackId, u64>>,
+    /// The packs of the findings [`Finding::Unchecked`].
+    unchecked: Mutex<HashSet<PackId>>,
 }
 
 impl<'a> PackCheck<'a> {
     pub fn new(store: &'a Store, monitor: &'a dyn Monitor, verify: bool) -> PackCheck<'a> {
-        let (findings, matched) = (Mutex::default(), Mutex::default());
-        PackCheck { store, monitor, verify, totals: Totals::default(), findings, matched }
+        let (findings, matched, unchecked) = (Mutex::default(), Mutex::default(), Mutex::default());
+        PackCheck { store, monitor, verify, totals: Totals::default(), findings, matched, unchecked }
     }
 
     /// Checks everything; returns what is wrong.
@@ -149,6 +172,13 @@ impl<'a> PackCheck<'a> {
         match result {
             Ok(()) => Ok(()),
             Err(_) if self.store.index.get(id)? != Some(*location) => Ok(()),
+            Err(error) if !is_damage(&error) => {
+                // It is mostly the same for all chunks of a pack.
+                if self.unchecked.lock().insert(location.pack) {
+                    self.found(Finding::Unchecked(location.pack, error));
+                }
+                Ok(())
+            }
             Err(error) => {
                 // The id stands beside it already.
                 let detail = match error {
@@ -298,5 +328,30 @@ impl Store {
             next = presence.layer(layer)?.parent;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_says_something_of_the_chunk_is_damage() {
+        let (id, os) = (ChunkId::of(b"chunk"), std::io::Error::from_raw_os_error);
+        let read = |code| is_damage(&Error::io("reading a pack", os(code)));
+        let open = |code| is_damage(&Error::file("open", "pack", os(code)));
+        let tier = |class| {
+            let (place, detail) = ("bucket".to_owned(), "so".to_owned());
+            is_damage(&Error::Tier { action: "reading from", place, class, detail })
+        };
+        assert!(is_damage(&Error::ChunkMissing(id)) && is_damage(&Error::corrupt("pack", "so")));
+        assert!(is_damage(&Error::ChunkDamaged { id, detail: "so".to_owned() }));
+        assert!(read(libc::EIO) && open(libc::ENOENT) && tier(ErrorClass::NotFound) && tier(ErrorClass::Corrupt));
+        for code in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EACCES, libc::EPERM, libc::EISDIR, libc::EINTR] {
+            assert!(!read(code) && !open(code), "{}", os(code));
+        }
+        assert!(!open(libc::EIO), "all of a pack isn't lost when opening it fails");
+        assert!(!tier(ErrorClass::Network) && !tier(ErrorClass::Denied));
+        assert!(!is_damage(&Error::Index("so".to_owned())) && !is_damage(&Error::Cancelled));
     }
 }

@@ -135,6 +135,24 @@ pub(crate) struct DbOptions {
     pub lenient: bool,
 }
 
+/// Why a batch isn't applied, and whether that is sure.
+#[derive(Debug)]
+pub enum WriteError {
+    /// It was refused before the engine got it: nothing is applied.
+    NotWritten(Error),
+    /// The engine failed with it, on a full disk too: it may be in the log all the same, and then holds when the database is
+    /// opened anew.
+    Unsure(Error),
+}
+
+impl From<WriteError> for Error {
+    fn from(error: WriteError) -> Error {
+        match error {
+            WriteError::NotWritten(error) | WriteError::Unsure(error) => error,
+        }
+    }
+}
+
 /// The open database.
 pub struct Db {
     db: DB,
@@ -200,8 +218,24 @@ impl Db {
     /// Applies `batch`.
     ///
     /// # Errors
-    /// That of the disk; nothing is applied then.
+    /// That of the disk. Whether it isn't applied for sure is told by [`Db::apply`].
     pub fn write(&self, batch: Batch, sync: Sync) -> Result<()> {
+        Ok(self.apply(batch, sync)?)
+    }
+
+    /// The same, for those to whom it matters whether what failed may hold all the same.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn apply(&self, batch: Batch, sync: Sync) -> Result<(), WriteError> {
+        let changes = self.changes(&batch).map_err(WriteError::NotWritten)?;
+        let mut options = WriteOptions::default();
+        options.set_sync(sync == Sync::Yes);
+        self.db.write_opt(changes, &options).map_err(|error| WriteError::Unsure(error.into()))
+    }
+
+    /// What the engine is to apply, if it may.
+    fn changes(&self, batch: &Batch) -> Result<WriteBatch> {
         if self.read_only {
             return Err(Error::Denied("the store is open for reading only".to_owned()));
         }
@@ -217,9 +251,7 @@ impl Db {
                 None => changes.delete_cf(handle, &op.key),
             }
         }
-        let mut options = WriteOptions::default();
-        options.set_sync(sync == Sync::Yes);
-        Ok(self.db.write_opt(changes, &options)?)
+        Ok(changes)
     }
 
     /// Makes durable what was written until now.

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::Monitor;
-use crate::store::check::{Finding, PackCheck, Presence};
+use crate::store::check::{Finding, PackCheck, Presence, unchecked_detail};
 use crate::store::rewrite::Rewriter;
 use crate::store::{Store, Uncached};
 
@@ -24,7 +24,7 @@ pub struct FsckOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProblemKind {
-    /// A pack can't be read.
+    /// A pack, or some chunk of it, can't be read; what it holds may be whole.
     PackUnreadable,
     /// Bytes inside of a pack are no record. Harmless unless chunks are missing.
     PackDamaged,
@@ -172,6 +172,10 @@ impl Store {
                     let detail = format!("bytes {from} to {to} are no record");
                     let is_repaired = rewritten.contains(&pack);
                     report.add(ProblemKind::PackDamaged, pack.to_string(), detail, Vec::new(), is_repaired);
+                }
+                Finding::Unchecked(pack, error) => {
+                    let detail = unchecked_detail(&error);
+                    report.add(ProblemKind::PackUnreadable, pack.to_string(), detail, Vec::new(), false);
                 }
                 Finding::Chunk(id, _, detail) => {
                     report.add(ProblemKind::ChunkGone, id.to_string(), detail, Vec::new(), options.repair);

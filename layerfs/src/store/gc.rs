@@ -134,9 +134,11 @@ impl Store {
     /// Removes what nothing refers to.
     ///
     /// # Errors
-    /// [`Error::Busy`] if one runs already; that of a damaged layer, since what it needs can't be known then.
+    /// [`Error::Busy`] if one runs already; that of a damaged layer, since what it needs can't be known then;
+    /// [`Error::Corrupt`] if names were lost and layers have not all got names again.
     pub fn gc(&self, monitor: &dyn Monitor, options: GcOptions) -> Result<GcReport> {
         self.check_writable()?;
+        self.check_names_recovered()?;
         let busy = || Error::Busy("a collection or check of this store is running already".to_owned());
         let _running = self.collector.running.try_lock().ok_or_else(busy)?;
         let run = Arc::new(Run {

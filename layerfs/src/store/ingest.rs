@@ -6,7 +6,7 @@
 //!
 //! It hides the threads. Invariants: contents come out in the order in which files went in, and chunks lie in
 //! packs in that order; the sink runs on the caller's thread; at most [`MAX_JOBS`] batches per worker are in
-//! memory, whatever the files are.
+//! memory, and of tags that wait [`MAX_TAG_BYTES`] and one more, whatever the files are.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,6 +30,8 @@ const BATCH_BYTES: usize = 1 << 20;
 const MAX_JOBS: usize = 3;
 /// The most events that wait for chunks.
 const MAX_EVENTS: usize = 16 * 1024;
+/// The most bytes that the tags among them hold, but for the last one.
+const MAX_TAG_BYTES: usize = 4 << 20;
 const READ_BYTES: usize = 256 * 1024;
 
 /// What happens in order once the chunks in front of it are there.
@@ -117,6 +119,10 @@ pub struct Ingest<'s, T, F: FnMut(T, Option<Content>) -> Result<()>> {
     session: &'s Session,
     sink: F,
     events: VecDeque<Event<T>>,
+    /// What a tag holds in memory besides itself, in bytes.
+    weigh: fn(&T) -> usize,
+    /// What those hold that are in `events`.
+    tag_bytes: usize,
     /// The batch that is being filled.
     job: Job,
     next_job: u64,
@@ -138,6 +144,8 @@ impl Session {
             session: self,
             sink,
             events: VecDeque::new(),
+            weigh: |_| 0,
+            tag_bytes: 0,
             job: Job::default(),
             next_job: 0,
             workers: None,
@@ -153,6 +161,13 @@ impl Session {
 }
 
 impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
+    /// Has `weigh` tell what a tag holds in memory besides itself, in bytes, so that this is bounded too. Without it,
+    /// only the number of tags is.
+    pub fn weighing(mut self, weigh: fn(&T) -> usize) -> Self {
+        self.weigh = weigh;
+        self
+    }
+
     /// Takes in a file whose content `source` yields, cut by `chunker`. Once this has failed, the session is of no
     /// more use.
     pub fn file(&mut self, tag: T, chunker: Chunker, source: &mut dyn Source) -> Result<()> {
@@ -259,17 +274,25 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
     }
 
     fn event(&mut self, event: Event<T>) -> Result<()> {
+        self.tag_bytes += self.weight(&event);
         self.events.push_back(event);
-        if self.events.len() < MAX_EVENTS {
+        if self.events.len() < MAX_EVENTS && self.tag_bytes < MAX_TAG_BYTES {
             return Ok(());
         }
         if !self.job.ends.is_empty() {
             self.send()?;
         }
-        while self.events.len() >= MAX_EVENTS / 2 {
+        while self.events.len() >= MAX_EVENTS / 2 || self.tag_bytes >= MAX_TAG_BYTES / 2 {
             self.pump(true)?;
         }
         Ok(())
+    }
+
+    fn weight(&self, event: &Event<T>) -> usize {
+        match event {
+            Event::Begin(tag, _) | Event::Whole(tag, _) => (self.weigh)(tag),
+            Event::Data | Event::Hole(_) | Event::Kept(_) | Event::End => 0,
+        }
     }
 
     /// Sends the batch to the workers, and waits while too many are under way.
@@ -340,6 +363,7 @@ impl<T, F: FnMut(T, Option<Content>) -> Result<()>> Ingest<'_, T, F> {
                 _ => None,
             };
             let Some(event) = self.events.pop_front() else { return Ok(()) };
+            self.tag_bytes -= self.weight(&event);
             self.run_event(event, chunk)?;
         }
         Ok(())

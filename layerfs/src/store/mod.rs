@@ -14,6 +14,7 @@ mod fsck;
 mod gc;
 mod index;
 mod ingest;
+mod lost_names;
 mod names;
 mod offload;
 mod open;

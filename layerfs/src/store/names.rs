@@ -70,14 +70,19 @@ pub struct NameChange {
 /// The fewest hexadecimal digits that stand for a layer.
 const MIN_PREFIX: usize = 8;
 
+/// A row of names.
+pub(crate) fn decode_row(key: &[u8], value: &[u8]) -> Result<(LayerName, NameRecord)> {
+    let name = std::str::from_utf8(key).map_err(|_| Error::corrupt("name", "it is not text"))?;
+    Ok((LayerName::new(name)?, NameRecord::decode(value)?))
+}
+
 impl Store {
     /// All names, sorted.
     pub fn names(&self) -> Result<Vec<(LayerName, NameRecord)>> {
         let mut names = Vec::new();
         for entry in self.db.iter(Cf::Names, &[])? {
             let (key, value) = entry?;
-            let name = std::str::from_utf8(&key).map_err(|_| Error::corrupt("name", "it is not text"))?;
-            names.push((LayerName::new(name)?, NameRecord::decode(&value)?));
+            names.push(decode_row(&key, &value)?);
         }
         Ok(names)
     }

@@ -16,6 +16,7 @@ use crate::failpoint;
 use crate::monitor::{self, Monitor};
 use crate::store::Store;
 use crate::store::pack::{PackId, TARGET_BYTES};
+use crate::store::space;
 use crate::store::tier::{Objects, Record, State};
 
 /// What lies where.
@@ -277,7 +278,7 @@ fn busy() -> Error {
     Error::Busy("work on the second tier, a collection or a check is running already; try again later".to_owned())
 }
 
-/// Downloads an object to `path`, where it appears whole and verified.
+/// Downloads an object to `path`, where it appears whole and verified. Leaves on the disk what packs leave.
 pub(crate) fn fetch(objects: &dyn Objects, record: &Record, path: &Path, monitor: &dyn Monitor) -> Result<()> {
     const STEP: u64 = 1 << 20;
     let (file, temporary) = durable::create_temporary(path, 0o600)?;
@@ -292,6 +293,7 @@ pub(crate) fn fetch(objects: &dyn Objects, record: &Record, path: &Path, monitor
                 return Err(Error::corrupt("pack in the second tier", format!("{} ends early", record.object())));
             }
             hasher.update(&piece);
+            space::require(&temporary, space::PACK_RESERVE_BYTES)?;
             file.write_all_at(&piece, at).map_err(|e| Error::file("write", &temporary, e))?;
             at += piece.len() as u64;
             monitor.advance(piece.len() as u64);

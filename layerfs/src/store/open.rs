@@ -19,7 +19,7 @@ use crate::store::cache::ChunkCache;
 use crate::store::db::{Db, DbOptions};
 use crate::store::gc::Collector;
 use crate::store::index::Index;
-use crate::store::packs::Packs;
+use crate::store::packs::{self, Packs};
 use crate::store::partial::Partials;
 use crate::store::pins::Roots;
 use crate::store::spare::Spares;
@@ -97,12 +97,23 @@ impl Store {
             make_folder(folder)?;
         }
         let lock = take_lock(folder, options.read_only)?;
+        Store::open_locked(folder, options, found, lock)
+    }
+
+    /// Opens the store in `folder`, which `lock` is held on; `found` says whether it is one already.
+    pub(crate) fn open_locked(
+        folder: &Path,
+        options: StoreOptions,
+        found: bool,
+        lock: Option<StoreLock>,
+    ) -> Result<Arc<Store>> {
         if !found {
             FOLDERS.iter().try_for_each(|name| make_folder(&folder.join(name)))?;
         }
         if !options.read_only {
             empty_folder(&folder.join("tmp"))?;
             remove_half_made(&folder.join("tables"))?;
+            packs::remove_half_fetched(&folder.join("packs"))?;
         }
         let db =
             Db::open(&folder.join("index"), DbOptions { create: !found, ..db_options(&options) }).map_err(|error| {

@@ -284,6 +284,12 @@ impl PackWriter {
         is_whole && self.synced_end >= HEADER_BYTES as u64
     }
 
+    /// Fails from now on as if the disk were full.
+    #[cfg(test)]
+    pub fn refuse_writes(&mut self) {
+        self.reserve = u64::MAX;
+    }
+
     /// Readies it for its next owner: gives up what memory isn't needed until then.
     pub fn rest(&mut self) {
         self.buffer = Vec::new();

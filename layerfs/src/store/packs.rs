@@ -228,3 +228,27 @@ fn parse_name(name: &str) -> Option<PackId> {
     let digits = name.strip_suffix(".pack").filter(|digits| digits.len() == 16)?;
     u64::from_str_radix(digits, 16).ok().map(PackId)
 }
+
+/// Whether `name` is that of a pack's temporary sibling, as [`crate::durable::create_temporary`] makes it.
+fn is_temporary(name: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    name.strip_suffix(".tmp")
+        .and_then(|name| name.rsplit_once('.'))
+        .filter(|(pack, _)| parse_name(pack).is_some())
+        .and_then(|(_, numbers)| numbers.split_once('-'))
+        .is_some_and(|(process, number)| is_number(process) && is_number(number))
+}
+
+/// Removes what a kill left of packs that were being fetched. What somebody else has put there stays.
+pub(crate) fn remove_half_fetched(folder: &Path) -> Result<()> {
+    let failed = |e| Error::file("list", folder, e);
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if is_file && entry.file_name().to_str().is_some_and(is_temporary) {
+            let path = entry.path();
+            std::fs::remove_file(&path).map_err(|e| Error::file("remove", &path, e))?;
+        }
+    }
+    Ok(())
+}

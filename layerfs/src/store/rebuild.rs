@@ -2,7 +2,10 @@
 //!
 //! Invariants: only chunks whose bytes verify get into the new index; the old index stays in place until the new one
 //! is complete. Names and everything else that isn't chunks are taken over if the old database can still be read;
-//! if not, each complete layer that no other layer lies on gets the name `recovered/<the id's first 12 digits>`.
+//! if not, each complete layer that no other layer lies on gets the name `recovered/<the id's first 12 digits>`. Where
+//! that is cut off, the next rebuild goes on with it ([`super::lost_names`]).
+//!
+//! `index.making` is a new index until it is complete; `index.new` a complete one, or the one that it has replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -16,19 +19,20 @@ use rustix::fs::{CWD, RenameFlags};
 use crate::chunk::{self, Class};
 use crate::durable;
 use crate::error::{Error, Result};
-use crate::id::{LayerId, LayerName};
+use crate::id::LayerId;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
+use crate::store::Store;
 use crate::store::db::{Batch, Cf, Db, DbOptions, Sync};
 use crate::store::index::Location;
-use crate::store::names::Expect;
+use crate::store::lost_names::{self, LostNames};
+use crate::store::names;
 use crate::store::offload;
 use crate::store::open::{self, StoreOptions};
 use crate::store::pack::{HEADER_BYTES, PackId, read_record};
 use crate::store::packs::Packs;
 use crate::store::scan::{Found, PackScan};
 use crate::store::tier::{self, Objects, Record, State, Tier};
-use crate::store::{Store, Uncached};
 
 /// What a rebuild found.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -45,8 +49,10 @@ pub struct RebuildReport {
     pub records_kept: bool,
     /// Names that there are now, those that were made up included.
     pub names: u64,
-    /// Layers in their stacks.
+    /// Layers in their stacks, those that are missing not counted.
     pub layers: u64,
+    /// Layers in their stacks whose manifests are in no pack, each with the names that it is missing to.
+    pub missing_layers: BTreeMap<LayerId, Vec<String>>,
     /// Names that were given to layers whose names are unknown.
     pub recovered: Vec<String>,
 }
@@ -73,10 +79,16 @@ pub fn rebuild_from(
         return Err(Error::NotFound { what: "store", name: folder.display().to_string() });
     }
     let lock = open::take_lock(folder, false)?;
-    let (old, new) = (folder.join("index"), folder.join("index.new"));
-    remove_folder(&new)?;
+    let (old, new, making) = (folder.join("index"), folder.join("index.new"), folder.join("index.making"));
+    let aside = folder.join("index.damaged");
     let db_options = DbOptions { create: true, ..open::db_options(&options) };
-    let db = Db::open(&new, db_options)?;
+    match open_old(&old, db_options).and_then(|db| LostNames::read(&db)) {
+        Ok(None | Some(LostNames::Incomplete)) => remove_folder(&new)?,
+        // It may be the one that the names were lost with.
+        Ok(Some(LostNames::Unrecovered)) | Err(_) => keep_aside(&new, &aside)?,
+    }
+    remove_folder(&making)?;
+    let db = Db::open(&making, db_options)?;
     let packs = Packs::open(folder.join("packs"), Tier::none())?;
     let scan = Scan::new(&db, &packs, monitor);
     scan.run(options.thread_count())?;
@@ -90,30 +102,41 @@ pub fn rebuild_from(
         ..RebuildReport::default()
     };
     let manifests = std::mem::take(&mut *scan.manifests.lock());
+    let count = |db: &Db, report: &mut RebuildReport| {
+        if let Err(error) = count_named(db, &manifests, report, monitor) {
+            monitor.warn(&format!("not all names and layers are counted: {error}"));
+        }
+    };
     let copied = copy_records(&old, &db, &packs, db_options);
     report.chunks = db.iter_from(Cf::Chunks, &[])?.count() as u64;
     match copied {
         Ok(()) => report.records_kept = true,
         Err(error) => monitor.warn(&format!("the old index can't be read, so names are unknown: {error}")),
     }
-    let is_nameless = db.iter_from(Cf::Names, &[])?.next().is_none();
+    // After a lost disk the old index is a new one, which never knew a name.
+    let is_new = || Ok::<_, Error>(objects.is_some() && db.iter_from(Cf::Names, &[])?.next().is_none());
+    let has_lost_names = !report.records_kept || LostNames::read(&db)?.is_some() || is_new()?;
+    if has_lost_names {
+        db.write(LostNames::change(Some(LostNames::Unrecovered)), Sync::No)?;
+    } else {
+        count(&db, &mut report);
+    }
     db.sync()?;
     drop(db);
+    fs::rename(&making, &new).map_err(|e| Error::file("rename", &making, e))?;
     swap(&new, &old)?;
     if report.records_kept {
         remove_folder(&new)?;
     } else {
-        keep_aside(&new, &folder.join("index.damaged"))?;
+        keep_aside(&new, &aside)?;
     }
-    drop(lock);
-    let store = Store::open(folder, options)?;
-    // After a lost disk the old index is a new one, which never knew a name.
-    let has_lost_names = !report.records_kept || (objects.is_some() && is_nameless);
-    store.connect_tier(objects);
     if has_lost_names {
-        report.recovered = recover_names(&store, &manifests)?;
+        // Under the same lock: a daemon that came in between would see layers without names, and collect them.
+        let store = Store::open_locked(folder, options, true, lock)?;
+        store.connect_tier(objects);
+        report.recovered = lost_names::recover(&store, &manifests, monitor)?;
+        count(&store.db, &mut report);
     }
-    (report.names, report.layers) = count_named(&store, &manifests)?;
     Ok(report)
 }
 
@@ -172,9 +195,12 @@ impl<'a> Scan<'a> {
             };
             let here = self.packs.path(id);
             if here.exists() {
-                // Another pack with this number: then the object is of no use.
                 if offload::hash_file(&here)?.0 == hash {
                     self.db.put(Cf::Meta, tier::key(id), record.encode())?;
+                } else {
+                    let detail =
+                        format!("object {name}: another pack here has its number {id}, so that it isn't taken");
+                    self.problems.lock().push(detail);
                 }
                 continue;
             }
@@ -243,10 +269,15 @@ impl<'a> Scan<'a> {
     }
 }
 
+/// Opens the database at `old` for what can still be read of it.
+fn open_old(old: &Path, options: DbOptions) -> Result<Db> {
+    let read_only = DbOptions { read_only: true, create: false, ..options };
+    Db::open(old, read_only).or_else(|_| Db::open(old, DbOptions { lenient: true, ..read_only }))
+}
+
 /// Takes over everything from the database at `old` but the chunks, and of these those that lie elsewhere.
 fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<()> {
-    let read_only = DbOptions { read_only: true, create: false, ..options };
-    let old = Db::open(old, read_only).or_else(|_| Db::open(old, DbOptions { lenient: true, ..read_only }))?;
+    let old = open_old(old, options)?;
     for cf in Cf::ALL.into_iter().filter(|cf| *cf != Cf::Chunks) {
         let mut batch = Batch::new();
         for entry in old.iter_from(cf, &[])? {
@@ -269,35 +300,36 @@ fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Resul
     Ok(())
 }
 
-/// Names the complete layers that no other complete layer lies on.
-fn recover_names(store: &Store, manifests: &BTreeMap<LayerId, Option<LayerId>>) -> Result<Vec<String>> {
-    let complete: BTreeSet<LayerId> =
-        manifests.keys().copied().filter(|layer| store.check_stack(*layer).is_ok()).collect();
-    let parents: BTreeSet<LayerId> = complete.iter().filter_map(|layer| *manifests.get(layer)?).collect();
-    let mut recovered = Vec::new();
-    for layer in complete.difference(&parents) {
-        let name = LayerName::new(&format!("recovered/{}", layer.0.short()))?;
-        store.set_name(&name, *layer, Expect::Absent)?;
-        recovered.push(name.to_string());
-    }
-    Ok(recovered)
-}
-
-/// How many names there are, and how many layers in their stacks, as far as their manifests were read.
-fn count_named(store: &Store, manifests: &BTreeMap<LayerId, Option<LayerId>>) -> Result<(u64, u64)> {
-    let names = store.names()?;
+/// Counts the names, the layers in their stacks, and those of them that are missing, as far as their manifests were read.
+fn count_named(
+    db: &Db,
+    manifests: &BTreeMap<LayerId, Option<LayerId>>,
+    report: &mut RebuildReport,
+    monitor: &dyn Monitor,
+) -> Result<()> {
     let mut layers = BTreeSet::new();
-    for (_, record) in &names {
+    for entry in db.iter_from(Cf::Names, &[])? {
+        let (key, value) = entry?;
+        let (name, record) = match names::decode_row(&key, &value) {
+            Ok(row) => row,
+            Err(error) => {
+                monitor.warn(&format!("the name {:?} can't be read: {error}", String::from_utf8_lossy(&key)));
+                continue;
+            }
+        };
+        report.names += 1;
         let mut next = Some(record.layer);
-        while let Some(layer) = next.filter(|layer| layers.insert(*layer)) {
-            // One that is only in the second tier was not read.
-            next = match manifests.get(&layer) {
-                Some(parent) => *parent,
-                None => Manifest::load(&Uncached(store), layer).ok().and_then(|manifest| manifest.parent),
-            };
+        while let Some(layer) = next {
+            // Of one that is only in the second tier, and was not read, it isn't known what it lies on.
+            if !db.contains(Cf::Chunks, layer.0.0)? {
+                report.missing_layers.entry(layer).or_default().push(name.to_string());
+                break;
+            }
+            report.layers += u64::from(layers.insert(layer));
+            next = manifests.get(&layer).copied().flatten();
         }
     }
-    Ok((names.len() as u64, layers.len() as u64))
+    Ok(())
 }
 
 /// Puts `new` in the place of `old`, which afterwards lies at `new`, if there is one.

@@ -11,7 +11,7 @@ use crate::closure::{ChunkUse, Known, walk_stack};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
 use crate::monitor::Monitor;
-use crate::store::check::{Finding, PackCheck};
+use crate::store::check::{Finding, PackCheck, unchecked_detail};
 use crate::store::{Store, Uncached};
 
 /// A chunk whose bytes are wrong or gone.
@@ -42,14 +42,16 @@ pub struct ScrubReport {
     pub stored_bytes: u64,
     /// Packs, or parts of them, that can't be read.
     pub pack_problems: Vec<String>,
+    /// Packs of which not all chunks could be looked at.
+    pub unchecked_packs: u64,
     /// The damaged chunks.
     pub damaged: Vec<DamagedChunk>,
 }
 
 impl ScrubReport {
-    /// Whether every chunk is whole.
+    /// Whether every chunk was looked at and is whole.
     pub fn is_clean(&self) -> bool {
-        self.damaged.is_empty()
+        self.damaged.is_empty() && self.unchecked_packs == 0
     }
 }
 
@@ -81,6 +83,10 @@ impl Store {
                 Finding::Unreadable(pack, error) => report.pack_problems.push(format!("pack {pack}: {error}")),
                 Finding::Damage(pack, from, to) => {
                     report.pack_problems.push(format!("pack {pack}: bytes {from} to {to} are no record"));
+                }
+                Finding::Unchecked(pack, error) => {
+                    report.unchecked_packs += 1;
+                    report.pack_problems.push(format!("pack {pack}: {}", unchecked_detail(&error)));
                 }
                 Finding::Chunk(id, location, detail) => {
                     self.suspects.add(id);

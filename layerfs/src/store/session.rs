@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Weak, mpsc};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
@@ -286,17 +286,24 @@ impl Inner {
     /// Sends the full pack to the disk in the background; the next one is filled meanwhile.
     fn rotate(&self, state: &mut State) -> Result<()> {
         state.join()?;
-        let Some(mut writer) = state.writer.take() else { return Ok(()) };
+        let Some(writer) = &mut state.writer else { return Ok(()) };
         writer.write_out()?;
-        let chunks = Arc::new(std::mem::take(&mut state.pending));
-        let (store, entries) = (self.store.clone(), chunks.clone());
+        let store = self.store.clone();
+        let (hand, taken) = mpsc::channel::<(PackWriter, Arc<HashMap<ChunkId, Location>>)>();
         let work = move || {
+            let Ok((mut writer, entries)) = taken.recv() else { return Ok(()) };
             let result = writer.sync().and_then(|()| store.index_records(&entries));
             store.packs.give_back(writer);
             result
         };
         let thread = std::thread::Builder::new().name("pack-sync".to_owned()).spawn(work);
         let thread = thread.map_err(|e| Error::io("starting a thread", e))?;
+        // Only now, when nothing can fail any more: until then the pack is finished with the session.
+        let chunks = Arc::new(std::mem::take(&mut state.pending));
+        if let Some(writer) = state.writer.take() {
+            // It waits for that.
+            let _ = hand.send((writer, chunks.clone()));
+        }
         state.syncing = Some(Syncing { chunks, thread });
         Ok(())
     }
@@ -368,5 +375,40 @@ impl Drop for Inner {
             self.store.finish_pack(writer);
         }
         self.store.unregister(self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorClass;
+    use crate::store::StoreOptions;
+
+    #[test]
+    fn a_full_pack_that_the_disk_has_no_room_for_stays_with_its_session() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        for synced in [false, true] {
+            let session = store.session("full");
+            if synced {
+                session.put(Class::Data, b"synced").unwrap();
+                session.commit().unwrap();
+            }
+            session.put(Class::Data, b"more").unwrap();
+            let pack = {
+                let mut state = session.inner.state.lock();
+                let writer = state.writer.as_mut().unwrap();
+                writer.refuse_writes();
+                let pack = writer.id();
+                assert_eq!(session.inner.rotate(&mut state).unwrap_err().class(), ErrorClass::NoSpace);
+                assert!(state.writer.is_some() && state.syncing.is_none());
+                pack
+            };
+            assert!(!store.packs.claim(pack), "it is still the session's");
+            drop(session);
+            assert_eq!(store.packs.path(pack).exists(), synced, "what was never synced goes");
+            assert!(store.packs.claim(pack), "nobody owns it any more");
+            store.packs.release(pack);
+        }
     }
 }

@@ -83,7 +83,7 @@ impl Store {
             let mut next = Some(record.layer);
             while let Some(layer) = next.filter(|layer| layers.insert(*layer)) {
                 let manifest = Manifest::load(&Uncached(self), layer)?;
-                referenced_bytes += self.referenced_bytes(&manifest, monitor)?;
+                referenced_bytes = self.referenced_bytes(&manifest, monitor)?.saturating_add(referenced_bytes);
                 next = manifest.parent;
             }
         }
@@ -110,11 +110,11 @@ impl Store {
     fn referenced_bytes(&self, manifest: &Manifest, monitor: &dyn Monitor) -> Result<u64> {
         let chunks = Uncached(self);
         let mut inodes = Records::inodes(&chunks, manifest)?;
-        let mut bytes = 0;
+        let mut bytes = 0u64;
         while let Some(inode) = inodes.next_inode()? {
             monitor::check(monitor)?;
             if let Node::File(content) = &inode.node {
-                bytes += content.data_bytes();
+                bytes = bytes.saturating_add(content.data_bytes());
             }
         }
         Ok(bytes)

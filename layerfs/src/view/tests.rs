@@ -335,6 +335,63 @@ fn malformed_trees_end_a_walk() {
     }
 }
 
+#[test]
+fn a_path_is_found_among_many_ways_that_lead_nowhere() {
+    const RUNGS: u64 = 40;
+    let rung_folder = |rung: u64, side: u64| Ino(Ino::FIRST.0 + 2 * rung + side);
+    for is_reachable in [false, true] {
+        let mut names = Vec::new();
+        // Two folders on each rung, each with a name in both of the next one.
+        for rung in 1..RUNGS {
+            for (above, below) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                names.push((rung_folder(rung, above), format!("n{below}"), rung_folder(rung - 1, below)));
+            }
+        }
+        if is_reachable {
+            names.push((Ino::ROOT, "top".to_owned(), rung_folder(RUNGS - 1, 1)));
+        }
+        let tables = tempfile::tempdir().unwrap();
+        let view = view_of_folders(2 * RUNGS, &names, tables.path());
+        let lowest = rung_folder(0, 0);
+        let path = view.path_of(lowest).unwrap();
+        assert_eq!(path.is_some(), is_reachable);
+        if let Some(path) = path {
+            assert_eq!(view.resolve(&path, false).unwrap().0, lowest);
+            assert_eq!(path.split(|byte| *byte == b'/').count() as u64, RUNGS);
+        }
+    }
+}
+
+#[test]
+fn a_folder_in_itself_has_no_path() {
+    let (first, second) = (Ino::FIRST, Ino(Ino::FIRST.0 + 1));
+    let name = |folder: Ino, name: &str, ino: Ino| (folder, name.to_owned(), ino);
+    for names in [vec![name(first, "a", first)], vec![name(first, "a", second), name(second, "b", first)]] {
+        let tables = tempfile::tempdir().unwrap();
+        let view = view_of_folders(2, &names, tables.path());
+        assert!(matches!(view.path_of(first), Err(Error::Corrupt { .. })));
+    }
+    let names: Vec<_> = (0..1001).map(|n| name(Ino(first.0 + n), "d", Ino(first.0 + n + 1))).collect();
+    let tables = tempfile::tempdir().unwrap();
+    let view = view_of_folders(1002, &names, tables.path());
+    assert!(matches!(view.path_of(Ino(first.0 + 1001)), Err(Error::Corrupt { .. })));
+    assert_eq!(view.path_of(Ino(first.0 + 900)).unwrap(), None);
+}
+
+/// A view of one layer with that many folders besides the root, and these entries of them.
+fn view_of_folders(count: u64, names: &[(Ino, String, Ino)], tables: &Path) -> View {
+    let chunks = MemoryChunks::default();
+    let mut model = Model::new();
+    model.next = Ino::FIRST.0 + count;
+    (Ino::FIRST.0..model.next).for_each(|ino| model.put_inode(Ino(ino), Node::Folder));
+    for (folder, name, ino) in names {
+        model.touched_dentries.insert((*folder, name.clone().into_bytes()));
+        model.dentries.insert((*folder, name.clone().into_bytes()), (*ino, FileKind::Folder));
+    }
+    let (id, _) = model.seal(&chunks, None);
+    View::from_chunks(Arc::new(chunks), tables, id).unwrap()
+}
+
 /// The inodes of the model's tree by path, in path order (a folder's path before what is in it).
 fn tree(model: &Model) -> Vec<(Vec<u8>, Inode)> {
     let root = (Vec::new(), model.inodes[&Ino::ROOT].clone());

@@ -1,6 +1,7 @@
 //! The 512 bytes in front of each member.
 
 use crate::error::{Error, Result};
+use crate::import::path::show;
 use crate::import::tar::sparse::Segment;
 
 /// The size of everything in an archive, in bytes.
@@ -63,7 +64,12 @@ impl Header {
             _ => (0, 0),
         };
         let (mut sparse, mut is_extended, mut real_size) = (Vec::new(), false, 0);
-        if kind == b'S' && is_gnu {
+        if kind == b'S' {
+            if !is_gnu {
+                // Others have their map elsewhere: read as GNU's, it would make a file of nothing.
+                let detail = format!("member {} of type \"S\" that is not GNU tar's", show(&name));
+                return Err(Error::Unsupported { what: "archive", detail });
+            }
             sparse = segments(&block[386..482])?;
             is_extended = block[482] != 0;
             real_size = size(&block[483..495])?;

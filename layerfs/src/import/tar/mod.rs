@@ -169,7 +169,7 @@ impl<R: Read> Archive<R> {
                 b'x' | b'X' => local = Pax::parse(&self.extended(header.size)?)?,
                 b'g' => {
                     let more = self.extended(header.size)?;
-                    self.global.add(&more)?;
+                    self.global.add_global(&more)?;
                 }
                 b'L' => long_name = Some(until_nul(self.extended(header.size)?)),
                 b'K' => long_link = Some(until_nul(self.extended(header.size)?)),
@@ -214,13 +214,21 @@ impl<R: Read> Archive<R> {
         // What isn't a file has no data, whatever its header says of the size of what it refers to.
         let has_data = kind == MemberKind::File || header.kind == b'D';
         let stored_bytes = if has_data { pax.size.unwrap_or(header.size) } else { 0 };
+        if stored_bytes > i64::MAX as u64 {
+            return Err(damaged(format!("member {} has {stored_bytes} bytes, more than any file", show(&name))));
+        }
         self.data_left = stored_bytes;
         self.padding = padding(stored_bytes);
-        let xattrs = pax.take_xattrs();
+        let too_many = || format!("member {} has more extended attributes than a file can have", show(&name));
+        let xattrs = self.global.xattrs_below(pax.take_xattrs()).ok_or_else(|| Error::invalid(too_many()))?;
         let mut member = Member { name, kind, attrs, xattrs, stored_bytes, sparse: None };
         if header.kind == b'S' {
             member.sparse = Some(self.old_gnu_map(header.sparse, header.real_size, header.is_extended)?);
         } else if member.kind == MemberKind::File && pax.sparse.is_used() {
+            if let Some(major @ 2..) = pax.sparse.major {
+                let detail = format!("member {} with a sparse map of version {major}", show(&member.name));
+                return Err(Error::Unsupported { what: "archive", detail });
+            }
             member.sparse = Some(self.pax_map(pax.sparse)?);
         }
         if let Some(map) = &member.sparse {

@@ -6,9 +6,13 @@ use crate::import::acl;
 use crate::import::path::show;
 use crate::import::tar::MAX_SEGMENTS;
 use crate::import::tar::sparse::Segment;
+use crate::inode::xattrs_fit_record;
 
 /// The most extended attributes of a member; Linux's list of names holds 64 KiB.
 const MAX_XATTRS: usize = 4096;
+/// The most bytes of extended attributes in global headers, as each member that follows gets them: a small archive
+/// must not become a layer that is larger by orders of magnitude.
+const MAX_GLOBAL_XATTRS_BYTES: usize = 64 * 1024;
 
 /// What an extended header says of a member.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +57,18 @@ fn damaged(detail: impl Into<String>) -> Error {
 }
 
 impl Pax {
+    /// Adds global `records` to these.
+    pub fn add_global(&mut self, records: &[u8]) -> Result<()> {
+        self.add(records)?;
+        let bytes: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if bytes > MAX_GLOBAL_XATTRS_BYTES {
+            let detail =
+                format!("{bytes} bytes of extended attributes for every member are more than an archive needs");
+            return Err(Error::invalid(detail));
+        }
+        Ok(())
+    }
+
     pub fn parse(records: &[u8]) -> Result<Pax> {
         let mut pax = Pax::default();
         pax.add(records)?;
@@ -60,7 +76,7 @@ impl Pax {
     }
 
     /// Adds `records`; the last of a key holds.
-    pub fn add(&mut self, mut records: &[u8]) -> Result<()> {
+    fn add(&mut self, mut records: &[u8]) -> Result<()> {
         while !records.is_empty() && records[0] != 0 {
             let space = records.iter().take(20).position(|byte| *byte == b' ');
             let space = space.ok_or_else(|| damaged("an extended header's record has no length"))?;
@@ -159,14 +175,22 @@ impl Pax {
         xattrs
     }
 
-    /// These as global records, with a member's own in front.
-    pub fn overlaid(&self, local: Pax) -> Pax {
-        let mut xattrs = local.xattrs;
+    /// The extended attributes of these as global records, with a member's `own` in front, both sorted; none if they
+    /// are more than a file can have.
+    pub fn xattrs_below(&self, own: Xattrs) -> Option<Xattrs> {
+        let mut xattrs = own;
+        let own_count = xattrs.len();
         for (name, value) in &self.xattrs {
-            if !xattrs.iter().any(|(other, _)| other == name) {
+            if xattrs[..own_count].binary_search_by(|(other, _)| other.cmp(name)).is_err() {
                 xattrs.push((name.clone(), value.clone()));
             }
         }
+        xattrs.sort_unstable();
+        (xattrs.len() <= MAX_XATTRS && xattrs_fit_record(&xattrs)).then_some(xattrs)
+    }
+
+    /// These as global records, with a member's own in front; its extended attributes are its own still.
+    pub fn overlaid(&self, local: Pax) -> Pax {
         Pax {
             path: local.path.or_else(|| self.path.clone()),
             link: local.link.or_else(|| self.link.clone()),
@@ -175,7 +199,7 @@ impl Pax {
             gid: local.gid.or(self.gid),
             mtime: local.mtime.or(self.mtime),
             sparse: local.sparse,
-            xattrs,
+            xattrs: local.xattrs,
         }
     }
 }
@@ -266,5 +290,33 @@ mod tests {
         for bad in [&b"5 a=b\n"[..], b"99 path=a\n", b"x path=a\n", b"7 pathab\n", b"0 \n", b"13 size=1x23\n"] {
             assert!(Pax::parse(bad).is_err(), "{}", show(bad));
         }
+    }
+
+    #[test]
+    fn a_members_attributes_are_in_front_of_the_global_ones_and_bounded() {
+        let attribute = |name: &str| (format!("user.{name}").into_bytes(), name.as_bytes().to_vec());
+        let mut global = Pax::default();
+        global.add_global(b"27 SCHILY.xattr.user.b=all\n25 SCHILY.xattr.user.a=a\n").unwrap();
+        let own = vec![(b"user.b".to_vec(), b"b".to_vec()), attribute("c")];
+        let expected = [attribute("a"), attribute("b"), attribute("c")];
+        assert_eq!(global.xattrs_below(own).unwrap(), expected);
+        let many = |count: usize| (0..count).map(|n| (format!("user.x{n:04}").into_bytes(), Vec::new())).collect();
+        assert_eq!(global.xattrs_below(many(MAX_XATTRS - 2)).unwrap().len(), MAX_XATTRS);
+        assert!(global.xattrs_below(many(MAX_XATTRS - 1)).is_none());
+        let large = |count: u32| (0..count).map(|n| (format!("user.{n:05}").into_bytes(), vec![1; 65_536])).collect();
+        assert!(global.xattrs_below(large(255)).is_some() && global.xattrs_below(large(256)).is_none());
+    }
+
+    #[test]
+    fn global_attributes_are_bounded_over_all_headers() {
+        let record = |name: char| {
+            let rest = format!(" SCHILY.xattr.user.{name}={}\n", "x".repeat(30_000));
+            format!("{}{rest}", rest.len() + 5).into_bytes()
+        };
+        let mut global = Pax::default();
+        for name in ['a', 'b', 'b'] {
+            global.add_global(&record(name)).unwrap();
+        }
+        assert!(matches!(global.add_global(&record('c')), Err(Error::Invalid(_))));
     }
 }

@@ -21,7 +21,8 @@ pub struct SparseMap {
 }
 
 impl SparseMap {
-    /// Fails unless the segments are in order, within the file, and as long together as the data in the archive.
+    /// Fails unless the segments are in order, within the file, and as long together as the data in the archive, of
+    /// which `stored_bytes` are left behind the map.
     pub fn check(&self, stored_bytes: u64) -> Result<()> {
         let wrong = |detail: &str| Error::corrupt("archive", format!("a sparse file's map is impossible: {detail}"));
         if self.size > i64::MAX as u64 {
@@ -35,8 +36,11 @@ impl SparseMap {
             end = segment.offset.checked_add(segment.bytes).ok_or_else(|| wrong("a segment is too long"))?;
             sum += segment.bytes;
         }
-        if end > self.size || sum > stored_bytes {
+        if end > self.size {
             return Err(wrong("there is more data than fits"));
+        }
+        if sum != stored_bytes {
+            return Err(wrong(&format!("it has {sum} bytes of data, the archive {stored_bytes}")));
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::tars::Maker;
+use super::tars::{Maker, pax_records};
 use super::*;
 
 fn class(bench: &Bench, archive: Vec<u8>) -> ErrorClass {
@@ -62,6 +62,51 @@ fn malformed_archives_are_corrupt() {
 }
 
 #[test]
+fn a_size_that_no_file_has_is_corrupt() {
+    let bench = Bench::new();
+    for size in ["9223372036854775808", "18446744073709551615"] {
+        let archive = Maker::default().with_records(&[("size", size)], "y", b"1").file("z", "2").end();
+        assert_eq!(class(&bench, archive.clone()), ErrorClass::Corrupt, "{size}");
+        let options = ImportOptions { format: Some(Format::Oci), ..ImportOptions::new(name("bad")) };
+        let error = bench.import_bytes(archive, &options).unwrap_err();
+        assert!(error.to_string().contains("member \"y\""), "{error}");
+    }
+}
+
+#[test]
+fn sparse_files_of_unknown_kinds_are_unsupported() {
+    let bench = Bench::new();
+    let make = Maker::default;
+    for archive in [
+        make().member(b'S', "a", "", b""),
+        make().member(b'S', "a", "", b"data"),
+        make().with_records(&[("GNU.sparse.major", "2"), ("GNU.sparse.size", "10")], "a", b""),
+        make().with_records(&[("GNU.sparse.major", "99"), ("GNU.sparse.map", "0,4")], "a", b"data"),
+    ] {
+        assert_eq!(class(&bench, archive.end()), ErrorClass::Unsupported);
+    }
+}
+
+#[test]
+fn sparse_maps_that_leave_data_out_are_corrupt() {
+    let bench = Bench::new();
+    let make = Maker::default;
+    let mut mapped = b"1\n4\n3\n".to_vec();
+    mapped.resize(512, 0);
+    mapped.extend(b"abcd");
+    for archive in [
+        make().old_sparse("a", 10, &[(4, 3)], b"abcd"),
+        make().old_sparse("a", 10, &[(4, 3)], b"ab"),
+        make().old_sparse("a", 10, &[], b"abcd"),
+        make().with_records(&[("GNU.sparse.size", "10"), ("GNU.sparse.map", "4,3")], "a", b"abcd"),
+        make().with_records(&[("GNU.sparse.major", "0"), ("GNU.sparse.size", "10")], "a", b"abcd"),
+        make().with_records(&[("GNU.sparse.major", "1"), ("GNU.sparse.realsize", "10")], "a", &mapped),
+    ] {
+        assert_eq!(class(&bench, archive.end()), ErrorClass::Corrupt);
+    }
+}
+
+#[test]
 fn an_archive_with_a_damaged_start_does_not_pass_for_a_disk() {
     let bench = Bench::new();
     let mut archive = Maker::default().file("a", "1234").end();
@@ -84,6 +129,21 @@ fn huge_headers_are_refused_before_they_are_read() {
     archive[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
     assert_eq!(class(&bench, archive), ErrorClass::Invalid);
     assert_eq!(class(&bench, Maker::default().member(b'M', "rest", "", b"").end()), ErrorClass::Unsupported);
+}
+
+#[test]
+fn a_small_archive_does_not_take_much_memory() {
+    let bench = Bench::new();
+    let global = |records: &[(&str, &str)]| Maker::default().member(b'g', "g", "", pax_records(records).as_bytes());
+    let value = "x".repeat(40_000);
+    let attributes = [("SCHILY.xattr.user.a", value.as_str()), ("SCHILY.xattr.user.b", value.as_str())];
+    assert_eq!(class(&bench, global(&attributes).folder("d/").end()), ErrorClass::Invalid);
+    let target = "a/".repeat(29_000);
+    let link = |archive: Maker, number: usize| archive.link(&format!("l{number}"), "");
+    let archive = (0..600).fold(global(&[("linkpath", &target)]), link).end();
+    let options = ImportOptions { format: Some(Format::Oci), ..ImportOptions::new(name("bad")) };
+    let error = bench.import_bytes(archive, &options).unwrap_err();
+    assert!(error.to_string().contains("longer paths than an image needs"), "{error}");
 }
 
 #[test]

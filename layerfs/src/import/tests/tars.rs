@@ -78,7 +78,19 @@ fn order_and_compression_and_the_way_in_do_not_matter() {
 pub(super) struct Maker(Vec<u8>);
 
 impl Maker {
-    pub fn member(mut self, kind: u8, path: &str, link: &str, data: &[u8]) -> Maker {
+    pub fn member(self, kind: u8, path: &str, link: &str, data: &[u8]) -> Maker {
+        self.changed_member(kind, path, link, data, |_| {})
+    }
+
+    /// A member whose header `change` has the last say of, but for its sum.
+    pub fn changed_member(
+        mut self,
+        kind: u8,
+        path: &str,
+        link: &str,
+        data: &[u8],
+        change: impl FnOnce(&mut [u8; 512]),
+    ) -> Maker {
         let mut header = [0u8; 512];
         header[..path.len()].copy_from_slice(path.as_bytes());
         header[100..107].copy_from_slice(b"0000755");
@@ -89,6 +101,7 @@ impl Maker {
         header[156] = kind;
         header[157..157 + link.len()].copy_from_slice(link.as_bytes());
         header[257..265].copy_from_slice(b"ustar\x0000");
+        change(&mut header);
         header[148..156].fill(b' ');
         let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
         header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
@@ -102,6 +115,23 @@ impl Maker {
         self.member(b'0', path, "", data.as_bytes())
     }
 
+    /// A sparse file as GNU tar writes it without pax headers: `segments` are offsets and lengths.
+    pub fn old_sparse(self, path: &str, size: u64, segments: &[(u64, u64)], data: &[u8]) -> Maker {
+        self.changed_member(b'S', path, "", data, |header| {
+            header[257..265].copy_from_slice(b"ustar  \0");
+            let octal = |number: u64| format!("{number:011o}\0").into_bytes();
+            for (at, (offset, bytes)) in (386..).step_by(24).zip(segments) {
+                header[at..at + 24].copy_from_slice(&[octal(*offset), octal(*bytes)].concat());
+            }
+            header[483..495].copy_from_slice(&octal(size));
+        })
+    }
+
+    /// A member with an extended header of these records in front.
+    pub fn with_records(self, records: &[(&str, &str)], path: &str, data: &[u8]) -> Maker {
+        self.member(b'x', "p", "", pax_records(records).as_bytes()).member(b'0', path, "", data)
+    }
+
     pub fn folder(self, path: &str) -> Maker {
         self.member(b'5', path, "", b"")
     }
@@ -113,6 +143,69 @@ impl Maker {
     pub fn end(mut self) -> Vec<u8> {
         self.0.extend([0; 1024]);
         self.0
+    }
+}
+
+/// The records of an extended header, each with its length in front.
+pub(super) fn pax_records(records: &[(&str, &str)]) -> String {
+    let record = |(key, value): &(&str, &str)| {
+        let rest = format!(" {key}={value}\n");
+        let digits = (1..).find(|digits| (digits + rest.len()).to_string().len() == *digits).unwrap();
+        format!("{}{rest}", digits + rest.len())
+    };
+    records.iter().map(record).collect()
+}
+
+#[test]
+fn sparse_maps_of_all_versions_are_read() {
+    let bench = Bench::new();
+    let mut mapped = b"2\n4\n3\n10\n0\n".to_vec();
+    mapped.resize(512, 0);
+    mapped.extend(b"abc");
+    // The empty segment at the end, which tells where a file that ends in a hole ends, has no data.
+    let archive = Maker::default()
+        .old_sparse("old", 10, &[(4, 3), (10, 0)], b"abc")
+        .with_records(
+            &[
+                ("GNU.sparse.size", "10"),
+                ("GNU.sparse.numblocks", "2"),
+                ("GNU.sparse.offset", "4"),
+                ("GNU.sparse.numbytes", "3"),
+                ("GNU.sparse.offset", "10"),
+                ("GNU.sparse.numbytes", "0"),
+            ],
+            "zero",
+            b"abc",
+        )
+        .with_records(&[("GNU.sparse.size", "10"), ("GNU.sparse.map", "4,3,10,0")], "one-map", b"abc")
+        .with_records(
+            &[("GNU.sparse.major", "0"), ("GNU.sparse.size", "10"), ("GNU.sparse.map", "4,3,10,0")],
+            "zero-told",
+            b"abc",
+        )
+        .with_records(&[("GNU.sparse.major", "1"), ("GNU.sparse.realsize", "10")], "one", &mapped);
+    let tree = bench.tree(bench.top(&bench.import_bytes(archive.end(), &ImportOptions::new(name("t"))).unwrap()));
+    for path in ["old", "zero", "one-map", "zero-told", "one"] {
+        assert_eq!(tree[path.as_bytes()].data, b"\0\0\0\0abc\0\0\0", "{path}");
+    }
+}
+
+#[test]
+fn global_attributes_are_those_of_all_members() {
+    let bench = Bench::new();
+    let value = "x".repeat(60_000);
+    let global = pax_records(&[("SCHILY.xattr.user.all", &value), ("SCHILY.xattr.user.some", "1")]);
+    let mut archive = Maker::default().member(b'g', "g", "", global.as_bytes());
+    for number in 0..100 {
+        archive = archive.folder(&format!("d{number}/"));
+    }
+    let archive = archive.with_records(&[("SCHILY.xattr.user.some", "2")], "f", b"data").end();
+    let tree = bench.tree(bench.top(&bench.import_bytes(archive, &ImportOptions::new(name("t"))).unwrap()));
+    let expected =
+        |some: &[u8]| vec![(b"user.all".to_vec(), value.clone().into_bytes()), (b"user.some".to_vec(), some.to_vec())];
+    assert_eq!(tree.len(), 102);
+    for (path, what) in tree.iter().filter(|(path, _)| !path.is_empty()) {
+        assert!(what.xattrs == expected(if path == b"f" { b"2" } else { b"1" }), "{}", path.escape_ascii());
     }
 }
 

@@ -10,12 +10,13 @@ use std::process::Command;
 use super::*;
 use crate::failpoint;
 use crate::monitor::Silent;
-use crate::store::{FsckOptions, GcOptions};
+use crate::store::{FsckOptions, GcOptions, rebuild};
 
-/// The steps of the store itself: all but those of seals, squashes, transfers, moves and the second tier.
+/// The steps of the store itself: all but those of seals, squashes, transfers, guests, moves and the second tier.
 fn steps() -> impl Iterator<Item = &'static str> {
-    let is_elsewhere =
-        |step: &str| ["seal.", "squash.", "receive.", "move.", "tier."].iter().any(|other| step.starts_with(other));
+    let is_elsewhere = |step: &str| {
+        ["seal.", "squash.", "receive.", "move.", "guest.", "tier."].iter().any(|other| step.starts_with(other))
+    };
     failpoint::NAMES.iter().copied().filter(move |step| !is_elsewhere(step))
 }
 
@@ -90,4 +91,42 @@ fn look_at(path: &Path, what: &str) {
     assert_eq!(store.names().unwrap().len(), count + 1, "{what}");
     let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
     assert!(report.is_clean(), "{what}: {report:#?}");
+}
+
+#[test]
+fn rebuilding_child() {
+    let (Some(path), Ok(step)) = (std::env::var_os("LAYERFS_TEST_REBUILD"), std::env::var("LAYERFS_TEST_STEP")) else {
+        return; // Only of use when the test below starts it.
+    };
+    assert!(failpoint::arm(&step, 1));
+    rebuild(Path::new(&path), StoreOptions::default(), &Silent).unwrap();
+}
+
+#[test]
+fn all_names_or_none_are_recovered_when_a_rebuild_is_killed() {
+    for (step, count) in [("name.before", 0), ("name.after", 2)] {
+        let (_folder, store) = store();
+        let path = store.folder().to_owned();
+        let layers = [1, 2].map(|seed| named_layer(&store, &format!("n{seed}"), &[seed], 60_000));
+        drop(store);
+        std::fs::write(path.join("index/CURRENT"), "rubbish").unwrap();
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "store::tests::crash::rebuilding_child", "--test-threads=1", "--quiet"])
+            .env("LAYERFS_TEST_REBUILD", &path)
+            .env("LAYERFS_TEST_STEP", step)
+            .stdout(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "{step} was not met: {status}");
+        let store = Store::open(&path, StoreOptions::default()).unwrap();
+        assert_eq!(names_of(&store).len(), count, "{step}");
+        assert_eq!(store.gc(&Silent, GcOptions::default()).is_ok(), count == 2, "{step}");
+        drop(store);
+        let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+        assert_eq!(report.recovered.len(), 2 - count, "{step}: {report:?}");
+        let store = Store::open(&path, StoreOptions::default()).unwrap();
+        assert_eq!(names_of(&store).len(), 2, "{step}");
+        store.gc(&Silent, GcOptions::default()).unwrap();
+        layers.iter().for_each(|layer| store.check_stack(*layer).unwrap());
+    }
 }

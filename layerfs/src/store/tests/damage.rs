@@ -6,9 +6,10 @@ use super::*;
 use crate::chunk::{ChunkRead, ChunkWrite, Codec, StoredChunk, encode};
 use crate::error::{Error, ErrorClass};
 use crate::monitor::Silent;
+use crate::store::db::Cf;
 use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, check_header, encode_header};
 use crate::store::scan::{Found, PackScan};
-use crate::store::{FsckOptions, ProblemKind, rebuild};
+use crate::store::{FsckOptions, GcOptions, ProblemKind, rebuild};
 
 #[test]
 fn golden_bytes_of_a_pack() {
@@ -164,6 +165,32 @@ fn a_lost_pack_is_told_and_its_chunks_can_come_again() {
 }
 
 #[test]
+fn what_could_not_be_looked_at_is_told_and_not_forgotten() {
+    let (_folder, store) = store();
+    let layer = named_layer(&store, "l", &[1, 2, 3], 60_000);
+    let (id, path) = the_pack(&store);
+    let aside = store.tmp_folder().join("aside");
+    // It can be opened, and every read of it fails with something that says nothing of the chunks.
+    std::fs::rename(&path, &aside).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    store.packs.forget_open(id);
+    let before = store.index.iter().unwrap().count();
+    let report = store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    let told: Vec<_> = report.problems.iter().filter(|problem| problem.kind == ProblemKind::PackUnreadable).collect();
+    assert!(told.iter().any(|problem| problem.detail.contains("could be looked at")), "{report:#?}");
+    assert!(!report.problems.iter().any(|problem| problem.kind == ProblemKind::ChunkGone), "{report:#?}");
+    assert_eq!(store.index.iter().unwrap().count(), before);
+    let report = store.scrub(&Silent).unwrap();
+    assert!(!report.is_clean() && report.damaged.is_empty() && report.unchecked_packs == 1, "{report:#?}");
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::rename(&aside, &path).unwrap();
+    store.packs.forget_open(id);
+    assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean());
+    assert!(store.scrub(&Silent).unwrap().is_clean());
+    store.check_stack(layer).unwrap();
+}
+
+#[test]
 fn the_index_can_be_made_anew_from_packs_alone() {
     let (_folder, store) = store();
     let path = store.folder().to_owned();
@@ -205,6 +232,102 @@ fn the_index_can_be_made_anew_from_packs_alone() {
 }
 
 #[test]
+fn names_are_recovered_by_the_next_rebuild_if_one_is_cut_off() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let session = store.session("s");
+    let base = layer_of(&session, None, &[1, 2], 80_000);
+    let top = layer_of(&session, Some(base), &[3], 80_000);
+    let other = layer_of(&session, None, &[4], 80_000);
+    session.commit().unwrap();
+    for (text, layer) in [("top", top), ("other", other)] {
+        store.set_name(&name(text), layer, Expect::Absent).unwrap();
+    }
+    drop(session);
+    drop(store);
+    std::fs::write(path.join("index/CURRENT"), "rubbish").unwrap();
+    let error = rebuild(&path, StoreOptions::default(), &CutAt::new(NAMING)).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    // Nothing that has lost its name goes meanwhile.
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    assert_eq!(names_of(&store), [""; 0]);
+    let before = store.index.iter().unwrap().count();
+    for dry_run in [true, false] {
+        let error = store.gc(&Silent, GcOptions { dry_run, ..GcOptions::default() }).unwrap_err();
+        assert!(error.class() == ErrorClass::Corrupt && error.to_string().contains("fsck --rebuild"), "{error}");
+    }
+    assert_eq!(store.index.iter().unwrap().count(), before);
+    store.set_name(&name("mine"), other, Expect::Absent).unwrap();
+    drop(store);
+    // As if it had been killed before the damaged index was put aside, and another before its index was complete.
+    std::fs::rename(path.join("index.damaged"), path.join("index.new")).unwrap();
+    std::fs::create_dir(path.join("index.making")).unwrap();
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    let recovered = format!("recovered/{}", top.0.short());
+    assert!(report.records_kept && report.recovered == [recovered.as_str()], "{report:?}");
+    assert_eq!((report.names, report.layers), (2, 3), "{report:?}");
+    assert_eq!(std::fs::read(path.join("index.damaged/CURRENT")).unwrap(), b"rubbish");
+    assert!(!path.join("index.new").exists() && !path.join("index.making").exists());
+    // Again: what has a name gets no second one.
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept && report.recovered.is_empty(), "{report:?}");
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    assert_eq!(names_of(&store), ["mine", recovered.as_str()]);
+    store.gc(&Silent, GcOptions::default()).unwrap();
+    assert!(store.fsck(&Silent, FsckOptions::default()).unwrap().is_clean());
+    [top, other].iter().for_each(|layer| store.check_stack(*layer).unwrap());
+}
+
+#[test]
+fn a_layer_whose_recovered_name_is_taken_gets_one_with_all_digits() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let lost = named_layer(&store, "lost", &[1], 60_000);
+    let other = named_layer(&store, "other", &[2], 60_000);
+    drop(store);
+    std::fs::write(path.join("index/CURRENT"), "rubbish").unwrap();
+    rebuild(&path, StoreOptions::default(), &CutAt::new(NAMING)).unwrap_err();
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    let short = format!("recovered/{}", lost.0.short());
+    store.set_name(&name(&short), other, Expect::Absent).unwrap();
+    drop(store);
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert_eq!(report.recovered, [format!("recovered/{lost}")]);
+}
+
+#[test]
+fn a_rebuild_tells_what_is_missing_and_counts_what_is_there() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let base = named_layer(&store, "base", &[1], 60_000);
+    let session = store.session("s");
+    let top = layer_of(&session, Some(base), &[2], 60_000);
+    session.commit().unwrap();
+    drop(session);
+    for text in ["top", "also"] {
+        store.set_name(&name(text), top, Expect::Absent).unwrap();
+    }
+    // The record of its manifest alone: the scan goes on behind it.
+    let location = store.index.get(&base.0).unwrap().unwrap();
+    let file = std::fs::File::options().write(true).open(store.packs.path(location.pack)).unwrap();
+    file.write_all_at(b"XXXX", u64::from(location.offset)).unwrap();
+    // A row that no version has written.
+    store.db.put(Cf::Names, "odd", [99]).unwrap();
+    drop(store);
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept, "{report:?}");
+    assert_eq!((report.names, report.layers), (3, 1), "{report:?}");
+    let missing: Vec<_> = report.missing_layers.into_iter().collect();
+    assert_eq!(missing, [(base, ["also", "base", "top"].map(str::to_owned).to_vec())]);
+    for pack in std::fs::read_dir(path.join("packs")).unwrap() {
+        std::fs::remove_file(pack.unwrap().path()).unwrap();
+    }
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert_eq!((report.names, report.layers, report.chunks), (3, 0, 0), "{report:?}");
+    assert_eq!(report.missing_layers.len(), 2, "{report:?}");
+}
+
+#[test]
 fn a_damaged_layer_stops_a_collection_before_it_removes_anything() {
     let (_folder, store) = store();
     let layer = named_layer(&store, "l", &[1], 60_000);
@@ -215,7 +338,7 @@ fn a_damaged_layer_stops_a_collection_before_it_removes_anything() {
     drop(store);
     let store = Store::open(&path, StoreOptions::default()).unwrap();
     let before = store.index.iter().unwrap().count();
-    let error = store.gc(&Silent, crate::store::GcOptions::default()).unwrap_err();
+    let error = store.gc(&Silent, GcOptions::default()).unwrap_err();
     assert!(matches!(error, Error::LayerMissing(_)), "{error}");
     assert_eq!(store.index.iter().unwrap().count(), before);
 }

@@ -7,14 +7,19 @@ use super::*;
 use crate::chunk::ChunkRead;
 use crate::error::ErrorClass;
 use crate::monitor::Silent;
-use crate::store::{FsckOptions, GcOptions};
+use crate::store::{FsckOptions, GcOptions, Which, space};
+use crate::testing::ELSEWHERE;
 
 /// Runs the test `child` of this file as `role`, in a shell that has prepared `$dir` by `prepare`.
 fn run(role: &str, prepare: &str) {
     let folder = tempfile::Builder::new().prefix("layerfs-store-").tempdir().unwrap();
-    let unshare: &[&str] = if rustix::process::geteuid().is_root() { &["-m"] } else { &["-r", "-m"] };
-    let probe =
-        Command::new("unshare").args(unshare).args(["mount", "-t", "tmpfs", "none"]).arg(folder.path()).output();
+    let by: &[&str] = if rustix::process::geteuid().is_root() { &[ELSEWHERE, "-"] } else { &["unshare", "-r", "-m"] };
+    let start = || {
+        let mut command = Command::new(by[0]);
+        command.args(&by[1..]);
+        command
+    };
+    let probe = start().args(["mount", "-t", "tmpfs", "none"]).arg(folder.path()).output();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
         let mut err = std::io::stderr();
         let _ = std::io::Write::write_all(
@@ -25,8 +30,7 @@ fn run(role: &str, prepare: &str) {
     }
     let exe = std::env::current_exe().unwrap();
     let test = "--exact store::tests::disk::child --test-threads=1 --nocapture";
-    let status = Command::new("unshare")
-        .args(unshare)
+    let status = start()
         .args(["sh", "-ec", &prepare.replace("RUN", &format!("\"$exe\" {test}"))])
         .env("dir", folder.path())
         .env("exe", exe)
@@ -44,6 +48,7 @@ fn child() {
     let path = Path::new(&folder).join("store");
     match std::env::var("LAYERFS_TEST_PART").as_deref().unwrap_or(&role) {
         "full" => fills_up(&path),
+        "fetch" => fetches(&path),
         "make" => {
             let store = Store::open(&path, StoreOptions::create()).unwrap();
             named_layer(&store, "l", &[1], 100_000);
@@ -91,6 +96,29 @@ fn fills_up(path: &Path) {
     assert_eq!(store.names().unwrap().len(), 2);
 }
 
+fn fetches(path: &Path) {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let store = Store::open(path, StoreOptions::create()).unwrap();
+    store.connect_tier(Some(super::tier::Folder::new(elsewhere.path())));
+    let seeds: Vec<u64> = (0..20).collect();
+    let layer = named_layer(&store, "l", &seeds, 1_000_000);
+    store.tier_sync(Which::All, &Silent).unwrap();
+    let evicted = store.tier_evict(0, &Silent).unwrap();
+    assert!(evicted.bytes > 20_000_000, "{evicted:?}");
+    // There is room for the packs, and not for what they are to leave free.
+    let leave = space::PACK_RESERVE_BYTES + (8 << 20);
+    let filler = path.with_extension("filler");
+    std::fs::write(&filler, vec![1; (space::free_bytes(path).unwrap() - leave) as usize]).unwrap();
+    let error = store.tier_fetch(&Silent).unwrap_err();
+    assert_eq!(error.class(), ErrorClass::NoSpace, "{error}");
+    let left = std::fs::read_dir(store.packs.folder()).unwrap().count() as u64;
+    assert_eq!(left, store.packs.list().unwrap().len() as u64, "a half-fetched pack stays");
+    std::fs::remove_file(&filler).unwrap();
+    store.tier_fetch(&Silent).unwrap();
+    assert_eq!(store.packs.remote().unwrap(), []);
+    store.check_stack(layer).unwrap();
+}
+
 fn put_result(session: &Session, seed: u64) -> crate::error::Result<ChunkId> {
     session.put(Class::Data, &noise(seed, 250_000))
 }
@@ -117,4 +145,9 @@ fn a_read_only_disk_is_told_and_can_be_read() {
     let prepare =
         "mount -t tmpfs -o size=80m none \"$dir\"; LAYERFS_TEST_PART=make RUN; mount -o remount,ro none \"$dir\"; RUN";
     run("read-only", prepare);
+}
+
+#[test]
+fn a_fetch_leaves_free_what_packs_leave() {
+    run("fetch", "mount -t tmpfs -o size=80m none \"$dir\"; RUN");
 }

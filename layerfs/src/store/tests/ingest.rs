@@ -1,5 +1,6 @@
 //! The pipeline: order, equality with the plain way, holes, errors.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 
@@ -95,6 +96,29 @@ fn holes_of_files_are_skipped_and_do_not_change_the_content() {
     assert!(contents[0].data_bytes() < 40_000, "{}", contents[0].data_bytes());
     assert_eq!(contents[1], Content::Inline(vec![0; 100]));
     assert_eq!((contents[2].len(), contents[2].data_bytes()), (1000, 0));
+}
+
+#[test]
+fn heavy_tags_do_not_pile_up() {
+    let (_folder, store) = store();
+    let session = store.session("heavy");
+    let done = Cell::new(0);
+    let sink = |number: u64, _: Option<Content>| -> Result<()> {
+        assert_eq!(number, done.replace(number + 1));
+        Ok(())
+    };
+    let mut ingest = session.ingest(sink).weighing(|_| 1 << 20);
+    for number in 0..50u64 {
+        if number % 3 == 0 {
+            ingest.pass(number).unwrap();
+        } else {
+            ingest.file(number, Chunker::Tree, &mut ReadSource(&noise(number, 5000)[..])).unwrap();
+        }
+        // Three wait, and one more may have begun.
+        assert!(number + 1 - done.get() <= 4, "{number} taken, {} done", done.get());
+    }
+    ingest.finish().unwrap();
+    assert_eq!(done.get(), 50);
 }
 
 struct Failing(usize);

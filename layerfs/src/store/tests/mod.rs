@@ -9,6 +9,7 @@ mod ingest;
 mod tier;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::attr::Attrs;
 use crate::chunk::{ChunkWrite, Class};
@@ -17,6 +18,7 @@ use crate::content::Content;
 use crate::id::{ChunkId, Ino, LayerId, LayerName};
 use crate::inode::{Inode, Node};
 use crate::manifest::{LayerKind, LayerWriter};
+use crate::monitor::Monitor;
 use crate::store::{Expect, ReadSource, Session, Store, StoreOptions};
 
 /// A store in a temporary folder, which goes when this is dropped.
@@ -78,4 +80,36 @@ pub(super) fn named_layer(store: &Arc<Store>, text: &str, seeds: &[u64], bytes: 
     session.commit().unwrap();
     store.set_name(&name(text), layer, Expect::Any).unwrap();
     layer
+}
+
+/// Cuts work off when it comes to a phase.
+pub(super) struct CutAt {
+    phase: &'static str,
+    is_there: AtomicBool,
+}
+
+impl CutAt {
+    pub(super) fn new(phase: &'static str) -> CutAt {
+        CutAt { phase, is_there: AtomicBool::new(false) }
+    }
+}
+
+impl Monitor for CutAt {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        self.is_there.fetch_or(name == self.phase, Ordering::Relaxed);
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+    fn is_cancelled(&self) -> bool {
+        self.is_there.load(Ordering::Relaxed)
+    }
+}
+
+/// The phase of a rebuild that gives layers their names: the new index is in its place then.
+pub(super) const NAMING: &str = "looking for layers without names";
+
+/// The names that there are, sorted.
+pub(super) fn names_of(store: &Store) -> Vec<String> {
+    store.names().unwrap().into_iter().map(|(name, _)| name.to_string()).collect()
 }

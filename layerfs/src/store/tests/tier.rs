@@ -18,14 +18,14 @@ use crate::store::{FsckOptions, GcOptions, Objects, Which, rebuild, rebuild_from
 
 /// A bucket that is a folder.
 #[derive(Debug)]
-struct Folder {
+pub(super) struct Folder {
     path: PathBuf,
     is_gone: AtomicBool,
     reads: AtomicU64,
 }
 
 impl Folder {
-    fn new(path: &Path) -> Arc<Folder> {
+    pub(super) fn new(path: &Path) -> Arc<Folder> {
         std::fs::create_dir_all(path.join("packs")).unwrap();
         Arc::new(Folder { path: path.to_owned(), is_gone: AtomicBool::new(false), reads: AtomicU64::new(0) })
     }
@@ -150,6 +150,26 @@ fn what_is_evicted_is_read_from_there() {
 }
 
 #[test]
+fn what_a_kill_left_of_a_fetch_goes_and_nothing_else() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    named_layer(&store, "a", &[1], 300_000);
+    drop(store);
+    let packs = path.join("packs");
+    let ours = ["0000000000000001.pack.123-0.tmp", "00000000000000ff.pack.1-23.tmp"];
+    let others = ["notes.tmp", "0000000000000001.pack.tmp", "0000000000000001.pack.1.tmp", "1.pack.1-2.tmp"];
+    ours.iter().chain(&others).for_each(|name| std::fs::write(packs.join(name), "half").unwrap());
+    let count = || {
+        let there = |names: &[&str]| names.iter().filter(|name| packs.join(name).exists()).count();
+        (there(&ours), there(&others))
+    };
+    drop(Store::open(&path, StoreOptions { read_only: true, ..StoreOptions::default() }).unwrap());
+    assert_eq!(count(), (2, 4));
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    assert_eq!((count(), store.packs.list().unwrap().len()), ((0, 4), 1));
+}
+
+#[test]
 fn dead_packs_go_there_too() {
     let folder = tempfile::tempdir().unwrap();
     let (path, bucket) = (folder.path().join("store"), Folder::new(&folder.path().join("bucket")));
@@ -246,6 +266,83 @@ fn a_lost_disk_comes_back_from_there() {
     assert_eq!(store.packs.list().unwrap(), []);
     assert!(read_all(&store, a).unwrap() > 0 && read_all(&store, b).unwrap() > 0);
     assert_clean(&store);
+}
+
+/// A store whose index is lost, with one layer only in the bucket and another only here.
+fn half_there(folder: &Path) -> (PathBuf, Arc<Folder>, [LayerId; 2]) {
+    let (path, bucket) = (folder.join("store"), Folder::new(&folder.join("bucket")));
+    let store = open(&path, &bucket);
+    let there = named_layer(&store, "there", &[1, 2, 3], 300_000);
+    store.tier_sync(Which::All, &Silent).unwrap();
+    store.tier_evict(0, &Silent).unwrap();
+    let here = named_layer(&store, "here", &[4, 5], 300_000);
+    drop(store);
+    std::fs::write(path.join("index/CURRENT"), "rubbish").unwrap();
+    (path, bucket, [there, here])
+}
+
+fn recovered(layer: LayerId) -> String {
+    format!("recovered/{}", layer.0.short())
+}
+
+fn assert_both_are_kept(path: &Path, bucket: &Arc<Folder>, layers: [LayerId; 2]) {
+    let store = open(path, bucket);
+    let mut names = layers.map(recovered);
+    names.sort_unstable();
+    assert_eq!(names_of(&store), names);
+    store.gc(&Silent, GcOptions::default()).unwrap();
+    for layer in layers {
+        assert!(read_all(&store, layer).unwrap() > 0);
+    }
+    assert_clean(&store);
+}
+
+#[test]
+fn a_rebuild_in_two_steps_gives_all_layers_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket, [there, here]) = half_there(folder.path());
+    let report = rebuild(&path, StoreOptions::create(), &Silent).unwrap();
+    assert_eq!(report.recovered, [recovered(here)], "{report:?}");
+    // What is known to be here isn't held up by what may be elsewhere.
+    open(&path, &bucket).gc(&Silent, GcOptions::default()).unwrap();
+    let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
+    assert_eq!(report.recovered, [recovered(there)], "{report:?}");
+    assert_both_are_kept(&path, &bucket, [there, here]);
+}
+
+#[test]
+fn layers_in_the_tier_stay_without_it_after_a_rebuild_that_was_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket, [there, here]) = half_there(folder.path());
+    let error = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &CutAt::new(NAMING)).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    // The pack in the tier is known by now, but its layers can't be looked at.
+    let report = rebuild(&path, StoreOptions::create(), &Silent).unwrap();
+    assert_eq!(report.recovered, [recovered(here)], "{report:?}");
+    let error = open(&path, &bucket).gc(&Silent, GcOptions::default()).unwrap_err();
+    assert!(error.class() == ErrorClass::Corrupt && error.to_string().contains("--tier"), "{error}");
+    let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
+    assert_eq!(report.recovered, [recovered(there)], "{report:?}");
+    assert_both_are_kept(&path, &bucket, [there, here]);
+    let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
+    assert!(report.recovered.is_empty(), "{report:?}");
+}
+
+#[test]
+fn an_object_whose_number_is_taken_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket) = (folder.path().join("store"), Folder::new(&folder.path().join("bucket")));
+    let store = open(&path, &bucket);
+    named_layer(&store, "a", &[1, 2, 3], 300_000);
+    store.tier_sync(Which::All, &Silent).unwrap();
+    drop(store);
+    std::fs::remove_dir_all(&path).unwrap();
+    let store = Store::open(&path, StoreOptions::create()).unwrap();
+    let b = named_layer(&store, "b", &[4], 300_000);
+    drop(store);
+    let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
+    assert!(report.pack_problems.len() == 1 && report.pack_problems[0].contains("has its number"), "{report:?}");
+    read_all(&open(&path, &bucket), b).unwrap();
 }
 
 /// Work that passes every step of the tier several times.
