@@ -38,6 +38,7 @@ pub const NAMES: &[&str] = &[
     "tier.after-evict",
     "tier.dead",
     "move.journalled",
+    "guest.started",
 ];
 
 static ARMED: AtomicBool = AtomicBool::new(false);

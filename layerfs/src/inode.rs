@@ -98,8 +98,7 @@ impl Inode {
 
     /// Whether its extended attributes fit in a record.
     pub fn fits_record(&self) -> bool {
-        let bytes: usize = self.xattrs.iter().map(|(name, value)| 2 + name.len() + 4 + value.len()).sum();
-        bytes <= MAX_XATTRS_BYTES && self.xattrs.len() <= usize::from(u16::MAX)
+        xattrs_fit_record(&self.xattrs)
     }
 
     /// Appends the record, with its length in front.
@@ -246,6 +245,12 @@ impl From<&Inode> for Stat {
             has_xattrs: !inode.xattrs.is_empty(),
         }
     }
+}
+
+/// Whether `xattrs` fit in a record.
+pub(crate) fn xattrs_fit_record(xattrs: &[(Vec<u8>, Vec<u8>)]) -> bool {
+    let bytes: usize = xattrs.iter().map(|(name, value)| 2 + name.len() + 4 + value.len()).sum();
+    bytes <= MAX_XATTRS_BYTES && xattrs.len() <= usize::from(u16::MAX)
 }
 
 fn decode_xattrs(record: &mut Reader<'_>) -> Result<Xattrs> {

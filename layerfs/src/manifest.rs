@@ -77,7 +77,7 @@ pub struct Manifest {
     pub inode_count: u64,
     /// Dentry records in this layer, whiteouts included.
     pub dentry_count: u64,
-    /// The sizes of the regular files among the inode records, added up, in bytes.
+    /// The sizes of the regular files among the inode records, added up, in bytes; at most 2^64 - 1.
     pub file_bytes: u64,
     /// The table of inode records.
     pub inodes: Content,
@@ -283,7 +283,8 @@ impl<'a> LayerWriter<'a> {
         }
         self.last_inode = Some(inode.ino);
         if let Node::File(content) = &inode.node {
-            self.file_bytes += content.len();
+            // Sparse files may be larger together than a number tells.
+            self.file_bytes = self.file_bytes.saturating_add(content.len());
         }
         self.inodes.record(&inode.ino.0.to_le_bytes(), self.out, |buffer| inode.encode(buffer))
     }

@@ -40,7 +40,7 @@ impl Chain {
         let layers = Chain::count(store, top, |layer, _| layer != onto)?;
         let stack = Chain::count(store, top, |_, _| true)?;
         if layers == stack {
-            return Err(Error::invalid(format!("layer {top} doesn't lie on layer {onto}")));
+            return Err(Error::invalid(format!("layer {} doesn't lie on layer {}", top.0.short(), onto.0.short())));
         }
         Ok(Chain { top, layers })
     }
@@ -201,7 +201,7 @@ fn unchanged(view: &View) -> SquashReport {
 
 fn report(view: &View, count: usize, layer: LayerId, manifest: &Manifest, new_bytes: u64) -> SquashReport {
     let chain = &view.layers()[..count];
-    let sum = |of: fn(&Manifest) -> u64| chain.iter().map(|layer| of(&layer.manifest)).sum();
+    let sum = |of: fn(&Manifest) -> u64| chain.iter().map(|layer| of(&layer.manifest)).fold(0, u64::saturating_add);
     SquashReport {
         before: chain[0].id,
         layer,

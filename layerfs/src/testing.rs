@@ -1,5 +1,8 @@
 //! What tests of several modules make.
 
+/// See there: runs a command in a mount namespace of its own.
+pub const ELSEWHERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/elsewhere");
+
 /// Bytes that don't compress.
 pub fn noise(count: usize, seed: u64) -> Vec<u8> {
     let mut state = seed + 1;

@@ -288,8 +288,8 @@ pub fn tree_size(view: &View) -> Result<TreeSize> {
                 let stat = stat.ok_or_else(|| Error::corrupt("layer", format!("inode {} has no record", entry.ino)))?;
                 if stat.nlink <= 1 || linked.insert(entry.ino) {
                     size.files += 1;
-                    size.apparent_bytes += stat.size;
-                    size.data_bytes += stat.data_bytes;
+                    size.apparent_bytes = size.apparent_bytes.saturating_add(stat.size);
+                    size.data_bytes = size.data_bytes.saturating_add(stat.data_bytes);
                 }
             }
             _ => size.others += 1,

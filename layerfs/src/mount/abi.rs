@@ -76,14 +76,14 @@ impl Operation {
     }
 
     /// Whether it needs room, and can be done again when it found none: it has changed nothing then. What writes back or syncs isn't
-    /// among them: the kernel tells only once that something was lost.
+    /// among them: the kernel tells only once that something was lost. Nor is what makes a file and may sync then: that looks for room
+    /// by itself, while it has changed nothing.
     pub fn takes_room(self) -> bool {
         matches!(
             self,
             Operation::Symlink
                 | Operation::Mknod
                 | Operation::Mkdir
-                | Operation::Create
                 | Operation::Tmpfile
                 | Operation::Link
                 | Operation::Rename

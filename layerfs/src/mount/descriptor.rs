@@ -7,6 +7,7 @@
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 /// Set in the number of a request that is sent again.
@@ -54,13 +55,28 @@ pub(super) fn replace(session: BorrowedFd<'_>, greeted: OwnedFd, device: &OwnedF
         return Err(std::io::ErrorKind::UnexpectedEof.into());
     }
     drop(greeted);
+    put_over(session, device)?;
+    resend(device)
+}
+
+/// Makes the descriptor number of `session` refer to what was hung up, if its connection has ended. The library takes a connection that has
+/// ended for one that is mounted (it looks for POLLERR), and would unmount what lies on the folder now, whosever it is.
+pub(super) fn hang_up(session: BorrowedFd<'_>) -> std::io::Result<()> {
+    let mut polled = [PollFd::new(&session, PollFlags::empty())];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    if polled[0].revents().contains(PollFlags::ERR) {
+        let (read, write) = std::io::pipe()?;
+        drop(write);
+        put_over(session, &read.into())?;
+    }
+    Ok(())
+}
+
+fn put_over(session: BorrowedFd<'_>, other: &OwnedFd) -> std::io::Result<()> {
     // SAFETY: both descriptors are open and owned: `session` stays open, as its owner thinks, and refers to another file.
     #[allow(unsafe_code)]
-    let result = unsafe { libc::dup3(device.as_raw_fd(), session.as_raw_fd(), libc::O_CLOEXEC) };
-    if result < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    resend(device)
+    let result = unsafe { libc::dup3(other.as_raw_fd(), session.as_raw_fd(), libc::O_CLOEXEC) };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Has the kernel send again what wasn't answered.

@@ -166,7 +166,9 @@ impl Front {
         if flags & libc::O_TRUNC != 0 {
             self.setattr(asked, ino, SetAttr { size: Some(0), ..SetAttr::default() })?;
         }
-        let backing = self.fs.open(ino, flags & !libc::O_TRUNC, asked.caller)?;
+        let opened = self.fs.open(ino, flags & !libc::O_TRUNC, asked.caller);
+        self.count_again(asked, ino);
+        let backing = opened?;
         self.sync_way(ino, backing.as_ref(), flags)?;
         // What is stored through a mapping changes times without the kernel's knowledge: what it knows of them must not hold for ever.
         if backing.is_some()
@@ -216,9 +218,13 @@ impl Front {
         (mode, umask): (u32, u32),
         flags: i32,
     ) -> FsResult<(Stat, Opened)> {
-        let stat = self.make(asked, folder, name, mode & 0o7777 | libc::S_IFREG, umask, 0)?;
-        let opened = self.opened_new(stat, flags);
-        self.sync_way(opened.0.ino, opened.1.backing.as_ref(), flags)?;
+        // That alone is done again for want of room. Once there is the file it would be found to be there already.
+        let make = || self.make(asked, folder, name, mode & 0o7777 | libc::S_IFREG, umask, 0);
+        let stat = self.fs.with_room(true, make)?;
+        let opened = self.opened_new(asked, stat, flags);
+        let ino = opened.0.ino;
+        // Of what failed the kernel forgets nothing.
+        self.sync_way(ino, opened.1.backing.as_ref(), flags).inspect_err(|_| self.fs.forget(ino, 1))?;
         Ok(opened)
     }
 
@@ -232,7 +238,7 @@ impl Front {
     ) -> FsResult<(Stat, Opened)> {
         let make = || self.fs.make_unnamed(folder, mode, umask, asked.caller);
         let stat = self.make_once(asked, folder, make)?;
-        Ok(self.opened_new(stat, flags))
+        Ok(self.opened_new(asked, stat, flags))
     }
 
     /// Of what is written to a file that is passed through the kernel makes the bytes durable by itself, if that was asked for; that there
@@ -249,8 +255,16 @@ impl Front {
         Ok(synced?)
     }
 
-    fn opened_new(&self, stat: Stat, flags: i32) -> (Stat, Opened) {
+    /// What opens `ino` was asked for. If that is for the second time, a daemon before this one may have counted it.
+    fn count_again(&self, asked: Asked, ino: Ino) {
+        if descriptor::sent_again(asked.number).is_some() {
+            self.fs.may_be_miscounted(ino);
+        }
+    }
+
+    fn opened_new(&self, asked: Asked, stat: Stat, flags: i32) -> (Stat, Opened) {
         let backing = self.fs.opened_new(stat.ino, flags);
+        self.count_again(asked, stat.ino);
         // What is passed through and can be mapped changes without the kernel's knowledge.
         let may_change = backing.is_some() && flags & libc::O_ACCMODE == libc::O_RDWR;
         (Stat { may_change, ..stat }, Opened::file(backing))
@@ -294,7 +308,7 @@ impl Front {
         if !self.fs.is_writable() {
             return fail(libc::ENOSYS);
         }
-        // In this order: who still hears that listings are kept began before the switch, which freezes it.
+        // In this order: whoever still hears that listings are kept is there already when the switch freezes them.
         let FolderHandle(handle) = self.fs.open_folder(ino);
         let flags = if self.fs.keeps_listings() { FOLDER_FLAGS } else { 0 };
         Ok(Opened { handle, flags, backing: None })

@@ -135,11 +135,12 @@ impl Session {
 
     /// Serves until it is unmounted from `dir`.
     pub fn serve(self, dir: &Path) -> std::io::Result<()> {
-        // The session is dropped at the end, as it unmounts then.
-        match self.memory {
-            Some(memory) => uring::serve(&self.front, &memory, self.session.as_fd(), dir),
+        let served = match &self.memory {
+            Some(memory) => uring::serve(&self.front, memory, self.session.as_fd(), dir),
             None => device::serve(&self.front, self.session.as_fd(), self.threads),
-        }
+        };
+        // The session is dropped here, and unmounts what it takes for its own.
+        served.and(descriptor::hang_up(self.session.as_fd()))
     }
 }
 

@@ -151,7 +151,6 @@ pub struct Mount {
     /// What connects it to the kernel, for whoever keeps it beyond this process's end.
     descriptors: Mutex<Vec<OwnedFd>>,
     serves_by: Transport,
-    device: Option<u64>,
     started: Instant,
     /// None once it has ended.
     fs: Mutex<Option<Arc<Fs>>>,
@@ -159,6 +158,8 @@ pub struct Mount {
     ending: Mutex<UnmountOptions>,
     phase: Mutex<Phase>,
     turned: Condvar,
+    /// Held by a seal until the kernel has been told of it.
+    sealing: Mutex<()>,
 }
 
 /// How far a mount's life is.
@@ -171,8 +172,8 @@ enum Phase {
     Ended,
 }
 
-/// For how long the kernel may still ask after a mount was taken from its folder: it goes on for ever where another mount
-/// namespace has a copy.
+/// For how long the kernel may still ask after a mount was taken from its folder, or its connection was cut: it goes on for ever where
+/// another folder or another mount namespace has a copy.
 const COPIED_WAIT: Duration = Duration::from_secs(5);
 
 impl std::fmt::Debug for Mount {
@@ -278,7 +279,15 @@ impl Mount {
             let failed = |e| Error::io("going on with a hidden mount", e);
             fs.hide_behind(Hidden::resumed(device, root).map_err(failed)?);
         }
-        let mount = Mount::run(store, fs, session, record.clone())?;
+        let mut record = record.clone();
+        if record.device.is_none() {
+            // An earlier version mounted it. Where it was left nobody knows.
+            record.device = point::device(&record.dir);
+            if let Err(error) = registry::put(store.db(), &record) {
+                tracing::warn!(dir = %record.dir.display(), %error, "cannot note the number of a mount");
+            }
+        }
+        let mount = Mount::run(store, fs, session, record)?;
         *mount.pin.lock() = pin;
         Ok(mount)
     }
@@ -296,8 +305,10 @@ impl Mount {
         let layer = if upper.is_none() { fs.view().top() } else { None };
         let (threads, transport, writeback) = (threads as u16, options.transport, options.writeback);
         let source = source.to_owned();
-        let record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback };
+        let device = None;
+        let mut record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device };
         let session = Session::mount(fs.clone(), &fuse_options(store, &record))?;
+        record.device = point::device(&record.dir);
         if writeback && can_pass_through(&fs) {
             match Hidden::new() {
                 Ok(hidden) => fs.hide_behind(hidden),
@@ -342,24 +353,23 @@ impl Mount {
         };
         let thread = std::thread::Builder::new().name("mount".to_owned()).spawn(serve);
         thread.map_err(|e| Error::io("starting a thread", e))?;
-        let device = point::device(&record.dir);
-        if let (Some(memory), Some(device)) = (memory, device) {
+        if let (Some(memory), Some(device)) = (memory, record.device) {
             memory.set_device(device);
         }
-        point::set_read_ahead(device, point::READ_AHEAD_KIB);
+        point::set_read_ahead(record.device, point::READ_AHEAD_KIB);
         let mount = Arc::new(Mount {
             store: store.clone(),
             record,
             kernel,
             descriptors: Mutex::new(descriptors),
             serves_by,
-            device,
             started: Instant::now(),
             fs: Mutex::new(Some(fs)),
             pin: Mutex::new(None),
             ending: Mutex::default(),
             phase: Mutex::new(Phase::Served),
             turned: Condvar::new(),
+            sealing: Mutex::new(()),
         });
         let _ = send.send(mount.clone());
         Ok(mount)
@@ -384,7 +394,7 @@ impl Mount {
     /// From now on its files are read here and there, by who runs on them while they are still on their way: neither the kernel nor we
     /// fetch what follows a read. Forgotten when the daemon ends.
     pub fn expect_scattered(&self) {
-        point::set_read_ahead(self.device, point::SCATTERED_KIB);
+        point::set_read_ahead(self.record.device, point::SCATTERED_KIB);
         if let Some(fs) = self.fs() {
             fs.expect_scattered();
         }
@@ -422,10 +432,11 @@ impl Mount {
     /// As [`seal::seal`]; [`Error::NotFound`] once the mount has ended.
     pub fn seal(&self, options: &SealOptions, monitor: &dyn Monitor) -> Result<SealReport> {
         let fs = self.fs().ok_or_else(|| self.gone())?;
+        let _sealing = self.sealing.lock();
         if fs.is_writable() {
             // All at once, without waiting (the kernel doesn't wait for FUSE here), then each.
-            point::sync(&self.record.dir, self.device);
-            fs.mappable().into_iter().for_each(|ino| self.kernel.fetch_written(ino));
+            point::sync(&self.record.dir, self.record.device);
+            self.fetch_mapped(&fs);
             fs.write_back_hidden();
         }
         let report = seal::seal(&self.store, &fs, options, monitor)?;
@@ -440,6 +451,11 @@ impl Mount {
         fs.listings_told();
         *self.pin.lock() = Some(pin?);
         Ok(report)
+    }
+
+    /// Has the kernel send what programs wrote through mappings of files that aren't passed through.
+    fn fetch_mapped(&self, fs: &Fs) {
+        fs.mappable().into_iter().for_each(|ino| self.kernel.fetch_written(ino));
     }
 
     /// Squashes the layers that are of the top one's kind, if they are more than `past`, and goes on over the one that
@@ -481,42 +497,65 @@ impl Mount {
 
     /// Unmounts, and waits until everything is saved (but not if programs keep a lazily unmounted one going).
     ///
-    /// A copy in another mount namespace (a container's, or made by `unshare`) goes on until that namespace gives it up, unless it is to
-    /// end everywhere: [`Mount::is_left`] tells.
+    /// A copy goes on: on another folder (`mount --bind`), or in another mount namespace (a container's, or made by `unshare`) until that
+    /// gives it up, unless it is to end everywhere. [`Mount::has_ended`] tells.
     ///
     /// # Errors
-    /// [`Error::Busy`] if programs use it; [`Error::Denied`] if this user may not end copies.
+    /// [`Error::Busy`] if programs use it; [`Error::Denied`] if this user may not end copies; [`Error::Invalid`] if something else is
+    /// mounted over it.
     pub fn unmount(&self, options: &UnmountOptions) -> Result<()> {
         if self.fs().is_none() {
             return Ok(());
         }
-        if options.everywhere {
-            // What programs wrote through mappings isn't with us yet, and is lost with the connection.
-            point::sync(&self.record.dir, self.device);
-        }
         let before = std::mem::replace(&mut *self.ending.lock(), *options);
-        if let Err(error) = point::unmount(&self.record.dir, options.lazy) {
+        if let Err(error) = point::unmount_own(&self.record.dir, self.record.device, options.lazy) {
             *self.ending.lock() = before;
             return Err(error);
         }
-        let has_ended = options.lazy || self.wait_unless_copied();
-        if let (false, true, Some(device)) = (has_ended, options.everywhere, self.device) {
-            tracing::warn!(dir = %self.record.dir.display(), "ends a mount in other mount namespaces too");
-            point::end_everywhere(device)?;
-            self.wait();
+        if options.lazy || self.wait_unless_copied() || !options.everywhere {
+            return Ok(());
         }
+        self.end_everywhere()
+    }
+
+    fn end_everywhere(&self) -> Result<()> {
+        let refused = |why| Error::Platform { what: "ending a mount everywhere", detail: why };
+        let Some(device) = self.record.device else {
+            let why = "an earlier version mounted it, and didn't note its number; it ends with what has copies of it";
+            return Err(refused(why.to_owned()));
+        };
+        tracing::warn!(dir = %self.record.dir.display(), "ends a mount where there are copies of it too");
+        if let Some(fs) = self.fs() {
+            // It isn't with us yet, and is lost with the connection.
+            self.fetch_mapped(&fs);
+        }
+        let was_there = point::end_everywhere(device)?;
+        if !self.is_let_go() {
+            let was = if was_there { "its connection was cut, and it goes on" } else { "the kernel has no connection" };
+            return Err(refused(format!("{was} (number {})", libc::minor(device))));
+        }
+        self.wait();
         Ok(())
     }
 
     /// Whether it is mounted nowhere any more that this process sees, and hasn't ended: another mount namespace has a copy, or somebody
     /// has just unmounted it.
     pub fn is_left(&self) -> bool {
-        !self.has_ended() && self.device.is_some_and(|device| !point::is_mounted(device))
+        self.places().is_empty() && !self.has_ended()
+    }
+
+    /// The folders that it is mounted on, as far as this process sees them.
+    pub fn places(&self) -> Vec<PathBuf> {
+        let dir = || self.record.dir.clone();
+        match self.record.device {
+            Some(device) => point::places(device).unwrap_or_else(|| vec![dir()]),
+            None => point::is_layerfs(&self.record.dir).then(dir).into_iter().collect(),
+        }
     }
 
     /// The processes in whose mount namespaces it is mounted, as far as this user may see them.
     pub fn processes(&self) -> Vec<u32> {
-        self.device.map(point::processes).unwrap_or_default()
+        self.record.device.map(point::processes).unwrap_or_default()
     }
 
     /// If it is mounted nowhere any more (somebody's `umount`), waits until it has ended, as [`Mount::unmount`] does.
@@ -528,16 +567,20 @@ impl Mount {
 
     /// Waits until it has ended, unless the kernel goes on with it somewhere else. Returns whether it has.
     fn wait_unless_copied(&self) -> bool {
-        let (mut phase, until) = (self.phase.lock(), Instant::now() + COPIED_WAIT);
-        while *phase == Phase::Served && !self.turned.wait_until(&mut phase, until).timed_out() {}
-        if *phase == Phase::Served {
+        if !self.is_let_go() {
             let dir = self.record.dir.display();
-            tracing::warn!(%dir, "unmounted, but another mount namespace has a copy of it: it ends when that goes");
+            tracing::warn!(%dir, "unmounted, but there are copies of it elsewhere: it ends when those go");
             return false;
         }
-        drop(phase);
         self.wait();
         true
+    }
+
+    /// Waits until the kernel asks no more, but not for long. Returns whether that is so.
+    fn is_let_go(&self) -> bool {
+        let (mut phase, until) = (self.phase.lock(), Instant::now() + COPIED_WAIT);
+        while *phase == Phase::Served && !self.turned.wait_until(&mut phase, until).timed_out() {}
+        *phase != Phase::Served
     }
 
     /// Waits until it has ended.
@@ -573,6 +616,10 @@ impl Mount {
         if let Err(error) = served {
             tracing::error!(dir = %self.record.dir.display(), %error, "a mount's session failed");
         }
+        // Where it was cut it is there still, and answers nobody.
+        if let Err(error) = point::unmount_own(&self.record.dir, self.record.device, true) {
+            tracing::debug!(dir = %self.record.dir.display(), %error, "a mount that has ended stays");
+        }
         self.turn(Phase::CleanedUp);
         let options = *self.ending.lock();
         if let Err(error) = self.clean_up(options) {
@@ -588,11 +635,12 @@ impl Mount {
         fs.stop_giving();
         fs.stop_warming();
         let hidden = fs.hidden().cloned();
+        fs.write_back_hidden();
+        fs.close_backings();
         if let Some(hidden) = &hidden {
-            fs.write_back_hidden();
-            fs.close_backings();
             hidden.end();
         }
+        let noted = fs.upper().map_or(Ok(()), |upper| upper.note_writers(&fs.written_past_the_end()));
         save_trace(&self.store, &fs);
         fs.drop_orphans();
         fs.save()?;
@@ -608,14 +656,14 @@ impl Mount {
         }
         drop(fs);
         if options.keep_record {
-            return Ok(());
+            return noted;
         }
         registry::remove(self.store.db(), &self.record.dir)?;
         match upper {
             Some(record) if record.name.is_none() && (is_clean || options.discard_upper) => {
                 upper::remove(&self.store, record.id)
             }
-            _ => Ok(()),
+            _ => noted,
         }
     }
 }
@@ -635,7 +683,8 @@ const PARTIAL_THREADS: usize = 16;
 
 /// Whether the kernel may read and write files of `fs` past us, and a seal can hold their writers.
 fn can_pass_through(fs: &Fs) -> bool {
-    fs.is_writable() && rustix::process::geteuid().is_root() && Hold::is_possible()
+    let may_hold = |upper: &Upper| Hold::is_possible_in(upper.data().path());
+    fs.is_writable() && rustix::process::geteuid().is_root() && fs.upper().is_some_and(may_hold)
 }
 
 fn default_threads(store: &Store, fs: &Fs) -> Result<usize> {

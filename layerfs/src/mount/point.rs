@@ -1,7 +1,8 @@
 //! Mount points on the host: making sure that one is fit, unmounting, syncing.
 
+use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -52,41 +53,78 @@ pub(super) fn prepare(dir: &Path) -> Result<PathBuf> {
     Err(Error::Busy(format!("the mounts on {} can't be taken away", dir.display())))
 }
 
+/// A line of a table of mounts.
+#[derive(Debug, PartialEq, Eq)]
+struct Listed {
+    dir: Vec<u8>,
+    device: u64,
+    is_layerfs: bool,
+}
+
+/// The mounts of this process's namespace: of those on one folder the uppermost last. None if that can't be read.
+fn seen() -> Option<Vec<Listed>> {
+    Some(list(&std::fs::read("/proc/self/mountinfo").ok()?))
+}
+
+fn list(table: &[u8]) -> Vec<Listed> {
+    table.split(|byte| *byte == b'\n').filter_map(listed).collect()
+}
+
+fn listed(line: &[u8]) -> Option<Listed> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
+    let device = libc::makedev(major.parse().ok()?, minor.parse().ok()?);
+    let dir = unescape(fields.nth(1)?);
+    let is_layerfs = fields.skip_while(|field| *field != b"-").nth(1) == Some(b"fuse.layerfs");
+    Some(Listed { dir, device, is_layerfs })
+}
+
+impl Listed {
+    fn is_on(&self, dir: &Path) -> bool {
+        self.dir == dir.as_os_str().as_bytes()
+    }
+
+    /// Numbers are used again: by other filesystems too.
+    fn is_of(&self, device: u64) -> bool {
+        self.is_layerfs && self.device == device
+    }
+}
+
 /// Whether a layerfs is mounted on `dir` itself.
-fn is_layerfs(dir: &Path) -> bool {
-    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    table.split(|byte| *byte == b'\n').any(|line| {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let is_there = fields.nth(4).is_some_and(|point| unescape(point) == dir.as_os_str().as_bytes());
-        is_there && fields.skip_while(|field| *field != b"-").nth(1) == Some(b"fuse.layerfs")
-    })
+pub(super) fn is_layerfs(dir: &Path) -> bool {
+    device(dir).is_some()
 }
 
-/// Whether the filesystem with this device number is mounted somewhere, as this process sees it. Asks nothing of the filesystem.
-pub(super) fn is_mounted(device: u64) -> bool {
-    std::fs::read("/proc/self/mountinfo").map_or(true, |table| mounts(&table, device))
+/// The device number of the layerfs on `dir`. Asks nothing of the filesystem.
+pub(super) fn device(dir: &Path) -> Option<u64> {
+    let mut seen = seen()?.into_iter().rev();
+    seen.find(|mount| mount.is_layerfs && mount.is_on(dir)).map(|mount| mount.device)
 }
 
-/// Whether a table of mounts has the filesystem with this device number.
-fn mounts(table: &[u8], device: u64) -> bool {
-    let number = format!("{}:{}", libc::major(device), libc::minor(device));
-    let mut lines = table.split(|byte| *byte == b'\n');
-    lines.any(|line| line.split(|byte| *byte == b' ').nth(2) == Some(number.as_bytes()))
+/// Where the layerfs with this device number is mounted, as this process sees it; none if that isn't known.
+pub(super) fn places(device: u64) -> Option<Vec<PathBuf>> {
+    let ours = seen()?.into_iter().filter(|mount| mount.is_of(device));
+    Some(ours.map(|mount| PathBuf::from(OsString::from_vec(mount.dir))).collect())
 }
 
-/// The processes in whose mount namespaces that filesystem is mounted, as far as this user may see them.
+/// The processes in whose mount namespaces it is mounted, as far as this user may see them.
 pub(super) fn processes(device: u64) -> Vec<u32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| std::fs::read(format!("/proc/{pid}/mountinfo")).is_ok_and(|table| mounts(&table, device)))
-        .collect()
+    let is_there = |table: Vec<u8>| list(&table).iter().any(|mount| mount.is_of(device));
+    pids.filter(|pid| std::fs::read(format!("/proc/{pid}/mountinfo")).is_ok_and(is_there)).collect()
 }
 
-/// Ends the kernel's connection for the filesystem with this device number, wherever it is mounted.
+/// Ends the kernel's connection for the filesystem with this device number, wherever it is mounted. False if there is no such
+/// connection.
 ///
 /// # Errors
-/// [`Error::Denied`] for an ordinary user.
-pub(super) fn end_everywhere(device: u64) -> Result<()> {
+/// [`Error::Denied`] for an ordinary user; [`Error::Invalid`] if that is no number of a FUSE filesystem.
+pub(super) fn end_everywhere(device: u64) -> Result<bool> {
+    if libc::major(device) != 0 {
+        let (major, minor) = (libc::major(device), libc::minor(device));
+        return Err(Error::invalid(format!("{major}:{minor} is a disk, not a mount of layerfs")));
+    }
     // Connections are files of a filesystem of their own, which is shown to nobody here.
     let end = || -> rustix::io::Result<()> {
         let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -97,8 +135,8 @@ pub(super) fn end_everywhere(device: u64) -> Result<()> {
         rustix::io::write(&abort, b"1").map(drop)
     };
     match end() {
-        // It has ended by itself.
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
         Err(Errno::PERM | Errno::ACCESS) => {
             Err(Error::Denied("only root may end a mount that other mount namespaces have copies of".to_owned()))
         }
@@ -127,7 +165,24 @@ pub fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Unmounts `dir`; with `lazy`, even if it is in use.
+/// Unmounts the layerfs with this device number from `dir`, if it lies there; with `lazy`, even if it is in use.
+///
+/// # Errors
+/// [`Error::Busy`] if it is in use; [`Error::Invalid`] if something else lies over it.
+pub(super) fn unmount_own(dir: &Path, device: Option<u64>, lazy: bool) -> Result<()> {
+    let Some(seen) = seen() else { return unmount(dir, lazy) };
+    let is_ours = |mount: &Listed| device.map_or(mount.is_layerfs, |device| mount.is_of(device));
+    let here: Vec<Listed> = seen.into_iter().filter(|mount| mount.is_on(dir)).collect();
+    match here.last() {
+        Some(top) if is_ours(top) => unmount(dir, lazy),
+        Some(_) if here.iter().any(is_ours) => {
+            Err(Error::invalid(format!("something else is mounted over {}; unmount that first", dir.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Unmounts `dir`, whatever lies there; with `lazy`, even if it is in use.
 pub(super) fn unmount(dir: &Path, lazy: bool) -> Result<()> {
     let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() } | UnmountFlags::NOFOLLOW;
     match rustix::mount::unmount(dir, flags) {
@@ -152,11 +207,6 @@ fn unmount_by_helper(dir: &Path, lazy: bool) -> Result<()> {
         Ok(_) => Err(Error::Busy(format!("fusermount3 could not unmount {}; is it in use?", dir.display()))),
         Err(e) => Err(Error::file("run fusermount3 to unmount", dir, e)),
     }
-}
-
-/// The device number of the mount on `dir`.
-pub(super) fn device(dir: &Path) -> Option<u64> {
-    std::fs::metadata(dir).ok().map(|found| found.dev())
 }
 
 /// Makes the kernel begin to send what programs wrote through mappings. A mount that can't be reached by its path any more
@@ -191,5 +241,22 @@ mod tests {
     #[test]
     fn mount_points_are_unescaped() {
         assert_eq!(unescape(b"/a\\040b\\134c\\"), b"/a b\\c\\");
+    }
+
+    #[test]
+    fn tables_of_mounts_are_read() {
+        let table = b"36 35 8:1 / /mnt rw,noatime shared:1 - ext4 /dev/sda1 rw\n\
+            90 36 0:45 / /mnt/a\\040b rw - fuse.layerfs base rw,user_id=0\n\
+            91 90 0:45 /sub / rw shared:2 master:1 - tmpfs fuse.layerfs rw\nrubbish\n";
+        let line = |dir: &[u8], device, is_layerfs| Listed { dir: dir.to_vec(), device, is_layerfs };
+        let (disk, number) = (libc::makedev(8, 1), libc::makedev(0, 45));
+        let lines = [line(b"/mnt", disk, false), line(b"/mnt/a b", number, true), line(b"/", number, false)];
+        assert_eq!(list(table), lines);
+        assert!(lines[1].is_of(number) && !lines[2].is_of(number), "a number that is used again");
+    }
+
+    #[test]
+    fn what_is_on_a_disk_is_not_ended() {
+        assert!(matches!(end_everywhere(libc::makedev(8, 1)), Err(Error::Invalid(_))));
     }
 }

@@ -33,6 +33,8 @@ pub struct MountRecord {
     pub transport: Transport,
     /// Whether large files of lower layers shall have the kernel's writeback cache.
     pub writeback: bool,
+    /// The filesystem's device number: where it was unmounted but has copies nothing else tells it. Records of earlier versions don't.
+    pub device: Option<u64>,
 }
 
 /// Beside how requests shall come: the writeback cache.
@@ -41,7 +43,7 @@ const WRITEBACK: u8 = 1 << 7;
 impl MountRecord {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(96);
-        out.put_u8(1);
+        out.put_u8(2);
         out.put_bytes16(self.source.as_bytes());
         out.put_u8(u8::from(self.layer.is_some()));
         out.put_id(&self.layer.map_or(ChunkId([0; 32]), |layer| layer.0));
@@ -54,13 +56,14 @@ impl MountRecord {
             Transport::Read => 2,
         };
         out.put_u8(transport | if self.writeback { WRITEBACK } else { 0 });
+        out.put_u64(self.device.unwrap_or(0));
         out
     }
 
     fn decode(dir: &[u8], row: &[u8]) -> Result<MountRecord> {
         let mut reader = Reader::new("mount record", row);
         let version = reader.u8()?;
-        if version != 1 {
+        if !(1..=2).contains(&version) {
             return Err(Error::Unsupported { what: "mount record", detail: format!("version {version}") });
         }
         let source = String::from_utf8_lossy(reader.bytes16()?).into_owned();
@@ -75,9 +78,11 @@ impl MountRecord {
             2 => Transport::Read,
             _ => Transport::Auto,
         };
+        let device = if version == 1 { 0 } else { reader.u64()? };
+        let device = Some(device).filter(|device| *device != 0);
         reader.finish()?;
         let dir = PathBuf::from(OsStr::from_bytes(dir));
-        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback })
+        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device })
     }
 }
 
@@ -121,9 +126,11 @@ mod tests {
             threads: 4,
             transport: Transport::Uring,
             writeback: true,
+            device: Some(libc::makedev(0, 45)),
         };
         let transport = Transport::Read;
-        let bare = MountRecord { layer: None, upper: None, transport, writeback: false, ..record.clone() };
+        let bare =
+            MountRecord { layer: None, upper: None, transport, writeback: false, device: None, ..record.clone() };
         for record in [record, bare] {
             let dir = record.dir.as_os_str().as_bytes().to_vec();
             assert_eq!(MountRecord::decode(&dir, &record.encode()).unwrap(), record);
@@ -135,9 +142,14 @@ mod tests {
         let layer = Some(LayerId(ChunkId([0xee; 32])));
         let (dir, source) = (PathBuf::from("/mnt"), "x".to_owned());
         let (upper, transport) = (Some(UpperId(9)), Transport::Uring);
-        let (allow_other, threads, writeback) = (true, 4, true);
-        let record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback };
+        let (allow_other, threads, writeback, device) = (true, 4, true, Some(0x2d));
+        let record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device };
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        assert_eq!(hex, format!("01010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "0081"));
+        let body = format!("010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "0081");
+        assert_eq!(hex, format!("02{body}2d00000000000000"));
+        let bytes = format!("01{body}");
+        let digits = (0..bytes.len()).step_by(2).map(|at| u8::from_str_radix(&bytes[at..at + 2], 16).unwrap());
+        let earlier = MountRecord::decode(b"/mnt", &digits.collect::<Vec<u8>>()).unwrap();
+        assert_eq!(earlier, MountRecord { device: None, ..record });
     }
 }

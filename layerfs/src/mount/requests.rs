@@ -18,7 +18,7 @@ const SET_ATIME: u32 = 1 << 4;
 const SET_MTIME: u32 = 1 << 5;
 const SET_ATIME_NOW: u32 = 1 << 7;
 const SET_MTIME_NOW: u32 = 1 << 8;
-/// That a write clears setuid and setgid.
+/// The flags of WRITE: the kernel writes back what it has, and a write clears setuid and setgid.
 const WRITE_CACHE: u32 = 1 << 0;
 const WRITE_CLEARS_BITS: u32 = 1 << 2;
 

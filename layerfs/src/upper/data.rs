@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -101,7 +102,8 @@ impl DataFolder {
             open_maps: Mutex::new(LruCache::new(OPEN_MAPS_MAX)),
             maps: RwLock::default(),
             known: RwLock::default(),
-            created: AtomicBool::new(false),
+            // A daemon that died may have made some.
+            created: AtomicBool::new(true),
             syncing: Mutex::new(()),
         })
     }
@@ -257,7 +259,13 @@ impl DataFolder {
         self.file(ino).map_or(true, |file| is_alone(&file))
     }
 
-    /// Makes the warm copy of `ino`, which is in use, its data file too. False if there is no such copy.
+    /// Whether somebody else surely has the data file of `ino` open or mapped.
+    pub fn is_others_too(&self, ino: Ino) -> bool {
+        self.file(ino).is_ok_and(|file| lease(&file).is_err_and(|error| error.kind() == ErrorKind::WouldBlock))
+    }
+
+    /// Makes the warm copy of `ino`, which is in use, its data file too, and durable that there is such a file: no sync of another
+    /// file need carry a second name along. False if there is no such copy.
     ///
     /// # Errors
     /// Those of the disk; there is no data file then.
@@ -265,12 +273,16 @@ impl DataFolder {
         let Some(file) = copies.link_as(ino, &file_name(ino))? else { return Ok(false) };
         self.created.store(true, Ordering::Release);
         self.keep_open(ino, file);
+        self.sync_folder().inspect_err(|_| self.remove(ino))?;
         Ok(true)
     }
 
     /// Starts to write what programs have mapped of `ino`, and waits for it: later stores change the file's times again.
     pub fn write_back(&self, ino: Ino) -> Result<()> {
-        let file = self.file(ino)?;
+        // An error is told once for each descriptor. That of `sync` stays for those who sync, who are told what was lost since it was
+        // opened: so it is opened first.
+        let _synced = self.file(ino)?;
+        let (file, _) = self.reader(ino)?;
         let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
         // SAFETY: a plain system call on a descriptor that is open.
         #[allow(unsafe_code)]
@@ -306,12 +318,6 @@ impl DataFolder {
     pub fn allocate(&self, ino: Ino, mode: i32, offset: u64, bytes: u64) -> Result<()> {
         let flags = FallocateFlags::from_bits_retain(mode as u32);
         rustix::fs::fallocate(&*self.file(ino)?, flags, offset, bytes).map_err(|e| self.failed("allocate", ino, e))
-    }
-
-    /// `SEEK_DATA` or `SEEK_HOLE` from `offset`. Another data file's user never sees the descriptor's position.
-    pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> Result<u64> {
-        let to = if data { SeekFrom::Data(offset) } else { SeekFrom::Hole(offset) };
-        rustix::fs::seek(&*self.file(ino)?, to).map_err(|e| self.failed("seek", ino, e))
     }
 
     /// The blocks of `ino`'s data file, and where its data is, if it has holes.
@@ -362,17 +368,21 @@ impl DataFolder {
 /// Whether nobody has `file` open or mapped but by this descriptor. That a lease can be had says so; whoever would break it waits for
 /// us to answer first.
 pub(super) fn is_alone(file: &File) -> bool {
+    lease(file).is_ok()
+}
+
+/// Takes a lease on `file`, and gives it back.
+fn lease(file: &File) -> std::io::Result<()> {
     let control = |command, argument: i32| {
         // SAFETY: these requests take a number, and change only how the open file behaves.
         #[allow(unsafe_code)]
-        unsafe {
-            libc::fcntl(file.as_raw_fd(), command, argument)
-        }
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), command, argument) };
+        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
     };
     // Rather than the signal that ends a process: this one is ignored.
-    let is_free = control(F_SETSIG, libc::SIGURG) == 0 && control(libc::F_SETLEASE, libc::F_WRLCK) == 0;
-    control(libc::F_SETLEASE, libc::F_UNLCK);
-    is_free
+    let taken = control(F_SETSIG, libc::SIGURG).and_then(|()| control(libc::F_SETLEASE, libc::F_WRLCK));
+    let _ = control(libc::F_SETLEASE, libc::F_UNLCK);
+    taken
 }
 
 /// Removes the data files of an upper that nobody uses, and their folder.

@@ -4,22 +4,31 @@
 //! that every write takes: somebody who writes to a file has its inode locked, also while the bytes that he writes have yet to be
 //! fetched. So a thread for each file writes one byte that isn't there: its page is a userfault that nobody answers. When
 //! the seal is over the page is made inaccessible and the write fails with EFAULT, having written nothing. If the process dies
-//! the kernel ends the threads, and with them the locks. Reading takes no such lock; seeking for holes and truncating do.
+//! the kernel ends the threads, and with them the locks. Reading takes no such lock on ext4 and others; seeking for holes and truncating
+//! do. Where reading does too (XFS, NFS), a seal would wait for itself, so nothing is passed through there.
 //!
 //! Side effect: the data files' times of change are those of the hold.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Error, ErrorKind, Read, Result};
+use std::io::{Error, ErrorKind, IoSliceMut, Read, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::ReadWriteFlags;
+
 const PAGE: usize = 4096;
 /// How long a writer may keep its file's lock before a seal gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a held file is read on trial, where it can't be asked whether reading waits.
+const TRIAL_PATIENCE: Duration = Duration::from_millis(300);
 const STACK_BYTES: usize = 64 * 1024;
 
 const UFFD_API: u64 = 0xaa;
@@ -58,9 +67,27 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Whether this process may do so.
-    pub fn is_possible() -> bool {
-        userfault().is_ok()
+    /// Whether this process may do so with files in `folder`, and held ones can be read. It is tried once for each filesystem.
+    pub fn is_possible_in(folder: &Path) -> bool {
+        static TRIED: Mutex<BTreeMap<u64, bool>> = Mutex::new(BTreeMap::new());
+        let Ok(device) = folder.metadata().map(|about| about.dev()) else { return false };
+        let mut tried = TRIED.lock();
+        if let Some(is_possible) = tried.get(&device) {
+            return *is_possible;
+        }
+        match is_read_while_held(folder) {
+            Ok(is_possible) => {
+                if !is_possible {
+                    tracing::info!(folder = %folder.display(), "files that are held can't be read here: none are passed through");
+                }
+                tried.insert(device, is_possible);
+                is_possible
+            }
+            Err(error) => {
+                tracing::info!(folder = %folder.display(), %error, "files can't be held here: none are passed through");
+                false
+            }
+        }
     }
 
     /// Waits for writes to `files` that are under way, and holds back others.
@@ -136,6 +163,29 @@ impl Drop for Hold {
     }
 }
 
+/// Whether a file without a name in `folder` can be read while it is held.
+fn is_read_while_held(folder: &Path) -> Result<bool> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = Arc::new(File::from(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?));
+    file.write_all_at(&[0; PAGE], 0)?;
+    let hold = Hold::of(&[(file.clone(), 0)])?;
+    // What was just written is in memory, so that only a lock makes a reader wait.
+    let mut byte = [0];
+    if rustix::io::preadv2(&*file, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::NOWAIT) == Ok(1) {
+        return Ok(true);
+    }
+    // Not every filesystem can be asked so.
+    let (send, is_read) = channel();
+    let reader = std::thread::Builder::new().name("layerfs-trial".to_owned()).stack_size(STACK_BYTES);
+    let reader = reader.spawn(move || {
+        let _ = send.send(file.read_at(&mut [0], 0).is_ok_and(|count| count == 1));
+    })?;
+    let is_read = is_read.recv_timeout(TRIAL_PATIENCE).unwrap_or(false);
+    drop(hold);
+    let _ = reader.join();
+    Ok(is_read)
+}
+
 /// A descriptor for faults of this process.
 fn userfault() -> Result<File> {
     // SAFETY: a plain system call; the descriptor is new and owned by nobody else.
@@ -199,11 +249,11 @@ mod tests {
 
     #[test]
     fn writers_wait_and_readers_do_not() {
-        if !Hold::is_possible() {
-            eprintln!("NOT RUN: no userfaults for this process");
+        let folder = tempfile::tempdir().unwrap();
+        if !Hold::is_possible_in(folder.path()) {
+            eprintln!("NOT RUN: files can't be held here");
             return;
         }
-        let folder = tempfile::tempdir().unwrap();
         let files: Vec<Held> = (0..3)
             .map(|number| {
                 let path = folder.path().join(format!("{number}"));

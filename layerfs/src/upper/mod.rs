@@ -18,6 +18,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -39,6 +40,9 @@ use warm::WarmCopies;
 
 /// How many inode numbers are reserved at a time.
 const RESERVE: u64 = 1024;
+/// How long whoever opens an upper waits for those who write to its data files still.
+const WRITERS_WAIT: Duration = Duration::from_secs(1);
+const WRITERS_LOOK: Duration = Duration::from_millis(10);
 const COUNTER_KEY: &[u8] = b"c";
 
 /// An upper's own record. FORMAT.md, "Uppers".
@@ -90,6 +94,10 @@ impl UpperRecord {
 
 fn record_key(id: UpperId) -> Vec<u8> {
     [&b"r"[..], &id.0.to_be_bytes()].concat()
+}
+
+fn writers_key(id: UpperId) -> Vec<u8> {
+    [&b"w"[..], &id.0.to_be_bytes()].concat()
 }
 
 fn name_key(name: &LayerName) -> Vec<u8> {
@@ -163,7 +171,8 @@ pub fn remove(store: &Store, id: UpperId) -> Result<()> {
 
 /// Removes the rows of upper `id`, in batches of bounded size: it has no record any more.
 fn remove_rows(db: &Db, id: UpperId) -> Result<()> {
-    for prefix in [table::inode_prefix(id), table::dentry_prefix(id), table::leaf_prefix(id), journal::prefix(id)] {
+    let tables = [table::inode_prefix(id), table::dentry_prefix(id), table::leaf_prefix(id)];
+    for prefix in tables.into_iter().chain([journal::prefix(id), writers_key(id)]) {
         let mut batch = Batch::new();
         for row in db.iter(Cf::Uppers, &prefix)? {
             batch.delete(Cf::Uppers, row?.0);
@@ -193,6 +202,32 @@ pub fn remove_leftovers(store: &Store) -> Result<()> {
 
 fn folder_path(store: &Store, id: UpperId) -> PathBuf {
     store.uppers_folder().join(id.to_string())
+}
+
+/// Waits until nobody writes to the data files of upper `id` any more who began when it was mounted, but not for long: the next mount
+/// wouldn't hear of it, nor a seal hold it back.
+fn wait_for_writers(db: &Db, id: UpperId, data: &DataFolder) -> Result<()> {
+    let Some(row) = db.get(Cf::Uppers, writers_key(id))? else { return Ok(()) };
+    let mut reader = Reader::new("list of files that are written to", &row);
+    let mut inos = Vec::new();
+    while !reader.is_empty() {
+        inos.push(Ino(reader.u64()?));
+    }
+    let begun = Instant::now();
+    loop {
+        inos.retain(|ino| data.is_others_too(*ino));
+        if inos.is_empty() {
+            return db.delete(Cf::Uppers, writers_key(id));
+        }
+        if begun.elapsed() > WRITERS_WAIT {
+            return Err(Error::Busy(format!(
+                "the mount of upper {id} was cut off, but programs that have {} of its files open from then still write to them; end \
+                 those first",
+                inos.len()
+            )));
+        }
+        std::thread::sleep(WRITERS_LOOK);
+    }
 }
 
 /// Held while a number for a new upper is taken.
@@ -274,6 +309,22 @@ impl Upper {
         Ok((upper, tables))
     }
 
+    /// Its mount has ended, but somebody goes on writing to the data files of `inos`: nobody opens it until that is over.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn note_writers(&self, inos: &[Ino]) -> Result<()> {
+        if inos.is_empty() {
+            return Ok(());
+        }
+        tracing::warn!(upper = %self.id, files = inos.len(), "programs write to files of a mount that was cut off");
+        let mut row = Vec::with_capacity(inos.len() * 8);
+        inos.iter().for_each(|ino| row.put_u64(ino.0));
+        let mut batch = Batch::new();
+        batch.put(Cf::Uppers, writers_key(self.id), row);
+        self.store.db().write(batch, Sync::Yes)
+    }
+
     fn make_root(&self, tables: &mut Tables) -> Result<()> {
         let attrs = Attrs::imported(0o755, 0, 0, Time::now());
         let mut change = Change::new();
@@ -305,6 +356,9 @@ impl Upper {
         let data = DataFolder::open(&folder_path(store, id))?;
         let next = record.next_ino;
         let has_ended = matches!(past, Past::Ended);
+        if has_ended {
+            wait_for_writers(store.db(), id, &data)?;
+        }
         let (journal, (opens, resumed)) = match past {
             Past::Ended => (Journal::start(store.db(), id)?, (OpenTable::create(&data.folder)?, Vec::new())),
             Past::GoesOn(memory) => (Journal::resume(store.db(), id)?, OpenTable::resume(&data.folder, memory)?),

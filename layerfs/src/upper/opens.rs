@@ -38,6 +38,7 @@ const PASSED: u32 = 1;
 const MAPPED: u32 = 2;
 const READABLE: u32 = 4;
 const WARM: u32 = 8;
+const MISCOUNTED: u32 = 16;
 
 /// The kernel's number of a file that it reads and writes without asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +65,9 @@ pub struct OpenRecord {
     pub is_readable: bool,
     /// Whether it is passed through to a warm copy of its sealed bytes, rather than to its data file: nobody writes to it.
     pub is_warm: bool,
+    /// Whether the kernel asked or told of a descriptor for the second time, so that `count` may be too high: its forgetting the inode
+    /// says more.
+    pub is_miscounted: bool,
     /// The file of the hidden mount that it is passed through to; 0 if it is its own data file.
     pub node: u32,
 }
@@ -72,8 +76,19 @@ impl OpenRecord {
     /// That nobody has `ino` open.
     pub fn none(ino: Ino) -> OpenRecord {
         let (count, writers, mappers) = (0, 0, 0);
-        let (is_passed, is_mapped, is_readable, is_warm) = (false, false, false, false);
-        OpenRecord { ino, backing: None, count, writers, mappers, is_passed, is_mapped, is_readable, is_warm, node: 0 }
+        OpenRecord {
+            ino,
+            backing: None,
+            count,
+            writers,
+            mappers,
+            is_passed: false,
+            is_mapped: false,
+            is_readable: false,
+            is_warm: false,
+            is_miscounted: false,
+            node: 0,
+        }
     }
 
     /// Whether somebody may write to its data file without our hearing of it.
@@ -84,8 +99,9 @@ impl OpenRecord {
     fn encode(&self) -> [u8; RECORD_BYTES] {
         let flag = |is_set: bool, bit: u32| if is_set { bit } else { 0 };
         let how = flag(self.is_passed, PASSED) | flag(self.is_mapped, MAPPED) | flag(self.is_readable, READABLE);
+        let how = how | flag(self.is_warm, WARM) | flag(self.is_miscounted, MISCOUNTED);
         let backing = self.backing.map_or(0, |backing| backing.0);
-        let numbers = [backing, self.count, self.writers, self.mappers, how | flag(self.is_warm, WARM), self.node];
+        let numbers = [backing, self.count, self.writers, self.mappers, how, self.node];
         let mut out = [0; RECORD_BYTES];
         out[..8].copy_from_slice(&self.ino.0.to_le_bytes());
         for (place, number) in out[8..].chunks_exact_mut(4).zip(numbers) {
@@ -102,10 +118,21 @@ impl OpenRecord {
         let flags = reader.u32()?;
         let is_set = |bit: u32| flags & bit != 0;
         let (is_passed, is_mapped) = (is_set(PASSED), is_set(MAPPED));
-        let (is_readable, is_warm) = (is_set(READABLE), is_set(WARM));
+        let (is_readable, is_warm, is_miscounted) = (is_set(READABLE), is_set(WARM), is_set(MISCOUNTED));
         let node = reader.u32()?;
-        let record =
-            OpenRecord { ino, backing, count, writers, mappers, is_passed, is_mapped, is_readable, is_warm, node };
+        let record = OpenRecord {
+            ino,
+            backing,
+            count,
+            writers,
+            mappers,
+            is_passed,
+            is_mapped,
+            is_readable,
+            is_warm,
+            is_miscounted,
+            node,
+        };
         Ok(Some(record).filter(|record| record.ino.0 != 0))
     }
 }
@@ -424,6 +451,9 @@ mod tests {
         let warm = OpenRecord { is_warm: true, node: 0, writers: 0, is_mapped: true, ..record };
         assert_eq!(warm.encode()[24..28], [0b1111, 0, 0, 0]);
         assert!(OpenRecord::decode(&warm.encode()).unwrap() == Some(warm) && !warm.is_written_past_us());
+        let miscounted = OpenRecord { is_miscounted: true, ..record };
+        assert_eq!(miscounted.encode()[24..28], [0b1_0101, 0, 0, 0]);
+        assert_eq!(OpenRecord::decode(&miscounted.encode()).unwrap(), Some(miscounted));
         let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(hex, "01000000000000000200000003000000040000000500000005000000".to_owned() + "06000000");
         assert_eq!(OpenRecord::decode(&record.encode()).unwrap(), Some(record));

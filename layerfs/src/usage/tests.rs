@@ -34,7 +34,18 @@ fn file(session: &Session, seeds: &[u8]) -> Content {
 fn layer(
     session: &Session,
     parent: Option<&(LayerId, Manifest)>,
-    files: &[(&str, u64, u32, &[u8])],
+    files: &[(&'static str, u64, u32, &[u8])],
+) -> (LayerId, Manifest) {
+    let with_content =
+        |(name, ino, nlink, seeds): &(&'static str, u64, u32, &[u8])| (*name, *ino, *nlink, file(session, seeds));
+    layer_of(session, parent, &files.iter().map(with_content).collect::<Vec<_>>())
+}
+
+/// The same, with the files' contents.
+fn layer_of(
+    session: &Session,
+    parent: Option<&(LayerId, Manifest)>,
+    files: &[(&str, u64, u32, Content)],
 ) -> (LayerId, Manifest) {
     let mut writer = LayerWriter::new(session);
     let inode = |ino: u64, nlink: u32, node: Node| Inode {
@@ -48,11 +59,11 @@ fn layer(
         writer.inode(&inode(1, 2, Node::Folder)).unwrap();
     }
     let mut last = 0;
-    for (name, ino, nlink, seeds) in files {
+    for (name, ino, nlink, content) in files {
         let target = Target::Inode { ino: Ino(*ino), kind: FileKind::File };
         writer.dentry(&Dentry { folder: Ino::ROOT, name: name.as_bytes().to_vec(), target }).unwrap();
         if *ino != last {
-            writer.inode(&inode(*ino, *nlink, Node::File(file(session, seeds)))).unwrap();
+            writer.inode(&inode(*ino, *nlink, Node::File(content.clone()))).unwrap();
         }
         last = *ino;
     }
@@ -82,6 +93,27 @@ fn store() -> (tempfile::TempDir, Arc<Store>, [LayerId; 3]) {
 /// How many pieces of 50,000 bytes there are in `amount`, the rest being metadata.
 fn pieces(amount: &Amount) -> u64 {
     amount.plain_bytes / PIECE as u64
+}
+
+#[test]
+fn sizes_that_are_more_than_a_number_tells_end_at_the_greatest() {
+    let folder = tempfile::Builder::new().prefix("layerfs-usage-").tempdir().unwrap();
+    let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+    let session = store.session("test");
+    let sparse = || {
+        let mut builder = ContentBuilder::new(Chunker::Tree);
+        builder.push(Extent::Hole { bytes: i64::MAX as u64 }, &session).unwrap();
+        builder.finish(&session).unwrap()
+    };
+    let files = [("a", 2, 1, sparse()), ("b", 3, 1, sparse()), ("c", 4, 1, sparse())];
+    let (id, manifest) = layer_of(&session, None, &files);
+    assert_eq!(manifest.file_bytes, u64::MAX);
+    session.commit().unwrap();
+    store.set_name(&name("sparse"), id, Expect::Absent).unwrap();
+    let report = usage(&store, &[], &Silent).unwrap();
+    assert_eq!((report.layers[0].apparent_bytes, report.names[0].tree.apparent_bytes), (u64::MAX, u64::MAX));
+    assert_eq!(report.names[0].tree.files, 3);
+    assert_eq!(store.stat(&Silent).unwrap().referenced_bytes, 0);
 }
 
 #[test]

@@ -81,7 +81,8 @@ impl Fs {
             return Ok(Prepared::default());
         }
         let turn = hidden.turn(ino);
-        let was_there = hidden.node(ino).is_some();
+        // One that was made and not used doesn't count: no seal may know of it.
+        let was_there = hidden.was_kept(ino);
         if !was_there && !may_come() {
             return Ok(Prepared { pin: None, was_there, _turn: Some(turn) });
         }

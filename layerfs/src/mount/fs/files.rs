@@ -1,8 +1,9 @@
 //! The data of regular files: reading, writing, copy-up.
 //!
-//! Invariant: whoever changes a file's data holds its stripe. A reader holds nothing: when a seal takes the data
-//! file away under it, it finds the same bytes in the sealed content.
+//! Invariant: whoever changes a file's data holds its stripe. A reader holds nothing but the data file, which it gets while the tables
+//! say that there is one: a seal that takes it away afterwards leaves it as it was.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use super::super::watch::Op;
 use super::attrs::{clear_foreign_sgid, clear_privileges};
 use super::edit::Edit;
 use super::opens::IsWarm;
-use super::ranges::Ranged;
+use super::ranges::{Ranged, seek_file};
 use super::{Fs, State};
 use crate::attr::Time;
 use crate::chunker::Chunker;
@@ -48,7 +49,7 @@ pub(super) struct Put {
 /// Where a file's bytes are.
 enum Source {
     /// In its data file.
-    Backed,
+    Backed(Arc<File>),
     /// In its data file where that has them, else below.
     Ranged(Ranged),
     /// Below.
@@ -62,8 +63,9 @@ impl Fs {
     fn source(&self, state: &State, ino: Ino) -> FsResult<Source> {
         let above = state.tables.inode(ino);
         if let Some(backed) = above.and_then(|inode| inode.backed) {
-            let map = if backed.base_bytes > 0 { self.writable_upper()?.data().map(ino) } else { None };
-            let Some(map) = map else { return Ok(Source::Backed) };
+            let data = self.writable_upper()?.data();
+            let map = if backed.base_bytes > 0 { data.map(ino) } else { None };
+            let Some(map) = map else { return Ok(Source::Backed(data.file(ino)?)) };
             let base = self.reader(state, ino)?;
             return Ok(Source::Ranged(Ranged { base, base_bytes: backed.base_bytes, bytes: backed.bytes, map }));
         }
@@ -138,19 +140,12 @@ impl Fs {
             drop(state);
             match source {
                 Source::Sealed(reader) => return self.read_sealed(ino, &reader, offset, buffer),
+                Source::Backed(file) => return read_file(&file, offset, buffer),
                 Source::Ranged(ranged) => {
                     if let Some(count) = self.read_ranged(self.writable_upper()?, ino, &ranged, offset, buffer)? {
                         return Ok(count);
                     }
                 }
-                Source::Backed => match self.writable_upper()?.data().file(ino) {
-                    // If it is still that: a seal may have taken it away, and a write made another in its place that shows what is sealed.
-                    Ok(_) if !matches!(self.source(&self.state.read(), ino)?, Source::Backed) => continue,
-                    Ok(file) => return read_file(&file, offset, buffer),
-                    // A seal has just taken it away.
-                    Err(_) if !self.is_backed(ino) => continue,
-                    Err(error) => return Err(error.into()),
-                },
             }
         }
     }
@@ -173,10 +168,6 @@ impl Fs {
             reader.release();
         }
         Ok(count)
-    }
-
-    fn is_backed(&self, ino: Ino) -> bool {
-        self.state.read().tables.inode(ino).is_some_and(|inode| inode.backed.is_some())
     }
 
     /// Writes `data` at `offset`. Setuid and setgid go if it is somebody, `by`, who can't keep them (capabilities always do).
@@ -245,7 +236,7 @@ impl Fs {
     pub(super) fn copy_up(&self, upper: &Upper, ino: Ino, limit: u64) -> FsResult<Option<Ranged>> {
         let state = self.state.read();
         let reader = match self.source(&state, ino)? {
-            Source::Backed => return Ok(None),
+            Source::Backed(_) => return Ok(None),
             Source::Ranged(ranged) => return Ok(Some(ranged)),
             Source::Sealed(reader) => reader,
         };
@@ -304,7 +295,7 @@ impl Fs {
             Source::Sealed(reader) if reader.content().len() == size => return Ok(()),
             Source::Sealed(_) => self.copy_up(upper, ino, size)?,
             Source::Ranged(ranged) => Some(ranged),
-            Source::Backed => None,
+            Source::Backed(_) => None,
         };
         upper.data().set_len(ino, size)?;
         if ranged.is_some_and(|ranged| size < ranged.base_bytes) {
@@ -344,15 +335,19 @@ impl Fs {
         let state = self.state.read();
         let source = self.source(&state, ino)?;
         let view = state.view.clone();
-        drop(state);
         let reader = match source {
-            Source::Backed => return Ok(self.writable_upper()?.data().seek(ino, offset, data)?),
+            Source::Backed(file) => {
+                drop(state);
+                return seek_file(&file, offset, u64::MAX, data)?.ok_or(Errno(libc::ENXIO));
+            }
             Source::Ranged(ranged) => {
                 let file = self.writable_upper()?.data().file(ino)?;
+                drop(state);
                 return ranged.seek(&**view.chunks(), &file, offset, data);
             }
             Source::Sealed(reader) => reader,
         };
+        drop(state);
         let content = reader.content();
         if offset >= content.len() {
             return fail(libc::ENXIO);
@@ -413,7 +408,7 @@ impl Fs {
 }
 
 /// Writes `data` at `offset`: how much was written, and what ended it early.
-pub(super) fn write_file(file: &std::fs::File, offset: u64, data: &[u8]) -> (usize, Option<Errno>) {
+pub(super) fn write_file(file: &File, offset: u64, data: &[u8]) -> (usize, Option<Errno>) {
     let mut written = 0;
     while written < data.len() {
         match file.write_at(&data[written..], offset + written as u64) {
@@ -427,7 +422,7 @@ pub(super) fn write_file(file: &std::fs::File, offset: u64, data: &[u8]) -> (usi
 }
 
 /// Reads until `buffer` is full or the file ends; returns how much that was.
-pub(super) fn read_file(file: &std::fs::File, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+pub(super) fn read_file(file: &File, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {

@@ -257,10 +257,19 @@ impl Fs {
     /// What a request is about, in words. It must not wait for what holds the request up.
     fn describe(&self, _: Op, about: u64, name: Option<&[u8]>) -> String {
         let about = Ino(about);
-        let path = match self.state.try_read_for(DESCRIBED_WITHIN) {
-            Some(state) => state.path_of(about, 0).map(|path| format!("/{}", path.escape_ascii())),
-            None => None,
-        };
+        let state = self.state.try_read_for(DESCRIBED_WITHIN);
+        let found = state.and_then(|state| Some((state.view.clone(), state.way_to(about)?)));
+        // Without the tables: layers may have any number of names to look through.
+        let path = found.and_then(|(view, (from, names))| {
+            let mut path = view.path_of(from).ok().flatten()?;
+            for name in names {
+                if !path.is_empty() {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(&name);
+            }
+            Some(format!("/{}", path.escape_ascii()))
+        });
         let path = path.unwrap_or_else(|| format!("inode {about}"));
         match name {
             None => path,
@@ -341,8 +350,9 @@ impl Fs {
         if !self.lookups.take(ino, count) {
             return;
         }
-        self.surely_closed(upper, ino);
-        self.drop_if_orphan(upper, ino);
+        if self.surely_closed(upper, ino) {
+            self.drop_if_orphan(upper, ino);
+        }
     }
 
     /// Whether the kernel may go on with the listings that it has. Not from a seal's switch until it was told which are old:
@@ -438,27 +448,28 @@ impl Fs {
 }
 
 impl State {
-    /// A path that leads to `ino`, without a leading slash: a search through all names.
-    fn path_of(&self, ino: Ino, steps: usize) -> Option<Vec<u8>> {
-        if ino == Ino::ROOT {
-            return Some(Vec::new());
-        }
-        if steps > DESCRIBED_STEPS {
-            return None;
-        }
-        for (folder, names) in self.tables.folders() {
-            let leads_there = |target| matches!(target, Target::Inode { ino: target, .. } if target == ino);
-            if let Some((name, _)) = names.iter().find(|(_, slot)| leads_there(slot.target)) {
-                let mut path = self.path_of(folder, steps + 1)?;
-                if !path.is_empty() {
-                    path.push(b'/');
+    /// The names of a way to `ino` as far as the upper says, and where it begins: in the root, or where the upper says
+    /// nothing else than the layers. A search through all names of the upper.
+    fn way_to(&self, ino: Ino) -> Option<(Ino, Vec<Vec<u8>>)> {
+        let (mut from, mut names) = (ino, Vec::new());
+        for _ in 0..=DESCRIBED_STEPS {
+            let leads_there = |target| matches!(target, Target::Inode { ino: target, .. } if target == from);
+            let entry = self.tables.folders().filter(|_| from != Ino::ROOT).find_map(|(folder, entries)| {
+                let (name, _) = entries.iter().find(|(_, slot)| leads_there(slot.target))?;
+                Some((folder, name.to_vec()))
+            });
+            match entry {
+                None => {
+                    names.reverse();
+                    return Some((from, names));
                 }
-                path.extend_from_slice(name);
-                return Some(path);
+                Some((folder, name)) => {
+                    from = folder;
+                    names.push(name);
+                }
             }
         }
-        // Where it lay when the layers were sealed, if the upper says nothing else.
-        self.view.path_of(ino).ok().flatten()
+        None
     }
 
     /// What `name` in `folder` refers to.

@@ -10,9 +10,9 @@
 //! - A sealed file may be passed through to a [warm copy](super::warm) for those who read it; whoever wants to write makes that the
 //!   data file first.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -73,11 +73,9 @@ pub(super) struct Opens {
     shards: [Mutex<HashMap<Ino, Open>>; SHARDS],
     /// A seal has begun to drop what it took: no other data file may come into use.
     is_closed: AtomicBool,
-    /// What was closed and isn't counted yet, since a seal is going on.
+    /// What closing leaves to do and nobody has done yet, since a seal is going on.
     late: Queue<Late>,
     doubts: Doubts,
-    /// What the kernel said twice to be closed.
-    miscounted: Mutex<HashSet<Ino>>,
 }
 
 impl Opens {
@@ -183,12 +181,13 @@ fn is_ours_alone(upper: &Upper, record: &OpenRecord) -> bool {
     }
 }
 
-/// A descriptor that was closed.
+/// What the closing of a descriptor of `ino` leaves to do.
 #[derive(Clone, Copy)]
-struct Late {
-    ino: Ino,
-    access: Access,
-    again: bool,
+enum Late {
+    /// To count it. `is_marked`: until then the file is recorded as miscounted.
+    Count { ino: Ino, access: Access, again: bool, is_marked: bool },
+    /// What comes after that, of a file whose data file was sealed with that stamp.
+    Finish { ino: Ino, sealed: Option<Stamp> },
 }
 
 /// The files that a seal must leave where they are.
@@ -235,6 +234,7 @@ impl Fs {
             return Err(IsWarm);
         }
         if record.count == 0 {
+            record.is_miscounted = false;
             if record.node != 0 && !self.is_hidden_there(record.node) {
                 (record.node, record.is_mapped) = (0, false);
             }
@@ -330,54 +330,79 @@ impl Fs {
         backings.open(&file).ok()
     }
 
-    /// A descriptor of `ino` that was opened with `flags` was closed. `again`: the kernel says so for the second time.
+    /// A descriptor of `ino` that was opened with `flags` was closed. `again`: the kernel says so for the second time. It doesn't wait for
+    /// a seal: programs may close more files meanwhile than there are threads.
     pub fn release(&self, ino: Ino, flags: i32, again: bool) {
         let Some(upper) = &self.upper else { return };
         let access = Access::of(flags);
         let is_written = access.writes && upper.data().known(ino).is_some();
-        if again || is_written {
-            // What changes something from now on does it after this, even if it passes a seal first.
-            self.opens.late.put(Late { ino, access, again });
-            drop(self.changes());
+        let gate = self.gate.try_read();
+        let late = if again || is_written {
+            // The kernel takes it as told, and tells no daemon that comes after this one.
+            let is_marked = gate.is_none() && self.set_miscounted(ino, true) && !again;
+            Late::Count { ino, access, again, is_marked }
         } else {
-            let closed = self.close(upper, ino, access);
-            if let Some(sealed) = closed.sealed {
-                let _gate = self.changes();
-                self.drop_sealed(upper, ino, sealed);
+            let sealed = self.close(upper, ino, access).sealed;
+            if sealed.is_none() && !self.state.read().tables.is_unsaved(ino) {
+                return;
             }
-        }
-        if !self.state.read().tables.is_unsaved(ino) {
-            return;
-        }
-        let _gate = self.changes();
-        if let Err(error) = upper.save(&mut self.state.write().tables, &[ino]) {
-            tracing::warn!(%ino, %error, "cannot save the times of a file now");
+            Late::Finish { ino, sealed }
+        };
+        // What changes something from now on does it after this, even if it passes a seal first.
+        self.opens.late.put(late);
+        let gate = gate.or_else(|| {
+            // Who ends a seal looks for this after that: one of us sees what the other did.
+            fence(Ordering::SeqCst);
+            self.gate.try_read()
+        });
+        if gate.is_some() {
+            self.close_late();
         }
     }
 
     /// Counts what was closed and isn't counted yet. Whoever calls it holds seals back.
     pub(super) fn close_late(&self) {
         let Some(upper) = &self.upper else { return };
-        self.opens.late.take_all(|late| {
-            let mut state = self.state.write();
-            let closed = match late.again {
-                // It may have been counted: rather one too many than too few.
-                true => {
-                    self.opens.miscounted.lock().insert(late.ino);
-                    Closed { is_written_past_us: true, sealed: None }
+        self.opens.late.take_all(|late| match late {
+            Late::Finish { ino, sealed } => self.finish_close(upper, ino, sealed),
+            Late::Count { ino, access, again, is_marked } => {
+                let mut state = self.state.write();
+                let closed = match again {
+                    // It may have been counted: rather one too many than too few.
+                    true => {
+                        self.may_be_miscounted(ino);
+                        Closed { is_written_past_us: true, sealed: None }
+                    }
+                    false => self.close(upper, ino, access),
+                };
+                if is_marked {
+                    self.set_miscounted(ino, false);
                 }
-                false => self.close(upper, late.ino, late.access),
-            };
-            if let Err(errno) = self.catch_up(upper, &mut state, late.ino) {
-                tracing::warn!(ino = %late.ino, ?errno, "cannot tell what became of a file that was written to");
-            } else if !closed.is_written_past_us {
-                upper.data().unknow(late.ino);
-            }
-            drop(state);
-            if let Some(sealed) = closed.sealed {
-                self.drop_sealed(upper, late.ino, sealed);
+                if let Err(errno) = self.catch_up(upper, &mut state, ino) {
+                    tracing::warn!(%ino, ?errno, "cannot tell what became of a file that was written to");
+                } else if !closed.is_written_past_us {
+                    upper.data().unknow(ino);
+                }
+                drop(state);
+                self.finish_close(upper, ino, closed.sealed);
             }
         });
+    }
+
+    /// A closing was counted: a file that is as it was `sealed` goes, and what memory knows better than the rows is saved. Whoever calls it
+    /// holds seals back.
+    fn finish_close(&self, upper: &Upper, ino: Ino, sealed: Option<Stamp>) {
+        if let Some(sealed) = sealed {
+            self.drop_sealed(upper, ino, sealed);
+        }
+        if !self.state.read().tables.is_unsaved(ino) {
+            return;
+        }
+        let mut state = self.state.write();
+        // It may be in the course of another request.
+        if let Err(error) = upper.journal().aside(|| upper.save(&mut state.tables, &[ino])) {
+            tracing::warn!(%ino, %error, "cannot save the times of a file now");
+        }
     }
 
     /// Looks again at files that weren't given back yet when we heard of their closing. Call it now and then; what it costs when
@@ -440,6 +465,7 @@ impl Fs {
                 let open = *open;
                 shard.remove(&ino);
                 ended(upper, &open);
+                self.warming.was_closed(ino);
                 return Closed { is_written_past_us: false, sealed: open.sealed };
             }
             record.is_mapped = true;
@@ -462,21 +488,50 @@ impl Fs {
         }
     }
 
-    /// The kernel has forgotten `ino`: nobody has it open or mapped, whatever we think.
-    pub(super) fn surely_closed(&self, upper: &Upper, ino: Ino) {
-        let Some(open) = self.opens.get(ino) else { return };
+    /// After that: the files that somebody goes on writing to past us. A connection that was cut doesn't stop what is passed through.
+    pub(in crate::mount) fn written_past_the_end(&self) -> Vec<Ino> {
+        let Some(upper) = &self.upper else { return Vec::new() };
+        let written = self.opens.records().into_iter().filter(OpenRecord::is_written_past_us);
+        written.map(|record| record.ino).filter(|ino| upper.data().is_others_too(*ino)).collect()
+    }
+
+    /// The descriptors of `ino`, if it has any, may be fewer than are counted.
+    pub(in crate::mount) fn may_be_miscounted(&self, ino: Ino) {
+        self.set_miscounted(ino, true);
+    }
+
+    /// Records whether they may be, if that is something else than before; returns whether.
+    fn set_miscounted(&self, ino: Ino, is_miscounted: bool) -> bool {
+        let Some(upper) = &self.upper else { return false };
+        let mut shard = self.opens.shard(ino).lock();
+        let Some(open) = shard.get_mut(&ino).filter(|open| open.record.is_miscounted != is_miscounted) else {
+            return false;
+        };
+        open.record.is_miscounted = is_miscounted;
+        upper.opens().put(open.slot, &open.record);
+        true
+    }
+
+    /// The kernel has forgotten `ino`: nobody has it open or mapped, whatever we think. False if that may be a look-up of before, and
+    /// it is open.
+    pub(super) fn surely_closed(&self, upper: &Upper, ino: Ino) -> bool {
+        let Some(open) = self.opens.get(ino) else { return true };
         // How often an earlier daemon's kernel looked it up isn't known, so this may not be the last time. The kernel keeps what is open,
-        // and says when it is closed; only if it said that twice we may have counted too many.
-        if self.is_resumed && open.record.count > 0 && !self.opens.miscounted.lock().contains(&ino) {
-            return;
+        // and says when it is closed; only if it said something twice we may have counted too many.
+        if self.is_resumed && open.record.count > 0 && !open.record.is_miscounted {
+            return false;
         }
         let _gate = self.changes();
         let mut state = self.state.write();
+        // A seal may have gone on till now, and others have looked it up again since, and opened it.
+        if self.lookups.is_known(ino) {
+            return false;
+        }
         self.strike_out(upper, &mut state, ino);
+        true
     }
 
     fn strike_out(&self, upper: &Upper, state: &mut State, ino: Ino) {
-        self.opens.miscounted.lock().remove(&ino);
         if let Some(mut open) = self.opens.shard(ino).lock().remove(&ino) {
             self.close_backing(&mut open.record);
             ended(upper, &open);
@@ -624,5 +679,160 @@ impl Fs {
         upper.journal().aside(|| upper.commit(&mut state.tables, change))?;
         upper.data().remove(ino);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::mount::caller::Caller;
+    use crate::mount::front::{Asked, Front};
+    use crate::mount::fuse::FuseOptions;
+    use crate::mount::tests::{empty_fs, store};
+    use crate::mount::{Transport, descriptor};
+
+    const RDWR: i32 = libc::O_RDWR;
+
+    /// The filesystem of the daemon after the one of `fs`, which died.
+    fn resumed(fs: Fs) -> Arc<Fs> {
+        let (view, upper) = (fs.view(), fs.upper().unwrap());
+        let (id, opens) = (upper.id(), upper.opens().descriptor().unwrap());
+        drop(fs);
+        Arc::new(Fs::resumed(view, Some(Upper::resume(store(), id, opens).unwrap())))
+    }
+
+    fn count(fs: &Fs, ino: Ino) -> Option<(u32, bool)> {
+        fs.opens.get(ino).map(|open| (open.record.count, open.record.is_miscounted))
+    }
+
+    fn with_file() -> (Fs, Ino) {
+        let fs = empty_fs(store());
+        let file = fs.make(Ino::ROOT, b"file", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.write(file, 0, b"data", None).unwrap();
+        (fs, file)
+    }
+
+    #[test]
+    fn what_was_forgotten_before_a_daemon_died_ends_nothing_that_is_open() {
+        let (fs, file) = with_file();
+        let fs = resumed(fs);
+        fs.lookup(Ino::ROOT, b"file").unwrap().unwrap();
+        fs.opened(file, RDWR);
+        fs.unlink(Ino::ROOT, b"file").unwrap();
+        // These look-ups were told to the daemon before.
+        fs.forget(file, 5);
+        assert!(fs.is_open(file));
+        assert_eq!(fs.read(file, 0, &mut [0; 8]), Ok(4));
+        fs.release(file, RDWR, false);
+        fs.forget(file, 1);
+        assert!(fs.getattr(file).is_err());
+    }
+
+    #[test]
+    fn what_is_counted_twice_ends_when_it_is_forgotten() {
+        let (fs, file) = with_file();
+        // It died before it answered.
+        fs.opened(file, RDWR);
+        let fs = resumed(fs);
+        let options = FuseOptions {
+            dir: "/".into(),
+            source: String::new(),
+            allow_other: true,
+            is_root: true,
+            threads: 1,
+            transport: Transport::Read,
+            store_folder: "/".into(),
+        };
+        let front = Front::new(fs.clone(), &options);
+        front.open(Asked { number: descriptor::again(8), caller: Caller::ROOT }, file, RDWR).unwrap();
+        fs.release(file, RDWR, false);
+        assert!(fs.is_open(file));
+        // The next daemon knows it too.
+        drop(front);
+        let fs = resumed(Arc::into_inner(fs).unwrap());
+        fs.forget(file, 1);
+        assert!(!fs.is_open(file));
+    }
+
+    #[test]
+    fn what_is_told_twice_and_ends_well_is_no_mark_for_later() {
+        let (fs, file) = with_file();
+        fs.opened(file, RDWR);
+        fs.opened(file, RDWR);
+        let fs = resumed(fs);
+        // What is told twice is not counted.
+        fs.release(file, RDWR, true);
+        fs.release(file, RDWR, false);
+        fs.release(file, RDWR, false);
+        assert!(!fs.is_open(file));
+        fs.release(file, RDWR, true);
+        fs.opened(file, RDWR);
+        fs.forget(file, 1);
+        assert!(fs.is_open(file));
+    }
+
+    #[test]
+    fn who_closes_files_while_a_seal_goes_on_waits_for_nothing() {
+        let (fs, file) = with_file();
+        let upper = fs.upper().unwrap();
+        for _ in 0..3 {
+            fs.opened(file, RDWR);
+        }
+        // As if it were written to past us.
+        upper.data().know(file, upper.data().stamp(file).unwrap());
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        fs.release(file, RDWR, false);
+        fs.release(file, RDWR, false);
+        // Should the daemon die now, the next one hears of no close.
+        assert_eq!(count(&fs, file), Some((3, true)));
+        fs.opened(file, libc::O_RDONLY);
+        drop(frozen);
+        assert_eq!(count(&fs, file), Some((2, false)), "the end of a seal leaves nothing");
+        fs.release(file, libc::O_RDONLY, false);
+        upper.data().know(file, upper.data().stamp(file).unwrap());
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        fs.release(file, RDWR, false);
+        assert!(fs.is_open(file));
+        drop(frozen);
+        assert!(!fs.is_open(file) && upper.data().known(file).is_none());
+    }
+
+    #[test]
+    fn times_of_what_is_closed_while_a_seal_goes_on_are_saved_at_its_end() {
+        let (fs, file) = with_file();
+        fs.opened(file, RDWR);
+        fs.write(file, 0, b"more", None).unwrap();
+        fs.state.write().tables.touch(file, |_| {});
+        let is_unsaved = || fs.state.read().tables.is_unsaved(file);
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        fs.release(file, RDWR, false);
+        assert!(is_unsaved() && !fs.is_open(file));
+        drop(frozen);
+        assert!(!is_unsaved());
+    }
+
+    #[test]
+    fn what_is_looked_up_again_before_its_forgetting_is_dealt_with_stays() {
+        let (fs, file) = with_file();
+        fs.opened(file, RDWR);
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        std::thread::scope(|scope| {
+            let forgetting = scope.spawn(|| fs.forget(file, 1));
+            while fs.lookups.is_known(file) {
+                std::thread::yield_now();
+            }
+            fs.lookup(Ino::ROOT, b"file").unwrap().unwrap();
+            drop(frozen);
+            forgetting.join().unwrap();
+        });
+        assert!(fs.is_open(file));
+        fs.unlink(Ino::ROOT, b"file").unwrap();
+        fs.drop_waiting();
+        assert_eq!(fs.read(file, 0, &mut [0; 8]), Ok(4));
+        fs.release(file, RDWR, false);
+        fs.forget(file, 1);
+        assert!(fs.getattr(file).is_err());
     }
 }

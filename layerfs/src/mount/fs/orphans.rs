@@ -2,8 +2,8 @@
 //! more than a change of one.
 //!
 //! Invariants: an inode that is dropped here has no name, and the kernel doesn't know it, so nobody can come to it again; fewer
-//! than [`AT_ONCE`] wait, none of them large, and none while the mount is idle or the disk is full; should the daemon end before,
-//! whoever opens the upper next drops them.
+//! than [`AT_ONCE`] wait, none of them large, and none while the mount is idle, unless a seal goes on, or the disk is full; should the
+//! daemon end before, whoever opens the upper next drops them.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -52,6 +52,11 @@ impl Orphans {
         std::mem::take(&mut waiting.inos)
     }
 
+    /// Those that wait, from now on no more.
+    fn take(&self) -> Vec<Ino> {
+        std::mem::take(&mut self.waiting.lock().inos)
+    }
+
     /// `ino`, which has data here, has just lost its last name.
     pub fn removed(&self, ino: Ino) {
         self.removed.lock().insert(ino);
@@ -74,16 +79,23 @@ impl Fs {
         self.orphans.waiting.lock().may_wait = true;
     }
 
-    /// There is nothing to do just now.
+    /// There is nothing to do just now: does what waits. While a seal goes on it does nothing, as whoever calls it would let
+    /// others wait; the seal's end calls it too.
     pub fn idle(&self) {
-        self.drop_waiting();
+        let (Some(upper), Some(_gate)) = (&self.upper, self.gate.try_read()) else { return };
+        self.close_late();
+        let waiting = self.orphans.take();
+        if !waiting.is_empty() {
+            self.drop_all(upper, &waiting);
+        }
     }
 
     /// Drops those that wait; false if there are none.
     pub(super) fn drop_waiting(&self) -> bool {
         let Some(upper) = &self.upper else { return false };
-        let waiting = std::mem::take(&mut self.orphans.waiting.lock().inos);
+        let waiting = self.orphans.take();
         if !waiting.is_empty() {
+            let _gate = self.changes();
             self.drop_all(upper, &waiting);
         }
         !waiting.is_empty()
@@ -131,25 +143,35 @@ impl Fs {
         drop(state);
         let now = self.orphans.put(ino, bytes);
         if !now.is_empty() {
+            let _gate = self.changes();
             self.drop_all(upper, &now);
         }
     }
 
-    /// Drops the inodes that nobody can reach any more, because nobody has the mount any more.
+    /// Drops the inodes that nobody can reach any more, because nobody has the mount any more: the kernel neither.
     pub fn drop_orphans(&self) {
         let Some(upper) = &self.upper else { return };
         let state = self.state.read();
         let orphans = state.tables.inodes().filter(|inode| inode.inode.nlink == 0).map(|inode| inode.inode.ino);
         let orphans: Vec<Ino> = orphans.collect();
         drop(state);
-        orphans.chunks(AT_ONCE).for_each(|inos| self.drop_all(upper, inos));
+        // It doesn't know them any more, whether it said so or not.
+        for ino in &orphans {
+            self.lookups.take(*ino, u64::MAX);
+        }
+        for inos in orphans.chunks(AT_ONCE) {
+            let _gate = self.changes();
+            self.drop_all(upper, inos);
+        }
     }
 
-    /// Drops those of `inos` that have no name. If that fails, the next opening of the upper does it.
+    /// Drops those of `inos` that have no name, and that the kernel hasn't come to know again. If that fails, the next opening of the upper
+    /// does it. Whoever calls it holds seals back.
     fn drop_all(&self, upper: &Upper, inos: &[Ino]) {
-        let _gate = self.changes();
         let mut state = self.state.write();
-        let orphans: Vec<Ino> = inos.iter().copied().filter(|ino| is_orphan(&state.tables, *ino)).collect();
+        // Those that had a name still when the kernel forgot them may have been looked up since.
+        let is_forgotten = |ino: &Ino| is_orphan(&state.tables, *ino) && !self.lookups.is_known(*ino);
+        let orphans: Vec<Ino> = inos.iter().copied().filter(is_forgotten).collect();
         let mut change = Change::new();
         change.makes_room();
         orphans.iter().for_each(|ino| change.forget(*ino));
@@ -204,6 +226,21 @@ mod tests {
         fs.forget(large, 1);
         assert_eq!(held(), before, "who waits goes with what is large");
         fs.idle();
+    }
+
+    #[test]
+    fn who_has_nothing_to_do_waits_for_no_seal() {
+        let fs = empty_fs(store());
+        fs.says_when_idle();
+        let before = fs.upper_counts().0;
+        let made = fs.make(Ino::ROOT, b"gone", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.unlink(Ino::ROOT, b"gone").unwrap();
+        fs.forget(made, 1);
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        // The device's only reader calls it.
+        fs.idle();
+        drop(frozen);
+        assert_eq!(fs.upper_counts().0, before, "the end of a seal leaves nothing");
     }
 
     #[test]

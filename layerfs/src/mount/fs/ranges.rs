@@ -120,7 +120,7 @@ pub(super) fn blocks(base_bytes: u64, map: &RangeMap, own: u64) -> u64 {
 }
 
 /// The first byte of data (or of a hole) of `file` between `at` and `until`.
-fn seek_file(file: &File, at: u64, until: u64, data: bool) -> FsResult<Option<u64>> {
+pub(super) fn seek_file(file: &File, at: u64, until: u64, data: bool) -> FsResult<Option<u64>> {
     use rustix::fs::SeekFrom;
     match rustix::fs::seek(file, if data { SeekFrom::Data(at) } else { SeekFrom::Hole(at) }) {
         Ok(found) => Ok((found < until).then_some(found)),

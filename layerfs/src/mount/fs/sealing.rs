@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use parking_lot::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
@@ -39,7 +39,28 @@ pub struct Frozen<'fs> {
     _quiet: Option<Quiet>,
     /// Dropped before changes may go on.
     _hold: Hold,
-    _gate: RwLockWriteGuard<'fs, ()>,
+    _gate: ClosedGate<'fs>,
+}
+
+/// Changes wait while this exists. What nobody was let do meanwhile is done when it is dropped.
+struct ClosedGate<'fs> {
+    fs: &'fs Fs,
+    gate: Option<RwLockWriteGuard<'fs, ()>>,
+}
+
+impl<'fs> ClosedGate<'fs> {
+    fn new(fs: &'fs Fs) -> ClosedGate<'fs> {
+        ClosedGate { fs, gate: Some(fs.gate.write()) }
+    }
+}
+
+impl Drop for ClosedGate<'_> {
+    fn drop(&mut self) {
+        self.gate = None;
+        // Who left something to do looked at the gate after that: one of us sees what the other did.
+        fence(Ordering::SeqCst);
+        self.fs.idle();
+    }
 }
 
 /// A file whose writers past us are held back. Seeking in it would wait until they are not.
@@ -72,7 +93,7 @@ impl Fs {
     pub fn begin_seal(&self) -> FsResult<Sealing<'_>> {
         let upper = self.writable_upper()?;
         let only = self.sealing.lock();
-        let _gate = self.gate.write();
+        let _gate = ClosedGate::new(self);
         // What others write past us, or have mapped: a page that is dirty already changes without anybody's knowing.
         *self.changed.lock() = Some(upper.data().all_known().into_iter().collect());
         Ok(Sealing { fs: self, upper, _only: only })
@@ -136,7 +157,7 @@ impl<'fs> Sealing<'fs> {
         let (fs, upper) = (self.fs, self.upper);
         // Before changes wait, since what is written back is one.
         let quiet = fs.quiet()?;
-        let gate = fs.gate.write();
+        let gate = ClosedGate::new(fs);
         let in_use = fs.close_ways(upper);
         let held = fs.hold(upper, &in_use.written);
         let (hold, held) = held.inspect_err(|_| fs.open_ways())?;
@@ -252,8 +273,9 @@ impl Frozen<'_> {
     /// the folders whose listings the kernel must not go on with.
     pub fn switch(self, view: Arc<View>, dropped: Change) -> Vec<Ino> {
         let mut state = self.fs.state.write();
-        self.fs.freeze_listings(&state);
+        // In this order: whoever opens a folder, and hears that listings are kept, is among those that are frozen.
         self.fs.keeps_listings.store(false, Ordering::Release);
+        self.fs.freeze_listings(&state);
         let mut folders: Vec<Ino> = state.tables.folders().map(|(folder, _)| folder).collect();
         folders.extend(self.fs.open_folders());
         let backed = state.tables.inodes().filter(|inode| inode.backed.is_some() && inode.inode.nlink > 0);

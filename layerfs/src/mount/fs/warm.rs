@@ -38,11 +38,19 @@ const LOOKS: Duration = Duration::from_secs(1);
 /// The lowest priority of a thread.
 const NICE: i32 = 19;
 
+/// What was read of a sealed file.
+#[derive(Clone, Copy, Default)]
+struct WasRead {
+    bytes: u64,
+    /// All of it, and then it was opened again.
+    is_wanted: bool,
+}
+
 /// The making of one mount's copies.
 pub(super) struct Warming {
     from: u64,
-    /// How much of a file was read, of those that were read lately.
-    read: Mutex<LruCache<Ino, u64>>,
+    /// What was read of those that were read lately.
+    read: Mutex<LruCache<Ino, WasRead>>,
     jobs: Mutex<Option<Sender<Ino>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     is_stopped: Arc<AtomicBool>,
@@ -68,7 +76,18 @@ impl Warming {
     /// `count` bytes of `content`, which is what `ino` has, were read.
     pub fn was_read(&self, ino: Ino, content: &Content, count: usize) {
         if self.is_fit(content) && self.jobs.lock().is_some() {
-            *self.read.lock().get_or_insert_mut(ino, || 0) += count as u64;
+            self.read.lock().get_or_insert_mut(ino, WasRead::default).bytes += count as u64;
+        }
+    }
+
+    /// Nobody has `ino` open any more: if a copy of it is wanted, it is made now, when who reads isn't held up by it.
+    pub fn was_closed(&self, ino: Ino) {
+        if !self.read.lock().peek_mut(&ino).is_some_and(|read| std::mem::take(&mut read.is_wanted)) {
+            return;
+        }
+        if let Some(jobs) = &*self.jobs.lock() {
+            // Else the next who opens it says so.
+            let _ = jobs.try_send(ino);
         }
     }
 }
@@ -100,19 +119,17 @@ impl Fs {
         }
     }
 
-    /// `ino` is opened for reading. If all of it was read before it gets a copy, for those who open it later.
+    /// `ino` is opened for reading. If all of it was read before it gets a copy once it is closed, for those who open it later.
     pub(super) fn is_read_again(&self, upper: &Upper, ino: Ino) {
-        let Some(read) = self.warming.read.lock().peek(&ino).copied() else { return };
+        let Some(WasRead { bytes: read, .. }) = self.warming.read.lock().peek(&ino).copied() else { return };
         if upper.warm().may_be_there(ino) {
             return;
         }
         let Ok(Some(content)) = self.warm_content(&self.state.read(), ino) else { return };
-        if read < content.len() {
-            return;
-        }
-        if let Some(jobs) = &*self.warming.jobs.lock() {
-            // Else the next who opens it says so.
-            let _ = jobs.try_send(ino);
+        if read >= content.len()
+            && let Some(read) = self.warming.read.lock().peek_mut(&ino)
+        {
+            read.is_wanted = true;
         }
     }
 

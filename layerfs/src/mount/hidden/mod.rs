@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, StatxFlags};
 
@@ -181,6 +181,11 @@ impl Hidden {
         self.nodes.of(ino)
     }
 
+    /// Whether `ino` has a hidden file by which it is open, or was. One by which it never was isn't used any more.
+    pub fn was_kept(&self, ino: Ino) -> bool {
+        self.nodes.kept(ino).is_some()
+    }
+
     /// Whether `node` is there still.
     pub fn is_there(&self, node: u64) -> bool {
         self.nodes.is_there(node)
@@ -191,7 +196,7 @@ impl Hidden {
         self.nodes.all()
     }
 
-    /// The hidden file of `ino`, made if it has none; with a descriptor that names it. As the tables have it, `ino` is as `stamp` says.
+    /// The hidden file of `ino`, made if it has none by which it was open; with a descriptor that names it. As the tables have it, `ino` is as `stamp` says.
     /// While what is returned exists the file stays. Hold the turn of `ino`.
     ///
     /// # Errors
@@ -264,9 +269,15 @@ impl Hidden {
         let orders: Vec<_> =
             self.all().into_iter().map(|(node, _)| (node, self.hand.begin(node, Order::WriteBack))).collect();
         for (node, begun) in orders {
-            match begun?.recv() {
-                Ok(done) => drop(done?),
-                Err(_) => self.order(node, Order::WriteBack)?,
+            let done = match begun?.recv() {
+                Ok(done) => done.map(drop),
+                Err(_) => self.order(node, Order::WriteBack),
+            };
+            // What the kernel has forgotten meanwhile is written back.
+            let is_gone = |error: &std::io::Error| error.raw_os_error() == Some(libc::ENOENT) && !self.is_there(node);
+            match done {
+                Err(error) if is_gone(&error) => {}
+                done => done?,
             }
         }
         Ok(())
@@ -280,14 +291,22 @@ impl Hidden {
         let nodes: Vec<u64> = self.all().into_iter().map(|(node, _)| node).collect();
         self.nodes.begin_hold(&nodes);
         let quiet = Quiet { nodes: self.nodes.clone(), device: self.device.clone() };
-        for node in &nodes {
-            drop(self.hand.begin(*node, Order::Hold)?);
+        let mut holds = Vec::with_capacity(nodes.len());
+        for node in nodes {
+            holds.push((node, self.hand.begin(node, Order::Hold)?));
         }
         let begun = Instant::now();
         while !self.nodes.are_held(LOOKS) {
             if begun.elapsed() > PATIENCE {
                 let what = "a write into a file doesn't end";
                 return Err(std::io::Error::new(std::io::ErrorKind::TimedOut, what));
+            }
+            for (node, hold) in &mut holds {
+                // The hand died, or came to the end of it before we heard of it.
+                let has_ended = !matches!(hold.try_recv(), Err(TryRecvError::Empty));
+                if has_ended && self.nodes.is_hold_wanted(*node) {
+                    *hold = self.hand.begin(*node, Order::Hold)?;
+                }
             }
         }
         self.write_back_all()?;

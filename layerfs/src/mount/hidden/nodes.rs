@@ -32,6 +32,8 @@ struct Node {
     lookups: u64,
     pins: u32,
     is_open: bool,
+    /// The inode has been open by it. Else its length is of before, as others may have changed the inode's since in another way.
+    was_kept: bool,
     /// Nobody can reach the inode any more.
     is_dead: bool,
     /// What names the file without opening it.
@@ -52,6 +54,11 @@ struct Table {
 }
 
 impl Table {
+    fn kept(&self, ino: Ino) -> Option<u64> {
+        let number = self.by_ino.get(&ino)?;
+        self.nodes.get(number).filter(|node| node.was_kept).map(|_| *number)
+    }
+
     fn remove_unused(&mut self, number: u64) {
         let is_unused = |node: &Node| node.lookups == 0 && !node.is_busy() && node.file.is_none();
         if let Some(node) = self.nodes.get(&number)
@@ -125,7 +132,7 @@ impl Pin {
     /// The inode is open from now on.
     pub fn keep(&self) {
         if let Some(node) = self.nodes.table.write().nodes.get_mut(&self.node) {
-            node.is_open = true;
+            (node.is_open, node.was_kept) = (true, true);
         }
     }
 }
@@ -154,6 +161,11 @@ impl Nodes {
         if self.is_empty() { None } else { self.table.read().by_ino.get(&ino).copied() }
     }
 
+    /// As [`Nodes::of`], if the inode is open by it, or was.
+    pub fn kept(&self, ino: Ino) -> Option<u64> {
+        if self.is_empty() { None } else { self.table.read().kept(ino) }
+    }
+
     pub fn is_there(&self, node: u64) -> bool {
         self.table.read().nodes.contains_key(&node)
     }
@@ -164,8 +176,8 @@ impl Nodes {
 
     pub fn pin(nodes: &Arc<Nodes>, ino: Ino, stamp: Stamp) -> (Pin, Option<Arc<OwnedFd>>) {
         let mut table = nodes.table.write();
-        let number = match table.by_ino.get(&ino) {
-            Some(number) => *number,
+        let number = match table.kept(ino) {
+            Some(number) => number,
             None => table.next(),
         };
         drop(table);
@@ -183,6 +195,7 @@ impl Nodes {
             lookups: 0,
             pins: 0,
             is_open: false,
+            was_kept: false,
             is_dead: false,
             file: None,
         });
@@ -235,7 +248,7 @@ impl Nodes {
             return None;
         }
         let table = self.table.read();
-        let node = table.nodes.get(table.by_ino.get(&ino)?)?;
+        let node = table.nodes.get(&table.kept(ino)?)?;
         Some((node.file.clone()?, node.known))
     }
 
@@ -295,11 +308,20 @@ impl Nodes {
         true
     }
 
-    /// Whether all are there that are waited for, after waiting for at most `limit`.
+    /// Whether all are there that are waited for, after waiting for at most `limit`. Nobody writes to what the kernel has forgotten.
     pub fn are_held(&self, limit: Duration) -> bool {
         let mut held = self.held.lock();
+        if let Some(wanted) = &mut held.wanted {
+            wanted.retain(|node| self.is_there(*node));
+        }
         let is_done = |held: &Held| held.wanted.as_ref().is_none_or(Vec::is_empty);
-        is_done(&held) || (!self.arrived.wait_for(&mut held, limit).timed_out() && is_done(&held))
+        self.arrived.wait_while_for(&mut held, |held| !is_done(held), limit);
+        is_done(&held)
+    }
+
+    /// Whether the request for a hold of `node` is waited for still.
+    pub fn is_hold_wanted(&self, node: u64) -> bool {
+        self.held.lock().wanted.as_ref().is_some_and(|wanted| wanted.contains(&node))
     }
 
     /// Ends the hold; whoever waited is to be answered.
@@ -321,7 +343,9 @@ mod tests {
         let nodes = Arc::new(Nodes::default());
         let (pin, file) = Nodes::pin(&nodes, Ino(7), stamp(9));
         assert!(file.is_none());
+        pin.keep();
         let number = pin.node();
+        nodes.idle(number);
         assert_eq!(nodes.of(Ino(7)), Some(number));
         assert_eq!(nodes.look_up(number).unwrap().born, stamp(9));
         drop(pin);
@@ -340,12 +364,51 @@ mod tests {
 
     #[test]
     fn a_request_for_a_hold_waits_only_while_there_is_one() {
-        let nodes = Nodes::default();
+        let nodes = Arc::new(Nodes::default());
+        let _pins = [5, 6].map(|number| Nodes::pin_again(&nodes, number, Ino(number), stamp(9)));
         assert!(!nodes.hold(5, 50));
         nodes.begin_hold(&[5, 6]);
         assert!(nodes.hold(5, 51) && !nodes.are_held(Duration::ZERO));
+        assert!(nodes.is_hold_wanted(6) && !nodes.is_hold_wanted(5));
         assert!(nodes.hold(6, 61) && nodes.are_held(Duration::ZERO));
         assert_eq!(nodes.end_hold(), [Waiting(51), Waiting(61)]);
         assert!(!nodes.hold(6, 62));
+    }
+
+    #[test]
+    fn no_hold_waits_for_what_the_kernel_has_forgotten() {
+        let nodes = Arc::new(Nodes::default());
+        let pins = [5, 6].map(|number| Nodes::pin_again(&nodes, number, Ino(number), stamp(9)));
+        nodes.begin_hold(&[5, 6]);
+        assert!(nodes.hold(5, 51) && !nodes.are_held(Duration::ZERO));
+        drop(pins);
+        assert!(nodes.are_held(Duration::ZERO) && !nodes.is_hold_wanted(6));
+    }
+
+    #[test]
+    fn what_was_made_and_not_used_says_nothing_and_is_not_used_later() {
+        let nodes = Arc::new(Nodes::default());
+        let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let (pin, _) = Nodes::pin(&nodes, Ino(7), stamp(9));
+        let unused = pin.node();
+        nodes.opened(unused, file());
+        drop(pin);
+        assert_eq!((nodes.of(Ino(7)), nodes.kept(Ino(7))), (Some(unused), None));
+        assert!(nodes.file(Ino(7)).is_none());
+        // The file has become longer.
+        let (pin, known) = Nodes::pin(&nodes, Ino(7), stamp(19));
+        let used = pin.node();
+        assert!(used != unused && known.is_none());
+        nodes.opened(used, file());
+        pin.keep();
+        assert!(nodes.file(Ino(7)).is_some());
+        nodes.let_go(unused);
+        assert!(!nodes.is_there(unused));
+        assert_eq!((nodes.of(Ino(7)), nodes.kept(Ino(7))), (Some(used), Some(used)));
+        drop(pin);
+        nodes.idle(used);
+        assert!(nodes.file(Ino(7)).is_some(), "what was written by it isn't written back yet");
+        nodes.let_go(used);
+        assert!(nodes.of(Ino(7)).is_none());
     }
 }

@@ -1,15 +1,19 @@
 //! Files that are passed through: the kernel reads and writes them past us, and nobody may notice.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
+use crate::error::Error;
 use crate::mount::backing::Device;
 use crate::mount::fs::Backings;
-use crate::mount::{Mount, MountOptions, UnmountOptions};
+use crate::mount::{Mount, MountOptions, UnmountOptions, UpperChoice};
+use crate::testing::ELSEWHERE;
 use crate::upper::hold::Hold;
 
 const BYTES: usize = 300_000;
@@ -45,7 +49,10 @@ impl Mounted {
 }
 
 fn mounted() -> Option<Mounted> {
-    if !rustix::process::geteuid().is_root() || File::open("/dev/fuse").is_err() || !Hold::is_possible() {
+    if !rustix::process::geteuid().is_root()
+        || File::open("/dev/fuse").is_err()
+        || !Hold::is_possible_in(&std::env::temp_dir())
+    {
         eprintln!("NOT RUN: passing files through needs the superuser, /dev/fuse and userfaults");
         return None;
     }
@@ -315,4 +322,30 @@ fn holes_and_large_lengths_are_no_burden_to_a_seal() {
     let mut bytes = [0; 3];
     view.read_at(ino, 1 << 39, &mut bytes).unwrap();
     assert_eq!((bytes, view.stat(ino).unwrap().unwrap().size), (*b"far", 1 << 40));
+}
+
+/// The connection is cut, but what is passed through goes on: a mount that knew nothing of it would lose it.
+#[test]
+fn who_writes_past_the_end_keeps_the_upper_back() {
+    let Some(mut mounted) = mounted() else { return };
+    let path = mounted.path("file");
+    fs::write(&path, b"one").unwrap();
+    let mut other = Command::new(ELSEWHERE);
+    other.arg(&mounted.dir).args(["sh", "-c", "exec 3<>\"$0\"; echo; read line; echo \"$line\" >&3; echo; cat"]);
+    let mut other = other.arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
+    // Once it answers, it has the file open.
+    output.read_exact(&mut [0]).unwrap();
+    mounted.mount.unmount(&UnmountOptions { everywhere: true, ..Default::default() }).unwrap();
+    input.write_all(b"another\n").unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    let options =
+        MountOptions { upper: UpperChoice::Existing(mounted.mount.record().upper.unwrap()), ..Default::default() };
+    let refused = Mount::start(store(), None, "test", &mounted.dir, &options);
+    assert!(matches!(&refused, Err(Error::Busy(_))), "{refused:?}");
+    drop(input);
+    other.wait().unwrap();
+    mounted.mount = Mount::start(store(), None, "test", &mounted.dir, &options).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"another\n");
+    assert_eq!(fs::metadata(&path).unwrap().len(), 8);
 }

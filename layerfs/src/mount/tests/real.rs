@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, Timespec, Timestamps, Xat
 use super::*;
 use crate::error::Error;
 use crate::mount::{Mount, MountOptions, Transport, UnmountOptions, UpperChoice, acl};
+use crate::testing::ELSEWHERE;
 
 /// A store and a mount of its own, in a temporary folder.
 struct Mounted {
@@ -255,7 +256,17 @@ fn map_a_file() {
 
 impl Mapper {
     fn start(path: &Path) -> Mapper {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        Mapper::start_by(Command::new(std::env::current_exe().unwrap()), path)
+    }
+
+    /// In a mount namespace of its own.
+    fn start_elsewhere(mount: &Path, path: &Path) -> Mapper {
+        let mut command = Command::new(ELSEWHERE);
+        command.args([mount, &std::env::current_exe().unwrap()]);
+        Mapper::start_by(command, path)
+    }
+
+    fn start_by(mut command: Command, path: &Path) -> Mapper {
         command.args(["mount::tests::real::map_a_file", "--exact", "--ignored", "--nocapture"]).env(MAPPED, path);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
@@ -269,15 +280,16 @@ impl Mapper {
 
     fn end(mut self) {
         drop(self.input);
-        drop(self.output);
+        // What it says of itself: a pipe that nobody reads were an error.
+        self.output.read_to_end(&mut Vec::new()).unwrap();
         self.child.wait().unwrap();
     }
 }
 
-/// A process in a mount namespace of its own, which ends when what is returned with it is dropped.
-fn elsewhere() -> (Child, ChildStdin) {
-    let mut other = Command::new("unshare");
-    other.args(["--mount", "--propagation", "private", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+/// A process in a mount namespace of its own with a copy of `mount`, which ends when what is returned with it is dropped.
+fn elsewhere(mount: &Path) -> (Child, ChildStdin) {
+    let mut other = Command::new(ELSEWHERE);
+    other.arg(mount).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut other = other.spawn().unwrap();
     let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
     // Once it answers, it has its namespace.
@@ -290,7 +302,7 @@ fn elsewhere() -> (Child, ChildStdin) {
 fn a_copy_in_another_namespace_holds_nobody_up() {
     let Some(m) = mounted() else { return };
     fs::write(m.path("file"), b"there").unwrap();
-    let (mut other, input) = elsewhere();
+    let (mut other, input) = elsewhere(&m.path(""));
     m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
     assert!(!m.mount.has_ended() && m.mount.is_left() && !m.path("file").exists());
     assert_eq!(m.mount.processes(), [other.id()]);
@@ -309,21 +321,78 @@ fn a_mount_ends_everywhere_if_it_shall() {
     let mut mapper = Mapper::start(&m.path("mapped"));
     mapper.tell("50000 mmap");
     mapper.end();
-    let (mut other, input) = elsewhere();
+    let (mut other, input) = elsewhere(&m.path(""));
     let ending = UnmountOptions { keep_record: true, everywhere: true, ..Default::default() };
     m.mount.unmount(&ending).unwrap();
     assert!(m.mount.has_ended() && !m.mount.is_left());
     let m = m.remount();
     assert_eq!(&fs::read(m.path("mapped")).unwrap()[50_000..50_004], b"mmap");
-    // One that was left before.
-    let (mut another, more) = elsewhere();
+    // One that was left before, with what a program has stored and nobody has asked for.
+    m.seal();
+    let mut mapper = Mapper::start_elsewhere(&m.path(""), &m.path("mapped"));
+    mapper.tell("70000 left");
     m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
     assert!(!m.mount.has_ended());
     m.mount.unmount(&ending).unwrap();
     assert!(m.mount.has_ended());
-    drop((input, more));
+    let m = m.remount();
+    assert_eq!(&fs::read(m.path("mapped")).unwrap()[70_000..70_004], b"left");
+    mapper.end();
+    drop(input);
     other.wait().unwrap();
-    another.wait().unwrap();
+}
+
+#[test]
+fn what_lies_on_its_folder_now_stays() {
+    let Some(m) = mounted() else { return };
+    let mnt = m.path("");
+    let cover = || {
+        assert!(Command::new("mount").args(["-t", "tmpfs", "theirs"]).arg(&mnt).status().unwrap().success());
+        fs::write(mnt.join("theirs"), b"theirs").unwrap();
+    };
+    let uncover = || rustix::mount::unmount(&mnt, rustix::mount::UnmountFlags::empty()).unwrap();
+    let (mut other, input) = elsewhere(&m.path(""));
+    let ending = UnmountOptions { keep_record: true, everywhere: true, ..Default::default() };
+    m.mount.unmount(&UnmountOptions { everywhere: false, ..ending }).unwrap();
+    cover();
+    m.mount.unmount(&ending).unwrap();
+    assert!(m.mount.has_ended());
+    assert_eq!(fs::read(mnt.join("theirs")).unwrap(), b"theirs");
+    uncover();
+    drop(input);
+    other.wait().unwrap();
+    // Over it, while it is there.
+    let m = m.remount();
+    cover();
+    assert!(matches!(m.mount.unmount(&ending), Err(Error::Invalid(_))));
+    assert_eq!(fs::read(mnt.join("theirs")).unwrap(), b"theirs");
+    uncover();
+}
+
+/// Which filesystem it is only its record tells.
+#[test]
+fn a_mount_that_was_left_is_known_to_the_next_daemon() {
+    let Some(m) = mounted() else { return };
+    fs::write(m.path("file"), b"there").unwrap();
+    let layer = m.seal().layer;
+    let dir = m.folder.path().join("read-only");
+    fs::create_dir(&dir).unwrap();
+    let options = MountOptions { upper: UpperChoice::ReadOnly, ..Default::default() };
+    let first = Mount::start(&m.store, Some(layer), "test", &dir, &options).unwrap();
+    let (mut other, input) = elsewhere(&dir);
+    first.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+    assert!(first.is_left());
+    let mut kept = [(dir.clone(), first.descriptors().unwrap())].into();
+    let restored = crate::mount::restore(&m.store, &mut kept).unwrap();
+    let (_, next) = restored.into_iter().find(|(record, _)| record.dir == dir).unwrap();
+    let next = next.unwrap();
+    assert!(next.is_left() && next.places().is_empty());
+    assert_eq!((next.record().device, next.processes()), (first.record().device, vec![other.id()]));
+    next.unmount(&UnmountOptions { everywhere: true, ..Default::default() }).unwrap();
+    assert!(next.has_ended());
+    first.wait();
+    drop(input);
+    other.wait().unwrap();
 }
 
 #[test]

@@ -107,3 +107,32 @@ fn what_was_read_ahead_is_not_read_again_and_removed_files_do_no_harm() {
     });
     assert_eq!(bytes_of(&fs.view(), b"kept"), [1; BYTES]);
 }
+
+/// The seal takes the data file away, and the next write makes another, which may have holes where sealed bytes show through.
+#[test]
+fn who_reads_and_seeks_during_seals_finds_the_file() {
+    for ranges_from in [u64::MAX, 1] {
+        let fs = empty_fs(store()).with_ranges_from(ranges_from);
+        let file = fs.make(Ino::ROOT, b"file", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.write(file, 0, &[1; BYTES], None).unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stops = Stops(&stop);
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let mut bytes = vec![0; BYTES];
+                    while !stop.load(Ordering::Relaxed) {
+                        assert_eq!((fs.seek(file, 0, true), fs.seek(file, 0, false)), (Ok(0), Ok(BYTES as u64)));
+                        assert_eq!(fs.read(file, 0, &mut bytes), Ok(BYTES));
+                        assert!(bytes.iter().all(|byte| *byte == 1));
+                    }
+                });
+            }
+            for round in 0..30 {
+                fs.write(file, round * 1000, &[1; 10], None).unwrap();
+                seal_fs(store(), &fs);
+            }
+            drop(stops);
+        });
+    }
+}
