@@ -5,6 +5,7 @@
 use std::io;
 
 use layerfs::error::ErrorClass;
+use layerfs::store::db::WriteError;
 
 use crate::identity::Fingerprint;
 
@@ -129,6 +130,12 @@ pub enum Error {
         /// Ours.
         ours: u16,
     },
+}
+
+impl From<WriteError> for Error {
+    fn from(error: WriteError) -> Error {
+        Error::Store(error.into())
+    }
 }
 
 impl Error {

@@ -213,12 +213,14 @@ pub(crate) async fn serve_peer(node: &Node, peer: &Peer, link: &mut Link) -> Res
                 require(peer.rights.push, "push to")?;
                 let names = offer.names.iter().map(|(name, _)| name.clone()).collect();
                 let entry = begin(node, peer, Role::Receiving, names, link)?;
+                entry.transfer().set_dry(offer.dry_run);
                 let result = take(node, peer, link, offer, &entry).await;
                 entry.end(result)?;
             }
             Message::Fetch { names, dry_run } => {
                 require(peer.rights.pull, "pull from")?;
                 let entry = begin(node, peer, Role::Sending, names.clone(), link)?;
+                entry.transfer().set_dry(dry_run);
                 let result = give(node, peer, link, Wanted::Whole(names, dry_run), &entry).await;
                 entry.end(result)?;
             }

@@ -306,6 +306,7 @@ impl Node {
         knowing: Knowing,
         entry: &Entry,
     ) -> Result<TransferReport> {
+        entry.transfer().set_dry(options.dry_run);
         let (store, wanted) = (self.store().clone(), names.to_vec());
         let prepare = move || {
             let prepared = send::prepare(&store, &wanted, &Visible::All, options.force)?;
@@ -352,6 +353,7 @@ impl Node {
         options: PullOptions,
         entry: &Entry,
     ) -> Result<TransferReport> {
+        entry.transfer().set_dry(options.dry_run);
         let request = match options.lazy {
             true => Message::Look { names: names.to_vec(), layers: Vec::new() },
             false => Message::Fetch { names: names.to_vec(), dry_run: options.dry_run },

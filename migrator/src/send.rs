@@ -316,7 +316,8 @@ impl Driver<'_> {
         let offer = &self.prepared.offer;
         let offered = || offer.layers.iter().zip(lacking);
         let lacks: Vec<LayerId> = offered().filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.id).collect();
-        let total = offered().filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.file_bytes).sum();
+        let sizes = offered().filter(|(_, lacks)| **lacks).map(|(layer, _)| layer.file_bytes);
+        let total = sizes.fold(0, u64::saturating_add);
         // Ancestors first: what they share is the most.
         let mut held: Vec<LayerId> = offered().filter(|(_, lacks)| !**lacks).map(|(layer, _)| layer.id).collect();
         held.extend(offer.hints.iter().zip(held_hints).filter(|(_, held)| **held).map(|(id, _)| *id));

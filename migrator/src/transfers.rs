@@ -85,6 +85,8 @@ pub struct TransferInfo {
     pub peer: String,
     /// The layers' names; empty until known.
     pub names: Vec<String>,
+    /// Nothing is moved: it only finds out what would be.
+    pub dry_run: bool,
     /// How it stands.
     pub state: State,
     /// What is being done.
@@ -141,6 +143,7 @@ pub struct Transfer {
     chunks: AtomicU64,
     connections: AtomicU32,
     is_cancelled: AtomicBool,
+    is_dry: AtomicBool,
 }
 
 impl Transfer {
@@ -162,6 +165,11 @@ impl Transfer {
     /// What is being moved, once it is known.
     pub fn set_names(&self, names: impl Iterator<Item = String>) {
         *self.names.lock() = names.collect();
+    }
+
+    /// Whether it moves nothing, and only finds out what would be moved.
+    pub fn set_dry(&self, is_dry: bool) {
+        self.is_dry.store(is_dry, Relaxed);
     }
 
     /// So many connections carry it now.
@@ -192,6 +200,7 @@ impl Transfer {
             origin: self.origin,
             peer: self.peer.clone(),
             names: self.names.lock().clone(),
+            dry_run: self.is_dry.load(Relaxed),
             state,
             phase: course.phase.clone(),
             bytes,
@@ -374,6 +383,7 @@ impl Transfers {
             chunks: AtomicU64::new(0),
             connections: AtomicU32::new(0),
             is_cancelled: AtomicBool::new(false),
+            is_dry: AtomicBool::new(false),
         });
         let mut register = self.0.register.lock();
         let is_of_same = |other: &&Arc<Transfer>| other.origin == Origin::Peer && other.peer == transfer.peer;

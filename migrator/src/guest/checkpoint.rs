@@ -10,7 +10,9 @@
 use std::path::Path;
 
 use layerfs::monitor::Monitor;
-use layerfs::{Error, LayerId, LayerName, Result as StoreResult};
+use layerfs::store::Store;
+use layerfs::view::View;
+use layerfs::{Error, Ino, LayerId, LayerName, Result as StoreResult};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -53,6 +55,11 @@ impl Description {
         }
         let json = std::fs::read(&path).map_err(|error| Error::file("read", &path, error))?;
         serde_json::from_slice(&json).map_err(|error| Error::corrupt("guest's description", error.to_string()))
+    }
+
+    /// Whether `layer` is a state with one. The states of moves have none.
+    fn is_in(store: &Arc<Store>, layer: LayerId) -> StoreResult<bool> {
+        Ok(View::open(store, layer)?.lookup(Ino::ROOT, DESCRIPTION.as_bytes())?.is_some())
     }
 
     /// Adds it to the state in `folder`.
@@ -108,95 +115,155 @@ impl Hosted<'_> {
         Ok((name.layer(&format!("{tag}/state"))?, name.layer(&format!("{tag}/instance"))?))
     }
 
-    /// Makes a checkpoint of the running guest. It runs on, or ends if `end`.
+    /// The names of the latest checkpoint of a guest that is here: state and instance. It is the one on its record, unless that is a move's
+    /// state, from which nothing goes on any more.
     ///
     /// # Errors
-    /// Of any kind; it runs on then.
+    /// Those of the index and of reading the layers.
+    pub fn latest(
+        &self,
+        name: &GuestName,
+        record: Option<&GuestRecord>,
+    ) -> StoreResult<Option<(LayerName, LayerName)>> {
+        let store = self.guests.store();
+        let on_record = record.and_then(|record| Some((record.state_layer.clone()?, record.instance.clone()?)));
+        if let Some((state, instance)) = on_record
+            && let Some(found) = store.name(&state)?
+            && Description::is_in(store, found.layer)?
+        {
+            return Ok(Some((state, instance)));
+        }
+        let prefix = format!("guest/{name}/");
+        let tag_of = |state: &LayerName| {
+            let tag = state.as_str().strip_prefix(&prefix)?.strip_suffix("/state")?;
+            Some(tag.to_owned())
+        };
+        let mut found: Vec<_> =
+            store.names()?.into_iter().filter_map(|(state, at)| Some((at, tag_of(&state)?))).collect();
+        found.sort_by_key(|(at, _)| std::cmp::Reverse(at.created));
+        for (at, tag) in found {
+            if Description::is_in(store, at.layer)? {
+                return Self::names(name, &tag).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes back what a checkpoint that was cut off has left of the guest with this record: it goes on, with its network, and what was
+    /// written goes. Fine if there is nothing. Nobody else works on it meanwhile.
+    ///
+    /// # Errors
+    /// If it doesn't go on; what was written stays then.
+    pub fn wake(&self, record: &GuestRecord) -> Result<()> {
+        let guest = self.guest(record)?;
+        // One that runs may still be cut off from its network.
+        if guest.status()?.activity != Activity::Absent {
+            guest.resume()?;
+        }
+        self.host.remove_scratches(&record.spec.name)
+    }
+
+    /// Makes a checkpoint of the running guest. It runs on, or ends if `end`, when its state is in the store. One that an earlier
+    /// checkpoint has left standing still goes on first.
+    ///
+    /// # Errors
+    /// Of any kind; it runs on then, unless it couldn't be ended after its state was stored, which the message says.
     pub fn checkpoint(&self, name: &GuestName, tag: &str, end: bool, monitor: &dyn Monitor) -> Result<Checkpoint> {
         let record = self.guests.get(name)?;
         let guest = self.guest(&record)?;
-        let (state_name, instance_name) = Self::names(name, tag)?;
-        let expected = guest.status()?.memory_bytes.unwrap_or(0);
+        let names = Self::names(name, tag)?;
+        let mut status = guest.status()?;
+        if status.activity == Activity::Frozen {
+            self.wake(&record)?;
+            status = guest.status()?;
+        }
         // Memory is precious: it goes as soon as the state is in the store, or isn't wanted any more.
-        let scratch = Scratch::new(&self.host, name, expected)?;
-        let folder = scratch.path();
-        let made = self.dump(&record, &*guest, folder, &instance_name, end, monitor);
-        let made = made.and_then(|(written, instance, frozen)| {
-            monitor.phase("storing", Some(written.memory_bytes + written.other_bytes));
-            let description = Description { spec: record.spec.clone(), instance, instance_name: instance_name.clone() };
-            description.write(folder)?;
-            let store = self.guests.store();
-            let previous = match &record.state_layer {
-                Some(previous) => store.name(previous)?.map(|record| record.layer),
-                None => None,
-            };
-            let (layer, report) = state::import(store, folder, &state_name, previous, monitor)?;
-            Ok(Checkpoint {
-                state: (state_name.clone(), layer),
-                instance: (instance_name.clone(), instance),
-                written,
-                frozen_seconds: frozen,
-                stored_bytes: report.new_stored_bytes,
-            })
-        });
-        let goes_on = || guest.status().is_ok_and(|status| status.activity != Activity::Frozen);
-        match made.is_ok() || goes_on() {
+        let scratch = Scratch::new(&self.host, name, status.memory_bytes.unwrap_or(0))?;
+        let made = self.make(&record, &*guest, scratch.path(), names, end, monitor);
+        match made.is_ok() || guest.status().is_ok_and(|status| status.activity != Activity::Frozen) {
             true => drop(scratch),
             // It may have nothing else to go on from.
             false => drop(scratch.leave()),
         }
-        let made = made?;
-        self.guests.update(name, |record| {
-            record.state_layer = Some(state_name);
-            record.instance = Some(instance_name);
-            if end {
-                record.state = GuestState::Created;
-            }
-            Ok(())
-        })?;
-        Ok(made)
+        made
     }
 
-    /// Dumps it, seals its upper, and lets it go on or ends it.
-    fn dump(
+    fn make(
         &self,
         record: &GuestRecord,
         guest: &dyn Guest,
         folder: &Path,
-        instance_name: &LayerName,
+        names: (LayerName, LayerName),
         end: bool,
         monitor: &dyn Monitor,
-    ) -> Result<(Written, LayerId, f64)> {
-        monitor.phase("dumping", None);
-        let began = std::time::Instant::now();
-        let written = match guest.dump(folder) {
-            Ok(written) => written,
-            Err(error) => {
-                // It may stand still all the same.
-                if guest.status()?.activity != Activity::Absent
-                    && let Err(second) = guest.resume()
-                {
-                    let text = format!("{error}; and it doesn't go on: {second}");
-                    return Err(crate::Error::guest("dump", &record.spec.name, text));
-                }
-                return Err(error);
-            }
-        };
-        monitor.phase("sealing", None);
-        match self.host.seal(&record.spec.name, instance_name) {
-            Ok(instance) => {
-                if end {
-                    guest.discard()?
-                } else {
-                    guest.resume()?
-                }
-                Ok((written, instance, began.elapsed().as_secs_f64()))
-            }
-            Err(error) => {
-                guest.resume()?;
-                Err(error)
+    ) -> Result<Checkpoint> {
+        let name = &record.spec.name;
+        let made = self.store(record, guest, folder, names, end, monitor);
+        let made = made.map_err(|error| Self::go_on(guest, name, error))?;
+        if end {
+            guest.discard().map_err(|error| {
+                let hint = format!("`layerctl guest start {name}` lets it go on, `layerctl guest stop {name}` ends it");
+                crate::Error::guest("end", name, format!("{error}; {hint}"))
+            })?;
+            self.guests.update(name, |record| {
+                record.state = GuestState::Created;
+                Ok(())
+            })?;
+        }
+        Ok(made)
+    }
+
+    /// Lets it go on, as `error` is in the way of its checkpoint. Returns what is to be said.
+    fn go_on(guest: &dyn Guest, name: &GuestName, error: crate::Error) -> crate::Error {
+        let resumed = guest.status().and_then(|status| match status.activity {
+            Activity::Absent => Ok(()),
+            _ => guest.resume(),
+        });
+        match resumed {
+            Ok(()) => error,
+            Err(second) => {
+                let hint = format!("`layerctl guest start {name}` tries that again");
+                crate::Error::guest("checkpoint", name, format!("{error}; and it doesn't go on: {second}; {hint}"))
             }
         }
+    }
+
+    /// Dumps it, seals its upper, lets it go on unless it is to `end`, and stores its state.
+    fn store(
+        &self,
+        record: &GuestRecord,
+        guest: &dyn Guest,
+        folder: &Path,
+        (state_name, instance_name): (LayerName, LayerName),
+        end: bool,
+        monitor: &dyn Monitor,
+    ) -> Result<Checkpoint> {
+        let name = &record.spec.name;
+        monitor.phase("dumping", None);
+        let began = std::time::Instant::now();
+        let written = guest.dump(folder)?;
+        monitor.phase("sealing", None);
+        let instance = self.host.seal(name, &instance_name)?;
+        if !end {
+            guest.resume()?;
+        }
+        let frozen_seconds = began.elapsed().as_secs_f64();
+        monitor.phase("storing", Some(written.memory_bytes + written.other_bytes));
+        let description = Description { spec: record.spec.clone(), instance, instance_name: instance_name.clone() };
+        description.write(folder)?;
+        let store = self.guests.store();
+        let previous = match &record.state_layer {
+            Some(previous) => store.name(previous)?.map(|record| record.layer),
+            None => None,
+        };
+        let (layer, report) = state::import(store, folder, &state_name, previous, monitor)?;
+        self.guests.update(name, |record| {
+            record.state_layer = Some(state_name.clone());
+            record.instance = Some(instance_name.clone());
+            Ok(())
+        })?;
+        let (state, instance) = ((state_name, layer), (instance_name, instance));
+        Ok(Checkpoint { state, instance, written, frozen_seconds, stored_bytes: report.new_stored_bytes })
     }
 
     /// Lets a guest go on from the checkpoint whose state is `state`, in the place of whatever it has here; it mustn't run. A
@@ -241,10 +308,18 @@ impl Hosted<'_> {
             }
         };
         let guest = self.guest(&record)?;
-        if guest.status()?.activity != Activity::Absent {
-            return Err(Error::Busy(format!("guest {name} runs; `layerctl guest stop {name}` first")).into());
+        let in_the_way = match guest.status()?.activity {
+            Activity::Absent => None,
+            Activity::Running => Some(format!("guest {name} runs; `layerctl guest stop {name}` first")),
+            Activity::Frozen => Some(format!(
+                "guest {name} stands still; `layerctl guest start {name}` lets it go on, `layerctl guest stop {name}` ends it"
+            )),
+        };
+        if let Some(text) = in_the_way {
+            return Err(Error::Busy(text).into());
         }
         guest.discard()?;
+        self.host.remove_scratches(name)?;
         self.host.unmount(name, true)?;
         self.host.mount(name, description.instance)?;
         memory::restore(&*guest, store, (state, from), None)?;

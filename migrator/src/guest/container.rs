@@ -5,8 +5,10 @@
 //! Rolling back a dump restores it from the files that were just written. Meanwhile nothing is heard of it: its network is
 //! held back before, and outlives it.
 //!
-//! Hides how the runtime is called. Invariant: from before a dump begins until the container has gone on or is gone, `dumped` in the
-//! run folder names the state's folder and who writes it; a container that doesn't run and whose state there is complete stands still.
+//! Hides how the runtime is called. Invariants: from before a dump begins until the container has gone on or is gone, `dumped` in the
+//! run folder names the state's folder and who writes it; a container that doesn't run and whose state there is complete, and of this
+//! run of the machine, stands still. Whether it runs isn't decided while a complete dump is ending it. What a dump leaves in the freezer
+//! goes on unless it was there before, which `paused` in the run folder says.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use layerfs::monitor::Monitor;
 
 use super::errand::{self, Errand, Note};
 use super::network::Link;
@@ -29,6 +33,8 @@ use crate::error::{Error, Result};
 
 /// How long a container gets to do what it was told.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// So long what is killed takes that nothing holds up.
+const SOON: Duration = Duration::from_secs(2);
 
 /// What CRIU writes last into a state; only then it ends what it has dumped.
 const LAST_FILE: &str = "inventory.img";
@@ -135,18 +141,31 @@ impl Site {
 
     /// The note of a dump into `into`.
     pub fn dump_to<'a>(&self, into: &'a Path) -> Note<'a> {
-        Note { file: self.dumped(), into: Some(into) }
+        Note { file: self.dumped(), into: Some(into), root: None }
     }
 
     /// The note of a restore.
     pub fn restore(&self) -> Note<'static> {
-        Note { file: self.restoring(), into: None }
+        Note { file: self.restoring(), into: None, root: None }
     }
 
-    /// Where the whole state of a dump lies that ended the container.
+    /// Where the whole state of a dump lies that ended the container. What was dumped in an earlier run of the machine doesn't go on:
+    /// neither its files nor what was written last on its disk need have got there.
     fn whole_state(&self) -> Option<PathBuf> {
-        let into = Errand::load(&self.dumped())?.folder()?.to_owned();
+        let errand = Errand::load(&self.dumped()).filter(|errand| errand.program().is_of_this_boot())?;
+        let into = errand.folder()?.to_owned();
         into.join(LAST_FILE).exists().then_some(into)
+    }
+
+    /// Whether a dump has written all of `first`, which is what it ends then, and not what goes on from that state.
+    fn has_dumped(&self, first: &Process) -> bool {
+        let is_of = |dump: Errand| dump.program().is_younger_than(first);
+        self.whole_state().is_some() && Errand::load(&self.dumped()).is_some_and(is_of)
+    }
+
+    /// Where it is noted that it was in the freezer before it was dumped.
+    fn paused(&self) -> PathBuf {
+        self.run.join("paused")
     }
 
     /// Forgets a dump: with the state, if nobody is there any more who would remove that.
@@ -157,6 +176,7 @@ impl Site {
             tracing::warn!(guest = %self.name, %error, "a state that nobody needs wasn't removed");
         }
         let _ = fs::remove_file(self.dumped());
+        let _ = fs::remove_file(self.paused());
     }
 
     fn forget_restore(&self) {
@@ -185,6 +205,12 @@ pub(super) trait Engine: Send + Sync {
 
     /// Its first process, if it runs.
     fn first(&self) -> Outcome<Option<Process>>;
+
+    /// Whether it runs and is in the freezer.
+    fn is_paused(&self) -> Outcome<bool>;
+
+    /// Takes it out of the freezer, in which it is.
+    fn unpause(&self) -> Outcome<()>;
 
     /// Starts it; its connection is there.
     fn launch(&self) -> Outcome<()>;
@@ -221,11 +247,14 @@ impl<E: Engine> Container<E> {
         for note in [site.restoring(), site.dumped()] {
             let Some(errand) = Errand::orphaned(&note) else { continue };
             errand.wait().map_err(&failed)?;
+            // Not while others wait for theirs.
+            self.left().map_err(&failed)?;
             let _held = errand::settling();
             if Errand::load(&note).as_ref() != Some(&errand) {
                 continue;
             }
             if self.0.first().map_err(&failed)?.is_some() {
+                self.thaw().map_err(&failed)?;
                 site.release().map_err(&failed)?;
             } else if errand.folder().is_some() && site.whole_state().is_some() {
                 // It stands still.
@@ -237,6 +266,21 @@ impl<E: Engine> Container<E> {
             }
         }
         Ok(())
+    }
+
+    /// Its first process, if that runs on: CRIU ends what it has dumped only when all of it is written, and that takes a moment.
+    fn left(&self) -> Outcome<Option<Process>> {
+        let is_left = |first: &Process| !self.0.site().has_dumped(first) || !first.wait_gone(PATIENCE);
+        Ok(self.0.first()?.filter(is_left))
+    }
+
+    /// Takes it out of the freezer if it is there by a dump that came to nothing. What was put there otherwise stays there.
+    fn thaw(&self) -> Outcome<()> {
+        let site = self.0.site();
+        match site.dumped().exists() && !site.paused().exists() && self.0.is_paused()? {
+            true => self.0.unpause(),
+            false => Ok(()),
+        }
     }
 
     fn must_be_absent(&self, action: &'static str) -> Result<()> {
@@ -253,6 +297,10 @@ impl<E: Engine> Container<E> {
         }
         if let Some(process) = self.0.first().map_err(&failed)? {
             process.kill();
+            if !process.wait_gone(SOON) && self.0.is_paused() == Ok(true) {
+                // In some freezers it ends when it is taken out, which is looked at next.
+                let _ = self.0.unpause();
+            }
             if !process.wait_gone(PATIENCE) {
                 return Err(failed(format!("process {} does not end", process.pid)));
             }
@@ -302,12 +350,13 @@ impl<E: Engine> Guest for Container<E> {
         self.end("stop")
     }
 
-    fn exec(&self, argv: &[OsString]) -> Result<ExecOutput> {
+    fn exec(&self, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput> {
         self.running("run a command in")?;
         let failed = self.0.site().failed("run a command in");
         let mut command = self.0.command(argv).map_err(&failed)?;
-        let output = exec::output(&mut command)
+        let output = exec::output(&mut command, monitor)
             .map_err(|error| failed(format!("{} cannot be run: {error}", self.0.program().0)))?;
+        let output = output.ok_or(layerfs::Error::Cancelled)?;
         if self.0.has_failed(&output) {
             return Err(failed(complaint(&output)));
         }
@@ -336,11 +385,17 @@ impl<E: Engine> Guest for Container<E> {
         let process = self.running("dump")?;
         let (site, failed) = (self.0.site(), self.0.site().failed("dump"));
         lazy_pages::wait(&site.run).map_err(&failed)?;
+        match self.0.is_paused().map_err(&failed)? {
+            true => fs::write(site.paused(), "")
+                .map_err(|error| failed(format!("cannot note that it is paused: {error}")))?,
+            false => drop(fs::remove_file(site.paused())),
+        }
         site.hold().map_err(&failed)?;
         let began = Instant::now();
         if let Err(error) = self.0.save(into) {
             // What ended all the same stands still.
-            if self.0.first().map_err(&failed)?.is_some() {
+            if self.left().map_err(&failed)?.is_some() {
+                self.thaw().map_err(|second| failed(format!("{error}; and it stays in the freezer: {second}")))?;
                 site.forget_dump();
                 site.release().map_err(&failed)?;
             }
@@ -358,7 +413,9 @@ impl<E: Engine> Guest for Container<E> {
     fn resume(&self) -> Result<()> {
         self.settle()?;
         let (site, failed) = (self.0.site(), self.0.site().failed("resume"));
-        if self.0.first().map_err(&failed)?.is_none() {
+        if self.left().map_err(&failed)?.is_some() {
+            self.thaw().map_err(&failed)?;
+        } else {
             let from = site.whole_state().ok_or_else(|| failed("there is nothing left of it".to_owned()))?;
             self.0.load(&from, Manner::Whole).map_err(&failed)?;
         }
@@ -386,6 +443,7 @@ impl<E: Engine> Guest for Container<E> {
 #[cfg(test)]
 mod tests {
     use std::process::Child;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use layerfs::store::{Store, StoreOptions};
     use parking_lot::Mutex;
@@ -398,8 +456,21 @@ mod tests {
     struct Sleeper {
         site: Site,
         runs: Mutex<Option<Child>>,
-        /// A dump fails after the container has ended.
-        fails: bool,
+        dumps: How,
+        is_paused: AtomicBool,
+    }
+
+    /// What comes of a dump.
+    #[derive(Clone, Copy, PartialEq)]
+    enum How {
+        /// The container has ended.
+        Well,
+        /// The same, but it fails then.
+        Late,
+        /// It fails, and the container ends a moment later.
+        Early,
+        /// It fails, has written nothing, and leaves the container in the freezer.
+        Frozen,
     }
 
     impl Sleeper {
@@ -430,6 +501,15 @@ mod tests {
             Ok(self.runs.lock().as_ref().and_then(|child| Process::of(child.id())).filter(Process::is_alive))
         }
 
+        fn is_paused(&self) -> Outcome<bool> {
+            Ok(self.is_paused.load(Ordering::SeqCst))
+        }
+
+        fn unpause(&self) -> Outcome<()> {
+            assert!(self.is_paused.swap(false, Ordering::SeqCst));
+            Ok(())
+        }
+
         fn launch(&self) -> Outcome<()> {
             *self.runs.lock() = Some(Command::new("sleep").arg("600").spawn().unwrap());
             Ok(())
@@ -444,9 +524,20 @@ mod tests {
         }
 
         fn save(&self, into: &Path) -> Outcome<()> {
-            self.site.dump_to(into).run(&mut writes(into, "true"))?;
-            self.end();
-            if self.fails { Err("it was made to fail".to_owned()) } else { Ok(()) }
+            let first = if self.dumps == How::Frozen { "false" } else { "true" };
+            self.site.dump_to(into).run(&mut writes(into, first))?;
+            match self.dumps {
+                How::Well | How::Late => self.end(),
+                How::Early => {
+                    let first = self.first()?.unwrap();
+                    std::thread::spawn(move || {
+                        std::thread::sleep(Duration::from_millis(300));
+                        first.kill();
+                    });
+                }
+                How::Frozen => self.is_paused.store(true, Ordering::SeqCst),
+            }
+            if self.dumps == How::Well { Ok(()) } else { Err("it was made to fail".to_owned()) }
         }
 
         fn load(&self, from: &Path, _: Manner) -> Outcome<()> {
@@ -477,7 +568,7 @@ mod tests {
 
     impl Here {
         /// It runs.
-        fn new(fails: bool) -> Here {
+        fn new(dumps: How) -> Here {
             let folder = tempfile::tempdir().unwrap();
             let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
             let host = FakeHost::new("a", store, folder.path(), &World::new());
@@ -489,7 +580,7 @@ mod tests {
             };
             let programs = Arc::new(Programs::new(folder.path().into(), "layerctl".into(), None));
             let site = Site::new(&GuestRecord::new(spec), host.clone(), programs).unwrap();
-            let guest = Container(Sleeper { site, runs: Mutex::default(), fails });
+            let guest = Container(Sleeper { site, runs: Mutex::default(), dumps, is_paused: AtomicBool::default() });
             guest.start().unwrap();
             Here { _folder: folder, host, guest }
         }
@@ -502,6 +593,19 @@ mod tests {
             self.guest.status().unwrap().activity
         }
 
+        /// A dump by a daemon that has died is over; whether it has written all.
+        fn was_dumped(&self, is_whole: bool) -> PathBuf {
+            let (into, first) = (self.scratch(), if is_whole { "true" } else { "false" });
+            let note = self.guest.0.site.dump_to(&into);
+            assert_eq!(note.run(&mut writes(&into, first)).unwrap().success(), is_whole);
+            errand::orphan(&note.file);
+            into
+        }
+
+        fn is_paused(&self) -> bool {
+            self.guest.0.is_paused().unwrap()
+        }
+
         fn is_noted(&self) -> bool {
             self.guest.0.site.dumped().exists() || self.guest.0.site.restoring().exists()
         }
@@ -509,19 +613,80 @@ mod tests {
 
     #[test]
     fn a_dump_that_fails_after_its_end_leaves_it_standing_still() {
-        let here = Here::new(true);
-        assert!(here.guest.dump(&here.scratch()).is_err());
-        assert_eq!(here.activity(), Activity::Frozen);
-        here.guest.resume().unwrap();
+        for dumps in [How::Late, How::Early] {
+            let here = Here::new(dumps);
+            assert!(here.guest.dump(&here.scratch()).is_err());
+            assert_eq!(here.activity(), Activity::Frozen);
+            here.guest.resume().unwrap();
+            assert_eq!(here.activity(), Activity::Running);
+            assert!(!here.is_noted());
+        }
+    }
+
+    #[test]
+    fn one_whose_whole_dump_is_still_ending_it_is_waited_for() {
+        // Who looks at it, and who lets it go on.
+        for is_resumed in [false, true] {
+            let here = Here::new(How::Well);
+            let into = here.was_dumped(true);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_millis(300));
+                    here.guest.0.end();
+                });
+                if !is_resumed {
+                    assert_eq!(here.activity(), Activity::Frozen);
+                    assert!(into.join(LAST_FILE).exists());
+                }
+                here.guest.resume().unwrap();
+            });
+            assert_eq!(here.activity(), Activity::Running);
+            assert!(!into.exists() && !here.is_noted());
+        }
+    }
+
+    #[test]
+    fn one_that_goes_on_from_its_state_is_not_taken_for_what_was_dumped() {
+        let here = Here::new(How::Well);
+        let into = here.scratch();
+        here.guest.dump(&into).unwrap();
+        // The daemon dies when that is done.
+        std::thread::sleep(Duration::from_millis(50));
+        here.guest.0.launch().unwrap();
+        errand::orphan(&here.guest.0.site.dumped());
+        let began = Instant::now();
         assert_eq!(here.activity(), Activity::Running);
-        assert!(!here.is_noted());
+        assert!(began.elapsed() < PATIENCE, "it was waited for");
+        assert!(!into.exists() && !here.is_noted());
+    }
+
+    #[test]
+    fn what_a_failed_dump_leaves_in_the_freezer_goes_on() {
+        let here = Here::new(How::Frozen);
+        assert!(here.guest.dump(&here.scratch()).is_err());
+        assert_eq!((here.activity(), here.is_paused(), here.is_noted()), (Activity::Running, false, false));
+        // That of a daemon that has died.
+        here.was_dumped(false);
+        here.guest.0.is_paused.store(true, Ordering::SeqCst);
+        assert_eq!((here.activity(), here.is_paused(), here.is_noted()), (Activity::Running, false, false));
+    }
+
+    #[test]
+    fn what_was_in_the_freezer_without_a_dump_stays_there() {
+        let here = Here::new(How::Frozen);
+        here.guest.0.is_paused.store(true, Ordering::SeqCst);
+        here.guest.resume().unwrap();
+        assert!(here.is_paused());
+        assert!(here.guest.dump(&here.scratch()).is_err());
+        assert_eq!((here.activity(), here.is_paused(), here.is_noted()), (Activity::Running, true, false));
+        assert!(!here.guest.0.site.paused().exists());
     }
 
     #[test]
     fn a_dump_that_outlives_its_daemon_is_waited_for() {
         // Whether the container ends with it, and whether the state gets whole.
         for (ends, is_whole) in [(true, true), (true, false), (false, false)] {
-            let here = Here::new(false);
+            let here = Here::new(How::Well);
             let into = here.scratch();
             let first = if is_whole { "sleep 0.3" } else { "sleep 0.3 && false" };
             let note = here.guest.0.site.dump_to(&into);
@@ -549,7 +714,7 @@ mod tests {
 
     #[test]
     fn a_restore_that_outlives_its_daemon_is_waited_for() {
-        let here = Here::new(false);
+        let here = Here::new(How::Well);
         let note = here.guest.0.site.restore();
         let mut restores = note.begin(&mut writes(&here.scratch(), "sleep 0.3"), b"\n").unwrap();
         errand::orphan(&note.file);
@@ -559,8 +724,22 @@ mod tests {
     }
 
     #[test]
+    fn what_stood_still_when_the_machine_ended_is_gone() {
+        let here = Here::new(How::Well);
+        let into = here.scratch();
+        here.guest.dump(&into).unwrap();
+        assert_eq!(here.activity(), Activity::Frozen);
+        errand::reboot(&here.guest.0.site.dumped());
+        assert_eq!(here.activity(), Activity::Absent);
+        assert!(here.guest.resume().is_err());
+        assert!(!into.exists() && !here.is_noted(), "nobody else knows of the state");
+        here.guest.start().unwrap();
+        assert_eq!(here.activity(), Activity::Running);
+    }
+
+    #[test]
     fn without_its_state_there_is_nothing_left_of_it() {
-        let here = Here::new(false);
+        let here = Here::new(How::Well);
         let into = here.scratch();
         here.guest.dump(&into).unwrap();
         assert_eq!(here.activity(), Activity::Frozen);

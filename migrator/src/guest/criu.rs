@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use super::errand::{self, Errand, Note};
+use super::errand::{self, Errand, Note, WORK_PATIENCE};
 use super::launch::{Orders, Private};
 use super::processes::{Process, inner_pid, wait_until};
 use super::programs::{self, Programs};
-use super::{Manner, lazy_pages};
+use super::{Manner, exec, lazy_pages};
 
 /// Files that are deleted but open travel with the state up to this size.
 const GHOST_LIMIT: &str = "64M";
@@ -27,8 +27,6 @@ const GHOST_LIMIT: &str = "64M";
 pub(super) const NETWORK: &str = "guestnet";
 /// How long CRIU gets to follow an answer.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The signal-free way to tell that a dump goes wrong: nothing was said for so long.
-const DUMP_PATIENCE: Duration = Duration::from_secs(600);
 
 type Outcome<T> = Result<T, String>;
 
@@ -104,6 +102,8 @@ impl Criu<'_> {
         }
         self.prepare_answer()?;
         let log = self.run.join("dump.log");
+        // What it says then is of this dump.
+        let _ = fs::remove_file(&log);
         let mut command = self.programs.waiting(criu);
         command.arg("dump").args(["-t", &pid.to_string()]).arg("-D").arg(into).arg("--root").arg(self.root);
         command.arg("-o").arg(&log).args(self.common()).args(["--ghost-limit", GHOST_LIMIT]);
@@ -117,19 +117,18 @@ impl Criu<'_> {
         let mut child = errand::begin(&mut command, b"\n", save).map_err(failed("run CRIU"))?;
         let mut ended = None;
         let dumped = self.dumped();
-        let is_over = wait_until(DUMP_PATIENCE, || {
+        let is_over = wait_until(WORK_PATIENCE, || {
             ended = child.try_wait().ok().flatten();
             ended.is_some() || dumped.exists()
         });
-        if !is_over {
-            let _ = child.kill();
-        }
         if is_over && ended.is_none() {
             // It waits with the tree; whoever ends it is somebody else's child then, or this thread's.
             std::thread::spawn(move || child.wait());
             return Ok(began);
         }
-        let _ = child.wait();
+        if !is_over {
+            exec::end(child);
+        }
         let _ = fs::remove_file(self.saved());
         Err(explain(&log).unwrap_or_else(|| format!("CRIU failed without a word; see {}", log.display())))
     }
@@ -200,18 +199,25 @@ impl Criu<'_> {
         self.tell("discard")
     }
 
-    /// Where a restore is noted.
+    /// Where it is noted who restores the tree, or starts it.
     pub fn restoring(&self) -> PathBuf {
         self.run.join("restoring.json")
     }
 
-    /// The first process that the restore `errand` has made, if it came so far and that is there.
+    /// That note, of what begins now: what was made before isn't what it makes.
+    pub fn note(&self) -> Note<'_> {
+        let _ = fs::remove_file(self.pidfile());
+        Note { file: self.restoring(), into: None, root: Some(self.root) }
+    }
+
+    /// What may be the first process that `errand` has made, if it came so far and that is there. Numbers are used again.
     pub fn restored(&self, errand: &Errand) -> Option<Process> {
         let process = Process::of(self.pid()?)?;
         (process.is_younger_than(errand.program()) && inner_pid(process.pid) == Some(1)).then_some(process)
     }
 
-    fn pidfile(&self) -> PathBuf {
+    /// Where the first process's number is written.
+    pub fn pidfile(&self) -> PathBuf {
         self.run.join("pid")
     }
 
@@ -227,8 +233,8 @@ impl Criu<'_> {
     /// Why it can't be restored; nothing of it runs.
     pub fn restore(&self, from: &Path, manner: Manner, at_unlock: Option<&str>) -> Outcome<u32> {
         let criu = self.programs.criu()?.to_owned();
-        let _ = fs::remove_file(self.pidfile());
         let log = self.run.join("restore.log");
+        let _ = fs::remove_file(&log);
         let mut arguments: Vec<OsString> = vec![criu.into(), "restore".into(), "-d".into(), "-D".into(), from.into()];
         arguments.extend([
             "-W".into(),
@@ -252,7 +258,7 @@ impl Criu<'_> {
         }
         let orders =
             Orders::Private(Private { root: self.root.to_owned(), command: arguments, input: self.network.clone() });
-        let restored = self.programs.obey_noted(&orders, &Note { file: self.restoring(), into: None });
+        let restored = self.programs.obey(&orders, &self.note());
         match (restored, self.pid()) {
             (Ok(_), Some(pid)) => Ok(pid),
             (Ok(_), None) => Err("CRIU does not say which process it restored".to_owned()),
@@ -343,5 +349,18 @@ mod tests {
         let criu = Criu { programs: &programs, run: &run, root: folder.path(), network: None };
         assert!(criu.dump(std::process::id(), folder.path()).unwrap_err().contains("criu.json"));
         assert!(!done.exists() && !criu.is_held());
+    }
+
+    #[test]
+    fn what_an_earlier_restore_said_is_not_said_of_this_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("restore.log");
+        fs::write(&log, "(00.1) Error (criu/files.c:1): of an earlier one\n").unwrap();
+        assert!(explain(&log).is_some());
+        write_script(&folder.path().join("criu"), "#!/bin/sh\n").unwrap();
+        let programs = Programs::new(folder.path().into(), "/bin/false".into(), Some(folder.path().into()));
+        let criu = Criu { programs: &programs, run: folder.path(), root: folder.path(), network: None };
+        let error = criu.restore(folder.path(), Manner::Whole, None).unwrap_err();
+        assert!(!error.contains("an earlier one"), "{error}");
     }
 }

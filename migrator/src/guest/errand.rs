@@ -14,10 +14,13 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
+use super::exec;
 use super::processes::{Process, wait_until};
 
 /// For how long one that an earlier program began is waited for at a time.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long one may be at work: after that it isn't expected to come to an end.
+pub(super) const WORK_PATIENCE: Duration = Duration::from_secs(600);
 
 type Outcome<T> = Result<T, String>;
 
@@ -29,6 +32,8 @@ pub(super) struct Errand {
     by: Process,
     /// The state's folder that it writes.
     into: Option<PathBuf>,
+    /// The device of the guest's root.
+    device: Option<String>,
 }
 
 /// Where an errand is noted, and what it writes.
@@ -37,6 +42,8 @@ pub(super) struct Note<'a> {
     pub file: PathBuf,
     /// The state's folder.
     pub into: Option<&'a Path>,
+    /// The guest's root, if what it makes is to be known by that.
+    pub root: Option<&'a Path>,
 }
 
 impl Note<'_> {
@@ -47,19 +54,21 @@ impl Note<'_> {
     pub fn begin(&self, command: &mut Command, word: &[u8]) -> Outcome<Child> {
         begin(command, word, |program| {
             let by = Process::of(std::process::id()).ok_or("this process isn't seen in /proc")?;
-            let errand = Errand { program, by, into: self.into.map(Path::to_owned) };
+            let root = self.root.and_then(|root| fs::canonicalize(root).ok());
+            let device = root.and_then(|root| by.device_at(&root));
+            let errand = Errand { program, by, into: self.into.map(Path::to_owned), device };
             let json = serde_json::to_vec(&errand).map_err(|error| error.to_string())?;
             fs::write(&self.file, json).map_err(|error| format!("cannot write {}: {error}", self.file.display()))
         })
     }
 
-    /// Runs `command`, which begins when it has read a line ([`super::programs::Programs::waiting`]), to its end.
+    /// Runs `command`, which begins when it has read a line and leads its process group
+    /// ([`super::programs::Programs::waiting`]), to its end.
     ///
     /// # Errors
-    /// As [`Note::begin`].
+    /// As [`Note::begin`]; or if it goes on for [`WORK_PATIENCE`], after which it is killed with all that it has started.
     pub fn run(&self, command: &mut Command) -> Outcome<ExitStatus> {
-        let mut child = self.begin(command, b"\n")?;
-        child.wait().map_err(|error| error.to_string())
+        Ok(exec::ended(self.begin(command, b"\n")?, WORK_PATIENCE)?.status)
     }
 }
 
@@ -109,6 +118,11 @@ impl Errand {
         self.into.as_deref()
     }
 
+    /// Whether `process` has the root that the guest had then, whether or not anything answers there any more.
+    pub fn has_root(&self, process: &Process) -> bool {
+        self.device.is_some() && self.device == process.device_at(Path::new("/"))
+    }
+
     /// Waits until it is over.
     ///
     /// # Errors
@@ -155,6 +169,13 @@ pub(super) fn orphan(file: &Path) {
 }
 
 #[cfg(test)]
+pub(super) fn reboot(file: &Path) {
+    let mut errand = Errand::load(file).unwrap();
+    (errand.program, errand.by) = (Process::gone(), Process::gone());
+    fs::write(file, serde_json::to_vec(&errand).unwrap()).unwrap();
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -170,7 +191,7 @@ mod tests {
         let (file, done) = (folder.path().join("note"), folder.path().join("done"));
         let mut command = waits(&format!("touch {}", done.display()));
         fs::create_dir(&file).unwrap();
-        let note = Note { file: file.clone(), into: None };
+        let note = Note { file: file.clone(), into: None, root: None };
         assert!(note.run(&mut command).is_err());
         assert!(!done.exists());
         fs::remove_dir(&file).unwrap();
@@ -181,7 +202,7 @@ mod tests {
     #[test]
     fn one_is_an_orphan_when_its_beginner_is_gone_and_can_be_waited_for() {
         let folder = tempfile::tempdir().unwrap();
-        let note = Note { file: folder.path().join("note"), into: Some(folder.path()) };
+        let note = Note { file: folder.path().join("note"), into: Some(folder.path()), root: None };
         let mut child = note.begin(&mut waits("exec sleep 0.2"), b"\n").unwrap();
         assert_eq!(Errand::orphaned(&note.file), None);
         orphan(&note.file);

@@ -18,7 +18,7 @@ use std::time::Duration;
 use layerfs::export::{Destination, Format, export};
 use layerfs::import::{ImportOptions, SourceSpec, import};
 use layerfs::manifest::LayerKind;
-use layerfs::monitor::Silent;
+use layerfs::monitor::{Monitor, Silent};
 use layerfs::store::{Expect, Store};
 use layerfs::{LayerId, LayerName};
 use parking_lot::Mutex;
@@ -407,7 +407,7 @@ impl Guest for FakeGuest {
         })
     }
 
-    fn exec(&self, argv: &[OsString]) -> Result<ExecOutput> {
+    fn exec(&self, argv: &[OsString], _: &dyn Monitor) -> Result<ExecOutput> {
         match self.status()?.activity {
             Activity::Running => {
                 let words: Vec<_> = argv.iter().map(|word| word.to_string_lossy()).collect();
@@ -562,6 +562,10 @@ impl Host for FakeHost {
         // What else is in the folder above is somebody else's.
         let _ = path.parent().map(std::fs::remove_dir);
         Ok(())
+    }
+
+    fn remove_scratches(&self, guest: &GuestName) -> Result<()> {
+        self.remove(&self.folder.join(guest.as_str()).join("scratch"))
     }
 
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {

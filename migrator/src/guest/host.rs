@@ -22,8 +22,8 @@ pub trait Host: Send + Sync {
     /// If it can't be made.
     fn run_folder(&self, guest: &GuestName) -> Result<PathBuf>;
 
-    /// An empty folder for a state that is being written, on memory if there is enough of it. It goes by [`Host::remove_scratch`] and,
-    /// but for that, survives the daemon: a guest that has ended with its dump may have nothing else.
+    /// A new folder for a state that is being written, on memory if there is enough of it. It goes by [`Host::remove_scratch`] or
+    /// [`Host::remove_scratches`] and, but for those, survives the daemon: a guest that has ended with its dump may have nothing else.
     ///
     /// # Errors
     /// If it can't be made.
@@ -34,6 +34,12 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// If it can't be removed.
     fn remove_scratch(&self, guest: &GuestName, path: &Path) -> Result<()>;
+
+    /// Removes all that [`Host::scratch`] has made for the guest. Fine if there is nothing.
+    ///
+    /// # Errors
+    /// If it can't be removed.
+    fn remove_scratches(&self, guest: &GuestName) -> Result<()>;
 
     /// Mounts the stack whose top is `stack` at [`Host::root`], with the guest's own upper, which is made if there is none.
     /// Fine if it is mounted so.

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! The orders come as JSON on standard input. Hides what CRIU wants of a guest that it shall dump: a session of its own,
-//! standard streams that were opened inside, no other open files, `lo` up. Invariant: when the outer stage ends well,
-//! the guest's program has been executed; when it doesn't, nothing of it is left.
+//! standard streams that were opened inside, no other open files, `lo` up. Invariants: when the outer stage ends well,
+//! the guest's program has been executed; when it doesn't, nothing of it is left; what of it there is, is in its pidfile.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -52,6 +52,8 @@ pub struct Start {
     pub log: Option<PathBuf>,
     /// The network namespace that it gets; a new one if none.
     pub network: Option<PathBuf>,
+    /// Where the number of its first process is written before that does anything.
+    pub pidfile: PathBuf,
 }
 
 /// A program to run with mounts of its own.
@@ -108,6 +110,13 @@ fn outside(start: Start) -> Outcome<u32> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(failed("start the guest's first process"))?;
+    // It waits for its orders.
+    let noted = std::fs::write(&start.pidfile, child.id().to_string());
+    if let Err(error) = noted {
+        drop(child.stdin.take());
+        let _ = child.wait();
+        return Err(failed("note the guest's first process")(error));
+    }
     let orders = serde_json::to_vec(&Orders::Inside(start)).map_err(failed("write the orders"))?;
     if let Some(mut pipe) = child.stdin.take() {
         pipe.write_all(&orders).map_err(failed("write the orders"))?;
@@ -121,7 +130,8 @@ fn outside(start: Start) -> Outcome<u32> {
         return Ok(child.id());
     }
     let _ = child.wait();
-    Err(said.trim().to_owned())
+    // The same program says it, and says again whose words these are.
+    Err(said.trim().trim_start_matches("layerctl: ").to_owned())
 }
 
 /// Only what is wrong comes back.
@@ -142,11 +152,16 @@ fn enter(start: &Start) -> Outcome<String> {
     rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(failed("leave the old root"))?;
     std::env::set_current_dir("/").map_err(failed("enter the guest's root"))?;
     usual_mounts()?;
-    std::env::set_current_dir(&start.folder).map_err(failed("enter the guest's working folder"))?;
+    let entered = std::env::set_current_dir(&start.folder);
+    entered.map_err(failed(&format!("enter the guest's working folder {}", start.folder.display())))?;
     let null = || File::options().read(true).write(true).open("/dev/null").map_err(failed("open /dev/null"));
     let output = match &start.log {
         None => null()?,
-        Some(log) => File::options().append(true).create(true).open(log).map_err(failed("open the guest's log"))?,
+        Some(log) => File::options()
+            .append(true)
+            .create(true)
+            .open(log)
+            .map_err(failed(&format!("open the guest's log {}", log.display())))?,
     };
     // What tells of a failure survives until the program is executed, and no longer.
     let report: OwnedFd = io::stderr().as_fd().try_clone_to_owned().map_err(failed("keep the report"))?;

@@ -2,7 +2,8 @@
 //!
 //! As with runc, a dump ends the container: [`Container`] does the rest.
 //!
-//! In the run folder, which is LXC's path (`lxc-ls -P`): `NAME/config`, `home/` (CRIU's settings).
+//! In the run folder, which is LXC's path (`lxc-ls -P`): `NAME/config`, `home/` (CRIU's settings), `bin/` (CRIU as LXC calls
+//! it for a restore).
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -14,15 +15,13 @@ use std::sync::Arc;
 
 use super::container::{Container, Engine, Outcome, PATIENCE, Site};
 use super::criu::{NETWORK, external, quoted, with_criu, write_script, write_unlock};
-use super::errand::Note;
+use super::errand::{Note, WORK_PATIENCE};
 use super::options::ContainerOptions;
 use super::processes::{Process, wait_until};
 use super::programs::{Programs, complaint};
-use super::{GuestRecord, Host, Manner};
+use super::{GuestRecord, Host, Manner, exec};
 use crate::error::Result;
 
-/// What LXC calls the log of CRIU's restoring.
-const RESTORE_LOG: &str = "restore.log";
 /// What has lxc-checkpoint restore.
 const RESTORE: &str = "-r";
 
@@ -60,19 +59,26 @@ impl LxcGuest {
 }
 
 impl Lxc {
-    /// A folder whose `criu` knows the network namespace, which LXC can't tell it, and lets connections through as soon as
-    /// they may work; none without a network.
-    fn wrapper(&self) -> Outcome<Option<PathBuf>> {
-        let Some(link) = self.site.link() else { return Ok(None) };
-        let hook = write_unlock(&self.site.run, &link.release_line())?;
-        let namespace = quoted(&link.namespace());
-        let more = format!("--action-script {} --inherit-fd fd[9]:{NETWORK} 9<{namespace}", quoted(&hook));
+    /// A folder whose `criu` knows what LXC can't tell it: that its log isn't beside the state's files, which may be read-only; and the
+    /// network namespace, with connections let through as soon as they may work.
+    fn wrapper(&self) -> Outcome<PathBuf> {
+        let mut more = format!("-o {}", quoted(&self.restore_log()));
+        if let Some(link) = self.site.link() {
+            let hook = write_unlock(&self.site.run, &link.release_line())?;
+            let namespace = quoted(&link.namespace());
+            more += &format!(" --action-script {} --inherit-fd fd[9]:{NETWORK} 9<{namespace}", quoted(&hook));
+        }
         let folder = self.site.run.join("bin");
         fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
         let criu = quoted(self.site.programs.criu()?);
+        // Of an option that is there twice CRIU takes the last.
         let script = format!("#!/bin/sh\n[ \"$1\" != restore ] || exec {criu} \"$@\" {more}\nexec {criu} \"$@\"\n");
         write_script(&folder.join("criu"), &script)?;
-        Ok(Some(folder))
+        Ok(folder)
+    }
+
+    fn restore_log(&self) -> PathBuf {
+        self.site.run.join("restore.log")
     }
 
     fn home(&self) -> PathBuf {
@@ -109,10 +115,8 @@ impl Lxc {
             Some(_) => self.tool_by(name, |program| self.site.programs.waiting(program))?,
             None => self.tool(name)?,
         };
-        if words.first() == Some(&RESTORE)
-            && let Some(folder) = self.wrapper()?
-        {
-            self.site.programs.put_first(&mut command, &folder);
+        if words.first() == Some(&RESTORE) {
+            self.site.programs.put_first(&mut command, &self.wrapper()?);
         }
         command.arg("-o").arg(&log).args(["-l", "ERROR"]).stdout(Stdio::null()).stderr(Stdio::null());
         if let Some((folder, _)) = &state {
@@ -121,9 +125,9 @@ impl Lxc {
         command.args(words);
         let status = match state {
             Some((_, note)) => note.run(&mut command),
-            None => command.status().map_err(|error| error.to_string()),
+            None => exec::status(&mut command, WORK_PATIENCE),
         };
-        let status = status.map_err(|error| format!("{name} cannot be run: {error}"))?;
+        let status = status.map_err(|error| format!("{name}: {error}"))?;
         if status.success() {
             return Ok(());
         }
@@ -181,34 +185,28 @@ impl Lxc {
         words
     }
 
+    /// What LXC knows of it.
+    fn info(&self, option: &str) -> Outcome<String> {
+        let mut command = self.tool("lxc-info")?;
+        let output = exec::answer(command.args([option, "-H"])).map_err(|error| format!("lxc-info: {error}"))?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    fn is_configured(&self) -> bool {
+        self.site.run.join(self.site.name.as_str()).exists()
+    }
+
     /// Waits until LXC's monitor has ended too: until then a new container would be refused.
     fn wait_stopped(&self) -> Outcome<()> {
-        if !self.site.run.join(self.site.name.as_str()).exists() {
+        if !self.is_configured() {
             return Ok(());
         }
         let mut state = String::new();
         let is_stopped = wait_until(PATIENCE, || {
-            let asked = self.tool("lxc-info").and_then(|mut command| {
-                command.args(["-s", "-H"]).output().map_err(|error| format!("lxc-info cannot be run: {error}"))
-            });
-            state =
-                asked.map_or_else(|error| error, |output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+            state = self.info("-s").unwrap_or_else(|error| error);
             state == "STOPPED"
         });
         if is_stopped { Ok(()) } else { Err(format!("LXC says that it is {state}")) }
-    }
-
-    /// LXC has CRIU write a log beside the state's files, which may be read-only. Every state of ours has a file of its name,
-    /// over which one of the run folder is mounted for the while.
-    fn with_log<T>(&self, from: &Path, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
-        let (log, there) = (self.site.run.join(RESTORE_LOG), from.join(RESTORE_LOG));
-        fs::write(&log, "").map_err(|error| format!("cannot write {}: {error}", log.display()))?;
-        rustix::mount::mount_bind(&log, &there)
-            .map_err(|error| format!("cannot mount over {}: {error}", there.display()))?;
-        let outcome = work();
-        let unmounted = rustix::mount::unmount(&there, rustix::mount::UnmountFlags::DETACH);
-        unmounted.map_err(|error| format!("cannot unmount {}: {error}", there.display()))?;
-        outcome
     }
 }
 
@@ -222,14 +220,20 @@ impl Engine for Lxc {
     }
 
     fn first(&self) -> Outcome<Option<Process>> {
-        if !self.site.run.join(self.site.name.as_str()).exists() {
+        if !self.is_configured() {
             return Ok(None);
         }
-        let mut command = self.tool("lxc-info")?;
-        let output = command.args(["-p", "-H"]).output().map_err(|error| format!("lxc-info cannot be run: {error}"))?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let pid = text.trim().parse::<u32>().ok().filter(|pid| *pid > 0);
+        let pid = self.info("-p")?.parse::<u32>().ok().filter(|pid| *pid > 0);
         Ok(pid.and_then(Process::of).filter(Process::is_alive))
+    }
+
+    fn is_paused(&self) -> Outcome<bool> {
+        Ok(self.is_configured() && self.info("-s")? == "FROZEN")
+    }
+
+    fn unpause(&self) -> Outcome<()> {
+        let thawed = exec::answer(&mut self.tool("lxc-unfreeze")?).map_err(|error| format!("lxc-unfreeze: {error}"))?;
+        if thawed.status.success() { Ok(()) } else { Err(format!("lxc-unfreeze failed: {}", complaint(&thawed))) }
     }
 
     fn launch(&self) -> Outcome<()> {
@@ -256,10 +260,9 @@ impl Engine for Lxc {
             None => String::new(),
         };
         self.set_criu(&network)?;
-        // The place of a log that isn't there yet is part of the state; the other log isn't.
-        fs::write(into.join(RESTORE_LOG), "").map_err(|error| format!("cannot write the state: {error}"))?;
         self.call("lxc-checkpoint", &["-s"], Some((into, self.site.dump_to(into))))
             .map_err(|error| with_criu(error, &into.join("dump.log")))?;
+        // It is no part of the state.
         let _ = fs::remove_file(into.join("dump.log"));
         Ok(())
     }
@@ -268,8 +271,10 @@ impl Engine for Lxc {
         self.configure()?;
         self.wait_stopped()?;
         self.set_criu(if manner == Manner::Lazily { "lazy-pages\n" } else { "" })?;
-        self.with_log(from, || self.call("lxc-checkpoint", &[RESTORE], Some((from, self.site.restore()))))
-            .map_err(|error| with_criu(error, &self.site.run.join(RESTORE_LOG)))?;
+        let log = self.restore_log();
+        let _ = fs::remove_file(&log);
+        self.call("lxc-checkpoint", &[RESTORE], Some((from, self.site.restore())))
+            .map_err(|error| with_criu(error, &log))?;
         let mut found = None;
         wait_until(PATIENCE, || {
             found = self.first().ok().flatten();
@@ -297,7 +302,34 @@ const SETTINGS: [(&str, &str); 8] = [
 
 #[cfg(test)]
 mod tests {
+    use layerfs::store::{Store, StoreOptions};
+
     use super::*;
+    use crate::guest::fake::{FakeHost, World};
+    use crate::guest::{GuestName, GuestSpec};
+
+    #[test]
+    fn what_criu_says_of_a_restore_is_not_written_into_the_state() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let host = FakeHost::new("a", store, folder.path(), &World::new());
+        write_script(&folder.path().join("criu"), "#!/bin/sh\necho \"$@\"\n").unwrap();
+        let programs = Programs::new(folder.path().into(), "layerctl".into(), Some(folder.path().into()));
+        let spec = GuestSpec {
+            name: GuestName::new("web").unwrap(),
+            driver: "lxc".to_owned(),
+            stack: layerfs::LayerName::new("app").unwrap(),
+            options: serde_json::json!({ "command": ["/bin/prog"] }),
+        };
+        let guest = LxcGuest::new(&GuestRecord::new(spec), host, Arc::new(programs)).unwrap().0;
+        let criu = guest.wrapper().unwrap().join("criu");
+        let told = |action: &str| {
+            let output = Command::new(&criu).args([action, "-o", "/state/log"]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert_eq!(told("restore"), format!("restore -o /state/log -o {}\n", guest.restore_log().display()));
+        assert_eq!(told("dump"), "dump -o /state/log\n");
+    }
 
     #[test]
     fn no_option_brings_a_line_of_its_own() {

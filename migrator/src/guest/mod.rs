@@ -53,6 +53,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use layerfs::monitor::Monitor;
 use serde::{Deserialize, Serialize};
 
 pub use drivers::{DRIVERS, HostDrivers};
@@ -176,11 +177,12 @@ pub trait Guest: Send + Sync {
     /// [`crate::Error::Guest`] if something of it goes on.
     fn stop(&self) -> Result<()>;
 
-    /// Runs a command inside of it and waits for its end. Of endless output only the beginning is kept.
+    /// Runs a command inside of it and waits for its end. Of endless output only the beginning is kept. If `monitor` is cancelled the
+    /// command is killed, with what it has started as far as that is found.
     ///
     /// # Errors
-    /// [`crate::Error::Guest`] if it isn't running, or if the driver can't.
-    fn exec(&self, argv: &[OsString]) -> Result<ExecOutput>;
+    /// [`crate::Error::Guest`] if it isn't running, or if the driver can't; [`layerfs::Error::Cancelled`].
+    fn exec(&self, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput>;
 
     /// What it does. Asks the runtime, not the records.
     ///
@@ -206,6 +208,12 @@ pub trait Guest: Send + Sync {
     /// # Errors
     /// [`crate::Error::Guest`]; the guest runs on then, or, if the message says so, stands still and can be resumed.
     fn dump(&self, into: &Path) -> Result<Written>;
+
+    /// Whether what stands still has the root that it had: one whose mount has ended would go on without its files, and had better go on
+    /// from its state, if that is kept. Always so where it has ended with its dump.
+    fn has_its_root(&self) -> bool {
+        true
+    }
 
     /// Lets it go on after a dump, as if nothing had been. Fine if it runs.
     ///

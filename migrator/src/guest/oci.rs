@@ -16,11 +16,12 @@ use serde_json::{Value, json};
 
 use super::container::{Container, Engine, Outcome, PATIENCE, Site};
 use super::criu::with_criu;
-use super::errand::Note;
+use super::errand::{Note, WORK_PATIENCE};
+use super::exec::ANSWER_PATIENCE;
 use super::network::Link;
 use super::processes::{Process, wait_until};
 use super::programs::Programs;
-use super::{GuestRecord, Host, Manner};
+use super::{GuestRecord, Host, Manner, exec};
 use crate::error::Result;
 
 /// What stands in CRIU's log when connections may work.
@@ -83,9 +84,11 @@ impl Runc {
         command.args(&words[1..]).arg(self.id()).stderr(Stdio::null());
         let status = match note {
             Some(note) => note.run(&mut command),
-            None => command.status().map_err(|error| error.to_string()),
+            // To start it may read much of its root from far away.
+            None if words[0] == "run" => exec::status(&mut command, WORK_PATIENCE),
+            None => exec::status(&mut command, ANSWER_PATIENCE),
         };
-        let status = status.map_err(|error| format!("runc cannot be run: {error}"))?;
+        let status = status.map_err(|error| format!("runc: {error}"))?;
         if status.success() {
             return Ok(());
         }
@@ -100,8 +103,8 @@ impl Runc {
             return Ok(None);
         }
         let mut command = self.runc()?;
-        let output = command.arg("list").args(["--format", "json"]).stdout(Stdio::piped()).output();
-        let output = output.map_err(|error| format!("runc cannot be run: {error}"))?;
+        let output = exec::answer(command.arg("list").args(["--format", "json"]));
+        let output = output.map_err(|error| format!("runc: {error}"))?;
         let list: Value = serde_json::from_slice(&output.stdout).map_err(|error| format!("runc's list: {error}"))?;
         let id = self.id();
         Ok(list.as_array().and_then(|list| list.iter().find(|container| container["id"] == id.as_str())).cloned())
@@ -192,10 +195,7 @@ impl Runc {
 
     /// Whether this runc can have CRIU keep files that are open under a name that is gone: from 1.2 on.
     fn has_link_remap(&self) -> bool {
-        let help = self.runc().and_then(|mut command| {
-            let asked = command.args(["checkpoint", "--help"]).stdout(Stdio::piped()).output();
-            asked.map_err(|error| error.to_string())
-        });
+        let help = self.runc().and_then(|mut command| exec::answer(command.args(["checkpoint", "--help"])));
         help.is_ok_and(|help| String::from_utf8_lossy(&help.stdout).contains("--link-remap"))
     }
 }
@@ -214,6 +214,14 @@ impl Engine for Runc {
         let is_there = |state: &Value| matches!(state["status"].as_str(), Some("running" | "paused"));
         let pid = state.filter(is_there).and_then(|state| state["pid"].as_u64());
         Ok(pid.and_then(|pid| Process::of(pid as u32)).filter(Process::is_alive))
+    }
+
+    fn is_paused(&self) -> Outcome<bool> {
+        Ok(self.state()?.is_some_and(|state| state["status"] == "paused"))
+    }
+
+    fn unpause(&self) -> Outcome<()> {
+        self.call(&["resume"], &[], None)
     }
 
     fn launch(&self) -> Outcome<()> {
@@ -238,8 +246,9 @@ impl Engine for Runc {
         if self.has_link_remap() {
             words.push("--link-remap");
         }
-        self.call(&words, &paths, Some(self.site.dump_to(into)))
-            .map_err(|error| with_criu(error, &self.site.run.join("dump.log")))
+        let log = self.site.run.join("dump.log");
+        let _ = fs::remove_file(&log);
+        self.call(&words, &paths, Some(self.site.dump_to(into))).map_err(|error| with_criu(error, &log))
     }
 
     fn load(&self, from: &Path, manner: Manner) -> Outcome<()> {

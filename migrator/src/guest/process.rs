@@ -1,25 +1,39 @@
 //! The driver "process": a process tree in namespaces of its own on the mounted stack, dumped and restored by CRIU directly.
 //!
-//! What it keeps is in the run folder: the first process (`process.json`), and what [`Criu`] has there. Invariant: it is known there,
-//! or by [`Criu::restoring`], from before it does anything; whoever comes after a daemon that died finds the one that there is.
+//! What it keeps is in the run folder: the first process (`process.json`), what [`Criu`] has there, and `commands`, which is locked by
+//! whatever runs a command in the guest. Invariants: it is known there, or by [`Criu::restoring`], from before it does anything; whoever
+//! comes after a daemon that died finds the one that there is. While it is dumped no command of [`Guest::exec`] runs in it.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
+
+use layerfs::failpoint;
+use layerfs::monitor::Monitor;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::container::{PATIENCE, Site, exec_output, memory_bytes};
 use super::criu::Criu;
 use super::errand::{self, Errand};
 use super::launch::{Orders, Start};
-use super::processes::Process;
+use super::processes::{Process, wait_until};
 use super::programs::Programs;
 use super::{
     Activity, ExecOutput, Guest, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written, exec,
     lazy_pages, scan, state,
 };
 use crate::error::{Error, Result};
+
+/// How long a dump waits for commands that run in it, and a command for a dump.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(3);
+const BUSY: &str = "a command of `guest exec` runs in it, which would go on while it stands still: wait for it, or end it by Ctrl-C \
+                    where it was begun; `layerctl daemon status` shows it";
 
 /// A guest of this driver.
 pub struct ProcessGuest {
@@ -47,7 +61,7 @@ impl ProcessGuest {
         Process::load(&self.saved()).filter(Process::is_alive)
     }
 
-    /// Finds out what came of a restore whose beginner has died meanwhile.
+    /// Finds out what came of a start or a restore whose beginner has died meanwhile.
     fn settle(&self) -> Result<()> {
         let failed = self.failed("look at");
         let note = self.criu().restoring();
@@ -57,7 +71,7 @@ impl ProcessGuest {
         if Errand::load(&note).as_ref() != Some(&errand) {
             return Ok(());
         }
-        match self.criu().restored(&errand) {
+        match self.made_by(&errand) {
             Some(process) if self.is_at_home(&process) => {
                 process.save(&self.saved())?;
                 self.site.release().map_err(&failed)?;
@@ -70,9 +84,20 @@ impl ProcessGuest {
         Ok(())
     }
 
+    /// The first process that `errand` has made, if that is there: what has neither its root nor its network is somebody else's, which
+    /// has got its number since.
+    fn made_by(&self, errand: &Errand) -> Option<Process> {
+        let is_it = |process: &Process| {
+            let network = self.site.link().and_then(|link| place(&link.namespace()));
+            let is_in_it =
+                || network.is_some() && network == place(Path::new(&format!("/proc/{}/ns/net", process.pid)));
+            errand.has_root(process) || self.is_at_home(process) || is_in_it()
+        };
+        self.criu().restored(errand).filter(is_it)
+    }
+
     /// Whether its root is what is mounted here for it.
     fn is_at_home(&self, process: &Process) -> bool {
-        let place = |path: &Path| std::fs::metadata(path).map(|there| (there.dev(), there.ino())).ok();
         let root = place(Path::new(&format!("/proc/{}/root", process.pid)));
         root.is_some() && root == place(&self.site.root)
     }
@@ -95,6 +120,24 @@ impl ProcessGuest {
         }
     }
 
+    /// The lock that commands share and a dump has alone: a command isn't of the tree that CRIU freezes, and would go on changing files
+    /// that have been sealed. Nothing that is started gets it, so it ends with this process at the latest; what a command leaves running
+    /// is of the tree. None if it isn't to be had.
+    fn lock_commands(&self, how: FlockOperation) -> io::Result<Option<File>> {
+        let path = self.site.run.join("commands");
+        let file = File::options().create(true).truncate(false).write(true).open(path)?;
+        let mut taken = Ok(());
+        wait_until(COMMAND_PATIENCE, || {
+            taken = flock(&file, how);
+            !matches!(taken, Err(Errno::WOULDBLOCK | Errno::INTR))
+        });
+        match taken {
+            Ok(()) => Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn criu(&self) -> Criu<'_> {
         let network = self.site.link().map(|link| link.namespace());
         Criu { programs: &self.site.programs, run: &self.site.run, root: &self.site.root, network }
@@ -111,6 +154,18 @@ impl ProcessGuest {
         Ok(saved?)
     }
 
+    /// Keeps in mind what has `come` to life, and connects it. If that fails nothing is left.
+    fn come_up(&self, action: &'static str, come: Result<u32>) -> Result<()> {
+        let kept = come.and_then(|pid| self.keep(action, pid));
+        let linked = kept.and_then(|()| self.site.release().map_err(self.failed(action)));
+        match &linked {
+            Ok(()) => drop(std::fs::remove_file(self.criu().restoring())),
+            // The failure is what counts.
+            Err(_) => drop(self.end(action)),
+        }
+        linked
+    }
+
     fn must_be_absent(&self, action: &'static str) -> Result<()> {
         self.settle()?;
         match self.first() {
@@ -125,7 +180,7 @@ impl ProcessGuest {
             if errand.is_orphaned() {
                 errand.end().map_err(self.failed(action))?;
             }
-            if let Some(process) = self.criu().restored(&errand) {
+            if let Some(process) = self.made_by(&errand) {
                 self.kill(action, &process)?;
             }
             let _ = std::fs::remove_file(note);
@@ -137,6 +192,11 @@ impl ProcessGuest {
         lazy_pages::stop(&self.site.run);
         self.site.disconnect().map_err(self.failed(action))
     }
+}
+
+/// What tells a file from all others.
+pub(super) fn place(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).map(|there| (there.dev(), there.ino())).ok()
 }
 
 impl Guest for ProcessGuest {
@@ -160,18 +220,13 @@ impl Guest for ProcessGuest {
             hostname: self.site.hostname(),
             log: self.site.options.log.clone(),
             network: self.site.link().map(|link| link.namespace()),
+            pidfile: self.criu().pidfile(),
         };
-        let started =
-            self.site.programs.obey(&Orders::Start(start)).and_then(|said| {
-                said.trim().parse::<u32>().map_err(|_| format!("its launcher said {:?}", said.trim()))
-            });
-        let kept = started.map_err(&failed).and_then(|pid| self.keep("start", pid));
-        let linked = kept.and_then(|()| self.site.release().map_err(&failed));
-        if linked.is_err() {
-            // The failure is what counts.
-            let _ = self.end("start");
-        }
-        linked
+        let started = self.site.programs.obey(&Orders::Start(start), &self.criu().note());
+        let started = started
+            .and_then(|said| said.trim().parse::<u32>().map_err(|_| format!("its launcher said {:?}", said.trim())));
+        failpoint::hit("guest.started");
+        self.come_up("start", started.map_err(&failed))
     }
 
     fn stop(&self) -> Result<()> {
@@ -182,9 +237,12 @@ impl Guest for ProcessGuest {
         self.end("stop")
     }
 
-    fn exec(&self, argv: &[OsString]) -> Result<ExecOutput> {
-        let process = self.running("run a command in")?;
+    fn exec(&self, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput> {
         let failed = self.failed("run a command in");
+        let locked = self.lock_commands(FlockOperation::NonBlockingLockShared);
+        let locked = locked.map_err(|error| failed(format!("it cannot be kept from being dumped: {error}")))?;
+        let _shared = locked.ok_or_else(|| failed("it is being dumped; try again later".to_owned()))?;
+        let process = self.running("run a command in")?;
         let enter = self
             .site
             .programs
@@ -194,8 +252,9 @@ impl Guest for ProcessGuest {
         command.args(["--target", &process.pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--root"]);
         command.arg(format!("--wd=/proc/{}/root", process.pid)).arg("--").args(argv);
         command.env_clear().envs(self.site.options.environment());
-        let output = exec::output(&mut command).map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
-        Ok(exec_output(output))
+        let output =
+            exec::output(&mut command, monitor).map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
+        Ok(exec_output(output.ok_or(layerfs::Error::Cancelled)?))
     }
 
     fn status(&self) -> Result<Status> {
@@ -216,6 +275,9 @@ impl Guest for ProcessGuest {
         let process = self.running("dump")?;
         let failed = self.failed("dump");
         lazy_pages::wait(&self.site.run).map_err(&failed)?;
+        let locked = self.lock_commands(FlockOperation::NonBlockingLockExclusive);
+        let locked = locked.map_err(|error| failed(format!("commands cannot be kept from it: {error}")))?;
+        let _alone = locked.ok_or_else(|| failed(BUSY.to_owned()))?;
         self.site.hold().map_err(&failed)?;
         let began = match self.criu().dump(process.pid, into) {
             Ok(began) => began,
@@ -228,6 +290,10 @@ impl Guest for ProcessGuest {
         self.site.shut().map_err(&failed)?;
         let (memory_bytes, other_bytes) = state::sizes(into)?;
         Ok(Written { memory_bytes, other_bytes, frozen, has_ended: false })
+    }
+
+    fn has_its_root(&self) -> bool {
+        self.first().is_none_or(|process| self.is_at_home(&process))
     }
 
     fn resume(&self) -> Result<()> {
@@ -251,14 +317,7 @@ impl Guest for ProcessGuest {
         self.site.connect().map_err(&failed)?;
         let at_unlock = self.site.link().map(|link| link.release_line());
         let restored = self.criu().restore(from, manner, at_unlock.as_deref()).map_err(&failed);
-        let kept = restored.and_then(|pid| self.keep("restore", pid));
-        let linked = kept.and_then(|()| self.site.release().map_err(&failed));
-        match &linked {
-            Ok(()) => drop(std::fs::remove_file(self.criu().restoring())),
-            // The failure is what counts.
-            Err(_) => drop(self.end("restore")),
-        }
-        linked
+        self.come_up("restore", restored)
     }
 }
 
@@ -268,6 +327,7 @@ mod tests {
     use std::process::{Child, Stdio};
     use std::time::Instant;
 
+    use layerfs::monitor::Silent;
     use layerfs::store::{Store, StoreOptions};
 
     use super::*;
@@ -289,23 +349,53 @@ mod tests {
         None
     }
 
-    #[test]
-    #[allow(clippy::print_stderr)]
-    fn what_a_dead_daemons_restore_has_made_is_taken_over_or_ended() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
-        let host = FakeHost::new("a", store, folder.path(), &World::new());
+    fn guest_in(folder: &Path) -> ProcessGuest {
+        let store = Store::open(&folder.join("store"), StoreOptions::create()).unwrap();
+        let host = FakeHost::new("a", store, folder, &World::new());
         let spec = GuestSpec {
             name: GuestName::new("web").unwrap(),
             driver: "process".to_owned(),
             stack: layerfs::LayerName::new("app").unwrap(),
             options: serde_json::json!({ "command": ["/bin/prog"] }),
         };
-        let programs = Arc::new(Programs::new(folder.path().into(), "layerctl".into(), None));
-        let guest = ProcessGuest::new(&GuestRecord::new(spec), host, programs).unwrap();
+        let programs = Arc::new(Programs::new(folder.into(), "layerctl".into(), None));
+        ProcessGuest::new(&GuestRecord::new(spec), host, programs).unwrap()
+    }
+
+    #[test]
+    fn it_is_not_dumped_while_a_command_runs_in_it_nor_does_one_begin_while_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let guest = guest_in(folder.path());
+        let mut first = Command::new("sleep").arg("600").spawn().unwrap();
+        Process::of(first.id()).unwrap().save(&guest.saved()).unwrap();
+        let lock = |how| guest.lock_commands(how).unwrap();
+        let (shared, alone) = (FlockOperation::NonBlockingLockShared, FlockOperation::NonBlockingLockExclusive);
+        let commands = (lock(shared).unwrap(), lock(shared).unwrap());
+        let refused = guest.dump(folder.path()).unwrap_err().to_string();
+        assert!(refused.contains("guest exec"), "{refused}");
+        assert!(first.try_wait().unwrap().is_none());
+        assert_eq!(guest.status().unwrap().activity, Activity::Running);
+        drop(commands);
+        let dump = lock(alone).unwrap();
+        let refused = guest.exec(&["true".into()], &Silent).unwrap_err().to_string();
+        assert!(refused.contains("being dumped"), "{refused}");
+        drop(dump);
+        assert!(lock(shared).is_some());
+        first.kill().unwrap();
+        first.wait().unwrap();
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn what_a_dead_daemon_has_brought_to_life_is_taken_over_or_ended_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let guest = guest_in(folder.path());
         let activity = || guest.status().unwrap().activity;
-        for is_at_home in [false, true] {
-            let note = Note { file: guest.criu().restoring(), into: None };
+        // Whether its root is what the guest's was, and what it is.
+        for (was_home, is_at_home) in [(false, false), (true, false), (false, true), (true, true)] {
+            let root = was_home.then_some(Path::new("/"));
+            let note = Note { file: guest.criu().restoring(), into: None, root };
+            let _ = fs::remove_file(&guest.site.root);
             let mut wait = Command::new("sh");
             let Some((first, mut outer)) = first_process() else {
                 eprintln!("SKIPPED: a namespace of processes can't be had here (it needs root)");
@@ -321,13 +411,21 @@ mod tests {
             errand::orphan(&note.file);
             assert_eq!(activity(), if is_at_home { Activity::Running } else { Activity::Absent });
             assert!(criu.try_wait().unwrap().is_some(), "it wasn't waited for");
-            assert_eq!(first.is_alive(), is_at_home);
+            // One that only has the number is somebody else's.
+            let is_left = is_at_home || !was_home;
+            assert_eq!(first.is_alive(), is_left, "{was_home} {is_at_home}");
             assert!(!note.file.exists());
             // A second one is refused; without CRIU there is none anyway.
             assert!(guest.restore(folder.path(), Manner::Whole).is_err());
-            assert_eq!(first.is_alive(), is_at_home, "it was harmed");
+            assert_eq!(first.is_alive(), is_left, "it was harmed");
+            if is_at_home {
+                assert!(guest.has_its_root());
+                fs::remove_file(&guest.site.root).unwrap();
+                assert!(!guest.has_its_root());
+            }
             guest.stop().unwrap();
-            assert!(!first.is_alive());
+            assert_eq!(first.is_alive(), !is_at_home && !was_home);
+            first.kill();
             outer.wait().unwrap();
         }
         // One that can't be kept in mind is ended.

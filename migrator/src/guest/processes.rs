@@ -3,9 +3,11 @@
 //! Hides /proc. Invariant: nothing is signalled that isn't the process that was meant.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use layerfs::mount::unescape;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +47,12 @@ impl Process {
 
     /// Whether it is still there. A zombie isn't.
     pub fn is_alive(&self) -> bool {
-        stat(self.pid).is_some_and(|now| now.started == self.started && !now.is_dead) && self.boot == boot()
+        stat(self.pid).is_some_and(|now| now.started == self.started && !now.is_dead) && self.is_of_this_boot()
+    }
+
+    /// Whether it started in this run of the machine.
+    pub fn is_of_this_boot(&self) -> bool {
+        self.boot == boot()
     }
 
     /// Whether it started after `other` did, in the same run of the machine.
@@ -70,6 +77,18 @@ impl Process {
     /// Waits until it has ended. False if it hasn't after `patience`.
     pub fn wait_gone(&self, patience: Duration) -> bool {
         wait_until(patience, || !self.is_alive())
+    }
+
+    /// The device of what is mounted at `dir` in its place of the tree of mounts. Asks nothing of the filesystem, which may be dead.
+    pub fn device_at(&self, dir: &Path) -> Option<String> {
+        let table = fs::read(format!("/proc/{}/mountinfo", self.pid)).ok()?;
+        // What was mounted last lies on top.
+        table.split(|byte| *byte == b'\n').rev().find_map(|line| {
+            let mut fields = line.split(|byte| *byte == b' ');
+            let device = fields.nth(2)?;
+            let is_there = unescape(fields.nth(1)?) == dir.as_os_str().as_bytes();
+            is_there.then(|| String::from_utf8_lossy(device).into_owned())
+        })
     }
 
     /// It and its descendants, parents first, and its children in the order of their making.

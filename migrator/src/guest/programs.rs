@@ -8,10 +8,11 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
-use super::errand::{self, Note};
+use super::errand::{Note, WORK_PATIENCE};
+use super::exec;
 use super::launch::Orders;
 
 /// Where `scripts/setup guests` puts private tools.
@@ -60,11 +61,11 @@ impl Programs {
         let candidates = self.search.iter().chain(std::iter::once(&private)).map(|folder| folder.join("criu"));
         let mut reason = format!("there is no CRIU, neither on the search path nor in {}", private.display());
         for path in candidates.filter(|path| is_program(path)) {
-            let checked = Command::new(&path).arg("check").stdin(Stdio::null()).output();
+            let checked = exec::answer(Command::new(&path).arg("check"));
             match checked {
                 Ok(output) if output.status.success() => return Ok(path),
                 Ok(output) => reason = format!("{} does not work here: {}", path.display(), complaint(&output)),
-                Err(error) => reason = format!("{} cannot be run: {error}", path.display()),
+                Err(error) => reason = format!("{}: {error}", path.display()),
             }
         }
         Err(reason)
@@ -102,33 +103,17 @@ impl Programs {
         }
     }
 
-    /// Has this program's hidden command `guest-launch` obey `orders`. Returns what it prints.
+    /// Has this program's hidden command `guest-launch` obey `orders`, noted in `note` from before it begins. Returns what it prints.
     ///
     /// # Errors
-    /// What it complained about, in words.
-    pub fn obey(&self, orders: &Orders) -> Result<String, String> {
-        self.obey_by(orders, |command, orders| errand::begin(command, orders, |_| Ok(())))
-    }
-
-    /// The same, noted in `note` from before it begins.
-    ///
-    /// # Errors
-    /// As [`Programs::obey`]; nothing was done if it can't be noted.
-    pub(super) fn obey_noted(&self, orders: &Orders, note: &Note<'_>) -> Result<String, String> {
-        self.obey_by(orders, |command, orders| note.begin(command, orders))
-    }
-
-    fn obey_by(
-        &self,
-        orders: &Orders,
-        begin: impl FnOnce(&mut Command, &[u8]) -> Result<Child, String>,
-    ) -> Result<String, String> {
+    /// What it complained about, in words; nothing was done if it can't be noted.
+    pub(super) fn obey(&self, orders: &Orders, note: &Note<'_>) -> Result<String, String> {
         let failed = |error: &dyn std::fmt::Display| format!("the guest's launcher cannot be run: {error}");
         let orders = serde_json::to_vec(orders).map_err(|error| failed(&error))?;
         let mut command = self.command(&self.own);
         command.arg("guest-launch").stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = begin(&mut command, &orders).map_err(|error| failed(&error))?;
-        let output = child.wait_with_output().map_err(|error| failed(&error))?;
+        let child = note.begin(&mut command, &orders).map_err(|error| failed(&error))?;
+        let output = exec::ended(child, WORK_PATIENCE).map_err(|error| format!("the guest's launcher: {error}"))?;
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         } else {

@@ -6,38 +6,48 @@
 //!
 //! In a state: `memory.raw`, `devices` (what QEMU saves beside the memory, if that is shared), `accel`.
 //!
-//! In the run folder: `qmp` (QEMU's control socket), `process.json`, `console` (what the machine writes on its serial line).
+//! In the run folder: `qmp` (QEMU's control socket), `process.json`, `console` (what the machine writes on its serial line). Invariant:
+//! a QEMU is known there, or by `starting.json` and `pid`, from before it does anything; whoever comes after a daemon that died finds it.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use layerfs::failpoint;
 use layerfs::import::DISK_NAME;
+use layerfs::monitor::Monitor;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde_json::json;
 
+use super::errand::{self, Errand, Note, WORK_PATIENCE};
 use super::machine::{self, AUTO, MachineOptions};
 use super::machine_memory::{Held, Memory};
 use super::mapped_ram::{self, Layout};
 use super::network::Tap;
 use super::options::Network;
+use super::process::place;
 use super::processes::{Process, status_bytes, wait_until};
-use super::programs::{Programs, run};
+use super::programs::{Programs, complaint};
 use super::qmp::Qmp;
 use super::state::{self, MEMORY_FILE};
 use super::{
     Activity, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written,
-    preflight, surroundings,
+    exec, preflight, surroundings,
 };
 use crate::error::{Error, Result};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What it is called with when it is to go on from a state.
+const INCOMING: &str = "-incoming";
+/// What it is called with when it has a disk.
+const BLOCKDEV: &str = "-blockdev";
 /// How long saving or loading memory may take.
 const MEMORY_PATIENCE: Duration = Duration::from_secs(3600);
 /// More than any memory or disk can be read.
@@ -114,6 +124,54 @@ impl QemuGuest {
         Process::load(&self.saved()).filter(Process::is_alive)
     }
 
+    /// Where it is noted who starts QEMU.
+    fn starting(&self) -> PathBuf {
+        self.run.join("starting.json")
+    }
+
+    /// Where QEMU writes its number.
+    fn pidfile(&self) -> PathBuf {
+        self.run.join("pid")
+    }
+
+    /// The QEMU that `errand` has started, if it came so far and that is there: one with this guest's own words.
+    fn started_by(&self, errand: &Errand) -> Option<Process> {
+        let pidfile = self.pidfile();
+        let process = Process::of(fs::read_to_string(&pidfile).ok()?.trim().parse().ok()?)?;
+        let is_its = has_word(&process, pidfile.as_os_str().as_bytes());
+        (is_its && process.is_younger_than(errand.program())).then_some(process)
+    }
+
+    /// Finds out what came of a QEMU whose beginner has died while it came up.
+    fn settle(&self) -> Result<()> {
+        let note = self.starting();
+        let Some(errand) = Errand::orphaned(&note) else { return Ok(()) };
+        errand.wait().map_err(self.failed("look at"))?;
+        let _held = errand::settling();
+        if Errand::load(&note).as_ref() != Some(&errand) {
+            return Ok(());
+        }
+        match self.started_by(&errand) {
+            // It has nothing in it yet.
+            Some(process) if has_word(&process, INCOMING.as_bytes()) => {
+                process.kill();
+                process.wait_gone(PATIENCE);
+            }
+            Some(process) => process.save(&self.saved())?,
+            None => {}
+        }
+        let _ = fs::remove_file(note);
+        Ok(())
+    }
+
+    fn must_be_absent(&self, action: &'static str) -> Result<()> {
+        self.settle()?;
+        match self.process() {
+            Some(_) => Err(self.failed(action)("it runs already".to_owned())),
+            None => Ok(()),
+        }
+    }
+
     fn qmp(&self) -> Outcome<Qmp> {
         Qmp::connect(&self.socket())
     }
@@ -144,6 +202,16 @@ impl QemuGuest {
         self.at(self.options.disk.as_deref().unwrap_or(Path::new(DISK_NAME)))
     }
 
+    /// Whether the disk that `process` has open is the one that is mounted here for it.
+    fn has_its_disk(&self, process: &Process) -> bool {
+        if !has_word(process, BLOCKDEV.as_bytes()) {
+            return true;
+        }
+        let disk = self.disk().ok().flatten().and_then(|disk| place(&disk));
+        let open = fs::read_dir(format!("/proc/{}/fd", process.pid)).into_iter().flatten().flatten();
+        disk.is_some() && open.map(|file| place(&file.path())).any(|place| place == disk)
+    }
+
     /// What it runs by; what is best here if it doesn't run.
     fn accel(&self) -> String {
         if self.options.accel != AUTO {
@@ -166,10 +234,10 @@ impl QemuGuest {
 
     fn command(&self, memory: &Backing, incoming: Option<&Incoming>) -> Outcome<Command> {
         let program = self.programs.find(PROGRAM).ok_or("there is no QEMU: run scripts/setup guests")?;
-        let mut command = self.programs.command(program);
+        let mut command = self.programs.waiting(program);
         let (options, megabytes) = (&self.options, self.options.memory / MEGABYTE);
         command.args(["-name", self.name.as_str(), "-nodefaults", "-display", "none", "-no-user-config", "-daemonize"]);
-        command.arg("-pidfile").arg(self.run.join("pid"));
+        command.arg("-pidfile").arg(self.pidfile());
         let accel = incoming.map_or_else(|| self.accel(), |incoming| incoming.accel.clone());
         fs::write(self.run.join(ACCEL), &accel).map_err(|error| format!("cannot note what emulates it: {error}"))?;
         // A state fits the type of machine that it is of, which a newer QEMU knows by its name.
@@ -201,7 +269,7 @@ impl QemuGuest {
             let file =
                 json!({ "driver": "file", "node-name": "file0", "filename": disk, "cache": { "direct": false } });
             let raw = json!({ "driver": "raw", "node-name": "disk0", "file": "file0" });
-            command.args(["-blockdev", &file.to_string(), "-blockdev", &raw.to_string()]);
+            command.args([BLOCKDEV, &file.to_string(), BLOCKDEV, &raw.to_string()]);
             command.args(["-device", "virtio-blk-pci,drive=disk0"]);
         }
         if let Some(tap) = self.tap() {
@@ -210,7 +278,7 @@ impl QemuGuest {
             command.args(["-device", &format!("virtio-net-pci,netdev=net0,mac={hardware}")]);
         }
         if incoming.is_some() {
-            command.args(["-incoming", "defer"]);
+            command.args([INCOMING, "defer"]);
         }
         Ok(command)
     }
@@ -224,17 +292,22 @@ impl QemuGuest {
         if let Some(tap) = self.tap() {
             tap.make()?;
         }
-        let pidfile = self.run.join("pid");
-        let _ = fs::remove_file(&pidfile);
-        run(self.command(memory, incoming)?.stdout(Stdio::piped()))?;
-        let pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok());
+        let _ = fs::remove_file(self.pidfile());
+        let mut command = self.command(memory, incoming)?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let note = Note { file: self.starting(), into: None, root: None };
+        let failed = |error: &dyn std::fmt::Display| format!("{PROGRAM} cannot be run: {error}");
+        let child = note.begin(&mut command, b"\n").map_err(|error| failed(&error))?;
+        let output = exec::ended(child, WORK_PATIENCE).map_err(|error| format!("{PROGRAM}: {error}"))?;
+        if !output.status.success() {
+            return Err(format!("{PROGRAM} failed: {}", complaint(&output)));
+        }
+        failpoint::hit("guest.started");
+        let pid = fs::read_to_string(self.pidfile()).ok().and_then(|text| text.trim().parse().ok());
         let process = pid.and_then(Process::of).ok_or("QEMU ended at once")?;
-        process.save(&self.saved()).map_err(|error| {
-            // Nothing else knows it.
-            process.kill();
-            process.wait_gone(PATIENCE);
-            error.to_string()
-        })
+        process.save(&self.saved()).map_err(|error| error.to_string())?;
+        let _ = fs::remove_file(self.starting());
+        Ok(())
     }
 
     fn release(&self) -> Outcome<()> {
@@ -256,14 +329,20 @@ impl QemuGuest {
         if let Some(tap) = self.tap() {
             tap.shut_if_there().map_err(&failed)?;
         }
-        if let Some(process) = Process::load(&self.saved()) {
+        let starting = Errand::load(&self.starting());
+        if let Some(errand) = starting.as_ref().filter(|errand| errand.is_orphaned()) {
+            errand.end().map_err(&failed)?;
+        }
+        let started = starting.as_ref().and_then(|errand| self.started_by(errand));
+        for process in started.into_iter().chain(Process::load(&self.saved())) {
             process.kill();
             if !process.wait_gone(PATIENCE) {
                 return Err(failed(format!("QEMU (process {}) does not end", process.pid)));
             }
-            let _ = fs::remove_file(self.saved());
         }
-        let _ = fs::remove_file(self.socket());
+        for path in [self.starting(), self.saved(), self.socket()] {
+            let _ = fs::remove_file(path);
+        }
         self.tap().map_or(Ok(()), |tap| tap.remove().map_err(&failed))
     }
 
@@ -376,9 +455,7 @@ impl QemuGuest {
 
     fn restored(&self, from: &Path, manner: Manner, ahead: Option<File>) -> Result<()> {
         let failed = self.failed("restore");
-        if self.process().is_some() {
-            return Err(failed("it runs already".to_owned()));
-        }
+        self.must_be_absent("restore")?;
         let loaded = self.load(from, manner, ahead);
         if loaded.is_err() {
             // The failure is what counts.
@@ -423,9 +500,7 @@ impl Guest for QemuGuest {
 
     fn start(&self) -> Result<()> {
         let failed = self.failed("start");
-        if self.process().is_some() {
-            return Err(failed("it runs already".to_owned()));
-        }
+        self.must_be_absent("start")?;
         let memory = Memory::new(self.options.memory).map_err(|error| format!("there is no memory for it: {error}"));
         let started = memory.and_then(|memory| self.launch(&Backing::Shared(memory), None));
         let started = started.and_then(|()| self.release());
@@ -440,11 +515,12 @@ impl Guest for QemuGuest {
         self.end("stop")
     }
 
-    fn exec(&self, _: &[OsString]) -> Result<ExecOutput> {
+    fn exec(&self, _: &[OsString], _: &dyn Monitor) -> Result<ExecOutput> {
         Err(self.failed("run a command in")("a machine has no way in for that: use ssh".to_owned()))
     }
 
     fn status(&self) -> Result<Status> {
+        self.settle()?;
         let Some(process) = self.process() else {
             return Ok(Status { activity: Activity::Absent, pid: None, memory_bytes: None });
         };
@@ -486,6 +562,10 @@ impl Guest for QemuGuest {
         Ok(Written { memory_bytes, other_bytes, frozen, has_ended: false })
     }
 
+    fn has_its_root(&self) -> bool {
+        self.process().is_none_or(|process| self.has_its_disk(&process))
+    }
+
     fn resume(&self) -> Result<()> {
         let failed = self.failed("resume");
         if self.process().is_none() {
@@ -493,6 +573,10 @@ impl Guest for QemuGuest {
         }
         self.release().map_err(&failed)?;
         let mut qmp = self.qmp().map_err(&failed)?;
+        // It would say that it goes on, and wait for ever for what no daemon sends it any more.
+        if qmp.call("query-status", json!({})).map_err(&failed)?["status"] == "inmigrate" {
+            return Err(failed("its memory hasn't come".to_owned()));
+        }
         qmp.call("cont", json!({})).map_err(&failed)?;
         self.announce(&mut qmp);
         Ok(())
@@ -511,5 +595,99 @@ impl Guest for QemuGuest {
 
     fn restore_with(&self, from: &Path, memory: File) -> Result<()> {
         self.restored(from, Manner::Whole, Some(memory))
+    }
+}
+
+/// Whether it was called with `word`.
+fn has_word(process: &Process, word: &[u8]) -> bool {
+    let words = fs::read(format!("/proc/{}/cmdline", process.pid));
+    words.is_ok_and(|words| words.split(|byte| *byte == 0).any(|other| other == word))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Child;
+
+    use layerfs::store::{Store, StoreOptions};
+
+    use super::*;
+    use crate::guest::GuestSpec;
+    use crate::guest::fake::{FakeHost, World};
+
+    /// A program that waits, with `words` among its own.
+    fn waits(words: &[&Path]) -> Child {
+        let mut command = Command::new("sh");
+        command.args(["-c", "read -r line; exit", "sh"]).args(words).stdin(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    fn guest_in(folder: &Path) -> QemuGuest {
+        let store = Store::open(&folder.join("store"), StoreOptions::create()).unwrap();
+        let host = FakeHost::new("a", store, folder, &World::new());
+        let spec = GuestSpec {
+            name: GuestName::new("vm").unwrap(),
+            driver: "qemu".to_owned(),
+            stack: layerfs::LayerName::new("app").unwrap(),
+            options: json!({ "memory": 16 * MEGABYTE }),
+        };
+        let programs = Arc::new(Programs::new(folder.into(), "layerctl".into(), None));
+        QemuGuest::new(&GuestRecord::new(spec), &*host, programs).unwrap()
+    }
+
+    #[test]
+    fn a_machine_whose_disk_is_not_the_mounted_one_has_not_its_root() {
+        let folder = tempfile::tempdir().unwrap();
+        let guest = guest_in(folder.path());
+        fs::create_dir_all(&guest.root).unwrap();
+        let disk = guest.root.join(DISK_NAME);
+        fs::write(&disk, "").unwrap();
+        let has_its_root = |word: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", "read -r line; exit", "sh", word]);
+            command.stdin(Stdio::piped()).stdout(File::open(&disk).unwrap());
+            let mut runs = command.spawn().unwrap();
+            let process = Process::of(runs.id()).unwrap();
+            process.save(&guest.saved()).unwrap();
+            // It is there a moment before its words are.
+            assert!(wait_until(PATIENCE, || has_word(&process, word.as_bytes())));
+            let before = guest.has_its_root();
+            fs::rename(&disk, folder.path().join("disk")).unwrap();
+            let without = guest.has_its_root();
+            fs::write(&disk, "another").unwrap();
+            let with_another = guest.has_its_root();
+            runs.kill().unwrap();
+            runs.wait().unwrap();
+            (before, without, with_another)
+        };
+        assert_eq!(has_its_root(BLOCKDEV), (true, false, false));
+        assert_eq!(has_its_root("-nodefaults"), (true, true, true));
+    }
+
+    #[test]
+    fn what_a_dead_daemon_has_started_is_taken_over_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let guest = guest_in(folder.path());
+        let (pidfile, incoming) = (guest.pidfile(), Path::new(INCOMING));
+        // What is to go on from a state has nothing in it yet.
+        let cases: [(&[&Path], bool, bool); 3] =
+            [(&[&pidfile], true, true), (&[&pidfile, incoming], false, true), (&[folder.path()], false, false)];
+        for (words, is_taken, is_its) in cases {
+            let note = Note { file: guest.starting(), into: None, root: None };
+            let mut wait = Command::new("sh");
+            let mut starts = note.begin(wait.args(["-c", "read -r line && exec sleep 0.3"]), b"\n").unwrap();
+            let mut started = waits(words);
+            fs::write(guest.pidfile(), started.id().to_string()).unwrap();
+            // As long as whoever began it lives it isn't anybody else's.
+            guest.settle().unwrap();
+            assert!(guest.process().is_none());
+            errand::orphan(&note.file);
+            assert_eq!(guest.must_be_absent("start").is_err(), is_taken);
+            assert!(starts.try_wait().unwrap().is_some(), "it wasn't waited for");
+            assert_eq!(guest.process().map(|process| process.pid), is_taken.then_some(started.id()));
+            guest.stop().unwrap();
+            assert_eq!(started.try_wait().unwrap().is_some(), is_its);
+            started.kill().unwrap();
+            started.wait().unwrap();
+        }
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use layerfs::store::Store;
-use layerfs::store::db::{Batch, Cf, Sync};
+use layerfs::store::db::{Batch, Cf, Sync, WriteError};
 use layerfs::{Error, LayerName, Result};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -163,7 +163,7 @@ impl Guests {
             Some(_) => Err(Error::Exists { what: "guest", name: name.to_string() }),
             None => Ok(Some(record.clone())),
         });
-        changed.map(drop)
+        Ok(changed.map(drop)?)
     }
 
     /// Changes the guest called `name` by `change`, durably, and returns what it is now.
@@ -184,14 +184,26 @@ impl Guests {
     /// `also`, in one durable write. Returns what it is now.
     ///
     /// # Errors
-    /// Those of `change` and of the index; nothing has changed then.
+    /// Those of `change`, with which nothing has changed, and of the index.
     pub fn change_with(
         &self,
         name: &GuestName,
         mut also: Batch,
         change: impl FnOnce(Option<GuestRecord>) -> Result<Option<GuestRecord>>,
-    ) -> Result<Option<GuestRecord>> {
+    ) -> Result<Option<GuestRecord>, WriteError> {
         let _changing = self.changing.lock();
+        let new = self.changed(name, &mut also, change).map_err(WriteError::NotWritten)?;
+        self.store.db().apply(also, Sync::Yes)?;
+        Ok(new)
+    }
+
+    /// What `change` makes of the guest called `name`, which is added to `also`.
+    fn changed(
+        &self,
+        name: &GuestName,
+        also: &mut Batch,
+        change: impl FnOnce(Option<GuestRecord>) -> Result<Option<GuestRecord>>,
+    ) -> Result<Option<GuestRecord>> {
         let old = self.find(name)?;
         let least = old.as_ref().map_or(0, |record| record.epoch);
         let new = change(old)?;
@@ -202,7 +214,6 @@ impl Guests {
             Some(record) => also.put(Cf::Meta, key(name), checked(record)?),
             None => also.delete(Cf::Meta, key(name)),
         }
-        self.store.db().write(also, Sync::Yes)?;
         Ok(new)
     }
 

@@ -129,7 +129,7 @@ impl Destination {
             (Phase::Arriving, Event::Made(true)) => vec![self.journal(Phase::Staged), self.reply()],
             (Phase::Arriving, Event::Made(false)) => vec![self.reply()],
             (Phase::Arriving, Event::Abort) => vec![self.journal(Phase::Refused), self.reply(), Step::Clear],
-            (Phase::Arriving, Event::Expired | Event::Restarted | Event::GiveUp) => {
+            (Phase::Arriving, Event::Expired | Event::Restarted | Event::Again | Event::GiveUp) => {
                 vec![self.journal(Phase::Refused), Step::Clear]
             }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use layerfs::attr::Time;
 use layerfs::store::Store;
-use layerfs::store::db::{Batch, Cf, Sync};
+use layerfs::store::db::{Batch, Cf, Sync, WriteError};
 use layerfs::{Error, LayerId, Result, failpoint};
 use serde::{Deserialize, Serialize};
 
@@ -238,8 +238,8 @@ impl Journal {
     /// Makes `row`, and what it means for its guest, durable.
     ///
     /// # Errors
-    /// Those of the index. Unless it is [`Error::NoSpace`], the row may be durable all the same.
-    pub fn write(&self, row: &Row) -> Result<()> {
+    /// Those of the index. With [`WriteError::Unsure`] the row may be durable all the same.
+    pub fn write(&self, row: &Row) -> Result<(), WriteError> {
         self.put(row, |_| Ok(()), |_| ())
     }
 
@@ -247,7 +247,7 @@ impl Journal {
     ///
     /// # Errors
     /// As [`Journal::write`]; [`Error::Busy`] if it isn't: nothing has changed then.
-    pub fn write_over(&self, row: &Row, seen: Option<&GuestRecord>) -> Result<()> {
+    pub fn write_over(&self, row: &Row, seen: Option<&GuestRecord>) -> Result<(), WriteError> {
         let is_as_seen = |old: Option<&GuestRecord>| match old == seen {
             true => Ok(()),
             false => {
@@ -261,7 +261,7 @@ impl Journal {
     ///
     /// # Errors
     /// As [`Journal::write`].
-    pub fn write_changing(&self, row: &Row, change: impl FnOnce(&mut GuestRecord)) -> Result<()> {
+    pub fn write_changing(&self, row: &Row, change: impl FnOnce(&mut GuestRecord)) -> Result<(), WriteError> {
         self.put(row, |_| Ok(()), change)
     }
 
@@ -270,7 +270,7 @@ impl Journal {
         row: &Row,
         look: impl FnOnce(Option<&GuestRecord>) -> Result<()>,
         change: impl FnOnce(&mut GuestRecord),
-    ) -> Result<()> {
+    ) -> Result<(), WriteError> {
         let mut batch = Batch::new();
         batch.put(Cf::Transfers, key(row.id), row.encode());
         self.guests.change_with(row.guest(), batch, |old| {
@@ -516,7 +516,7 @@ mod tests {
         let (journal, guests, _folder) = journal();
         let row = Row::destination(MoveId([1; 16]), record().spec, &peer("core"), 5, true);
         guests.add(&record()).unwrap();
-        assert!(matches!(journal.write_over(&row, None), Err(Error::Busy(_))));
+        assert!(matches!(journal.write_over(&row, None), Err(WriteError::NotWritten(Error::Busy(_)))));
         assert_eq!((guests.get(row.guest()).unwrap(), journal.list().unwrap()), (record(), Vec::new()));
         journal.write_over(&row, Some(&record())).unwrap();
         assert_eq!(guests.get(row.guest()).unwrap().state, GuestState::Arriving);

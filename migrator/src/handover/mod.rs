@@ -21,9 +21,9 @@
 //! the guest runs at the other side. So every answer to "what became of it" follows from a row that is on disk, and a
 //! lost answer is asked for again.
 //!
-//! Invariants: before *released* every failure ends with the guest running at the source; after it the source does
-//! nothing but ask, until it hears *restored* or *refused*; a destination that has staged and hears nothing starts
-//! nothing, and asks. Repeated and late messages change nothing.
+//! Invariants: before *released* every failure ends with the guest running at the source, unless nothing is left of it or an
+//! operator gives up what can't go on; after it the source does nothing but ask, until it hears *restored* or *refused*; a
+//! destination that has staged and hears nothing starts nothing, and asks. Repeated and late messages change nothing.
 //!
 //! [`source`] and [`destination`] decide, [`journal`] remembers; [`crate::migrate`] does what they say.
 

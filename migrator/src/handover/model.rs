@@ -1,8 +1,9 @@
 //! Every interleaving of both machines: each side dies between any two steps (the program alone, or the machine with the
 //! guest), messages are lost, repeated and overtake each other, a side may have forgotten the move, the source's operator
-//! takes the guest back when the destination is dead, and everything that can fail does. Checked in each state:
-//! never two running; nobody runs it whose turn it isn't. And from each state, once faults end, both sides come to
-//! agree, with exactly one running.
+//! takes the guest back when the destination is dead and gives it up when it can't go on, and everything that can fail does.
+//! A row that can't be written is as a death before it, and one of which that isn't sure as a death before or after it.
+//! Checked in each state: never two running; nobody runs it whose turn it isn't; nothing is left of what was given up. And from
+//! each state, once faults end, both sides come to agree, with exactly one running, or none if the operator has given it up.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -15,6 +16,16 @@ enum Copy {
     Nothing,
     Running,
     Frozen,
+}
+
+/// The source's operator.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Operator {
+    Absent,
+    /// Has decided nothing yet.
+    Watching,
+    HasTakenBack,
+    HasGivenUp,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -56,8 +67,7 @@ struct State {
     gives_back: bool,
     net: Vec<Packet>,
     crashes: u8,
-    /// Whether the source's operator may still decide.
-    has_operator: bool,
+    operator: Operator,
 }
 
 /// A step to another state, and whether it is one that happens without faults.
@@ -79,7 +89,7 @@ impl State {
             net: Vec::new(),
             // An operator who decides needs one; more would make too many states.
             crashes: if has_operator { 1 } else { 2 },
-            has_operator,
+            operator: if has_operator { Operator::Watching } else { Operator::Absent },
         }
     }
 
@@ -136,12 +146,31 @@ impl State {
                         s.source_copy = Copy::Nothing;
                         s.source_on(Event::Discarded);
                     }
+                    Step::End => {
+                        s.source_copy = Copy::Nothing;
+                        s.source_on(Event::Ended);
+                    }
                     Step::Abort => s.put(Packet::Abort),
                     Step::Commit => s.put(Packet::Commit),
                     Step::AskLater => s.put(Packet::Inquire),
                 }
             });
             out.push((done, true));
+            let gives_up = match source.phase {
+                Phase::Returned => self.operator == Operator::HasTakenBack,
+                _ => self.operator == Operator::Watching,
+            };
+            if step == Step::Resume && gives_up {
+                // It can't go on, or fails to when it runs already.
+                for copy in [self.source_copy, Copy::Running] {
+                    let given_up = self.with(|s| {
+                        (s.source_copy, s.source_todo) = (copy, Vec::new());
+                        s.operator = Operator::HasGivenUp;
+                        s.source_on(Event::GiveUp);
+                    });
+                    out.push((given_up, false));
+                }
+            }
             return;
         }
         match source.phase {
@@ -169,9 +198,9 @@ impl State {
             Phase::Released => {
                 out.push((self.with(|s| s.source_on(Event::Silence)), true));
                 // The operator has seen that nothing runs there; what was on its way there died with it.
-                if self.has_operator && self.side.is_none() && self.side_copy == Copy::Nothing {
+                if self.operator == Operator::Watching && self.side.is_none() && self.side_copy == Copy::Nothing {
                     let taken_back = self.with(|s| {
-                        s.has_operator = false;
+                        s.operator = Operator::HasTakenBack;
                         s.net.retain(|packet| packet.is_to_source());
                         s.source_on(Event::RunHere);
                         assert_eq!(s.source_todo.remove(0), Step::Journal(Phase::Returned));
@@ -323,7 +352,10 @@ impl State {
         use here::Phase;
         let (source_runs, side_runs) = (self.source_copy == Copy::Running, self.side_copy == Copy::Running);
         assert!(!(source_runs && side_runs), "two run: {self:?}");
-        let is_released = matches!(self.source_disk, Phase::Released | Phase::Gone | Phase::Ended(Outcome::Moved));
+        let is_given_up = self.source_disk == Phase::Ended(Outcome::GivenUp);
+        let is_released =
+            is_given_up || matches!(self.source_disk, Phase::Released | Phase::Gone | Phase::Ended(Outcome::Moved));
+        assert!(!is_given_up || self.source_copy == Copy::Nothing, "given up, but not gone: {self:?}");
         assert!(!(source_runs && is_released), "the source runs what it released: {self:?}");
         let is_owned = matches!(self.side_disk, there::Phase::Committed | there::Phase::Restored);
         assert!(!side_runs || (is_owned && is_released), "the destination runs what isn't its: {self:?}");
@@ -332,11 +364,13 @@ impl State {
     }
 
     fn is_good(&self) -> bool {
+        let (source_runs, side_runs) = (self.source_copy == Copy::Running, self.side_copy == Copy::Running);
+        let is_nobodys = !source_runs && !side_runs && self.operator == Operator::HasGivenUp;
         self.source_disk.is_ended()
             && self.side_disk.is_ended()
             && self.source.is_some()
             && self.side.is_some()
-            && (self.source_copy == Copy::Running) != (self.side_copy == Copy::Running)
+            && (source_runs != side_runs || is_nobodys)
     }
 }
 
@@ -389,6 +423,6 @@ fn never_two_and_never_none_with_a_guest_that_stays() {
 }
 
 #[test]
-fn never_two_and_never_none_with_an_operator_who_takes_it_back() {
+fn never_two_and_never_none_with_an_operator_who_takes_it_back_or_gives_it_up() {
     explore(true, true);
 }

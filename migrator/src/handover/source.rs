@@ -76,6 +76,8 @@ pub enum Event {
     Resumed,
     /// The frozen copy is gone.
     Discarded,
+    /// Nothing of it is here but its disk.
+    Ended,
     /// This program has been started anew.
     Restarted,
     /// An operator: run it here, whatever the other side does.
@@ -91,8 +93,12 @@ pub enum Step {
     Journal(Phase),
     /// Let the guest go on; [`Event::Resumed`] when it does. Tried again and again.
     Resume,
-    /// Remove the frozen copy; [`Event::Discarded`] when it is gone. Tried again and again.
+    /// Remove the frozen copy; [`Event::Discarded`] when it is gone. Tried again and again once it is the destination's; else that
+    /// is for the operator to say again.
     Discard,
+    /// End what is left of it, whether it stands still or runs; [`Event::Ended`] then. If it fails it is for the operator to say
+    /// again.
+    End,
     /// Tell the destination that nothing comes of it. It doesn't matter whether that arrives.
     Abort,
     /// Tell the destination that the guest is its own now, and hear what comes of it.
@@ -119,8 +125,10 @@ impl Source {
         match (self.phase, event) {
             (Phase::Moving, Event::Stop) => vec![self.journal(Phase::Stopping)],
             (Phase::Moving, Event::Failed | Event::Restarted | Event::GiveUp | Event::RunHere) => self.aborted(),
-            (Phase::Stopping, Event::Failed | Event::Restarted | Event::GiveUp | Event::RunHere) => vec![Step::Resume],
-            (Phase::Stopping, Event::Resumed) => self.aborted(),
+            (Phase::Stopping, Event::Failed | Event::Restarted | Event::RunHere) => vec![Step::Resume],
+            // What can't go on here may not keep the guest from being started anew.
+            (Phase::Stopping, Event::GiveUp) => vec![Step::End],
+            (Phase::Stopping, Event::Resumed | Event::Ended) => self.aborted(),
             (Phase::Stopping, Event::Staged) => vec![self.journal(Phase::Released), Step::Commit],
 
             (Phase::Released, Event::Told(Fate::Restored)) => vec![self.journal(Phase::Gone), Step::Discard],
@@ -135,8 +143,9 @@ impl Source {
             (Phase::Gone, Event::Restarted | Event::GiveUp) => vec![Step::Discard],
             (Phase::Returned, Event::Resumed) => vec![self.journal(Phase::Ended(Outcome::Returned))],
             (Phase::Returned, Event::Restarted | Event::RunHere) => vec![Step::Resume],
-            // The copy that was to go on here is lost, and the operator says so.
-            (Phase::Returned, Event::GiveUp) => vec![self.journal(Phase::Ended(Outcome::GivenUp))],
+            // From the row on the destination may run it: nothing may be left here then, be it frozen or half awake.
+            (Phase::Returned, Event::GiveUp) => vec![Step::Discard],
+            (Phase::Returned, Event::Discarded) => vec![self.journal(Phase::Ended(Outcome::GivenUp))],
             // Late, repeated, or of no meaning here.
             _ => Vec::new(),
         }
@@ -156,13 +165,14 @@ impl Source {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 10] = [
+    const EVENTS: [Event; 11] = [
         Event::Stop,
         Event::Staged,
         Event::Failed,
         Event::Silence,
         Event::Resumed,
         Event::Discarded,
+        Event::Ended,
         Event::Restarted,
         Event::Told(Fate::Staged),
         Event::Told(Fate::Committed),
@@ -188,6 +198,16 @@ mod tests {
                 assert_eq!((source.on(event), source.phase), (Vec::new(), Phase::Ended(outcome)));
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_left_of_what_was_given_up_when_that_is_told() {
+        let mut source = Source::new(Phase::Returned);
+        assert_eq!((source.on(Event::GiveUp), source.phase.fate()), (vec![Step::Discard], Fate::Aborted));
+        assert_eq!(source.on(Event::Discarded), [Step::Journal(Phase::Ended(Outcome::GivenUp))]);
+        let mut source = Source::new(Phase::Stopping);
+        assert_eq!((source.on(Event::GiveUp), source.phase.fate()), (vec![Step::End], Fate::Pending));
+        assert_eq!(source.on(Event::Ended), [Step::Journal(Phase::Ended(Outcome::Aborted)), Step::Abort]);
     }
 
     #[test]

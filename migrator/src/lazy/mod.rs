@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Invariants: a reader waits no longer than [`LazyOptions::timeout`], and not at all for a source that has been out of
-//! reach for that long; what failed is tried anew by the next reader; what came is verified before anybody gets it.
+//! reach for that long, unless a guest runs on what it reads: that would die of an error; what failed is tried anew by the next reader; what came is verified before anybody gets it.
 
 mod flights;
 mod order;
@@ -39,6 +39,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use crate::error::{Error, Result};
+use crate::guest::{GuestState, Guests};
 use crate::node::Node;
 use crate::send::joined;
 use flights::Flights;
@@ -60,7 +61,7 @@ const TRACES: Duration = Duration::from_secs(2);
 /// How patient readers are.
 #[derive(Clone, Copy, Debug)]
 pub struct LazyOptions {
-    /// A read of a chunk that isn't here fails after so long.
+    /// A read of a chunk that isn't here fails after so long. Not if a guest runs on it.
     pub timeout: Duration,
 }
 
@@ -306,7 +307,7 @@ impl Inner {
             if self.is_stopped() {
                 return absent("the daemon stops".to_owned());
             }
-            if is_hopeless || began.elapsed() > timeout {
+            if (is_hopeless || began.elapsed() > timeout) && !self.is_run_on(id) {
                 let seconds = timeout.as_secs();
                 let why = why.unwrap_or_else(|| format!("{} did not send it within {seconds} s", peers.join(", ")));
                 return absent(why);
@@ -318,6 +319,20 @@ impl Inner {
                 other.want(id);
             }
         }
+    }
+
+    /// Whether a guest runs on a state that may have `id`. One that can't be told of is taken for one that doesn't run.
+    fn is_run_on(&self, id: &ChunkId) -> bool {
+        let store = self.node.store();
+        let guests = Guests::new(store.clone()).list().unwrap_or_default();
+        let states = guests.into_iter().filter(|guest| guest.state == GuestState::Running);
+        let states = states.filter_map(|guest| Some(store.name(&guest.state_layer?).ok()??.layer));
+        let coming: Vec<LayerId> = states
+            .flat_map(|state| store.partials_of_stack(state).unwrap_or_default())
+            .map(|(layer, _)| layer)
+            .collect();
+        let known = self.known.read();
+        coming.iter().any(|layer| known.orders.get(layer).is_some_and(|order| order.may_have(id)))
     }
 
     fn soon(&self, ids: &[ChunkId]) {

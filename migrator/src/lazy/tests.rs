@@ -2,17 +2,20 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use layerfs::chunk::{ChunkRead, ChunkWrite, Class};
 use layerfs::error::ErrorClass;
+use layerfs::patience;
 use layerfs::store::{FsckOptions, GcOptions, Store};
 use layerfs::{ChunkId, LayerId};
 
 use super::{Lazy, LazyOptions};
 use crate::access::Access;
+use crate::guest::{GuestName, GuestRecord, GuestSpec, GuestState, Guests};
 use crate::peers::{Rights, Visible};
-use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, silent, tree};
+use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, noise, silent, tree};
 use crate::{PullOptions, PushOptions};
 
 fn push_options() -> PushOptions {
@@ -141,6 +144,63 @@ async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
     }
     until("the rest", || !store.has_partials()).await;
     assert!(pair.here.has_whole("app", layer));
+    drop(lazy);
+    back.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_waits_for_its_state_as_long_as_it_takes() {
+    let mut pair = Pair::new().await;
+    let layer = add_layer(pair.there.store(), "guest/web/state", &tree(10, 4 << 20));
+    let mut other = tree(0, 0);
+    other.insert("other".to_owned(), noise(1, 1 << 20));
+    let other = add_layer(pair.there.store(), "app", &other);
+    pull_lazily(&pair, "guest/web/state").await.unwrap();
+    pull_lazily(&pair, "app").await.unwrap();
+    let store = pair.here.store().clone();
+    let state_ids = data(&store, layer);
+    let others = data(&store, other);
+    let address: SocketAddr = pair.listens();
+    let elsewhere = pair.there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+    std::mem::replace(&mut pair.listener, elsewhere).close().await;
+    let guest = GuestName::new("web").unwrap();
+    let spec = GuestSpec {
+        name: guest.clone(),
+        driver: "fake".to_owned(),
+        stack: name("app"),
+        options: serde_json::json!({}),
+    };
+    let state_layer = Some(name("guest/web/state"));
+    let guests = Guests::new(store.clone());
+    guests.add(&GuestRecord { state: GuestState::Arriving, state_layer, ..GuestRecord::new(spec) }).unwrap();
+
+    let lazy = Lazy::start(&pair.here.node, patient(200));
+    let error = read(&store, state_ids[3]).await.unwrap_err();
+    assert!(matches!(error, layerfs::Error::Absent { .. }), "it doesn't run yet: {error}");
+    guests
+        .update(&guest, |record| {
+            record.state = GuestState::Running;
+            Ok(())
+        })
+        .unwrap();
+    let waits = tokio::spawn({
+        let (store, id) = (store.clone(), state_ids[3]);
+        async move { read(&store, id).await }
+    });
+    let is_dead = Arc::new(AtomicBool::new(false));
+    let dies = tokio::task::spawn_blocking({
+        let (store, id, is_dead) = (store.clone(), state_ids[4], is_dead.clone());
+        move || patience::unless(move || is_dead.load(Ordering::SeqCst), || store.get(&id).map(drop))
+    });
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert!(!waits.is_finished() && !dies.is_finished());
+    is_dead.store(true, Ordering::SeqCst);
+    assert!(matches!(dies.await.unwrap(), Err(layerfs::Error::GivenUp(_))));
+    let error = read(&store, others[0]).await.unwrap_err();
+    assert!(matches!(error, layerfs::Error::Absent { .. }), "nothing runs on that: {error}");
+
+    let back = pair.there.node.listen(address).await.unwrap();
+    assert!(waits.await.unwrap().unwrap() > 0);
     drop(lazy);
     back.close().await;
 }

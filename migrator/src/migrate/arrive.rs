@@ -41,7 +41,10 @@ impl Migrations {
             return Err(Error::refused(ErrorClass::Denied, message));
         }
         let (me, peer) = (self.clone(), peer.clone());
-        joined(spawn_blocking(move || me.answer(&peer, message)).await)
+        let answered = joined(spawn_blocking(move || me.answer(&peer, message)).await);
+        #[cfg(test)]
+        self.0.faults.alive()?;
+        answered
     }
 
     fn answer(&self, peer: &Peer, message: Message) -> Result<Message> {
@@ -60,6 +63,7 @@ impl Migrations {
         let Some(row) = self.0.journal.get(id)?.filter(|row| row.is_with(peer)) else {
             return Ok(Message::fate(Fate::Unknown, 0, ""));
         };
+        self.must_be_sure(&row)?;
         if let Some(arrival) = self.0.arriving.lock().get_mut(&id) {
             arrival.heard = Instant::now();
         }
@@ -69,8 +73,6 @@ impl Migrations {
             return Ok(Message::fate(row.fate(), 0, row.note));
         };
         let came = self.arrive_with(id, event, layers)?;
-        #[cfg(test)]
-        self.0.faults.alive()?;
         Ok(Message::fate(came.fate, came.took.as_micros() as u64, came.text))
     }
 
@@ -183,8 +185,16 @@ impl Migrations {
 
     fn arrive_locked(&self, id: MoveId, event: Event, layers: Option<Layers>) -> Result<Came> {
         let mut row = self.row(id)?;
-        let Side::Destination { phase, gives_back, was_known } = row.side else {
+        self.must_be_sure(&row)?;
+        let Side::Destination { phase, gives_back, .. } = row.side else {
             return Err(Error::protocol(&row.peer, "it asks the source to be the destination"));
+        };
+        // It isn't ended when only the row is missing, unless the source has taken it back.
+        let event = match event {
+            Event::GiveUp if phase == Phase::Committed && self.0.awake.lock().contains(&id) => {
+                Event::Tried(Found::Running)
+            }
+            event => event,
         };
         let known = self.0.arriving.lock().remove(&id);
         let mut arrival = known.filter(|known| known.machine.phase == phase).unwrap_or_else(|| Arrival {
@@ -204,6 +214,16 @@ impl Migrations {
         if let Some(why) = self.why_not(phase, event, &row) {
             row.note = why;
         }
+        let came = self.arrive_steps(&mut row, &mut arrival, event);
+        if let (Side::Destination { phase, .. }, false) = (&row.side, row.is_ended()) {
+            // It may be ahead of a row that couldn't be written.
+            arrival.machine.phase = *phase;
+            self.0.arriving.lock().insert(id, arrival);
+        }
+        came
+    }
+
+    fn arrive_steps(&self, row: &mut Row, arrival: &mut Arrival, event: Event) -> Result<Came> {
         let mut came = Came { fate: row.fate(), took: Duration::ZERO, text: String::new() };
         let mut todo = arrival.machine.on(event);
         while !todo.is_empty() {
@@ -212,23 +232,29 @@ impl Migrations {
             let began = Instant::now();
             let next = match todo.remove(0) {
                 Step::Journal(phase) => {
-                    row.side = Side::Destination { phase, gives_back, was_known };
-                    self.write(&row)?;
-                    self.told(&row, phase);
+                    self.reach(row, phase)?;
+                    self.told(row, phase);
                     None
                 }
                 Step::Make => {
-                    let made = self.make(&row, &mut arrival);
+                    let made = self.make(row, arrival);
                     came.took = began.elapsed();
-                    Some(Event::Made(self.note(&mut row, made)))
+                    Some(Event::Made(self.note(row, made)))
                 }
                 Step::Restore => {
-                    let found = self.restore(&mut row, &mut arrival);
+                    // It isn't brought back from a state that it has left behind: only the row is missing.
+                    let is_awake = self.0.awake.lock().contains(&row.id);
+                    let found = if is_awake { Found::Running } else { self.restore(row, arrival) };
+                    if found == Found::Running {
+                        self.0.awake.lock().insert(row.id);
+                    }
                     came.took = began.elapsed();
                     Some(Event::Tried(found))
                 }
                 Step::Clear => {
-                    let cleared = self.clear(&row, &mut arrival);
+                    // What comes after this may be restored anew.
+                    self.0.awake.lock().remove(&row.id);
+                    let cleared = self.clear(row, arrival);
                     if let Err(error) = &cleared {
                         tracing::warn!(guest = %row.guest(), %error, "what is left of a guest couldn't be removed yet");
                     }
@@ -239,7 +265,7 @@ impl Migrations {
                     None
                 }
                 Step::AskLater | Step::AgainLater => {
-                    self.later(id);
+                    self.later(row.id);
                     None
                 }
             };
@@ -249,10 +275,23 @@ impl Migrations {
                 todo = steps;
             }
         }
-        if !row.is_ended() {
-            self.0.arriving.lock().insert(id, arrival);
-        }
         Ok(came)
+    }
+
+    /// Makes it durable that `phase` holds. If that fails `row` is as before.
+    fn reach(&self, row: &mut Row, phase: Phase) -> Result<()> {
+        let before = row.side.clone();
+        if let Side::Destination { phase: now, .. } = &mut row.side {
+            *now = phase;
+        }
+        self.write(row).map_err(|error| {
+            row.side = before;
+            self.unwritten(row.id, error)
+        })?;
+        if phase.is_ended() {
+            self.0.awake.lock().remove(&row.id);
+        }
+        Ok(())
     }
 
     /// What a source is told that comes too late, if `event` ends the move.
@@ -345,11 +384,15 @@ impl Migrations {
         if self.note(row, tried.map(drop)) {
             // Nothing has failed, but who asks why it took so long is told.
             row.note = remark.unwrap_or_default();
+            self.close(row, arrival);
             return Found::Running;
         }
         let looked = self.guest(row).and_then(|guest| guest.status());
         match looked.map(|status| status.activity) {
-            Ok(Activity::Running) => Found::Running,
+            Ok(Activity::Running) => {
+                self.close(row, arrival);
+                Found::Running
+            }
             Ok(Activity::Absent) => Found::Nothing,
             _ => Found::Unknown,
         }
@@ -385,12 +428,15 @@ impl Migrations {
             true => guest.restore(&path, Manner::Whole)?,
             false => memory::restore(&*guest, self.0.guests.store(), (layers.state, &path), arrival.memory.take())?,
         }
-        if !layers.lazily {
-            // It may still be reading if it came lazily: then the state stays open until the guest goes.
+        Ok(remark)
+    }
+
+    /// Closes the state of a guest that runs. One that came lazily may still be reading: then it stays open until the guest goes.
+    fn close(&self, row: &Row, arrival: &mut Arrival) {
+        if row.layers.is_some_and(|layers| !layers.lazily) {
             let _ = self.0.host.close_layer(row.guest());
             arrival.opened = None;
         }
-        Ok(remark)
     }
 
     /// Sees to it that nothing of it runs, and removes its mounts.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use layerfs::error::ErrorClass;
+use layerfs::store::db::WriteError;
 
 use super::control::{Control, Said};
 use super::{HookPoint, Migrations};
@@ -18,6 +18,8 @@ const COURTESY: Duration = Duration::from_secs(3);
 /// What is said of a guest that died before it was known from what to go on.
 pub(super) const LOST: &str =
     "is lost here: it ended before its state was kept; `layerctl guest start` begins it anew from its disk";
+/// What is said of one that an operator has given up before it was released.
+const GIVEN_UP: &str = "what was left of it here was given up; `layerctl guest start` begins it anew from its disk";
 /// How often a guest that doesn't go on at once is told to.
 const ATTEMPTS: usize = 3;
 
@@ -52,16 +54,22 @@ impl Migrations {
     pub(super) fn depart(&self, row: &mut Row, event: Event, mut talk: Option<&mut Talk>) -> Result<()> {
         let lock = self.lock_of(row.guest());
         let _held = lock.lock();
-        if self.0.unsure.lock().contains(&row.id) {
-            let text = "whether its last step was written isn't known; restart the daemon, which reads the journal";
-            return Err(Error::guest("go on with the move of", row.guest(), text));
-        }
+        self.must_be_sure(row)?;
         // Somebody else may have had the lock.
         if let Some(now) = self.0.journal.get(row.id)? {
             row.side = now.side;
         }
         let Side::Source { phase } = row.side else {
             return Err(Error::protocol(&row.peer, "it asks the destination to be the source"));
+        };
+        // It isn't brought back from a state that it has left behind, nor ended: only the row is missing.
+        let event = match event {
+            Event::Failed | Event::Restarted | Event::RunHere | Event::GiveUp
+                if self.0.awake.lock().contains(&row.id) =>
+            {
+                Event::Resumed
+            }
+            event => event,
         };
         let mut machine = Source::new(phase);
         let mut todo = machine.on(event);
@@ -72,34 +80,36 @@ impl Migrations {
                 Step::Journal(phase) => {
                     match self.step(row, phase) {
                         Ok(()) => None,
-                        // Surely not written: the guest is still ours.
-                        Err(error) if error.class() == ErrorClass::NoSpace && phase == Phase::Released => {
-                            row.side = Side::Source { phase: Phase::Stopping };
+                        // The guest is still ours.
+                        Err(WriteError::NotWritten(error)) if phase == Phase::Released => {
                             row.note = chain(&error);
                             machine = Source::new(Phase::Stopping);
                             todo.clear();
                             Some(Event::Failed)
                         }
-                        // It may have been written all the same: what is on disk decides when the program starts anew.
-                        Err(error) => {
-                            self.0.unsure.lock().insert(row.id);
-                            return Err(error);
-                        }
+                        Err(error) => return Err(self.unwritten(row.id, error)),
                     }
                 }
                 Step::Resume => {
                     self.again(row, Self::resume)?;
+                    self.0.awake.lock().insert(row.id);
                     self.note_lost(row);
                     Some(Event::Resumed)
                 }
-                // The guest is the destination's: that something of it is left here is no failure of the move.
                 Step::Discard => match self.again(row, Self::discard) {
                     Ok(()) => Some(Event::Discarded),
-                    Err(error) => {
+                    // The guest is the destination's: that something of it is left here is no failure of the move.
+                    Err(error) if machine.phase == Phase::Gone => {
                         row.note = chain(&error);
                         None
                     }
+                    Err(error) => return Err(error),
                 },
+                Step::End => {
+                    self.again(row, Self::end)?;
+                    row.note = GIVEN_UP.to_owned();
+                    Some(Event::Ended)
+                }
                 Step::Abort => {
                     self.say_abort(row, talk.as_deref_mut());
                     None
@@ -117,23 +127,41 @@ impl Migrations {
         Ok(())
     }
 
-    fn step(&self, row: &mut Row, phase: Phase) -> Result<()> {
-        row.side = Side::Source { phase };
-        self.write(row)?;
-        let state = if phase.is_ended() { self.0.states.lock().remove(row.guest()) } else { None };
-        if let Some(Err(error)) = state.map(|state| self.0.host.remove_scratch(row.guest(), &state)) {
+    /// Makes it durable that `phase` holds, and does what comes with it and may fail without harm.
+    ///
+    /// # Errors
+    /// That it couldn't be written; `row` is as before then.
+    fn step(&self, row: &mut Row, phase: Phase) -> Result<(), WriteError> {
+        // Before it stops a state of it is none of this move's.
+        let had_stopped = !matches!(row.side, Side::Source { phase: Phase::Moving });
+        // As long as the move isn't over nothing else writes one.
+        if phase.is_ended()
+            && had_stopped
+            && let Err(error) = self.0.host.remove_scratches(row.guest())
+        {
             tracing::warn!(guest = %row.guest(), %error, "a state that nobody needs wasn't removed");
+        }
+        let before = std::mem::replace(&mut row.side, Side::Source { phase });
+        if let Err(error) = self.write(row) {
+            row.side = before;
+            return Err(error);
+        }
+        if phase.is_ended() {
+            self.0.awake.lock().remove(&row.id);
         }
         let point = match phase {
             Phase::Ended(Outcome::Aborted | Outcome::Returned) => HookPoint::Abort,
             Phase::Ended(Outcome::Moved) => HookPoint::AfterLeave,
             _ => return Ok(()),
         };
-        if point == HookPoint::Abort && self.guest_of(row)?.status()?.activity == Activity::Absent {
-            self.0.guests.update(row.guest(), |record| {
+        if point == HookPoint::Abort && self.is_absent(row) {
+            let updated = self.0.guests.update(row.guest(), |record| {
                 record.state = GuestState::Created;
                 Ok(())
-            })?;
+            });
+            if let Err(error) = updated {
+                tracing::warn!(guest = %row.guest(), %error, "that nothing of it runs wasn't recorded");
+            }
         }
         if let Err(error) = self.0.hooks.run(point, row) {
             tracing::warn!(guest = %row.guest(), %error, "a hook failed");
@@ -143,12 +171,17 @@ impl Migrations {
 
     /// Says so if nothing of it is left to go on.
     fn note_lost(&self, row: &mut Row) {
-        let status = self.guest_of(row).and_then(|guest| guest.status());
-        if status.is_ok_and(|status| status.activity == Activity::Absent) {
+        if self.is_absent(row) {
             tracing::error!(guest = %row.guest(), "it {LOST}");
             let before = if row.note.is_empty() { String::new() } else { format!(" ({})", row.note) };
             row.note = format!("it {LOST}{before}");
         }
+    }
+
+    /// Whether it is known that nothing of it is here.
+    fn is_absent(&self, row: &Row) -> bool {
+        let status = self.guest_of(row).and_then(|guest| guest.status());
+        status.is_ok_and(|status| status.activity == Activity::Absent)
     }
 
     /// Tries something several times, and leaves it to the background if it doesn't work.
@@ -176,7 +209,7 @@ impl Migrations {
         let guest = self.guest_of(row)?;
         match guest.status()?.activity {
             Activity::Running => guest.resume(),
-            Activity::Frozen => match (guest.resume(), row.layers) {
+            Activity::Frozen => match (self.wake(row, &*guest), row.layers) {
                 // It has never gone on: the state is as good as it was.
                 (Err(error), Some(layers)) if guest.status()?.activity == Activity::Frozen => {
                     tracing::warn!(guest = %row.guest(), %error, "a frozen copy can't go on; its state is taken instead");
@@ -187,6 +220,14 @@ impl Migrations {
             },
             Activity::Absent => row.layers.map_or(Ok(()), |layers| self.take_back(row, layers, &*guest)),
         }
+    }
+
+    /// Lets its frozen copy go on, unless the mount below it has ended and there is a state to begin with anew.
+    fn wake(&self, row: &Row, guest: &dyn Guest) -> Result<()> {
+        if row.layers.is_some() && !guest.has_its_root() {
+            return Err(Error::guest("resume", row.guest(), "the mount of its root has ended"));
+        }
+        guest.resume()
     }
 
     /// Lets it go on from the layers that it was to move with.
@@ -202,12 +243,23 @@ impl Migrations {
     fn discard(&self, row: &Row) -> Result<()> {
         let guest = self.guest_of(row)?;
         guest.discard()?;
+        self.must_be_absent(row, &*guest)?;
+        self.0.host.unmount(row.guest(), true)
+    }
+
+    /// Ends what is left of it here; its disk stays.
+    fn end(&self, row: &Row) -> Result<()> {
+        let guest = self.guest_of(row)?;
+        guest.stop()?;
+        self.must_be_absent(row, &*guest)
+    }
+
+    fn must_be_absent(&self, row: &Row, guest: &dyn Guest) -> Result<()> {
         if guest.status()?.activity != Activity::Absent {
             return Err(Error::guest("remove what is left of", row.guest(), "something of it is still here"));
         }
-        // One that came here by post-copy has kept its state open.
-        self.0.host.close_layer(row.guest())?;
-        self.0.host.unmount(row.guest(), true)
+        // One that came here by post-copy, or was being taken back, has kept its state open.
+        self.0.host.close_layer(row.guest())
     }
 
     fn say_abort(&self, row: &Row, talk: Option<&mut Talk>) {

@@ -12,6 +12,8 @@ use crate::handover::journal::{Row, Side};
 
 /// No hook takes longer.
 const LONGEST: Duration = Duration::from_secs(10);
+/// Nor those of one point together: one for all guests, one for this.
+pub(super) const LONGEST_AT_A_POINT: Duration = Duration::from_secs(2 * LONGEST.as_secs());
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// When a hook is run.

@@ -5,7 +5,8 @@
 //! [`crate::guest::Guest`] only, and sends layers by [`Node::push`].
 //!
 //! Invariants: what a machine says is done in its order, and nothing after a journal row that wasn't written; a guest has at
-//! most one move at a time; what is not over when the program ends is taken up by [`Migrations::recover`].
+//! most one move at a time; what is not over is tried again in the background, and taken up by [`Migrations::recover`] when the
+//! program begins anew; but of which it isn't known what its journal says rests until then.
 
 mod arrive;
 mod background;
@@ -29,6 +30,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use layerfs::error::ErrorClass;
+use layerfs::store::db::WriteError;
 use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 
@@ -156,8 +158,6 @@ pub(crate) struct Inner {
     runtime: tokio::runtime::Handle,
     /// Held by whoever takes steps for a guest.
     locks: Mutex<HashMap<GuestName, Arc<Mutex<()>>>>,
-    /// The files that guests which stand still may go on from, until their moves are over.
-    states: Mutex<HashMap<GuestName, PathBuf>>,
     /// Guests that are being moved from here by somebody who waits for it.
     leaving: Mutex<HashSet<GuestName>>,
     /// What machines know beyond their rows.
@@ -166,6 +166,8 @@ pub(crate) struct Inner {
     awaited: Mutex<HashSet<MoveId>>,
     /// Moves whose last row may be on disk or not: they rest until the program starts anew.
     unsure: Mutex<HashSet<MoveId>>,
+    /// Moves whose guest has gone on here, though that may not be on disk yet: what becomes of it since is its own affair.
+    awake: Mutex<HashSet<MoveId>>,
     #[cfg(test)]
     faults: tests::Faults,
 }
@@ -202,11 +204,11 @@ impl Migrations {
             timing,
             runtime: tokio::runtime::Handle::current(),
             locks: Mutex::default(),
-            states: Mutex::default(),
             leaving: Mutex::default(),
             arriving: Mutex::default(),
             awaited: Mutex::default(),
             unsure: Mutex::default(),
+            awake: Mutex::default(),
             #[cfg(test)]
             faults: tests::Faults::default(),
         }));
@@ -251,8 +253,31 @@ impl Migrations {
         self.0.locks.lock().entry(guest.clone()).or_default().clone()
     }
 
+    /// Fails if the last row of the move `row` may be on disk or not: what to do next, and what to say of it, isn't known then.
+    fn must_be_sure(&self, row: &Row) -> Result<()> {
+        match self.0.unsure.lock().contains(&row.id) {
+            true => {
+                let text = "whether its last step was written isn't known; restart the daemon, which reads the journal";
+                Err(Error::guest("go on with the move of", row.guest(), text))
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// Sees to it that the move `id` goes on, of which a row couldn't be written.
+    fn unwritten(&self, id: MoveId, error: WriteError) -> Error {
+        match &error {
+            WriteError::NotWritten(_) => self.later(id),
+            // What is on disk decides when the program starts anew.
+            WriteError::Unsure(_) => {
+                self.0.unsure.lock().insert(id);
+            }
+        }
+        error.into()
+    }
+
     /// Makes `row` durable.
-    fn write(&self, row: &Row) -> Result<()> {
+    fn write(&self, row: &Row) -> Result<(), WriteError> {
         self.journal(|journal| {
             journal.write_changing(row, |record| {
                 if let Some(layers) = row.layers {
@@ -266,11 +291,11 @@ impl Migrations {
     }
 
     /// Makes `row`, the first of a move, durable if the guest's record is as it was `seen`.
-    fn write_over(&self, row: &Row, seen: Option<&GuestRecord>) -> Result<()> {
+    fn write_over(&self, row: &Row, seen: Option<&GuestRecord>) -> Result<(), WriteError> {
         self.journal(|journal| journal.write_over(row, seen))
     }
 
-    fn journal(&self, write: impl FnOnce(&Journal) -> layerfs::Result<()>) -> Result<()> {
+    fn journal(&self, write: impl FnOnce(&Journal) -> Result<(), WriteError>) -> Result<(), WriteError> {
         #[cfg(test)]
         self.0.faults.journal(false)?;
         write(&self.0.journal)?;

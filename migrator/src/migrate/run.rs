@@ -297,6 +297,10 @@ impl Run<'_> {
         self.monitor.phase("taking it back", None);
         if let Err(second) = self.depart(Event::Failed) {
             tracing::error!(guest = %self.name(), error = %second, "a migration couldn't be taken back yet");
+            // Whatever failed, be it only the reading of the row. One that isn't sure of its row rests.
+            if self.me.must_be_sure(&self.row).is_ok() {
+                self.me.later(self.row.id);
+            }
         }
         Err(error)
     }
@@ -339,6 +343,9 @@ impl Run<'_> {
     /// How it ended, and where the guest is, if not where it should be.
     fn outcome(&self) -> (&'static str, Option<String>) {
         let (name, peer, note) = (self.name(), &self.peer.name, &self.row.note);
+        if let Err(error) = self.me.must_be_sure(&self.row) {
+            return ("in doubt", Some(error.to_string()));
+        }
         match self.phase() {
             Phase::Gone | Phase::Ended(Outcome::Moved) => ("moved", None),
             Phase::Ended(Outcome::Aborted) if self.is_lost() => ("aborted", Some(format!("guest {name} {LOST}"))),

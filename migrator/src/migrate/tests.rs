@@ -22,7 +22,7 @@ use crate::tests::pair::name as layer_name;
 use crate::wire::Message;
 use crate::{Listener, NodeOptions};
 
-/// Lets a host's program die at a journal's write.
+/// Lets a host's program die at a journal's write, or that fail.
 #[derive(Default)]
 pub(super) struct Faults {
     is_dead: AtomicBool,
@@ -30,6 +30,13 @@ pub(super) struct Faults {
     at: AtomicU32,
     /// After it, not before.
     after: AtomicBool,
+    /// The write at which its disk is full; 0: none. Counted down.
+    full_at: AtomicU32,
+    is_full: AtomicBool,
+    /// The write of which it isn't told whether it was done; 0: none. Counted down.
+    doubtful_at: AtomicU32,
+    /// It was done.
+    is_done: AtomicBool,
     pub cut: Arc<Cut>,
 }
 
@@ -86,6 +93,26 @@ impl Faults {
         self.after.store(after, SeqCst);
     }
 
+    /// Refuses that write and all others, until there is room again.
+    pub fn fill_at(&self, write: u32) {
+        self.full_at.store(write, SeqCst);
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.is_full.load(SeqCst)
+    }
+
+    pub fn make_room(&self) {
+        self.full_at.store(0, SeqCst);
+        self.is_full.store(false, SeqCst);
+    }
+
+    /// Fails that write as a disk does that fills while the engine writes.
+    pub fn doubt_at(&self, write: u32, is_done: bool) {
+        self.doubtful_at.store(write, SeqCst);
+        self.is_done.store(is_done, SeqCst);
+    }
+
     pub fn die(&self) {
         self.is_dead.store(true, SeqCst);
     }
@@ -99,12 +126,25 @@ impl Faults {
         if self.is_dead() { Err(Error::Closed { peer: "a dead host".to_owned() }) } else { Ok(()) }
     }
 
-    pub fn journal(&self, after: bool) -> Result<()> {
-        self.alive()?;
-        if self.after.load(SeqCst) == after && self.at.load(SeqCst) > 0 && self.at.fetch_sub(1, SeqCst) == 1 {
+    pub fn journal(&self, after: bool) -> Result<(), WriteError> {
+        let strikes = |at: &AtomicU32| at.load(SeqCst) > 0 && at.fetch_sub(1, SeqCst) == 1;
+        let lives = || match self.is_dead() {
+            true => Err(WriteError::Unsure(layerfs::Error::Busy("the host is dead".to_owned()))),
+            false => Ok(()),
+        };
+        lives()?;
+        if !after && (strikes(&self.full_at) || self.is_full()) {
+            self.is_full.store(true, SeqCst);
+            let full = layerfs::Error::file("write to", "index", rustix::io::Errno::NOSPC);
+            return Err(WriteError::NotWritten(full));
+        }
+        if self.is_done.load(SeqCst) == after && strikes(&self.doubtful_at) {
+            return Err(WriteError::Unsure(layerfs::Error::Index("No space left on device".to_owned())));
+        }
+        if self.after.load(SeqCst) == after && strikes(&self.at) {
             self.die();
         }
-        self.alive()
+        lives()
     }
 }
 

@@ -1,9 +1,13 @@
 //! The fake keeps its word, so that tests over it mean something.
 
+use std::sync::atomic::AtomicBool;
+
+use layerfs::monitor::Monitor;
 use layerfs::store::StoreOptions;
 
 use super::*;
-use crate::guest::{GuestSpec, state};
+use crate::guest::checkpoint::Hosted;
+use crate::guest::{GuestSpec, GuestState, Guests, state};
 
 struct Here {
     _folder: tempfile::TempDir,
@@ -40,6 +44,11 @@ impl Here {
         let record = GuestRecord { epoch, ..GuestRecord::new(spec) };
         let label = self.hosts[host].label.clone();
         FakeDrivers { label, world: self.world.clone() }.guest(&record, self.hosts[host].clone()).unwrap()
+    }
+
+    /// Whether states are left on the first host.
+    fn has_scratch(&self) -> bool {
+        self.hosts[0].folder.join(self.name.as_str()).join("scratch").exists()
     }
 
     /// Moves it from `a` to `b`, without ending it at `a`.
@@ -106,20 +115,49 @@ fn a_frozen_one_answers_nobody_and_faults_come_when_they_shall() {
     assert_eq!(here.world.violations(), Vec::<String>::new());
 }
 
-#[test]
-fn a_guest_whose_checkpoint_fails_goes_on() {
+/// Runs `work` on a guest that runs on the first host, one that stays there with its dump and one that ends with it.
+fn with_each_kind(work: impl Fn(&Here, &Hosted<'_>, &dyn Guest)) {
     for ends_with_dump in [false, true] {
         let here = here();
         let options = serde_json::json!({ "pages": 64, "ends_with_dump": ends_with_dump });
         let (driver, stack) = (DRIVER.to_owned(), LayerName::new("base").unwrap());
-        let record = GuestRecord::new(GuestSpec { name: here.name.clone(), driver, stack, options });
-        let guests = crate::guest::Guests::new(here.store.clone());
+        let spec = GuestSpec { name: here.name.clone(), driver, stack, options };
+        let record = GuestRecord { state: GuestState::Running, ..GuestRecord::new(spec) };
+        let guests = Guests::new(here.store.clone());
         guests.add(&record).unwrap();
         let drivers = FakeDrivers { label: "a".to_owned(), world: here.world.clone() };
         let host = here.hosts[0].clone();
         host.mount(&here.name, here.base).unwrap();
-        drivers.guest(&record, host.clone()).unwrap().start().unwrap();
-        let hosted = crate::guest::checkpoint::Hosted { guests: &guests, drivers: &drivers, host: host.clone() };
+        let guest = drivers.guest(&record, host.clone()).unwrap();
+        guest.start().unwrap();
+        work(&here, &Hosted { guests: &guests, drivers: &drivers, host }, &*guest);
+        assert_eq!(here.world.violations(), Vec::<String>::new());
+    }
+}
+
+/// Cancels a checkpoint when its state is about to be stored.
+#[derive(Default)]
+struct Cancels(AtomicBool);
+
+impl Monitor for Cancels {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        self.0.fetch_or(name == "storing", Ordering::Relaxed);
+    }
+
+    fn advance(&self, _: u64) {}
+
+    fn items(&self, _: u64) {}
+
+    fn warn(&self, _: &str) {}
+
+    fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn a_guest_whose_checkpoint_fails_goes_on() {
+    with_each_kind(|here, hosted, _| {
         for (call, when) in [(Call::Dump, When::Before), (Call::Dump, When::After), (Call::Seal, When::Before)] {
             here.world.fail("a", call, when);
             assert!(hosted.checkpoint(&here.name, "evening", false, &Silent).is_err());
@@ -127,6 +165,92 @@ fn a_guest_whose_checkpoint_fails_goes_on() {
             here.world.tick();
         }
         hosted.checkpoint(&here.name, "evening", false, &Silent).unwrap();
-        assert_eq!(here.world.violations(), Vec::<String>::new());
-    }
+    });
+}
+
+#[test]
+fn a_guest_ends_only_when_its_state_is_stored() {
+    with_each_kind(|here, hosted, _| {
+        here.world.tick();
+        assert!(here.world.send(&here.name, 1));
+        assert!(hosted.checkpoint(&here.name, "evening", true, &Cancels::default()).is_err());
+        assert_eq!(here.world.running(&here.name), ["a"]);
+        assert!(!here.has_scratch());
+        here.world.tick();
+        // One that can't be removed stands still, and may go on.
+        here.world.fail("a", Call::Discard, When::Before);
+        assert!(hosted.checkpoint(&here.name, "evening", true, &Silent).is_err());
+        assert!(here.world.running(&here.name).is_empty());
+        hosted.wake(&hosted.guests.get(&here.name).unwrap()).unwrap();
+        assert_eq!(here.world.running(&here.name), ["a"]);
+        assert!(!here.has_scratch());
+        here.world.tick();
+        hosted.checkpoint(&here.name, "evening", true, &Silent).unwrap();
+        assert!(here.world.running(&here.name).is_empty() && !here.has_scratch());
+        let (state, _) = Hosted::names(&here.name, "evening").unwrap();
+        let layer = here.store.name(&state).unwrap().unwrap().layer;
+        hosted.restore(&here.name, layer, Some(state)).unwrap();
+        here.world.tick();
+        assert_eq!(here.world.counter("a", &here.name), Some(4));
+    });
+}
+
+#[test]
+fn a_move_hides_no_checkpoint() {
+    with_each_kind(|here, hosted, _| {
+        let latest = || hosted.latest(&here.name, hosted.guests.find(&here.name).unwrap().as_ref()).unwrap();
+        assert_eq!(latest(), None);
+        for tag in ["evening", "morning"] {
+            hosted.checkpoint(&here.name, tag, false, &Silent).unwrap();
+        }
+        assert_eq!(latest(), Some(Hosted::names(&here.name, "morning").unwrap()));
+        // As a move puts it on record, whose state says not what it is of.
+        let (state, instance) = (here.name.layer("state").unwrap(), here.name.layer("instance").unwrap());
+        let on_record = || {
+            let change = |record: &mut GuestRecord| {
+                (record.state_layer, record.instance) = (Some(state.clone()), Some(instance.clone()));
+                Ok(())
+            };
+            hosted.guests.update(&here.name, change).unwrap();
+        };
+        on_record();
+        assert_eq!(latest(), Some(Hosted::names(&here.name, "morning").unwrap()), "it came to nothing");
+        here.store.set_name(&state, here.base, Expect::Any).unwrap();
+        assert_eq!(latest(), Some(Hosted::names(&here.name, "morning").unwrap()));
+        here.store.remove_name(&Hosted::names(&here.name, "morning").unwrap().0).unwrap();
+        assert_eq!(latest(), Some(Hosted::names(&here.name, "evening").unwrap()));
+        // Nobody has it on record where its layers were pushed to.
+        assert_eq!(hosted.latest(&here.name, None).unwrap(), latest());
+        let layer = here.store.name(&latest().unwrap().0).unwrap().unwrap().layer;
+        hosted.guest(&hosted.guests.get(&here.name).unwrap()).unwrap().stop().unwrap();
+        hosted.restore(&here.name, layer, latest().map(|(state, _)| state)).unwrap();
+        assert_eq!(here.world.running(&here.name), ["a"]);
+    });
+}
+
+#[test]
+fn a_checkpoint_that_was_cut_off_loses_nothing() {
+    with_each_kind(|here, hosted, guest| {
+        here.world.tick();
+        assert!(here.world.send(&here.name, 1));
+        // The program that did this has died.
+        guest.dump(&here.hosts[0].scratch(&here.name, 0).unwrap()).unwrap();
+        assert!(here.world.running(&here.name).is_empty());
+        hosted.checkpoint(&here.name, "evening", false, &Silent).unwrap();
+        assert_eq!(here.world.running(&here.name), ["a"]);
+        assert!(!here.has_scratch());
+        here.world.tick();
+        assert_eq!(here.world.counter("a", &here.name), Some(2));
+        // One that doesn't go on keeps what it may go on from.
+        for _ in 0..2 {
+            here.world.fail("a", Call::Resume, When::Before);
+        }
+        let error = hosted.checkpoint(&here.name, "evening", false, &Silent).unwrap_err();
+        assert!(error.to_string().contains("guest start web"), "{error}");
+        assert!(here.has_scratch());
+        hosted.wake(&hosted.guests.get(&here.name).unwrap()).unwrap();
+        assert_eq!(here.world.running(&here.name), ["a"]);
+        assert!(!here.has_scratch());
+        here.world.tick();
+    });
 }

@@ -10,6 +10,8 @@ use layerfs::monitor::check;
 use layerfs::store::Expect;
 
 use super::super::Downtime;
+use super::super::control::Said;
+use super::super::hooks::LONGEST_AT_A_POINT;
 use super::super::report::Stage;
 use super::super::{Ahead, HookPoint};
 use super::Run;
@@ -21,6 +23,9 @@ use crate::handover::journal::Layers;
 use crate::handover::source::Event;
 use crate::wire::Message;
 
+/// The slowest that a destination may read a memory that has come, in bytes.
+const READ_IN_A_SECOND: u64 = 64 << 20;
+
 impl Run<'_> {
     /// From the stop to the destination's last word.
     pub(super) fn hand_over(&mut self, lazily: bool) -> Result<()> {
@@ -29,11 +34,12 @@ impl Run<'_> {
         let guard = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes)?;
         let folder = guard.path().to_owned();
         let dumped = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)));
-        // What has ended with its dump, which may have failed later, goes on from these files if nothing comes of the move.
+        // What has ended with its dump, which may have failed later, goes on from these files if nothing comes of the move. They go
+        // when it is over.
         let guard = match &dumped {
             Ok(written) if !written.has_ended => Some(guard),
             _ => {
-                self.me.0.states.lock().insert(self.name().clone(), guard.leave());
+                guard.leave();
                 None
             }
         };
@@ -50,7 +56,7 @@ impl Run<'_> {
         self.stage("send", true, |run| {
             let (me, row) = (run.me.clone(), run.row.clone());
             // If this host dies, the guest goes on from the layers.
-            let noted = std::thread::spawn(move || me.write(&row));
+            let noted = std::thread::spawn(move || me.write(&row).map_err(Error::from));
             let pushed = run.send(lazily);
             // In any case: what is journalled next comes after this.
             let panicked = |_| Err(Error::guest("journal", run.name(), "writing panicked"));
@@ -58,9 +64,7 @@ impl Run<'_> {
             Ok(((), pushed?))
         })?;
         self.stage("stage", true, |run| {
-            let message = Message::Stage { id: run.row.id, instance, state, lazily };
-            let patience = run.me.0.timing.frozen_patience;
-            let said = run.me.0.runtime.block_on(run.talk.control.fate(&message, patience))?;
+            let said = run.ask_to_stage(&Message::Stage { id: run.row.id, instance, state, lazily })?;
             match said.fate {
                 Fate::Staged => Ok(((), 0)),
                 _ => Err(run.turned_down(&said)),
@@ -84,6 +88,33 @@ impl Run<'_> {
             self.rest(state);
         }
         Ok(())
+    }
+
+    /// Asks for staging, which takes as long as the hooks there and the reading of the memory do. A destination that is out of reach
+    /// meanwhile isn't waited for longer than anywhere else.
+    fn ask_to_stage(&mut self, message: &Message) -> Result<Said> {
+        let (me, id, monitor) = (self.me, self.row.id, self.monitor.clone());
+        let reachable = me.0.timing.frozen_patience;
+        let reading = Duration::from_secs(self.report.memory_bytes / READ_IN_A_SECOND);
+        let patience = reachable + LONGEST_AT_A_POINT + reading;
+        let mut other = me.control(self.peer.clone());
+        let out_of_reach = async {
+            loop {
+                tokio::time::sleep(reachable / 4).await;
+                if let Err(error) = other.inquire(id, reachable * 3 / 4).await {
+                    return error;
+                }
+                if let Err(cancelled) = check(monitor.as_ref()) {
+                    return cancelled.into();
+                }
+            }
+        };
+        me.0.runtime.block_on(async {
+            tokio::select! {
+                said = self.talk.control.fate(message, patience) => said,
+                error = out_of_reach => Err(error),
+            }
+        })
     }
 
     /// Sends what the stop left; returns the bytes.

@@ -101,6 +101,231 @@ async fn either_side_may_die_at_every_write() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_at_a_write_leaves_no_move_to_nobody() {
+    for side in ["a", "b"] {
+        for is_restored in [true, false] {
+            for write in 1..=8 {
+                let two = Two::new().await;
+                if !is_restored {
+                    (0..10_000).for_each(|_| two.fail("b", Call::Restore, When::Before));
+                }
+                let faults = if side == "a" { two.a.faults() } else { two.b.faults() };
+                faults.fill_at(write);
+                let outcome = two.migrate(false, MigrateOptions::default()).await;
+                let was_full = faults.is_full();
+                two.world.tick();
+                faults.make_room();
+                two.settle().await;
+                let runs = two.check();
+                let case = format!("{side} {is_restored} {write}: {outcome:?}");
+                if !was_full {
+                    assert_eq!(runs, if is_restored { "b" } else { "a" }, "{case}");
+                    break;
+                }
+                assert!(write < 8, "{case}");
+                assert!(two.a.migrations.0.unsure.lock().is_empty(), "{case}");
+                assert!(two.b.migrations.0.unsure.lock().is_empty(), "{case}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_went_on_and_ended_while_the_disk_is_full_stays_so() {
+    for side in ["a", "b"] {
+        let mut went_on = 0;
+        for resolution in [None, Some(Resolution::RunHere), Some(Resolution::GiveUp)] {
+            for write in 1..=8 {
+                let two = Two::new().await;
+                let site = if side == "a" { &two.a } else { &two.b };
+                site.faults().fill_at(write);
+                let _ = two.migrate(false, MigrateOptions::default()).await;
+                if !site.faults().is_full() {
+                    break;
+                }
+                let (here, name) = (site.migrations.clone(), two.name.clone());
+                let open = here.0.journal.open_of(&name).unwrap();
+                let row = open.filter(|row| row.layers.is_some() && two.world.running(&name) == [side]);
+                if let Some(row) = &row {
+                    went_on += 1;
+                    two.world.tick();
+                    if let Some(resolution) = resolution {
+                        let (here, name) = (here.clone(), name.clone());
+                        assert!(spawn_blocking(move || here.resolve(&name, resolution)).await.unwrap().is_err());
+                        assert_eq!(two.world.running(&two.name), [side], "it was ended");
+                    }
+                    here.guest_of(row).unwrap().stop().unwrap();
+                }
+                site.faults().make_room();
+                two.settle().await;
+                let runs = two.world.running(&name);
+                let there = (runs.len(), two.world.frozen(&name));
+                assert_eq!(there, (usize::from(row.is_none()), vec![]), "{side} {write} {row:?}");
+            }
+        }
+        assert!(went_on > 0, "{side}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_went_on_is_ended_for_its_source_that_took_it_though_the_row_is_missing() {
+    let two = Two::new().await;
+    // It has been restored, which can't be written.
+    two.b.faults().fill_at(4);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    assert_eq!(two.world.running(&two.name), ["b"]);
+    let (here, name) = (two.a.migrations.clone(), two.name.clone());
+    spawn_blocking(move || here.resolve(&name, Resolution::RunHere)).await.unwrap().unwrap();
+    while two.world.running(&two.name) != ["a"] {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    two.b.faults().make_room();
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
+
+/// Spoils the row of a move when its guest is taken back, and keeps what it was.
+struct Spoils {
+    store: Arc<Store>,
+    journal: crate::handover::journal::Journal,
+    name: GuestName,
+    kept: Mutex<Option<(Vec<u8>, Vec<u8>)>>,
+}
+
+impl Spoils {
+    fn put(&self, key: &[u8], row: &[u8]) {
+        let mut batch = Batch::new();
+        batch.put(Cf::Transfers, key, row);
+        self.store.db().write(batch, Sync::Yes).unwrap();
+    }
+
+    fn mend(&self) {
+        let (key, row) = self.kept.lock().take().unwrap();
+        self.put(&key, &row);
+    }
+}
+
+impl layerfs::monitor::Monitor for Spoils {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        if name == "taking it back" {
+            let row = self.journal.open_of(&self.name).unwrap().unwrap();
+            let key = [&b"move/"[..], &row.id.0].concat();
+            let bytes = self.store.db().get(Cf::Transfers, &key).unwrap().unwrap();
+            self.put(&key, b"nothing");
+            *self.kept.lock() = Some((key, bytes));
+        }
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_row_cant_be_read_when_it_is_taken_back_goes_on_as_soon_as_it_can() {
+    let two = Two::new().await;
+    two.fail("a", Call::Dump, When::After);
+    let (store, journal) = (two.a.store.clone(), two.a.migrations.0.journal.clone());
+    let monitor = Arc::new(Spoils { store, journal, name: two.name.clone(), kept: Mutex::default() });
+    let (migrations, name, spoils) = (two.a.migrations.clone(), two.name.clone(), monitor.clone());
+    let moved = spawn_blocking(move || migrations.migrate(&name, "b", MigrateOptions::default(), spoils));
+    assert!(moved.await.unwrap().is_err());
+    assert_eq!(two.world.frozen(&two.name), ["a"]);
+    monitor.mend();
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hooks_at_the_destination_may_take_longer_than_it_may_be_out_of_reach() {
+    struct Slow;
+    impl Hooks for Slow {
+        fn run(&self, point: HookPoint, _: &Row) -> Result<()> {
+            if point == HookPoint::BeforeRestore {
+                std::thread::sleep(timing().frozen_patience + Duration::from_secs(1));
+            }
+            Ok(())
+        }
+    }
+    let mut two = Two::new().await;
+    let drivers = Arc::new(FakeDrivers { label: "b".to_owned(), world: two.world.clone() });
+    let b = &mut two.b;
+    b.migrations = Migrations::new(&b.node, &b.guests, drivers, b.host.clone(), Arc::new(Slow), timing());
+    two.migrate(false, MigrateOptions::default()).await.unwrap();
+    two.settle().await;
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_may_be_written_or_not_rests_until_the_program_begins_anew() {
+    for side in ["a", "b"] {
+        for (is_restored, is_done) in [(true, true), (true, false), (false, true), (false, false)] {
+            for write in 1..=8 {
+                let mut two = Two::new().await;
+                if !is_restored {
+                    (0..10_000).for_each(|_| two.fail("b", Call::Restore, When::Before));
+                }
+                let faults = if side == "a" { two.a.faults() } else { two.b.faults() };
+                faults.doubt_at(write, is_done);
+                let outcome = two.migrate(false, MigrateOptions::default()).await;
+                let was_doubtful = faults.doubtful_at.load(SeqCst) == 0;
+                let world = two.world.clone();
+                world.tick();
+                // Whatever the background does meanwhile, it doesn't do it by a row that may not hold.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                world.tick();
+                let case = format!("{side} {is_restored} {is_done} {write}: {outcome:?}");
+                if was_doubtful {
+                    if (side, write) == ("a", 4) {
+                        assert_eq!((world.running(&two.name), world.frozen(&two.name)), (vec![], vec!["a".to_owned()]));
+                    }
+                    if side == "a" { two.a.restart(&world).await } else { two.b.restart(&world).await }
+                }
+                two.settle().await;
+                let runs = two.check();
+                if !was_doubtful {
+                    assert_eq!(runs, if is_restored { "b" } else { "a" }, "{case}");
+                    break;
+                }
+                assert!(write < 8, "{case}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_fails_after_the_end_is_written_isnt_in_doubt() {
+    /// Cancels the copying; what the guest does isn't known then.
+    struct Cancelled(World, AtomicBool);
+    impl layerfs::monitor::Monitor for Cancelled {
+        fn phase(&self, name: &str, _: Option<u64>) {
+            if name.starts_with("ahead") && !self.1.swap(true, SeqCst) {
+                self.0.fail("a", Call::Status, When::Before);
+            }
+        }
+        fn advance(&self, _: u64) {}
+        fn items(&self, _: u64) {}
+        fn warn(&self, _: &str) {}
+        fn is_cancelled(&self) -> bool {
+            self.1.load(SeqCst)
+        }
+    }
+    let two = Two::new().await;
+    let (migrations, name) = (two.a.migrations.clone(), two.name.clone());
+    let monitor = Arc::new(Cancelled(two.world.clone(), AtomicBool::new(false)));
+    let moved = spawn_blocking(move || migrations.migrate(&name, "b", MigrateOptions::default(), monitor));
+    let error = moved.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("runs on here"), "{error}");
+    assert!(two.a.migrations.0.unsure.lock().is_empty());
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    // It was told so, and hasn't given up waiting.
+    assert_eq!(two.b.migrations.moves().unwrap()[0].note, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn in_doubt_nothing_starts_and_the_operator_decides() {
     // The source dies when it has released the guest, before it could say so.
     let mut two = Two::new().await;
@@ -191,6 +416,33 @@ async fn a_guest_that_has_ended_with_its_dump_goes_on_from_its_files_whatever_fa
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_state_in_memory_goes_when_another_program_ends_the_move() {
+    // It has noted what the stop left; it has released the guest.
+    for (write, runs) in [(3, "a"), (4, "b")] {
+        let mut two = ending().await;
+        two.a.faults().die_at(write, true);
+        assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+        let world = two.world.clone();
+        two.a.restart(&world).await;
+        two.settle().await;
+        assert_eq!(two.check(), runs);
+        assert!(!two.a.folder.join("guests/web/scratch").exists(), "{write}: its state is left");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_that_never_began_leaves_the_state_that_a_guest_may_go_on_from() {
+    let two = ending().await;
+    let drivers = FakeDrivers { label: "a".to_owned(), world: two.world.clone() };
+    let guest = drivers.guest(&two.a.guests.get(&two.name).unwrap(), two.a.host.clone()).unwrap();
+    guest.dump(&two.a.host.scratch(&two.name, 0).unwrap()).unwrap();
+    let error = two.migrate(false, MigrateOptions::default()).await.unwrap_err();
+    assert!(error.to_string().contains("doesn't run"), "{error}");
+    guest.resume().unwrap();
+    assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_of_which_nothing_is_left_ends_its_move_and_may_be_started() {
     let two = ending().await;
     two.fail("a", Call::Dump, When::After);
@@ -202,6 +454,55 @@ async fn a_guest_of_which_nothing_is_left_ends_its_move_and_may_be_started() {
     assert_eq!(two.a.state(&two.name).map(|(state, _)| state), Some(GuestState::Created));
     let rows = two.a.migrations.moves().unwrap();
     assert!(rows[0].note.contains("is lost here") && rows[0].note.contains("guest start"), "{:?}", rows[0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_cant_go_on_here_may_be_given_up_and_begun_anew() {
+    let two = ending().await;
+    two.fail("a", Call::Dump, When::After);
+    (0..10_000).for_each(|_| two.fail("a", Call::Resume, When::Before));
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    let give_up = || {
+        let (here, name) = (two.a.migrations.clone(), two.name.clone());
+        spawn_blocking(move || here.resolve(&name, Resolution::GiveUp))
+    };
+    // What can't be done is told to the operator, who may say it again.
+    (0..3).for_each(|_| two.fail("a", Call::Stop, When::Before));
+    assert!(give_up().await.unwrap().is_err());
+    assert!(!two.a.migrations.open_move(&two.name).unwrap().is_ended());
+    let row = give_up().await.unwrap().unwrap();
+    assert!(row.is_ended() && row.note.contains("guest start"), "{row:?}");
+    assert_eq!((row.fate(), two.world.running(&two.name)), (Fate::Aborted, vec![]));
+    assert_eq!(two.a.state(&two.name).map(|(state, _)| state), Some(GuestState::Created));
+    assert!(!two.a.folder.join("guests/web/scratch").exists(), "its state is left");
+    two.settle().await;
+    assert_eq!(two.b.state(&two.name), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_of_a_guest_that_was_taken_back_and_given_up() {
+    let mut two = Two::new().await;
+    // It has committed, and dies before it restores.
+    two.b.faults().die_at(3, true);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    let decide = |resolution| {
+        let (here, name) = (two.a.migrations.clone(), two.name.clone());
+        spawn_blocking(move || here.resolve(&name, resolution))
+    };
+    // It goes on, and that fails all the same.
+    (0..10_000).for_each(|_| two.fail("a", Call::Resume, When::After));
+    assert!(decide(Resolution::RunHere).await.unwrap().is_err());
+    assert_eq!(two.world.running(&two.name), ["a"]);
+    (0..3).for_each(|_| two.fail("a", Call::Discard, When::Before));
+    assert!(decide(Resolution::GiveUp).await.unwrap().is_err());
+    assert_eq!(two.a.migrations.open_move(&two.name).unwrap().fate(), Fate::Aborted);
+    let row = decide(Resolution::GiveUp).await.unwrap().unwrap();
+    assert_eq!((row.fate(), two.world.running(&two.name)), (Fate::Released, vec![]));
+    // The destination may have it now.
+    let world = two.world.clone();
+    two.b.restart(&world).await;
+    two.settle().await;
+    assert_eq!(two.check(), "b");
 }
 
 #[tokio::test(flavor = "multi_thread")]
