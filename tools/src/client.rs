@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::api::{self, Cancel, Empty, Event, Progress};
 use crate::failure::{Class, Failure, Result};
+use crate::output::Output;
 use crate::progress::Display;
 
 type Body = BoxBody<Bytes, std::io::Error>;
@@ -36,6 +37,8 @@ const PIECE: usize = 256 * 1024;
 pub struct Client {
     socket: PathBuf,
     runtime: tokio::runtime::Runtime,
+    /// Where short operations' warnings are told.
+    output: Option<Output>,
 }
 
 impl Client {
@@ -45,7 +48,13 @@ impl Client {
             .enable_all()
             .build()
             .map_err(|e| Failure::from(layerfs::Error::io("starting the runtime", e)))?;
-        Ok(Client { socket: socket.to_owned(), runtime })
+        Ok(Client { socket: socket.to_owned(), runtime, output: None })
+    }
+
+    /// The same client, which tells the warnings of short operations to `output`; those of long ones are told by their display.
+    #[must_use]
+    pub fn telling(self, output: Output) -> Client {
+        Client { output: Some(output), ..self }
     }
 
     /// Whether a daemon answers on the socket: one that is dying may still take connections.
@@ -73,7 +82,13 @@ impl Client {
             }
             let status = response.status();
             let body = response.into_body().collect().await.map_err(|_| cut_off())?.to_bytes();
-            if status.is_success() { decode(&body) } else { Err(decode_failure(&body)) }
+            if !status.is_success() {
+                return Err(decode_failure(&body));
+            }
+            if let Some(output) = self.output {
+                warnings(&body).iter().for_each(|text| output.warn(text));
+            }
+            decode(&body)
         })
     }
 
@@ -341,6 +356,16 @@ fn decode<T: DeserializeOwned>(json: &[u8]) -> Result<T> {
     serde_json::from_slice(json).map_err(|e| strange(&e))
 }
 
+/// The warnings that were gathered into an answer.
+fn warnings(answer: &[u8]) -> Vec<String> {
+    #[derive(serde::Deserialize)]
+    struct Warned {
+        #[serde(default)]
+        warnings: Vec<String>,
+    }
+    decode::<Warned>(answer).map(|warned| warned.warnings).unwrap_or_default()
+}
+
 fn decode_failure(json: &[u8]) -> Failure {
     #[derive(serde::Deserialize)]
     struct Wrapped {
@@ -396,4 +421,15 @@ pub fn stop(client: &Client, force: bool) -> Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warnings_are_found_in_any_answer() {
+        assert_eq!(warnings(br#"{"layers": [], "warnings": ["a", "b"]}"#), ["a", "b"]);
+        assert!(warnings(b"{}").is_empty() && warnings(b"[]").is_empty());
+    }
 }

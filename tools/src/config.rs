@@ -113,16 +113,33 @@ struct ConfigFile {
 }
 
 impl ConfigFile {
-    fn read(path: &Path) -> Result<Option<ConfigFile>> {
+    /// Says nothing but that no port is opened: what can't be read may have said so.
+    fn closed() -> ConfigFile {
+        ConfigFile { listen: Some("off".to_owned()), ..ConfigFile::default() }
+    }
+
+    /// None if there is no such file.
+    fn read(path: &Path, mistakes: &mut Mistakes) -> Result<Option<ConfigFile>> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::file("read", path, error)),
         };
-        let parsed = toml::from_str(&text);
-        parsed
-            .map(Some)
-            .map_err(|error| Failure::invalid(format!("{}: {}", path.display(), error.to_string().trim_end())))
+        let wrong =
+            |error: toml::de::Error| Failure::invalid(format!("{}: {}", path.display(), error.to_string().trim_end()));
+        match toml::from_str(&text) {
+            Ok(file) => return Ok(Some(file)),
+            Err(error) if !mistakes.are_forgiven => return Err(wrong(error)),
+            Err(_) => {}
+        }
+        let mut file = ConfigFile::default();
+        for (key, value) in toml::from_str::<toml::Table>(&text).map_err(wrong)? {
+            let is_listen = key == "listen";
+            let one = toml::Table::from_iter([(key, value)]).try_into::<ConfigFile>().map_err(wrong);
+            let or = if is_listen { ConfigFile::closed() } else { ConfigFile::default() };
+            file = mistakes.allow(one)?.unwrap_or(or).over(file);
+        }
+        Ok(Some(file))
     }
 
     /// `self`, with `below` where it says nothing.
@@ -149,6 +166,28 @@ impl ConfigFile {
             idle_timeout: self.idle_timeout.or(below.idle_timeout),
             connect_from: self.connect_from.or(below.connect_from),
             warm_copies: self.warm_copies.or(below.warm_copies),
+        }
+    }
+}
+
+/// What is done about what is wrong in the config file or the environment.
+#[derive(Debug, Default)]
+struct Mistakes {
+    /// What is wrong is left out.
+    are_forgiven: bool,
+    /// What was left out, and why.
+    found: Vec<String>,
+}
+
+impl Mistakes {
+    /// The value; none if it is wrong and that is forgiven.
+    fn allow<T>(&mut self, value: Result<T>) -> Result<Option<T>> {
+        match value {
+            Err(failure) if self.are_forgiven => {
+                self.found.push(failure.message);
+                Ok(None)
+            }
+            value => value.map(Some),
         }
     }
 }
@@ -229,6 +268,8 @@ pub struct Settings {
     pub network: NetworkRequest,
     /// The local addresses to call from.
     pub connect_from: Vec<std::net::IpAddr>,
+    /// What [`Settings::forgive`] has left out.
+    pub mistakes: Vec<String>,
 }
 
 impl Settings {
@@ -237,16 +278,28 @@ impl Settings {
     /// # Errors
     /// A config file that can't be read or has a wrong key or value; no home folder to put a store in.
     pub fn find(store: Option<&Path>, environment: &Environment) -> Result<Settings> {
+        Settings::gather(store, environment, Mistakes::default())
+    }
+
+    /// The same without what is wrong, for a daemon that must start.
+    ///
+    /// # Errors
+    /// No home folder to put a store in.
+    pub fn forgive(store: Option<&Path>, environment: &Environment) -> Result<Settings> {
+        Settings::gather(store, environment, Mistakes { are_forgiven: true, ..Mistakes::default() })
+    }
+
+    fn gather(store: Option<&Path>, environment: &Environment, mut mistakes: Mistakes) -> Result<Settings> {
         let mut file = ConfigFile::default();
         for path in environment.config_files() {
-            match ConfigFile::read(&path)? {
-                Some(read) => file = read.over(file),
-                None if environment.path(ENV_CONFIG).is_some() => {
+            let read = match ConfigFile::read(&path, &mut mistakes) {
+                Ok(None) if environment.path(ENV_CONFIG).is_some() => {
                     let text = format!("the config file {} that {ENV_CONFIG} names does not exist", path.display());
-                    return Err(Failure::new(crate::failure::Class::NotFound, text));
+                    Err(Failure::new(crate::failure::Class::NotFound, text))
                 }
-                None => {}
-            }
+                read => read.map(Option::unwrap_or_default),
+            };
+            file = mistakes.allow(read)?.unwrap_or_else(ConfigFile::closed).over(file);
         }
         let (store, store_chosen_by) = if let Some(path) = store {
             (path.to_owned(), "--store")
@@ -263,21 +316,27 @@ impl Settings {
                 Failure::invalid(format!("{name} = {text:?} in the config file is no size; write it like \"64 MiB\""))
             }),
         };
-        let (cache_bytes, warm_bytes) = (size("cache", &file.cache)?, size("warm_copies", &file.warm_copies)?);
+        let cache_bytes = mistakes.allow(size("cache", &file.cache))?.flatten();
+        let warm_bytes = mistakes.allow(size("warm_copies", &file.warm_copies))?.flatten();
         let limit = match file.limit.as_deref() {
-            None | Some("none") => None,
-            Some(text) => Some(units::parse_rate(text).ok_or_else(|| {
+            None | Some("none") => Ok(None),
+            Some(text) => units::parse_rate(text).map(Some).ok_or_else(|| {
                 Failure::invalid(format!(
                     "limit = {text:?} in the config file is no rate; write it like \"100Mbit\" or \"10 MiB\", or \"none\""
                 ))
-            })?),
+            }),
         };
-        if let Some(level) = file.compression.filter(|level| !COMPRESSION_LEVELS.contains(level)) {
-            let (least, most) = (*COMPRESSION_LEVELS.start(), *COMPRESSION_LEVELS.end());
-            return Err(Failure::invalid(format!(
-                "compression = {level} in the config file is no level of zstd; write one from {least} to {most}"
-            )));
-        }
+        let limit = mistakes.allow(limit)?.flatten();
+        let compression = match file.compression {
+            Some(level) if !COMPRESSION_LEVELS.contains(&level) => {
+                let (least, most) = (*COMPRESSION_LEVELS.start(), *COMPRESSION_LEVELS.end());
+                Err(Failure::invalid(format!(
+                    "compression = {level} in the config file is no level of zstd; write one from {least} to {most}"
+                )))
+            }
+            level => Ok(level),
+        };
+        let compression = mistakes.allow(compression)?.flatten();
         let time = |name: &str, text: &Option<String>| match text {
             None => Ok(None),
             Some(text) => units::parse_time(text).map(Some).ok_or_else(|| {
@@ -287,32 +346,47 @@ impl Settings {
         let connections = file.connections.as_deref().map(str::parse::<crate::cli::transfers::Connections>);
         let wrong = |why| Failure::invalid(format!("connections in the config file: {why}"));
         let network = NetworkRequest {
-            connections: connections.transpose().map_err(wrong)?.map(|count| count.0),
+            connections: mistakes.allow(connections.transpose().map_err(wrong))?.flatten().map(|count| count.0),
             transport: file.transport,
-            retry_for_seconds: time("retry_for", &file.retry_for)?,
-            connect_seconds: time("connect_timeout", &file.connect_timeout)?,
-            idle_seconds: time("idle_timeout", &file.idle_timeout)?,
+            retry_for_seconds: mistakes.allow(time("retry_for", &file.retry_for))?.flatten(),
+            connect_seconds: mistakes.allow(time("connect_timeout", &file.connect_timeout))?.flatten(),
+            idle_seconds: mistakes.allow(time("idle_timeout", &file.idle_timeout))?.flatten(),
             stream: None,
         };
+        let checked = match crate::daemon::ops::peers::paths(&network) {
+            Ok(_) => Ok(network),
+            Err(failure) => Err(Failure::invalid(format!("{failure} (in the config file)"))),
+        };
+        let network = mistakes.allow(checked)?.unwrap_or_default();
+        let slow_request = mistakes.allow(time("slow_request", &file.slow_request))?.flatten();
+        let listen = file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse());
+        let listen = mistakes.allow(listen)?.unwrap_or(Listen::Off);
+        let filter = |text: Option<String>, place: &str| match text.as_deref().map(crate::daemon::log::parse) {
+            Some(Err(failure)) => Err(failure.hint(format!("it comes from {place}"))),
+            _ => Ok(text),
+        };
+        let log_of_file = mistakes.allow(filter(file.log, "`log` in the config file"))?.flatten();
+        let log = mistakes.allow(filter(environment.text(ENV_LOG), ENV_LOG))?.flatten().or(log_of_file);
         Ok(Settings {
             network,
             connect_from: file.connect_from.unwrap_or_default(),
             store: std::path::absolute(&store).map_err(|e| Failure::file("find", &store, e))?,
             store_chosen_by,
-            listen: file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse())?,
-            idle: Duration::from_secs(file.idle_minutes.unwrap_or(5) * 60),
+            listen,
+            idle: Duration::from_secs(file.idle_minutes.unwrap_or(5).saturating_mul(60)),
             cache_bytes,
             warm_bytes,
-            compression: file.compression,
+            compression,
             threads: file.threads,
             limit,
             squash_past: file.squash_past.unwrap_or(DEFAULT_SQUASH_PAST),
-            slow_request: Duration::from_secs(time("slow_request", &file.slow_request)?.unwrap_or(2)),
+            slow_request: Duration::from_secs(slow_request.unwrap_or(2)),
             metrics: file.metrics,
             tier_credentials: file.tier_credentials,
             tier_profile: file.tier_profile,
             lazy_timeout: Duration::from_secs(file.lazy_timeout_seconds.unwrap_or(30).max(1)),
-            log: environment.text(ENV_LOG).or(file.log).unwrap_or_else(|| "info".to_owned()),
+            log: log.unwrap_or_else(|| "info".to_owned()),
+            mistakes: mistakes.found,
         })
     }
 
@@ -434,8 +508,51 @@ mod tests {
         assert!(missing.is_some_and(|text| text.contains("/nonexistent/keys") && text.contains("tier_credentials")));
         scene.user("warm_copies = \"many\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("warm_copies"));
+        scene.user("transport = \"pigeon\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("pigeon"));
         scene.user("warm_copies = \"0\"\n");
         assert_eq!(scene.find(None).unwrap().warm_bytes, Some(0));
+    }
+
+    #[test]
+    fn a_wrong_log_filter_is_told_wherever_it_comes_from() {
+        let mut scene = Scene::new("filter");
+        scene.user("log = \"foo=bar=baz\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("`log` in the config file"));
+        // Another process, without the variable, is to start with the same file.
+        scene.environment.variables.insert(ENV_LOG.into(), "debug".into());
+        assert!(scene.find(None).is_err());
+        scene.user("log = \"warn\"\n");
+        assert_eq!(scene.find(None).unwrap().log, "debug");
+        scene.environment.variables.insert(ENV_LOG.into(), "=x=y".into());
+        assert!(scene.find(None).unwrap_err().message.contains(ENV_LOG));
+    }
+
+    #[test]
+    fn what_is_wrong_can_be_left_out() {
+        let mut scene = Scene::new("forgiven");
+        let forgive = |scene: &Scene| Settings::forgive(Some(Path::new("/flag")), &scene.environment).unwrap();
+        scene.user(
+            "log = \"foo=bar=baz\"\ncompression = 99\ncache = \"lots\"\nwarm_copies = \"many\"\nlimit = \"fast\"\n\
+             slow_request = \"soon\"\nretry_for = \"never\"\nconnections = \"99\"\ntransport = \"pigeon\"\n\
+             listen = \"everywhere\"\nsquash_past = 7\n",
+        );
+        let settings = forgive(&scene);
+        assert_eq!(settings.mistakes.len(), 10, "{:#?}", settings.mistakes);
+        assert_eq!((settings.log.as_str(), settings.compression, settings.squash_past), ("info", None, 7));
+        assert_eq!(settings.listen, Listen::Off, "no port is opened on a guess");
+        // Keys that aren't known or are of another type cost only themselves.
+        scene.system("listen = \"10.0.0.1\"\ncompression = \"high\"\n");
+        scene.user("stor = \"/x\"\nmetrics = \"here\"\nthreads = 3\n");
+        let settings = forgive(&scene);
+        assert_eq!(settings.mistakes.len(), 3, "{:#?}", settings.mistakes);
+        assert_eq!((settings.threads, settings.listen), (Some(3), Listen::At("10.0.0.1:7440".into())));
+        scene.user("listen = 7440\n");
+        assert_eq!(forgive(&scene).listen, Listen::Off);
+        scene.user("listen = \n");
+        assert_eq!((forgive(&scene).listen, forgive(&scene).mistakes.len()), (Listen::Off, 2));
+        scene.environment.variables.insert(ENV_CONFIG.into(), scene.folder.join("none.toml").into_os_string());
+        assert_eq!((forgive(&scene).listen, forgive(&scene).mistakes.len()), (Listen::Off, 1));
     }
 
     #[test]

@@ -28,6 +28,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use cli::{Cli, Command};
+use config::{Environment, Settings};
 use failure::{Failure, Result};
 use output::Output;
 
@@ -83,11 +84,25 @@ fn run(cli: Cli, output: Output) -> Result<u8> {
             commands::system::hand()?;
         }
         command => {
-            let settings = config::Settings::find(cli.global.store.as_deref(), &config::Environment::current())?;
+            let settings = settings(cli.global.store.as_deref(), &command)?;
             return commands::run(command, settings, output);
         }
     }
     Ok(0)
+}
+
+/// The settings in force.
+fn settings(store: Option<&std::path::Path>, command: &Command) -> Result<Settings> {
+    let environment = Environment::current();
+    let found = Settings::find(store, &environment);
+    if found.is_ok() || !commands::system::becomes_daemon(command) {
+        return found;
+    }
+    // Programs wait for this daemon, and get errors if none comes: a mistake in the config file is not worth that.
+    match Settings::forgive(store, &environment) {
+        Ok(settings) if keeper::holder(&settings.store).is_some() => Ok(settings),
+        _ => found,
+    }
 }
 
 /// Obeys the daemon's orders about a guest.

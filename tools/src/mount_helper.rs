@@ -199,7 +199,7 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
         return remount(wish);
     }
     let settings = Settings::find(wish.store.as_deref(), &Environment::current())?;
-    let client = autostart::ensure(&settings, StoreUse::MustExist)?;
+    let client = autostart::ensure(&settings, StoreUse::MustExist)?.telling(output);
     let request = MountRequest {
         layer: wish.name.clone(),
         dir: std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?,

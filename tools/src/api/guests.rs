@@ -97,7 +97,7 @@ pub struct GuestCheckpointResult {
 pub struct GuestRestore {
     /// The guest's name.
     pub name: String,
-    /// The checkpoint's tag; the latest of this guest by default, else "checkpoint".
+    /// The checkpoint's tag; the latest of this guest by default.
     #[serde(default)]
     pub tag: Option<String>,
 }
@@ -132,12 +132,22 @@ pub struct GuestInfo {
     pub memory_bytes: Option<u64>,
     /// Where its root is mounted.
     pub root: Option<PathBuf>,
-    /// The layer of its latest checkpoint's state.
+    /// The layer of its latest checkpoint's state, if it can be restored here.
     pub state_layer: Option<String>,
     /// The layer of its latest checkpoint's disk.
     pub instance: Option<String>,
     /// What its driver has to know.
     pub options: serde_json::Value,
+}
+
+/// `/v1/guest-stop`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GuestStopResult {
+    /// Whether there was something to end.
+    pub was_running: bool,
+    /// The guest.
+    #[serde(flatten)]
+    pub guest: GuestInfo,
 }
 
 /// `/v1/guest-check`.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{PathText, Timestamp};
 use crate::cli::layers::Kind;
+use crate::failure::Failure;
 
 /// `/v1/import`: what to import.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -164,10 +165,24 @@ pub struct ListRequest {
 }
 
 /// Layers, by name.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LayerList {
     /// One for each name, sorted.
     pub layers: Vec<LayerInfo>,
+    /// Names whose layers can't be read. Of `/v1/list` only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A name whose layer can't be read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Unreadable {
+    /// The name.
+    pub name: String,
+    /// The layer's id.
+    pub id: String,
+    /// Why.
+    pub error: Failure,
 }
 
 /// A layer.

@@ -85,7 +85,7 @@ pub struct UmountRequest {
     /// Detach even if in use.
     #[serde(default)]
     pub lazy: bool,
-    /// End copies in other mount namespaces too.
+    /// End its copies too: on other folders, and in other mount namespaces.
     #[serde(default)]
     pub everywhere: bool,
 }
@@ -97,15 +97,18 @@ pub struct UmountResult {
     pub unmounted: Vec<Unmounted>,
 }
 
-/// A mount that is no more, here at least.
+/// A mount that is no more, on its folder at least.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Unmounted {
     /// Where it was.
     pub dir: PathBuf,
-    /// Whether it goes on in other mount namespaces, which have copies of it.
+    /// Whether it goes on where there are copies of it. What was detached (`lazy`) isn't waited for, and not told of.
     #[serde(default)]
     pub goes_on: bool,
-    /// The processes in those: number and name.
+    /// The other folders that it is mounted on (`mount --bind`).
+    #[serde(default)]
+    pub also_at: Vec<PathBuf>,
+    /// If it is on none that the daemon sees: the processes in whose mount namespaces it is, number and name.
     #[serde(default)]
     pub used_by: Vec<String>,
     /// The upper that was kept.

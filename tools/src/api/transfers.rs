@@ -37,6 +37,9 @@ pub struct TransferInfo {
     pub peer: String,
     /// The layers' names.
     pub names: Vec<String>,
+    /// Whether nothing is moved, and it only finds out what would be.
+    #[serde(default)]
+    pub dry_run: bool,
     /// `running`, `paused`, `done`, `failed` or `cancelled`.
     pub state: String,
     /// What is being done.

@@ -26,7 +26,7 @@ pub struct Guest {
 pub enum GuestAction {
     /// Make a guest on a stack; it isn't started
     Create(Box<GuestCreate>),
-    /// Start a guest anew
+    /// Start a guest anew, or let one go on that a checkpoint which was cut off has left standing still
     #[command(after_help = "Examples:\n  layerctl guest start web")]
     Start(GuestName),
     /// End a guest; what it has changed on its disk is kept

@@ -88,7 +88,8 @@ const FORMATS: [&str; 8] = ["folder", "tar", "tar.gz", "tar.zst", "tar.xz", "oci
 /// Everything below the layer is part of it.
 /// The format follows DEST's ending (.tar, .tar.gz, .tgz, .tar.zst, .tar.xz, .raw, .img). Endings of other archives and
 /// images, such as .zip and .qcow2, are refused; anything else is a folder.
-/// `oci:PATH[:TAG]` is an OCI image layout. An existing DEST is never overwritten.
+/// `oci:PATH[:TAG]` is an OCI image layout: to one that exists the image is added.
+/// An existing DEST is never overwritten, nor a layout's tag that names another image.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     layerctl export debian ./rootfs\n  \

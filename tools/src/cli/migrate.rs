@@ -113,7 +113,8 @@ pub struct Resolve {
     /// Run it here. If it runs at the other side too, or comes to run there, there are two of it, with one address
     #[arg(long, conflicts_with = "give_up")]
     pub run_here: bool,
-    /// Never run here what this move left or brought. If the other side has lost it too, it is gone
+    /// Never run here what this move left or brought. If the other side has lost it too, it is gone; one that stood still here and
+    /// was never released can be started anew from its disk
     #[arg(long)]
     pub give_up: bool,
     /// Don't ask whether that is meant

@@ -79,16 +79,17 @@ pub struct Umount {
     /// Where
     #[arg(value_name = "DIR", required_unless_present = "all", value_hint = clap::ValueHint::DirPath)]
     pub dirs: Vec<PathBuf>,
-    /// All of the store's mounts
+    /// All of the store's mounts but for guests'
     #[arg(long, short, conflicts_with = "dirs")]
     pub all: bool,
     /// Throw the changes of a nameless upper away
     #[arg(long)]
     pub discard: bool,
-    /// Detach now, even if something still uses it
+    /// Detach now, even if something still uses it: for that it goes on
     #[arg(long, short)]
     pub lazy: bool,
-    /// End it in other mount namespaces too (containers', `unshare --mount`): what uses it there gets errors
+    /// End its copies too, in other mount namespaces (containers', `unshare --mount`) and on other folders: what uses
+    /// them gets errors; while it still writes to files of the upper that it has open, that can't be mounted again
     #[arg(long, conflicts_with = "lazy")]
     pub everywhere: bool,
 }

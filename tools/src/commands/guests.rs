@@ -7,7 +7,7 @@ use super::Session;
 use crate::api::Empty;
 use crate::api::guests::{
     GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestInfo,
-    GuestList, GuestName, GuestRemove, GuestRestore,
+    GuestList, GuestName, GuestRemove, GuestRestore, GuestStopResult,
 };
 use crate::cli::guests::{self as args, GuestAction};
 use crate::failure::{Class, Failure, Result};
@@ -71,6 +71,18 @@ fn options(args: &args::GuestCreate) -> Result<serde_json::Value> {
         }
         return machine_options(args);
     }
+    let of_machines = [
+        ("--memory", args.memory.is_some()),
+        ("--cpus", args.cpus.is_some()),
+        ("--accel", args.accel.is_some()),
+        ("--kernel", args.kernel.is_some()),
+        ("--initrd", args.initrd.is_some()),
+        ("--append", args.append.is_some()),
+        ("--disk", args.disk.is_some()),
+    ];
+    if let Some((option, _)) = of_machines.iter().find(|(_, is_given)| *is_given) {
+        return Err(Failure::invalid(format!("{option} is for machines (driver qemu)")));
+    }
     let mut env = BTreeMap::new();
     for text in &args.env {
         let wrong = || Failure::invalid(format!("{text:?} is no variable: write NAME=VALUE"));
@@ -102,8 +114,11 @@ fn process(info: &GuestInfo) -> String {
 }
 
 fn stop(session: &Session, name: String) -> Result<()> {
-    let info: GuestInfo = session.work("guest-stop", &GuestName { name }, "ending")?;
-    session.output.answer(&info, |info| format!("ended guest {}\n", info.name))
+    let result: GuestStopResult = session.work("guest-stop", &GuestName { name }, "ending")?;
+    session.output.answer(&result, |GuestStopResult { was_running, guest }| match was_running {
+        true => format!("ended guest {}\n", guest.name),
+        false => format!("guest {} wasn't running\n", guest.name),
+    })
 }
 
 fn list(session: &Session) -> Result<()> {

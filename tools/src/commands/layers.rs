@@ -159,24 +159,24 @@ pub fn remove(session: &Session, args: args::Remove) -> Result<()> {
         result.removed.iter().map(|named| format!("removed {}  (layer {})\n", named.name, short(&named.id))).collect()
     })?;
     if !session.output.json {
-        session.output.note("`layerctl gc` frees the space");
+        session.output.note("`layerctl gc` frees what nothing else needs");
     }
     Ok(())
 }
 
-/// `layerctl list`.
-pub fn list(session: &Session, args: args::List) -> Result<()> {
+/// `layerctl list`. The exit code is that of the first layer that can't be read.
+pub fn list(session: &Session, args: args::List) -> Result<u8> {
     let request = ListRequest { pattern: args.pattern, kind: args.kind };
     let is_choosy = request.pattern.is_some() || request.kind.is_some();
     let list: LayerList = session.call("list", &request)?;
     session.output.answer(&list, |list| layer_table(&list.layers, session.output.paint()))?;
-    if list.layers.is_empty() && !session.output.json {
+    if list.layers.is_empty() && list.unreadable.is_empty() && !session.output.json {
         session.output.note(match is_choosy {
             true => "no layer matches; `layerctl list` shows all that have names",
             false => "no layers; `layerctl import SRC NAME` makes one",
         });
     }
-    Ok(())
+    Ok(list.unreadable.first().map_or(0, |unreadable| unreadable.error.class.exit_code()))
 }
 
 fn layer_table(layers: &[LayerInfo], paint: Paint) -> String {
@@ -233,7 +233,8 @@ pub fn tree(session: &Session, args: args::Tree) -> Result<()> {
         None => forest.below(None),
         Some(name) => vec![forest.find(name)?],
     };
-    let kept = LayerList { layers: roots.iter().flat_map(|root| forest.all_from(root)).cloned().collect() };
+    let layers = roots.iter().flat_map(|root| forest.all_from(root)).cloned().collect();
+    let kept = LayerList { layers, ..LayerList::default() };
     session
         .output
         .answer(&kept, |_| roots.iter().map(|root| forest.draw(root, session.output.paint(), "", "")).collect())

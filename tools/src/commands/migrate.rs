@@ -57,6 +57,11 @@ fn forecast(report: &Report) -> String {
 /// `layerctl report`.
 pub fn report(session: &Session, args: args::Report) -> Result<()> {
     let Some(id) = args.id else { return list(session) };
+    if id.is_empty() {
+        return Err(Failure::invalid(
+            "a report's number isn't empty; `layerctl report` lists them, latest is the last one",
+        ));
+    }
     let id = if id == LATEST { String::new() } else { id };
     let report: Report = session.call("report", &ReportRequest { id })?;
     if let Some(path) = args.html {

@@ -36,12 +36,12 @@ pub struct Session {
 impl Session {
     /// The daemon's client, the daemon started if need be.
     pub fn client(&self) -> Result<Client> {
-        autostart::ensure(&self.settings, StoreUse::MustExist)
+        Ok(autostart::ensure(&self.settings, StoreUse::MustExist)?.telling(self.output))
     }
 
     /// The same, the store made if need be.
     pub fn client_of_new_store(&self) -> Result<Client> {
-        autostart::ensure(&self.settings, StoreUse::MayCreate)
+        Ok(autostart::ensure(&self.settings, StoreUse::MayCreate)?.telling(self.output))
     }
 
     /// Does a short operation.
@@ -65,7 +65,7 @@ pub fn run(command: Command, settings: Settings, output: Output) -> Result<u8> {
         Command::Tag(args) => layers::tag(session, args)?,
         Command::Squash(args) => squash::squash(session, args)?,
         Command::Remove(args) => layers::remove(session, args)?,
-        Command::List(args) => layers::list(session, args)?,
+        Command::List(args) => return layers::list(session, args),
         Command::Tree(args) => layers::tree(session, args)?,
         Command::Log(args) => layers::log(session, args)?,
         Command::Inspect(args) => inspect::inspect(session, args)?,

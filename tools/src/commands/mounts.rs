@@ -72,18 +72,33 @@ pub fn umount(session: &Session, args: args::Umount) -> Result<()> {
         result.unmounted.iter().map(|unmounted| format!("unmounted {}\n", unmounted.dir.display())).collect()
     })?;
     if !session.output.json {
-        for Unmounted { dir, used_by, .. } in result.unmounted.iter().filter(|unmounted| unmounted.goes_on) {
-            let who = if used_by.is_empty() { String::new() } else { format!(" (process {})", used_by.join(", ")) };
+        for Unmounted { dir, also_at, used_by, .. } in result.unmounted.iter().filter(|unmounted| unmounted.goes_on) {
+            let copies = match (also_at.as_slice(), used_by.as_slice()) {
+                ([], []) => "in mount namespaces that have a copy of it".to_owned(),
+                ([], used_by) => format!("in mount namespaces that have a copy of it (process {})", used_by.join(", ")),
+                (also_at, _) => {
+                    let also_at: Vec<_> = also_at.iter().map(|dir| dir.display().to_string()).collect();
+                    format!("at {}", also_at.join(", "))
+                }
+            };
             let dir = dir.display();
             session.output.note(&format!(
-                "it goes on in mount namespaces that have a copy of it{who}, and ends with those; `layerctl umount {dir} --everywhere` \
-                 ends it now"
+                "it goes on {copies}, and ends with that; `layerctl umount {dir} --everywhere` ends it now"
             ));
+        }
+        if lazy && !result.unmounted.is_empty() {
+            session.output.note("what programs use goes on for them, and ends when they do");
         }
         for upper in result.unmounted.iter().filter_map(|unmounted| unmounted.kept_upper.as_ref()) {
             let UpperInfo { id, base, base_name, .. } = upper;
             let base = base_name.clone().unwrap_or_else(|| short(base));
             let what = upper.name.clone().unwrap_or_else(|| id.to_string());
+            if discard {
+                session.output.note(&format!(
+                    "upper {what} has a name and is kept; `layerctl uppers remove {what}` throws it away"
+                ));
+                continue;
+            }
             session.output.note(&format!(
                 "its changes are kept in upper {what} ({}); `layerctl mount {base} DIR --upper {what}` goes on with them, \
                  `layerctl uppers remove {what}` throws them away",

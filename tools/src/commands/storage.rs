@@ -191,13 +191,20 @@ fn fsck_text(result: &FsckResult, paint: Paint) -> String {
 
 /// `layerctl scrub`.
 pub fn scrub(session: &Session, args: args::Scrub) -> Result<u8> {
-    let result: ScrubResult = session.work("scrub", &ScrubRequest { heal: args.heal }, "scrubbing")?;
+    let result: ScrubResult = session.work("scrub", &ScrubRequest { heal: args.heal.clone() }, "scrubbing")?;
     session.output.answer(&result, |result| scrub_text(result, session.output.paint()))?;
     if !result.clean && !session.output.json {
-        session.output.note(
-            "`layerctl scrub --heal PEER` fetches good copies from a peer that has them; so does importing the same \
-             content again, while this daemon runs",
-        );
+        match args.heal {
+            None => session.output.note(
+                "`layerctl scrub --heal PEER` fetches good copies from a peer that has them; so does importing the same \
+                 content again, while this daemon runs",
+            ),
+            Some(peer) if result.damaged.iter().any(|chunk| !chunk.healed) => session.output.note(&format!(
+                "{peer} has no good copies of what is still damaged; another peer may, and importing the same content \
+                 again, while this daemon runs, brings them too"
+            )),
+            Some(_) => {}
+        }
     }
     Ok(code_of(result.clean, Class::Corrupt))
 }
@@ -218,10 +225,31 @@ fn scrub_text(result: &ScrubResult, paint: Paint) -> String {
     let damaged = result.damaged.iter().filter(|chunk| !chunk.healed).count() as u64;
     let verdict = match (damaged, result.pack_problems.len() as u64) {
         (0, 0) => format!("{}: {chunks}", paint.green("clean")),
-        (0, problems) => format!("{}: no chunk of {chunks}", paint.red(&units::plural(problems, "problem"))),
+        (0, problems) => format!("{}: none of {chunks} damaged", paint.red(&units::plural(problems, "problem"))),
         (damaged, _) => paint.red(&format!("{} of {chunks} damaged", units::count(damaged))),
     };
     let (size, rate) = (units::size(result.bytes), units::rate(result.bytes, result.seconds));
     text.push_str(&format!("{verdict}, {size} read, {}, {rate}\n", units::duration(result.seconds)));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrub_says_of_what_it_found_how_much_is_damaged() {
+        let mut result = ScrubResult {
+            clean: false,
+            chunks: 6,
+            bytes: 0,
+            pack_problems: vec!["pack 1: bytes 16 to 20 are no record".to_owned()],
+            damaged: Vec::new(),
+            healed: 0,
+            seconds: 0.0,
+        };
+        assert!(scrub_text(&result, Paint::PLAIN).contains("1 problem: none of 6 chunks damaged, 0 B read"));
+        result.pack_problems.clear();
+        assert!(scrub_text(&result, Paint::PLAIN).starts_with("clean: 6 chunks, 0 B read"));
+    }
 }

@@ -3,7 +3,7 @@
 use super::Session;
 use crate::api::{Empty, Status};
 use crate::autostart;
-use crate::cli::system as args;
+use crate::cli::{Command, system as args};
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Output, Paint, facts};
 use crate::{client, generate as generator, units};
@@ -18,6 +18,16 @@ pub fn daemon(session: &Session, args: args::Daemon) -> Result<u8> {
         args::DaemonAction::Hand => hand().map(|()| 0),
         args::DaemonAction::LogFilter { filter } => super::activity::log_filter(session, filter).map(|()| 0),
         args::DaemonAction::Stop { force } => stop(session, force).map(|()| 0),
+    }
+}
+
+/// Whether `command` makes this process the daemon.
+pub fn becomes_daemon(command: &Command) -> bool {
+    let Command::Daemon(args) = command else { return false };
+    match &args.action {
+        None => args.start.foreground,
+        Some(args::DaemonAction::Start(how)) => how.foreground,
+        Some(_) => false,
     }
 }
 
@@ -85,7 +95,8 @@ fn status_text(status: &Status, paint: Paint) -> String {
         (None, Some(error)) => paint.red(error),
         (None, None) => "no".to_owned(),
     };
-    let leaves = if status.autostarted { ", leaves when it has nothing to do" } else { "" };
+    let leaves =
+        if status.autostarted && status.listening.is_none() { ", leaves when it has nothing to do" } else { "" };
     let kept = status.keeper.map_or_else(String::new, |keeper| format!(", kept by process {keeper}"));
     let mounts = format!("{}{kept}", units::count(status.mounts));
     let mut list = vec![

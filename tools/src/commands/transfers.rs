@@ -97,6 +97,12 @@ fn table(list: &TransferList, paint: Paint) -> String {
         ]);
     }
     let mut text = table.render(paint);
+    for transfer in &list.transfers {
+        // Too long for a column.
+        if let Some(error) = transfer.error.as_ref().filter(|_| transfer.state == "failed") {
+            text.push_str(&format!("{} failed: {error}\n", transfer.id));
+        }
+    }
     if let Some(limit) = list.limit {
         text.push_str(&format!("all together at most {} each way\n", units::rate(limit, 1.0)));
     }
@@ -123,11 +129,12 @@ fn what(transfer: &TransferInfo) -> String {
 }
 
 fn state(transfer: &TransferInfo) -> (String, Option<Color>) {
-    match (transfer.state.as_str(), &transfer.error) {
-        ("running", _) => (transfer.phase.clone(), None),
-        ("failed", Some(error)) => (format!("failed: {error}"), Some(Color::Red)),
-        ("done", _) => ("done".to_owned(), Some(Color::Green)),
-        (other, _) => (other.to_owned(), Some(Color::Yellow)),
+    match transfer.state.as_str() {
+        "running" => (transfer.phase.clone(), None),
+        "failed" => ("failed".to_owned(), Some(Color::Red)),
+        "done" if transfer.dry_run => ("dry run".to_owned(), Some(Color::Green)),
+        "done" => ("done".to_owned(), Some(Color::Green)),
+        other => (other.to_owned(), Some(Color::Yellow)),
     }
 }
 

@@ -67,13 +67,15 @@ impl Context {
     }
 }
 
-/// Whether an operation is a short question or work.
+/// Whether an operation is a short question or work, which [`super::life::stop`] doesn't end unasked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
     /// Answers JSON unless events are asked for.
     Short,
     /// Answers events unless JSON is asked for.
     Long,
+    /// Work as long as somebody else's command takes. Answers JSON unless events are asked for.
+    Any,
 }
 
 /// A route to an operation.
@@ -181,7 +183,7 @@ fn start<A: Serialize>(
     length: Length,
     run: impl FnOnce(&Context) -> Result<A> + Send + 'static,
 ) -> Result<Started> {
-    let entry = daemon.works.begin(name.to_owned(), length == Length::Long)?;
+    let entry = daemon.works.begin(name.to_owned(), length != Length::Short)?;
     let work = entry.work().clone();
     let (sender, events) = mpsc::channel(EVENTS);
     let context = Context {

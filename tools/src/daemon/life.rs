@@ -105,7 +105,7 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
         return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));
     }
     daemon.works.close();
-    if !request.hand_over {
+    if !request.hand_over && request.force {
         daemon.peering.stop_lazy();
     }
     let own = context.reporter.work().number;
@@ -113,10 +113,14 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     context.block_on(daemon.works.wait_until_done(Some(own)));
     if request.hand_over {
         daemon.life.is_handed_over.store(true, Ordering::SeqCst);
-    } else if let Err(failure) = daemon.mounts.unmount_all(request.force) {
-        daemon.works.reopen();
-        daemon.peering.start_lazy();
-        return Err(failure);
+    } else {
+        if let Err(failure) = daemon.mounts.unmount_all(request.force) {
+            daemon.works.reopen();
+            daemon.peering.start_lazy();
+            return Err(failure);
+        }
+        // Not before, unless by force: a guest that still runs may be the reason for a refusal, and its memory be on its way.
+        daemon.peering.stop_lazy();
     }
     daemon.life.end();
     Ok(Empty {})

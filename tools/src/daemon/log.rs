@@ -19,13 +19,10 @@ static LOG: OnceLock<(Change, Mutex<String>)> = OnceLock::new();
 /// Starts the log.
 ///
 /// # Errors
-/// [`crate::failure::Class::Invalid`] for a filter of the environment or the config file that is none.
+/// As [`parse`].
 pub fn start(settings: &Settings, is_foreground: bool) -> Result<()> {
     use std::io::IsTerminal;
-    let filter = EnvFilter::try_new(&settings.log).map_err(|error| {
-        wrong(&settings.log, &error)
-            .hint(format!("it comes from {}, or from `log` in the config file", crate::config::ENV_LOG))
-    })?;
+    let filter = parse(&settings.log)?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -40,6 +37,14 @@ pub fn start(settings: &Settings, is_foreground: bool) -> Result<()> {
     Ok(())
 }
 
+/// The filter that `text` stands for.
+///
+/// # Errors
+/// [`crate::failure::Class::Invalid`] if it is none.
+pub fn parse(text: &str) -> Result<EnvFilter> {
+    EnvFilter::try_new(text).map_err(|error| wrong(text, &error))
+}
+
 fn wrong(filter: &str, why: &dyn std::fmt::Display) -> Failure {
     let failure = Failure::invalid(format!("{filter:?} is no log filter: {why}"));
     failure.hint("write it like `info`, `debug` or `layerfs::mount=trace,info`")
@@ -50,8 +55,7 @@ pub fn filter(_: &Context, request: LogFilterRequest) -> Result<LogFilter> {
     let (change, text) = LOG.get().ok_or_else(|| Failure::invalid("this daemon has no log of its own"))?;
     let mut text = text.lock();
     if let Some(wanted) = request.filter {
-        let parsed = EnvFilter::try_new(&wanted).map_err(|error| wrong(&wanted, &error))?;
-        change(parsed).map_err(|error| wrong(&wanted, &error))?;
+        change(parse(&wanted)?).map_err(|error| wrong(&wanted, &error))?;
         tracing::info!(filter = %wanted, "logs by another filter from now on");
         *text = wanted;
     }

@@ -13,7 +13,7 @@ pub mod work;
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -128,6 +128,9 @@ fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
         Some(text) => text.parse()?,
         None => settings.listen.clone(),
     };
+    for mistake in &settings.mistakes {
+        tracing::warn!("goes on with the mounts, and without this: {mistake}");
+    }
     if let Some(missing) = settings.missing_credentials() {
         tracing::warn!("{missing}");
     }
@@ -185,8 +188,15 @@ fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
     }
 }
 
-async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &DaemonStart) -> Result<()> {
-    let (mounts, left) = Mounts::new(&store, &settings, start)?;
+async fn serve(store: Arc<Store>, given: Settings, listen: Listen, start: &DaemonStart) -> Result<()> {
+    // Sockets lie by the path that was given: it may have a link because it is too long for a socket without.
+    let (mounts, left) = Mounts::new(&store, &given, start)?;
+    let socket = autostart::socket_path(&given.store);
+    // What waits for this daemon is worth more than that peers reach it.
+    let has_left = !left.is_empty();
+    // Mounts have no links in their paths, and guests' are known by lying in the store.
+    let folder = given.store.canonicalize().unwrap_or_else(|_| given.store.clone());
+    let settings = Settings { store: folder, ..given };
     let lazy = LazyOptions { timeout: settings.lazy_timeout };
     let peering = Peering::new(&store, listen, lazy, &settings)?;
     let daemon = Arc::new(Daemon {
@@ -209,9 +219,12 @@ async fn serve(store: Arc<Store>, settings: Settings, listen: Listen, start: &Da
     let bringing_back = daemon.clone();
     let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
     Moves::start(&daemon);
-    daemon.peering.start().await?;
+    match daemon.peering.start().await {
+        Err(failure) if has_left => tracing::error!("does not listen for peers: {failure}"),
+        started => started?,
+    }
     tokio::spawn(keep_traces(daemon.clone()));
-    let socket = Socket::bind(&daemon.settings.store)?;
+    let socket = Socket::bind(socket)?;
     tracing::info!(store = %daemon.settings.store.display(), pid = std::process::id(), "ready");
     if start.detached {
         announce(&autostart::Announcement::Ready);
@@ -287,8 +300,7 @@ struct Socket {
 struct SocketPaths(Vec<PathBuf>);
 
 impl Socket {
-    fn bind(store: &Path) -> Result<Socket> {
-        let link = autostart::socket_path(store);
+    fn bind(link: PathBuf) -> Result<Socket> {
         let _ = std::fs::remove_file(&link);
         let real = autostart::bindable_path(&link)?;
         if real != link {

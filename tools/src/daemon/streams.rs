@@ -32,7 +32,7 @@ fn upgrade(daemon: Arc<Daemon>, mut request: Request<Body>) -> Result<Response<B
     };
     let upgrade = hyper::upgrade::on(&mut request);
     // The daemon must not end for want of work meanwhile.
-    let entry = daemon.works.begin("stream".to_owned(), true)?;
+    let entry = daemon.works.begin_stream()?;
     tokio::spawn(async move {
         let node = daemon.peering.node();
         match (upgrade.await, target) {

@@ -16,7 +16,7 @@ use crate::api::{Event, Progress, WorkInfo};
 use crate::failure::{Class, Failure, Result};
 use crate::units;
 
-/// So many long pieces of work at a time at most.
+/// So many long pieces of work at a time at most; streams aren't counted.
 const MOST_WORKS: usize = 128;
 
 /// All that is under way.
@@ -43,6 +43,8 @@ pub struct Work {
     label: Mutex<String>,
     /// Whether the user waits for it as work, not as a short question.
     is_long: bool,
+    /// Whether it takes threads, of which there are only so many.
+    takes_threads: bool,
     started: Instant,
     phase: Mutex<(String, Option<u64>)>,
     bytes: AtomicU64,
@@ -90,9 +92,21 @@ impl Works {
     /// # Errors
     /// [`Class::Busy`] if the daemon is about to exit, or has [`MOST_WORKS`] already.
     pub fn begin(self: &Arc<Works>, label: String, is_long: bool) -> Result<Entry> {
+        self.register(label, is_long, is_long)
+    }
+
+    /// Registers a stream. It holds no thread, and works wait for theirs: however many there are, it is let in.
+    ///
+    /// # Errors
+    /// [`Class::Busy`] if the daemon is about to exit.
+    pub fn begin_stream(self: &Arc<Works>) -> Result<Entry> {
+        self.register("stream".to_owned(), true, false)
+    }
+
+    fn register(self: &Arc<Works>, label: String, is_long: bool, takes_threads: bool) -> Result<Entry> {
         let mut register = self.inner.lock();
         // Each takes a few of the runtime's threads, and waits for others: were all taken by such as wait, nothing would go on.
-        if is_long && register.current.values().filter(|work| work.is_long).count() >= MOST_WORKS {
+        if takes_threads && register.current.values().filter(|work| work.takes_threads).count() >= MOST_WORKS {
             let failure = Failure::new(Class::Busy, format!("the daemon does {MOST_WORKS} things at a time already"));
             return Err(failure.hint("wait for some of them; `layerctl daemon status` shows what they are"));
         }
@@ -104,6 +118,7 @@ impl Works {
             number: register.last_number,
             label: Mutex::new(label),
             is_long,
+            takes_threads,
             started: Instant::now(),
             phase: Mutex::default(),
             bytes: AtomicU64::new(0),
@@ -285,6 +300,19 @@ mod tests {
         assert!(works.list().is_empty());
         assert!(works.close_if_idle());
         assert_eq!(works.begin("late".into(), true).unwrap_err().class, Class::Busy);
+    }
+
+    #[test]
+    fn works_are_counted_and_streams_are_not() {
+        let works = Arc::new(Works::default());
+        let streams: Vec<_> = (0..MOST_WORKS).map(|_| works.begin_stream().unwrap()).collect();
+        let all: Vec<_> = (0..MOST_WORKS).map(|_| works.begin("push x".into(), true).unwrap()).collect();
+        assert_eq!(works.begin("push x".into(), true).unwrap_err().class, Class::Busy);
+        drop((works.begin("list".into(), false).unwrap(), works.begin_stream().unwrap()));
+        assert_eq!(works.list().len(), 2 * MOST_WORKS);
+        drop((streams, all));
+        works.close();
+        assert_eq!(works.begin_stream().unwrap_err().class, Class::Busy);
     }
 
     #[test]

@@ -127,6 +127,14 @@ fn an_exported_image_comes_back() {
     host.json(&["import", "tree", "base"]);
     host.json(&["export", "base", "oci:image:1.0"]);
     host.json(&["export", "base", "oci:image:2.0"]);
+    // The same image again is nothing new; another one needs another tag.
+    host.json(&["export", "base", "oci:image:2.0"]);
+    std::fs::write(host.path("tree/etc/hostname"), "other\n").unwrap();
+    host.json(&["import", "tree", "changed"]);
+    let index = std::fs::read(host.path("image/index.json")).unwrap();
+    let taken = host.run(&["export", "changed", "oci:image:2.0"]);
+    assert!(taken.contains("tag \"2.0\" exists already") && taken.ends_with("--- exit 4\n"), "{taken}");
+    assert_eq!(std::fs::read(host.path("image/index.json")).unwrap(), index);
     host.json(&["import", "oci:image:1.0", "back"]);
     assert_eq!(host.json(&["diff", "base", "back"])["changes"].as_array().unwrap().len(), 0);
     let image = &host.json(&["inspect", "back"])["image"]["configuration"];

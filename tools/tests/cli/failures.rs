@@ -76,12 +76,35 @@ fn a_config_file_is_wrong() {
     let host = Host::new();
     std::fs::write(host.path("config.toml"), "stor = \"/x\"\n").unwrap();
     hold!("wrong_config", host.run(&["list"]));
-    // What only the daemon can tell.
     std::fs::write(host.path("config.toml"), "log = \"foo=bar=baz\"\n").unwrap();
     hold!("wrong_filter", host.run(&["daemon"]));
     std::fs::write(host.path("config.toml"), "listen = \"off\"\ntier_credentials = \"/nonexistent\"\n").unwrap();
     hold!("missing_credentials", host.run(&["daemon"]));
     std::fs::write(host.path("config.toml"), "listen = \"off\"\n").unwrap();
+}
+
+#[test]
+fn a_layer_that_is_lost_is_not_left_out() {
+    let host = Host::new();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    host.json(&["daemon", "stop"]);
+    for pack in std::fs::read_dir(host.store().join("packs")).unwrap() {
+        std::fs::remove_file(pack.unwrap().path()).unwrap();
+    }
+    let listed = host.run(&["list"]);
+    assert!(listed.contains("warning: base: ") && listed.contains("`layerctl remove base`"), "{listed}");
+    assert!(listed.ends_with("--- exit 6\n") && !listed.contains("no layers"), "{listed}");
+    let quiet = host.output(&["list", "--json", "--quiet"]);
+    assert_eq!((quiet.status.code(), quiet.stderr.is_empty()), (Some(6), true));
+    let answer: serde_json::Value = serde_json::from_slice(&quiet.stdout).unwrap();
+    let unreadable = &answer["unreadable"][0];
+    assert_eq!((&unreadable["name"], &unreadable["error"]["class"]), (&"base".into(), &"corrupt".into()), "{answer}");
+    assert!(host.request("list", "", "").contains("\"warnings\":[\"base: "));
+    host.json(&["daemon", "stop"]);
+    let rebuilt = host.run(&["fsck", "--rebuild"]);
+    assert!(rebuilt.contains("affects base") && rebuilt.contains("1 problem: 1 name, 0 layers, 0 chunks"), "{rebuilt}");
+    assert!(rebuilt.ends_with("--- exit 6\n"), "{rebuilt}");
 }
 
 #[test]

@@ -76,6 +76,18 @@ fn a_long_path_gets_a_short_socket() {
 }
 
 #[test]
+fn a_store_behind_a_link_is_known_by_its_folder() {
+    let host = Host::new();
+    std::fs::create_dir(host.path("place")).unwrap();
+    std::os::unix::fs::symlink("place", host.store()).unwrap();
+    host.json(&["daemon"]);
+    let place = host.path("place").canonicalize().unwrap();
+    assert_eq!(host.json(&["daemon", "status"])["store"], place.to_str().unwrap());
+    host.json(&["daemon", "restart"]);
+    assert_eq!(host.json(&["stat"])["store"], place.to_str().unwrap());
+}
+
+#[test]
 fn others_may_speak_to_it() {
     let host = Host::new();
     host.json(&["daemon"]);

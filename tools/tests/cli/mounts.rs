@@ -93,6 +93,61 @@ fn nameless_changes_are_kept() {
 }
 
 #[test]
+fn numbers_and_guests_names_are_no_uppers_names() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    let refused = host.run(&["mount", "base", "mnt", "--upper", "7"]);
+    assert!(refused.contains("upper 7 not found; a name needs something that isn't a digit"), "{refused}");
+    assert!(refused.ends_with("--- exit 3\n"), "{refused}");
+    let refused = host.run(&["mount", "base", "mnt", "--upper", "guest/web"]);
+    assert!(refused.contains("are guests'") && refused.ends_with("--- exit 2\n"), "{refused}");
+    assert!(host.json(&["uppers"])["uppers"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn a_named_upper_is_kept_and_says_who_has_it() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt", "--upper", "work"]);
+    std::fs::write(host.path("mnt/kept"), "kept\n").unwrap();
+    std::fs::create_dir(host.path("other")).unwrap();
+    let refused = host.run(&["mount", "base", "other", "--upper", "work"]);
+    assert!(refused.contains("upper work is mounted on [host]/mnt"), "{refused}");
+    assert!(refused.contains("`layerctl umount [host]/mnt` first") && refused.ends_with("--- exit 5\n"), "{refused}");
+    let told = host.run(&["umount", "mnt", "--discard"]);
+    assert!(told.contains("upper work has a name and is kept; `layerctl uppers remove work`"), "{told}");
+    host.json(&["mount", "base", "mnt", "--upper", "work"]);
+    assert_eq!(std::fs::read(host.path("mnt/kept")).unwrap(), b"kept\n");
+    let kept = &host.json(&["umount", "mnt", "--discard"])["unmounted"][0]["kept_upper"];
+    assert_eq!(kept["name"], "work", "{kept}");
+}
+
+#[test]
+fn mounts_in_mounts_are_unmounted_first() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    let mount_both = || {
+        host.json(&["mount", "base", "mnt"]);
+        host.json(&["mount", "base", "mnt/etc"]);
+    };
+    mount_both();
+    let unmounted = host.json(&["umount", "--all"]);
+    let dirs: Vec<_> = unmounted["unmounted"].as_array().unwrap().iter().map(|one| one["dir"].as_str()).collect();
+    let [inner, outer] = ["mnt/etc", "mnt"].map(|dir| host.path(dir).display().to_string());
+    assert_eq!(dirs, [Some(&*inner), Some(&*outer)]);
+    mount_both();
+    let stopped = host.run(&["daemon", "stop"]);
+    assert!(stopped.ends_with("--- exit 0\n"), "{stopped}");
+    host.json(&["umount", "--all"]);
+}
+
+#[test]
 fn a_copy_elsewhere_is_told_of_and_can_be_ended() {
     use std::io::{Read, Write};
     use std::process::{Command, Stdio};
@@ -101,8 +156,8 @@ fn a_copy_elsewhere_is_told_of_and_can_be_ended() {
     }
     let host = mounted_base();
     host.json(&["mount", "base", "mnt", "--upper", "work"]);
-    let mut other = Command::new("unshare");
-    other.args(["--mount", "--propagation", "private", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut other = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/elsewhere"));
+    other.arg(host.path("mnt").canonicalize().unwrap()).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut other = other.spawn().unwrap();
     // Once it answers, it has its namespace.
     other.stdin.as_mut().unwrap().write_all(b"?").unwrap();
@@ -117,6 +172,29 @@ fn a_copy_elsewhere_is_told_of_and_can_be_ended() {
     assert_eq!(std::fs::read(host.path("mnt/etc/hostname")).unwrap(), b"edge\n");
     drop(other.stdin.take());
     other.wait().unwrap();
+}
+
+#[test]
+fn a_copy_on_another_folder_is_told_of() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt", "--upper", "work"]);
+    std::fs::create_dir(host.path("other")).unwrap();
+    rustix::mount::mount_bind(host.path("mnt"), host.path("other")).unwrap();
+    let other = host.path("other").canonicalize().unwrap();
+    let left = &host.json(&["umount", "mnt"])["unmounted"][0];
+    assert_eq!((&left["goes_on"], &left["also_at"][0]), (&true.into(), &other.to_string_lossy().into()), "{left}");
+    let again = host.run(&["mount", "base", "mnt", "--upper", "work"]);
+    assert!(again.contains("goes on at") && again.contains("--everywhere"), "{again}");
+    assert_eq!(host.json(&["umount", "mnt", "--everywhere"])["unmounted"][0]["goes_on"], false);
+    rustix::mount::unmount(&other, rustix::mount::UnmountFlags::DETACH).unwrap();
+    host.json(&["mount", "base", "mnt", "--upper", "work"]);
+    // What is detached isn't waited for, whoever uses it.
+    let held = std::fs::File::open(host.path("mnt/etc/hostname")).unwrap();
+    assert_eq!(host.json(&["umount", "mnt", "--lazy"])["unmounted"][0]["goes_on"], false);
+    drop(held);
 }
 
 #[test]
@@ -144,6 +222,21 @@ fn what_guests_lie_on_stays_theirs() {
     assert!(host.run(&["remove", "other", "base"]).contains("guest web lies on base"));
     assert_eq!(host.json(&["list"])["layers"].as_array().unwrap().len(), 2, "all of them, or none");
     host.json(&["remove", "other"]);
+    for (args, code, said) in [
+        (&["guest", "stop", "web"][..], 0, "guest web wasn't running"),
+        (&["guest", "restore", "web"], 3, "`layerctl guest checkpoint web` makes one"),
+        (&["guest", "restore", "nosuch"], 3, "guest \"nosuch\" not found"),
+        (&["guest", "checkpoint", "web"], 5, "`layerctl guest start web`"),
+        (
+            &["guest", "create", "vm", "--on", "base", "--memory", "1G", "--", "/bin/true"],
+            2,
+            "--memory is for machines",
+        ),
+        (&["report", ""], 2, "isn't empty"),
+    ] {
+        let told = host.run(args);
+        assert!(told.contains(said) && told.ends_with(&format!("--- exit {code}\n")), "{told}");
+    }
     host.json(&["guest", "remove", "web"]);
     host.json(&["remove", "base"]);
 }
@@ -243,6 +336,42 @@ fn a_killed_daemon_mounts_again() {
     }
     host.json(&["list"]);
     assert_eq!(std::fs::read(host.path("mnt/written")).unwrap(), b"before\n");
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+#[test]
+fn a_mistake_in_the_config_file_ends_no_mounts() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    let pid = host.daemon_pid();
+    let config = std::fs::read(host.path("config.toml")).unwrap();
+    // The client sees it before the daemon leaves.
+    let wrong = "listen = \"off\"\nlog = \"foo=bar=baz\"\ncompression = 99\n";
+    std::fs::write(host.path("config.toml"), wrong).unwrap();
+    let refused = host.run(&["daemon", "restart"]);
+    assert!(refused.contains("is no log filter") || refused.contains("is no level"), "{refused}");
+    assert!(refused.ends_with("--- exit 2\n"), "{refused}");
+    assert!(Path::new(&format!("/proc/{pid}")).exists(), "it left all the same");
+    // Nobody has looked at the file before a crash.
+    let killed = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
+    std::fs::write(host.path("mnt/written"), "after\n").unwrap();
+    std::fs::write(host.path("config.toml"), config).unwrap();
+    // Once there is an answer, the mounts have been taken over.
+    host.json(&["list"]);
+    assert_ne!(host.daemon_pid(), pid);
+    let log = std::fs::read_to_string(host.store().join("daemon.log")).unwrap();
+    assert!(log.contains("without this: \"foo=bar=baz\"") && log.contains("without this: compression"), "{log}");
+    host.json(&["daemon", "restart"]);
+    assert_eq!(std::fs::read(host.path("mnt/written")).unwrap(), b"after\n");
+    // Nor does an address that can't be had.
+    std::fs::write(host.path("config.toml"), "listen = \"192.0.2.1\"\n").unwrap();
+    host.json(&["daemon", "restart"]);
+    assert!(host.json(&["daemon", "status"])["listen_error"].is_string());
+    assert_eq!(std::fs::read(host.path("mnt/written")).unwrap(), b"after\n");
     host.json(&["umount", "mnt", "--discard"]);
 }
 

@@ -51,6 +51,10 @@ fn transfers_are_watched_and_changed() {
     central.make_tree("tree");
     central.json(&["import", "tree", "base"]);
     hold!("push_dry_run", central.run(&["push", "base", "edge", "--dry-run"]));
+    for host in [&central, &edge] {
+        assert_eq!(host.json(&["transfers"])["transfers"][0]["dry_run"], true);
+    }
+    assert!(central.run(&["transfers"]).contains("dry run"));
     assert!(edge.json(&["list"])["layers"].as_array().unwrap().is_empty());
     hold!("push_background", central.run(&["push", "base", "edge", "--limit", "1k", "--background"]));
     let running = transfer(&central, 2, "running");
@@ -74,7 +78,7 @@ fn transfers_are_watched_and_changed() {
     central.json(&["transfers", "limit", "none", "2"]);
     transfer(&central, 2, "done");
     let shown = central.run(&["transfers"]);
-    assert!(shown.contains("push to edge  base   done   100.0%") && shown.contains("high"), "{shown}");
+    assert!(shown.contains("push to edge  base   done     100.0%") && shown.contains("high"), "{shown}");
     central.json(&["push", "base", "edge"]);
     // Of which nothing had to be moved.
     let shown = central.run(&["transfers"]);

@@ -6,7 +6,7 @@ use std::time::Instant;
 use layerfs::ChunkId;
 use layerfs::chunk::Verified;
 use layerfs::monitor::Monitor;
-use layerfs::store::{FsckOptions, GcOptions, Problem};
+use layerfs::store::{FsckOptions, GcOptions, Problem, ProblemKind};
 
 use super::inspect::serde_text;
 use crate::api::Empty;
@@ -101,7 +101,8 @@ pub fn fsck(context: &Context, request: FsckRequest) -> Result<FsckResult> {
 pub fn scrub(context: &Context, request: ScrubRequest) -> Result<ScrubResult> {
     if let Some(peer) = &request.heal {
         // A wrong name is told before everything has been read.
-        context.daemon.peering.node().peers().get(peer)?;
+        let known = context.daemon.peering.node().peers().get(peer);
+        known.map_err(|error| super::peers::with_peers_hint(error.into()))?;
     }
     let started = Instant::now();
     let report = context.daemon.store.scrub(&*context.reporter)?;
@@ -137,7 +138,8 @@ fn heal(context: &Context, damaged: &[layerfs::store::DamagedChunk], peer: &str)
         context.reporter.items(1);
         session.replace(chunk)
     };
-    context.block_on(context.daemon.peering.node().fetch_chunks(&ids, peer, sink))?;
+    let fetched = context.block_on(context.daemon.peering.node().fetch_chunks(&ids, peer, sink));
+    fetched.map_err(|error| super::peers::with_peers_hint(error.into()))?;
     session.commit()?;
     Ok(healed)
 }
@@ -164,12 +166,22 @@ pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<
     };
     let mut problems: Vec<ProblemInfo> = report.pack_problems.iter().map(problem).collect();
     if report.damaged_chunks > 0 {
-        problems
-            .push(problem(&format!("{} are damaged and were left out", units::plural(report.damaged_chunks, "chunk"))));
+        let what = match report.damaged_chunks {
+            1 => "1 chunk is damaged and was left out".to_owned(),
+            count => format!("{} are damaged and were left out", units::plural(count, "chunk")),
+        };
+        problems.push(problem(&what));
     }
     if !report.records_kept {
         problems.push(problem(&"the old index could not be read: names, uppers, mounts and peers are lost".to_owned()));
     }
+    problems.extend(report.missing_layers.into_iter().map(|(layer, names)| ProblemInfo {
+        kind: serde_text(&ProblemKind::LayerBroken),
+        subject: layer.to_string(),
+        detail: "no good copy of its manifest is in the packs".to_owned(),
+        names,
+        repaired: false,
+    }));
     Ok(FsckResult {
         clean: problems.is_empty(),
         names: report.names,

@@ -238,6 +238,6 @@ fn count(summary: &mut DiffSummary, item: &ChangeItem) {
         "attributes" => return summary.attributes += 1,
         _ => summary.modified += 1,
     }
-    summary.old_bytes += item.old_bytes;
-    summary.new_bytes += item.new_bytes;
+    summary.old_bytes = summary.old_bytes.saturating_add(item.old_bytes);
+    summary.new_bytes = summary.new_bytes.saturating_add(item.new_bytes);
 }

@@ -11,6 +11,7 @@ use migrator::lazy::SourceStatus;
 
 use crate::api::layers::{
     InspectRequest, LayerInfo, LayerList, ListRequest, Named, PartialInfo, RemoveRequest, RemoveResult, TagRequest,
+    Unreadable,
 };
 use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
@@ -162,15 +163,18 @@ pub fn list(context: &Context, request: ListRequest) -> Result<LayerList> {
     let catalog = Catalog::read(&context.daemon.store)?;
     let sources = context.daemon.peering.sources();
     let kind = request.kind.map(layerfs::manifest::LayerKind::from);
-    let mut layers = Vec::new();
+    let (mut layers, mut unreadable) = (Vec::new(), Vec::new());
     for (name, record) in catalog.names() {
         if request.pattern.as_ref().is_some_and(|pattern| !matches(pattern.as_bytes(), name.as_str().as_bytes())) {
             continue;
         }
         let (info, manifest) = match catalog.info(record.layer) {
             Ok(found) => found,
+            // The name went meanwhile, or stands for another layer.
+            Err(_) if context.daemon.store.name(name)?.is_none_or(|now| now.layer != record.layer) => continue,
             // One that is damaged hides no others.
             Err(failure) => {
+                unreadable.push(unreadable_of(name, record.layer, &failure));
                 context.reporter.warn(&format!("{name}: {failure}; `layerctl remove {name}` gives it up"));
                 continue;
             }
@@ -181,7 +185,13 @@ pub fn list(context: &Context, request: ListRequest) -> Result<LayerList> {
             layers.push(LayerInfo { names, created: Some(record.created.into()), partial, ..info });
         }
     }
-    Ok(LayerList { layers })
+    Ok(LayerList { layers, unreadable })
+}
+
+/// A layer that has a name and isn't there is damage like any other.
+fn unreadable_of(name: &LayerName, layer: LayerId, failure: &Failure) -> Unreadable {
+    let class = if failure.class == Class::NotFound { Class::Corrupt } else { failure.class };
+    Unreadable { name: name.to_string(), id: layer.to_string(), error: Failure::new(class, failure.message.clone()) }
 }
 
 /// Whether `pattern`, in which `*` stands for anything, matches `text`.
@@ -207,14 +217,14 @@ pub fn tree(context: &Context, _: ListRequest) -> Result<LayerList> {
         }
     }
     layers.sort_by(|a, b| (a.names.is_empty(), &a.names, &a.id).cmp(&(b.names.is_empty(), &b.names, &b.id)));
-    Ok(LayerList { layers })
+    Ok(LayerList { layers, ..LayerList::default() })
 }
 
 /// `/v1/log`.
 pub fn log(context: &Context, request: InspectRequest) -> Result<LayerList> {
     let store = &context.daemon.store;
     let stack = Catalog::read(store)?.stack(resolve(store, &request.layer)?)?;
-    Ok(LayerList { layers: stack.into_iter().map(|(info, _)| info).collect() })
+    Ok(LayerList { layers: stack.into_iter().map(|(info, _)| info).collect(), ..LayerList::default() })
 }
 
 /// `/v1/tag`.

@@ -25,6 +25,8 @@ const HOOKS: &str = "hooks";
 /// What guests that went away left here makes their way back short for so long.
 const EXPIRES_AFTER: Duration = Duration::from_secs(24 * 3600);
 const EXPIRE_EVERY: Duration = Duration::from_secs(3600);
+/// How long guests rest that couldn't be woken, at first and at most.
+const WAKE_EVERY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 
 /// The daemon's moves of guests; empty before it serves and after it has stopped.
 #[derive(Default)]
@@ -58,12 +60,19 @@ impl Moves {
                 }
             }
         });
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = migrations.recover() {
+        tokio::spawn(async move {
+            let recovered = tokio::task::spawn_blocking(move || migrations.recover()).await;
+            if let Ok(Err(error)) = recovered {
                 tracing::error!(%error, "unfinished moves of guests can't be taken up");
             }
-            if let Some(daemon) = recovering.upgrade() {
-                super::guests::wake(&daemon);
+            let (mut pause, longest) = WAKE_EVERY;
+            loop {
+                let Some(daemon) = recovering.upgrade() else { return };
+                if !matches!(tokio::task::spawn_blocking(move || super::guests::wake(&daemon)).await, Ok(false)) {
+                    return;
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(longest);
             }
         });
     }
@@ -133,7 +142,8 @@ pub fn migrate(context: &Context, request: MigrateRequest) -> Result<Report> {
         defer: request.defer.map_or(MigrateOptions::default().defer, Duration::from_secs),
         ..MigrateOptions::default()
     };
-    Ok(daemon.moves.get()?.migrate(&name, &request.peer, options, context.reporter.clone())?)
+    let moved = daemon.moves.get()?.migrate(&name, &request.peer, options, context.reporter.clone());
+    moved.map_err(|error| super::peers::with_peers_hint(error.into()))
 }
 
 /// `/v1/reports`.
@@ -201,6 +211,14 @@ fn advice(row: &Row) -> String {
              show {guest}`. If {peer} has it, or will come back, leave it to {peer}. --run-here lets the copy here go on: if it runs \
              on {peer} too, there are two with one address, and what clients were told by one the other doesn't know. --give-up \
              removes the copy here: if {peer} has lost it, it is gone"
+        ),
+        Side::Source { phase: source::Phase::Stopping } => format!(
+            "guest {guest} isn't released: what doesn't go to {peer} goes on here, and is put on record, which is tried again and again. \
+             If it stands still, --give-up ends what is left of it here: its memory is gone, and `layerctl guest start {guest}` begins it anew from its disk"
+        ),
+        Side::Source { phase: source::Phase::Returned } => format!(
+            "guest {guest} is this host's again and is to go on, which is tried again and again. If it doesn't, --give-up removes what is left of it \
+             here, its disk too: if {peer} has refused or lost it, it is gone"
         ),
         Side::Destination { phase: destination::Phase::Staged, .. } => format!(
             "guest {guest} can be restored here, but {peer} hasn't said whether it has released it. Look there: `layerctl guest show \

@@ -27,7 +27,7 @@ use crate::failure::{Class, Failure, Result};
 
 /// Adds every operation to `router`.
 pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
-    use Length::{Long, Short};
+    use Length::{Any, Long, Short};
     router
         .route("/v1/status", operation("status", Short, status))
         .route("/v1/stop", operation("stop", Short, super::stop))
@@ -76,7 +76,7 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/guest-stop", operation("guest-stop", Long, guests::stop))
         .route("/v1/guest-show", operation("guest-show", Short, guests::show))
         .route("/v1/guest-check", operation("guest-check", Short, guests::check))
-        .route("/v1/guest-exec", operation("guest-exec", Short, guests::exec))
+        .route("/v1/guest-exec", operation("guest-exec", Any, guests::exec))
         .route("/v1/guest-checkpoint", operation("guest-checkpoint", Long, guests::checkpoint))
         .route("/v1/guest-restore", operation("guest-restore", Long, guests::restore))
         .route("/v1/guest-remove", operation("guest-remove", Long, guests::remove))

@@ -18,6 +18,7 @@ use layerfs::squash::SquashReport;
 use layerfs::store::Store;
 use layerfs::upper::{self, UpperRecord, UpperSize};
 use layerfs::{LayerId, LayerName, UpperId};
+use migrator::guest::GuestName;
 use parking_lot::Mutex;
 
 use super::layers::{Catalog, expect, layer_name, resolve, with_force_hint};
@@ -47,6 +48,10 @@ type Table = BTreeMap<PathBuf, Served>;
 const HANGS: Duration = Duration::from_secs(10);
 /// So many processes are named in a message at most.
 const MOST_NAMED: usize = 8;
+
+/// How the names of guests' uppers begin.
+const OF_GUESTS: &str = "guest/";
+const SHOWS_UPPERS: &str = "`layerctl uppers` shows the uppers that there are";
 
 /// A mount that this daemon serves.
 #[derive(Clone)]
@@ -161,6 +166,13 @@ impl Mounts {
         table.values().map(|served| served.mount.clone()).collect()
     }
 
+    /// All of them; those in folders of others before these, which are in use until then.
+    fn innermost_first(&self) -> Vec<Arc<Mount>> {
+        let mut all = self.all();
+        all.reverse();
+        all
+    }
+
     /// Keeps what the mounts have read, for later lazy transfers.
     pub fn save_traces(&self) {
         self.all().iter().for_each(|mount| mount.save_trace());
@@ -232,14 +244,17 @@ impl Mounts {
     /// Unmounts all, to be mounted again by the next daemon; `lazy` detaches what is in use.
     pub fn unmount_all(&self, lazy: bool) -> Result<()> {
         let mut failures = Vec::new();
-        for mount in self.all() {
+        for mount in self.innermost_first() {
             let mut ended = mount.unmount(&UnmountOptions { keep_record: true, ..UnmountOptions::default() });
             if ended.is_err() && lazy {
                 ended = mount.unmount(&UnmountOptions { lazy: true, keep_record: true, ..UnmountOptions::default() });
             }
             if let Err(error) = ended {
                 tracing::warn!("{}", crate::failure::describe(&error));
-                failures.push(Failure::from(error));
+                // What something else lies over stays, and ends with the daemon.
+                if !(lazy && matches!(error, layerfs::Error::Invalid(_))) {
+                    failures.push(Failure::from(error));
+                }
             }
         }
         match failures.into_iter().next() {
@@ -261,20 +276,21 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     daemon.mounts.wait_for_left(&request);
     if let Ok(there) = daemon.mounts.get(&request.dir) {
         let (source, dir) = (&there.record().source, request.dir.display());
-        if there.is_left() {
-            let text =
-                format!("{source} was unmounted from {dir}, but goes on in other mount namespaces{}", copies(&there));
+        let places = there.places();
+        if !places.contains(&request.dir) {
+            let text = format!("{source} was unmounted from {dir}, but goes on {}", copies(&there, &places));
             return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir} --everywhere` ends it")));
         }
         let text = format!("{source} is mounted on {dir} already");
         return Err(Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir}` first")));
     }
     refuse_own(&daemon.settings.store, &request.dir)?;
-    let upper = upper_choice(&daemon.store, &request)?;
+    let upper = upper_choice(context, &request)?;
     let options =
         MountOptions { upper, transport: request.transport, writeback: request.writeback, ..MountOptions::default() };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
-    let mount = started.map_err(|error| with_ways_out(error.into(), &request))?;
+    let mount = started.map_err(|error| with_ways_out(error.into(), &request));
+    let mount = mount.map_err(|failure| with_upper_in_use(context, failure, &request))?;
     daemon.mounts.serve(mount.clone(), None, false);
     describe(context, &Catalog::read(&daemon.store)?, &mount)
 }
@@ -313,22 +329,60 @@ fn claim(context: &Context, request: &MountRequest, layer: LayerId) -> Result<Op
     Ok(Some(describe(context, &Catalog::read(&context.daemon.store)?, &served.mount)?))
 }
 
-fn upper_choice(store: &Arc<Store>, request: &MountRequest) -> Result<UpperChoice> {
+fn upper_choice(context: &Context, request: &MountRequest) -> Result<UpperChoice> {
     match (&request.upper, request.read_only) {
         (Some(_), true) => Err(Failure::invalid("a read-only mount has no upper")),
         (None, true) => Ok(UpperChoice::ReadOnly),
         (None, false) => Ok(UpperChoice::Fresh),
         (Some(text), false) => {
             let name = layer_name(text).map_err(|_| Failure::invalid(format!("{text:?} is no name for an upper")))?;
-            // A number stands for a nameless upper, unless one is called so.
-            match text.parse().map(UpperId) {
-                Ok(id) if upper::find(store.db(), &name)?.is_none() && upper::record(store.db(), id)?.is_some() => {
-                    Ok(UpperChoice::Existing(id))
+            let found = upper_called(&context.daemon.store, text)?;
+            if text.starts_with(OF_GUESTS) {
+                let failure = Failure::invalid(format!("{text:?}: names that begin with {OF_GUESTS} are guests'"));
+                return Err(failure.hint("give the upper another name"));
+            }
+            if let Some(guest) = found.as_ref().map(|record| guest_with(context, record)).transpose()?.flatten() {
+                let failure = Failure::new(Class::Busy, format!("upper {text} is guest {guest}'s disk"));
+                return Err(failure.hint(format!("`layerctl guest start {guest}` mounts it")));
+            }
+            match found {
+                Some(record) if record.name.as_ref() != Some(&name) => Ok(UpperChoice::Existing(record.id)),
+                // It would take the place of the upper that gets that number.
+                None if is_number(text) => {
+                    let text = format!("upper {text} not found; a name needs something that isn't a digit");
+                    Err(Failure::new(Class::NotFound, text).hint(SHOWS_UPPERS))
                 }
                 _ => Ok(UpperChoice::Named(name)),
             }
         }
     }
+}
+
+/// The guest whose disk an upper is.
+fn guest_with(context: &Context, upper: &UpperRecord) -> Result<Option<GuestName>> {
+    let name = upper.name.as_ref().and_then(|name| name.as_str().strip_prefix(OF_GUESTS));
+    let Some(guest) = name.and_then(|name| GuestName::new(name).ok()) else { return Ok(None) };
+    Ok(context.daemon.guests.records().find(&guest)?.map(|record| record.spec.name))
+}
+
+/// Names what has the upper that a mount was to have.
+fn with_upper_in_use(context: &Context, failure: Failure, request: &MountRequest) -> Failure {
+    let daemon = &context.daemon;
+    let upper = match (failure.class, &request.upper) {
+        (Class::Busy, Some(text)) => upper_called(&daemon.store, text).ok().flatten(),
+        _ => None,
+    };
+    let has_it = |mount: &Arc<Mount>| upper.as_ref().is_some_and(|upper| mount.record().upper == Some(upper.id));
+    let (Some(text), Some(there)) = (&request.upper, daemon.mounts.all().into_iter().find(has_it)) else {
+        return failure;
+    };
+    let (dir, places) = (there.record().dir.display(), there.places());
+    if places.contains(&there.record().dir) {
+        let failure = Failure::new(Class::Busy, format!("upper {text} is mounted on {dir}"));
+        return failure.hint(format!("`layerctl umount {dir}` first"));
+    }
+    let text = format!("upper {text} was unmounted from {dir}, but goes on {}", copies(&there, &places));
+    Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir} --everywhere` ends it"))
 }
 
 fn with_ways_out(failure: Failure, request: &MountRequest) -> Failure {
@@ -383,7 +437,7 @@ pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult>
     let guests = context.daemon.guests.folders(&context.daemon.settings)?;
     let guest_at = |dir: &Path| guests.iter().find(|(_, folder)| dir.starts_with(folder)).map(|(name, _)| name);
     let mut chosen = match request.all {
-        true => mounts.all(),
+        true => mounts.innermost_first(),
         false => request.dirs.iter().map(|dir| mounts.get(dir)).collect::<Result<_>>()?,
     };
     if let Some((dir, name)) = request.dirs.iter().find_map(|dir| Some((dir, guest_at(dir)?))) {
@@ -395,7 +449,9 @@ pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult>
     for mount in chosen {
         let record = mount.record();
         let is_clean = mount.fs().is_some_and(|fs| seal::is_clean(&fs));
-        let kept = record.upper.filter(|_| !request.discard && !is_clean);
+        let is_named = mount.info().and_then(|info| info.upper_record).is_some_and(|upper| upper.name.is_some());
+        let is_kept = if request.discard { is_named } else { !is_clean };
+        let kept = record.upper.filter(|_| is_kept);
         let options = UnmountOptions {
             lazy: request.lazy,
             keep_record: false,
@@ -411,18 +467,22 @@ pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult>
             Some(upper) => Some(upper_info(context, &catalog, &upper)?),
             None => None,
         };
-        let goes_on = mount.is_left();
-        let used_by = if goes_on { with_names(mount.processes()) } else { Vec::new() };
-        unmounted.push(Unmounted { dir: record.dir.clone(), goes_on, used_by, kept_upper });
+        let goes_on = !request.lazy && !mount.has_ended();
+        let also_at = if goes_on { mount.places() } else { Vec::new() };
+        let used_by = if goes_on && also_at.is_empty() { with_names(mount.processes()) } else { Vec::new() };
+        unmounted.push(Unmounted { dir: record.dir.clone(), goes_on, also_at, used_by, kept_upper });
     }
     Ok(UmountResult { unmounted })
 }
 
-/// The processes in whose mount namespaces a mount goes on, for a sentence.
-fn copies(mount: &Mount) -> String {
+/// Where a mount goes on that is on `places`, for a sentence.
+fn copies(mount: &Mount, places: &[PathBuf]) -> String {
+    if let [place, ..] = places {
+        return format!("at {}", place.display());
+    }
     match with_names(mount.processes()).as_slice() {
-        [] => String::new(),
-        processes => format!(" (process {})", processes.join(", ")),
+        [] => "for programs that use it".to_owned(),
+        processes => format!("in other mount namespaces (process {})", processes.join(", ")),
     }
 }
 
@@ -528,7 +588,12 @@ pub fn uppers_remove(context: &Context, request: UppersRemoveRequest) -> Result<
     let catalog = Catalog::read(store)?;
     let mut chosen = Vec::new();
     for text in &request.uppers {
-        chosen.push(upper_info(context, &catalog, &find_upper(store, text)?)?);
+        let upper = find_upper(store, text)?;
+        if let Some(guest) = guest_with(context, &upper)? {
+            let failure = Failure::new(Class::Busy, format!("upper {text} is guest {guest}'s disk"));
+            return Err(failure.hint(format!("`layerctl guest remove {guest}` throws it away")));
+        }
+        chosen.push(upper_info(context, &catalog, &upper)?);
     }
     if let Some(UpperInfo { mounted_at: Some(dir), .. }) = chosen.iter().find(|upper| upper.mounted_at.is_some()) {
         let text = format!("the upper is mounted at {}", dir.display());
@@ -540,18 +605,35 @@ pub fn uppers_remove(context: &Context, request: UppersRemoveRequest) -> Result<
     Ok(UpperList { uppers: chosen })
 }
 
-/// The upper of this name, or else of this number.
-fn find_upper(store: &Arc<Store>, text: &str) -> Result<UpperRecord> {
+fn is_number(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// The upper of this name or number, if there is one.
+fn upper_called(store: &Arc<Store>, text: &str) -> Result<Option<UpperRecord>> {
     let by_name = match LayerName::new(text) {
         Ok(name) => upper::find(store.db(), &name)?,
         Err(_) => None,
     };
-    let by_number = match (&by_name, text.parse().map(UpperId)) {
-        (None, Ok(id)) => upper::record(store.db(), id)?,
-        _ => None,
+    let by_number = match text.parse().map(UpperId) {
+        Ok(id) => upper::record(store.db(), id)?,
+        Err(_) => None,
     };
-    by_name.or(by_number).ok_or_else(|| {
+    if let (Some(named), Some(numbered)) = (&by_name, &by_number)
+        && named.id != numbered.id
+    {
+        let number = named.id.0;
+        let failure = Failure::invalid(format!("{text} is the name of upper {number}, and another one's number"));
+        return Err(
+            failure.hint(format!("say {number} for the one of that name; the other can be had when that is gone"))
+        );
+    }
+    Ok(by_name.or(by_number))
+}
+
+fn find_upper(store: &Arc<Store>, text: &str) -> Result<UpperRecord> {
+    upper_called(store, text)?.ok_or_else(|| {
         let failure = Failure::from(layerfs::Error::NotFound { what: "upper", name: text.to_owned() });
-        failure.hint("`layerctl uppers` shows the uppers that there are")
+        failure.hint(SHOWS_UPPERS)
     })
 }

@@ -112,7 +112,10 @@ impl Peering {
                 *self.status.lock() = ListenStatus { listening: None, error: Some(error) };
                 Ok(())
             }
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                *self.status.lock() = ListenStatus { listening: None, error: Some(describe(&error)) };
+                Err(error.into())
+            }
         }
     }
 
@@ -335,11 +338,7 @@ fn finish(
     transfer: u64,
     force_hint: &str,
 ) -> Result<TransferResult> {
-    let report = outcome.map_err(|error| {
-        let failure = with_force_hint(error.into(), force_hint);
-        let is_unknown = failure.class == Class::NotFound && failure.message.starts_with("peer ");
-        if is_unknown { failure.hint("`layerctl peer list` shows the peers that there are") } else { failure }
-    })?;
+    let report = outcome.map_err(|error| with_peers_hint(with_force_hint(error.into(), force_hint)))?;
     Ok(TransferResult {
         names: report.names.iter().map(LayerName::to_string).collect(),
         peer: request.peer.clone(),
@@ -359,6 +358,12 @@ fn finish(
         seconds: report.seconds,
         phases: report.phases.iter().map(|phase| (phase.name.to_owned(), phase.seconds)).collect(),
     })
+}
+
+/// Adds where the peers' names are to the failure that there is no such peer.
+pub fn with_peers_hint(failure: Failure) -> Failure {
+    let is_unknown = failure.class == Class::NotFound && failure.message.starts_with("peer ");
+    if is_unknown { failure.hint("`layerctl peer list` shows the peers that there are") } else { failure }
 }
 
 /// `/v1/peer-add`.
@@ -399,8 +404,8 @@ pub fn set(context: &Context, request: PeerSetRequest) -> Result<PeerInfo> {
         if let Some(patterns) = request.visible {
             peer.rights.visible = if patterns.is_empty() { Visible::All } else { Visible::Matching(patterns) };
         }
-    })?;
-    Ok(info(&changed))
+    });
+    Ok(info(&changed.map_err(|error| with_peers_hint(error.into()))?))
 }
 
 /// `/v1/peer-probe`: the key that a host shows.
@@ -427,7 +432,8 @@ pub fn list(context: &Context, _: Empty) -> Result<PeerList> {
 pub fn remove(context: &Context, request: PeerRemoveRequest) -> Result<PeerList> {
     let peering = &context.daemon.peering;
     let peers = peering.node.peers();
-    let found = request.names.iter().map(|name| Ok(peers.get(name)?)).collect::<Result<Vec<Peer>>>()?;
+    let found = request.names.iter().map(|name| peers.get(name).map_err(|error| with_peers_hint(error.into())));
+    let found = found.collect::<Result<Vec<Peer>>>()?;
     for peer in &found {
         peers.remove(peer.name.as_str())?;
     }

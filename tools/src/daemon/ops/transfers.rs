@@ -102,6 +102,7 @@ fn info(info: migrator::TransferInfo) -> api::TransferInfo {
         origin: word(info.origin),
         peer: info.peer,
         names: info.names,
+        dry_run: info.dry_run,
         state: word(info.state),
         phase: info.phase,
         bytes: info.bytes,

@@ -95,12 +95,28 @@ pub fn has_states(daemon: &Daemon, name: &GuestName) -> bool {
 /// Removes all folders of [`Host::scratch`] for a guest.
 pub fn remove_states(daemon: &Daemon, name: &GuestName) -> layerfs::Result<()> {
     let place = memory(daemon);
-    let _held = IN_MEMORY.lock();
     if std::fs::symlink_metadata(&place).is_ok() && make_private(&place).is_ok() {
         remove(&place.join(name.as_str()))?;
-        remove_empty([&*place]);
     }
-    remove(&folder(&daemon.settings.store, name).join(SCRATCH))
+    remove(&folder(&daemon.settings.store, name).join(SCRATCH))?;
+    let _held = IN_MEMORY.lock();
+    remove_empty([&*place]);
+    Ok(())
+}
+
+/// Makes a folder in `above` that wasn't there: what is may be all that a guest has to go on from, and an earlier daemon's numbers began
+/// where this one's do.
+fn make_new(above: &Path) -> layerfs::Result<PathBuf> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    make(above)?;
+    loop {
+        let path = above.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+        match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => return Ok(path),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Error::file("make", path, error)),
+        }
+    }
 }
 
 /// Removes folders in which nothing is; others are somebody's.
@@ -145,22 +161,15 @@ impl Host for DaemonHost {
     }
 
     fn scratch(&self, guest: &GuestName, bytes: u64) -> Result<PathBuf> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed).to_string();
         let is_enough = rustix::fs::statvfs(MEMORY).is_ok_and(|stat| stat.f_bavail * stat.f_frsize / 2 > bytes);
         let place = memory(&self.daemon);
-        let in_memory = place.join(guest.as_str()).join(&number);
         let _held = IN_MEMORY.lock();
-        let is_made = is_enough && make_private(&place).and_then(|()| make(&in_memory)).is_ok();
-        let path = match is_made {
-            true => in_memory,
+        let in_memory = is_enough.then(|| make_private(&place).and_then(|()| make_new(&place.join(guest.as_str()))));
+        match in_memory {
+            Some(Ok(path)) => Ok(path),
             // Not among what a start of the daemon removes.
-            false => folder(&self.daemon.settings.store, guest).join(SCRATCH).join(&number),
-        };
-        // A number that an earlier daemon has used.
-        remove(&path)?;
-        make(&path)?;
-        Ok(path)
+            _ => Ok(make_new(&folder(&self.daemon.settings.store, guest).join(SCRATCH))?),
+        }
     }
 
     fn remove_scratch(&self, guest: &GuestName, path: &Path) -> Result<()> {
@@ -170,6 +179,10 @@ impl Host for DaemonHost {
         let on_disk = folder(&self.daemon.settings.store, guest).join(SCRATCH);
         remove_empty([&*on_disk, &*place.join(guest.as_str()), &*place]);
         Ok(())
+    }
+
+    fn remove_scratches(&self, guest: &GuestName) -> Result<()> {
+        Ok(remove_states(&self.daemon, guest)?)
     }
 
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {
@@ -225,5 +238,27 @@ impl Host for DaemonHost {
 
     fn close_layer(&self, guest: &GuestName) -> Result<()> {
         Ok(self.unmount_dir(&folder(&self.daemon.settings.store, guest).join("state"))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_daemon_has_left_is_no_new_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let above = folder.path().join("guest");
+        let first = make_new(&above).unwrap();
+        let number: u64 = first.file_name().and_then(|name| name.to_str()).unwrap().parse().unwrap();
+        let left: Vec<PathBuf> = (number + 1..number + 4).map(|number| above.join(number.to_string())).collect();
+        for path in &left {
+            std::fs::create_dir(path).unwrap();
+            std::fs::write(path.join("inventory.img"), "all that there is").unwrap();
+        }
+        let second = make_new(&above).unwrap();
+        assert!(second != first && !left.contains(&second));
+        assert_eq!(std::fs::read_dir(&second).unwrap().count(), 0);
+        assert!(left.iter().all(|path| path.join("inventory.img").exists()));
     }
 }

@@ -22,7 +22,7 @@ use super::layers::{layer_name, resolve};
 use crate::api::Empty;
 use crate::api::guests::{
     GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestInfo,
-    GuestList, GuestName as NameRequest, GuestObstacle, GuestRemove, GuestRestore,
+    GuestList, GuestName as NameRequest, GuestObstacle, GuestRemove, GuestRestore, GuestStopResult,
 };
 use crate::config::Settings;
 use crate::daemon::Daemon;
@@ -172,8 +172,20 @@ pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
     let guest = hosted.guest(&record)?;
-    if guest.status()?.activity != Activity::Absent {
-        return Err(Failure::new(Class::Busy, format!("guest {name} runs already")));
+    match (guest.status()?.activity, record.state) {
+        (Activity::Absent, _) => {}
+        // A checkpoint was cut off; or its start, before that was on record.
+        (Activity::Frozen, GuestState::Running) | (Activity::Running, GuestState::Created) => {
+            hosted.wake(&record)?;
+            return started(context, &name);
+        }
+        (Activity::Frozen, _) => {
+            let failure = Failure::new(Class::Busy, format!("guest {name} stands still"));
+            return Err(failure.hint(format!("`layerctl guest stop {name}` ends it")));
+        }
+        (Activity::Running, _) => {
+            return Err(Failure::new(Class::Busy, format!("guest {name} runs already")));
+        }
     }
     if let GuestState::Away | GuestState::Arriving = record.state {
         let peer = record.peer.as_deref().unwrap_or("another host");
@@ -188,40 +200,71 @@ pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
         None => resolve(&daemon.store, record.spec.stack.as_str())?,
     };
     // What of it may be left of an end that it came to by itself.
-    guest.stop()?;
+    end(&hosted, &record)?;
     hosted.host.mount(&name, stack)?;
     guest.start()?;
-    let record = daemon.guests.records.update(&name, |record| {
+    started(context, &name)
+}
+
+/// Puts it on record that guest `name` runs.
+fn started(context: &Context, name: &GuestName) -> Result<GuestInfo> {
+    let record = context.daemon.guests.records.update(name, |record| {
         record.state = GuestState::Running;
         Ok(())
     })?;
     Ok(info(context, &record))
 }
 
-/// Lets guests go on that an earlier daemon has left standing still, as it died at a checkpoint, and removes what it was writing. Those
-/// that move are their moves' affair.
-pub fn wake(daemon: &Arc<Daemon>) {
+/// Ends what there is of the guest with this record, with what only that needs.
+fn end(hosted: &Hosted<'_>, record: &GuestRecord) -> Result<()> {
+    let name = &record.spec.name;
+    hosted.guest(record)?.stop()?;
+    // One that came before its memory has kept its state open.
+    hosted.host.close_layer(name)?;
+    Ok(hosted.host.remove_scratches(name)?)
+}
+
+/// Lets guests go on that an earlier daemon has left standing still, or without their network, as it died at a checkpoint, and removes what
+/// it was writing. Returns whether nothing of that is left to do: guests that something else is done with, or that move, may be looked at
+/// again later.
+pub fn wake(daemon: &Arc<Daemon>) -> bool {
+    let is_left = |record: &GuestRecord| -> Result<bool> {
+        let is_frozen = || -> Result<bool> { Ok(hosted(daemon).guest(record)?.status()?.activity == Activity::Frozen) };
+        // States first: asking what a guest does waits for who dumps it, and meanwhile it must be taken.
+        Ok(host::has_states(daemon, &record.spec.name) || record.state == GuestState::Running && is_frozen()?)
+    };
     let wake = |record: &GuestRecord| -> Result<()> {
-        let guest = hosted(daemon).guest(record)?;
-        let is_left = record.state == GuestState::Running && guest.status()?.activity == Activity::Frozen;
-        if !is_left && !host::has_states(daemon, &record.spec.name) {
+        let name = &record.spec.name;
+        if !is_left(record)? {
             return Ok(());
         }
-        let _taken = daemon.guests.take(&record.spec.name)?;
-        daemon.moves.require_settled(&record.spec.name)?;
-        // Whoever had it until now may have let it go on.
-        if guest.status()?.activity == Activity::Frozen {
-            tracing::info!(guest = %record.spec.name, "goes on, as its checkpoint was cut off");
-            guest.resume()?;
+        let _taken = daemon.guests.take(name)?;
+        daemon.moves.require_settled(name)?;
+        let _work = daemon.works.begin(format!("let guest {name} go on"), true)?;
+        // Whoever had it until now may have seen to it.
+        let record = daemon.guests.records.get(name)?;
+        if !is_left(&record)? {
+            return Ok(());
         }
-        Ok(host::remove_states(daemon, &record.spec.name)?)
+        tracing::info!(guest = %name, "takes back what a checkpoint that was cut off has left");
+        match record.state {
+            GuestState::Away | GuestState::Arriving => Ok(host::remove_states(daemon, name)?),
+            _ => Ok(hosted(daemon).wake(&record)?),
+        }
     };
-    let records = daemon.guests.records.list().unwrap_or_default();
-    for record in &records {
-        if let Err(failure) = wake(record) {
-            tracing::warn!(guest = %record.spec.name, %failure, "what a cut off checkpoint left isn't cleared up");
+    let mut is_done = true;
+    for record in daemon.guests.records.list().unwrap_or_default() {
+        let Err(failure) = wake(&record) else { continue };
+        is_done = false;
+        let guest = &record.spec.name;
+        match failure.class {
+            Class::Busy => tracing::debug!(%guest, %failure, "a guest is woken later"),
+            _ => {
+                tracing::warn!(%guest, %failure, "whether a cut off checkpoint left something can't be seen to; it is tried again")
+            }
         }
     }
+    is_done
 }
 
 /// Fails if something is in the way.
@@ -237,15 +280,21 @@ fn clear(obstacles: Vec<Obstacle>) -> Result<()> {
 }
 
 /// `/v1/guest-stop`.
-pub fn stop(context: &Context, request: NameRequest) -> Result<GuestInfo> {
+pub fn stop(context: &Context, request: NameRequest) -> Result<GuestStopResult> {
     let daemon = &context.daemon;
     let name = named(&request.name)?;
     context.label(format!("end guest {name}"));
     let _taken = daemon.guests.take(&name)?;
     daemon.moves.require_settled(&name)?;
     let record = record_of(context, &name)?;
+    if record.state == GuestState::Away {
+        let peer = record.peer.as_deref().unwrap_or("another host");
+        return Err(Failure::new(Class::Busy, format!("guest {name} runs at {peer}; stop it there")));
+    }
     let hosted = hosted(daemon);
-    hosted.guest(&record)?.stop()?;
+    let is_absent = hosted.guest(&record)?.status().is_ok_and(|status| status.activity == Activity::Absent);
+    // Of one that ended by itself something may be left.
+    end(&hosted, &record)?;
     hosted.host.unmount(&name, false)?;
     let record = daemon.guests.records.update(&name, |record| {
         if let GuestState::Running | GuestState::Stopped = record.state {
@@ -253,7 +302,7 @@ pub fn stop(context: &Context, request: NameRequest) -> Result<GuestInfo> {
         }
         Ok(())
     })?;
-    Ok(info(context, &record))
+    Ok(GuestStopResult { was_running: !is_absent, guest: info(context, &record) })
 }
 
 /// `/v1/guests`.
@@ -278,6 +327,9 @@ fn info(context: &Context, record: &GuestRecord) -> GuestInfo {
         Activity::Frozen => "frozen",
     });
     let root = hosted.host.root(&record.spec.name);
+    let checkpoint = hosted.latest(&record.spec.name, Some(record));
+    let checkpoint = checkpoint.inspect_err(|error| tracing::debug!("guest {}: {error}", record.spec.name));
+    let (state_layer, instance) = checkpoint.ok().flatten().unzip();
     GuestInfo {
         name: record.spec.name.to_string(),
         driver: record.spec.driver.clone(),
@@ -289,8 +341,8 @@ fn info(context: &Context, record: &GuestRecord) -> GuestInfo {
         pid: status.as_ref().and_then(|status| status.pid),
         memory_bytes: status.as_ref().and_then(|status| status.memory_bytes),
         root: context.daemon.mounts.at(&root).map(|_| root),
-        state_layer: record.state_layer.as_ref().map(ToString::to_string),
-        instance: record.instance.as_ref().map(ToString::to_string),
+        state_layer: state_layer.map(|name| name.to_string()),
+        instance: instance.map(|name| name.to_string()),
         options: record.spec.options.clone(),
     }
 }
@@ -315,7 +367,7 @@ pub fn exec(context: &Context, request: GuestExec) -> Result<GuestExecResult> {
     if argv.is_empty() {
         return Err(Failure::invalid("there is no command to run"));
     }
-    let output = hosted(&context.daemon).guest(&record)?.exec(&argv)?;
+    let output = hosted(&context.daemon).guest(&record)?.exec(&argv, &*context.reporter)?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok(GuestExecResult { code: output.code, stdout: text(&output.stdout), stderr: text(&output.stderr) })
 }
@@ -329,10 +381,16 @@ pub fn checkpoint(context: &Context, request: GuestCheckpoint) -> Result<GuestCh
     daemon.moves.require_settled(&name)?;
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
-    clear(hosted.guest(&record)?.preflight(Side::Source)?)?;
+    let guest = hosted.guest(&record)?;
+    if guest.status()?.activity == Activity::Absent {
+        let failure = Failure::new(Class::Busy, format!("guest {name} isn't running"));
+        return Err(failure.hint(format!("`layerctl guest start {name}` starts it")));
+    }
+    clear(guest.preflight(Side::Source)?)?;
     let tag = request.tag.as_deref().unwrap_or(DEFAULT_TAG);
     let made = hosted.checkpoint(&name, tag, request.stop, &*context.reporter)?;
     if request.stop {
+        hosted.host.close_layer(&name)?;
         // The instance has all that the upper held.
         hosted.host.unmount(&name, true)?;
     }
@@ -355,23 +413,36 @@ pub fn restore(context: &Context, request: GuestRestore) -> Result<GuestInfo> {
     let _taken = daemon.guests.take(&name)?;
     daemon.moves.require_settled(&name)?;
     let known = daemon.guests.records.find(&name)?;
+    if let Some(record) = &known
+        && record.state == GuestState::Away
+    {
+        let peer = record.peer.as_deref().unwrap_or("another host");
+        let failure = Failure::new(Class::Denied, format!("guest {name} has moved to {peer}: it must not run twice"));
+        return Err(failure.hint(format!("if it is lost there, `layerctl guest remove {name}` first")));
+    }
+    let state_name = match &request.tag {
+        Some(tag) => Hosted::names(&name, tag)?.0,
+        None => match hosted(daemon).latest(&name, known.as_ref())? {
+            Some((state, _)) => state,
+            None => return Err(no_checkpoint(context, &name)),
+        },
+    };
     if let Some(record) = &known {
-        if record.state == GuestState::Away {
-            let peer = record.peer.as_deref().unwrap_or("another host");
-            let failure =
-                Failure::new(Class::Denied, format!("guest {name} has moved to {peer}: it must not run twice"));
-            return Err(failure.hint(format!("if it is lost there, `layerctl guest remove {name}` first")));
-        }
         clear(hosted(daemon).guest(record)?.preflight(Side::Destination)?)?;
     }
-    let latest = known.and_then(|record| record.state_layer);
-    let state_name = match (&request.tag, latest) {
-        (None, Some(latest)) => latest,
-        (tag, _) => Hosted::names(&name, tag.as_deref().unwrap_or(DEFAULT_TAG))?.0,
-    };
     let state = resolve(&daemon.store, state_name.as_str())?;
     let record = hosted(daemon).restore(&name, state, Some(state_name))?;
     Ok(info(context, &record))
+}
+
+fn no_checkpoint(context: &Context, name: &GuestName) -> Failure {
+    match record_of(context, name) {
+        Ok(_) => {
+            let failure = Failure::new(Class::NotFound, format!("guest {name} has no checkpoint here"));
+            failure.hint(format!("`layerctl guest checkpoint {name}` makes one while it runs"))
+        }
+        Err(failure) => failure,
+    }
 }
 
 /// `/v1/guest-remove`.
@@ -384,12 +455,11 @@ pub fn remove(context: &Context, request: GuestRemove) -> Result<GuestInfo> {
     let record = record_of(context, &name)?;
     let hosted = hosted(daemon);
     let told = info(context, &record);
-    let guest = hosted.guest(&record)?;
-    if guest.status()?.activity != Activity::Absent && !request.force {
+    if hosted.guest(&record)?.status()?.activity != Activity::Absent && !request.force {
         let failure = Failure::new(Class::Busy, format!("guest {name} runs"));
         return Err(failure.hint(format!("`layerctl guest stop {name}` first, or --force ends it")));
     }
-    guest.stop()?;
+    end(&hosted, &record)?;
     hosted.host.unmount(&name, true)?;
     host::remove_folders(daemon, &name)?;
     daemon.moves.forget(&name)?;
