@@ -170,6 +170,14 @@ const ROWS: &[Row] = &[
         work: work::read_sealed,
     },
     Row {
+        name: "read-warm",
+        unit: Unit::Rate,
+        lower: "large",
+        others: &[Kind::ReadOnly],
+        goal: (0.9, 0.7),
+        work: work::read_warm,
+    },
+    Row {
         name: "read-often",
         unit: Unit::Rate,
         lower: "large",

@@ -8,6 +8,9 @@ use std::process::Command;
 
 use libtest_mimic::{Completion, Failed, Trial};
 
+/// See there: runs a command in a mount namespace of its own.
+pub const ELSEWHERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/elsewhere");
+
 /// What a case needs from the machine that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
@@ -31,6 +34,8 @@ pub enum Need {
     GuestTool(&'static str),
     /// Control groups and the rest that privileged containers want.
     Containers,
+    /// XFS, by the kernel and by its program.
+    Xfs,
 }
 
 impl Need {
@@ -64,8 +69,19 @@ impl Need {
                     || groups.join("systemd").exists();
                 (!usable).then(|| "needs mounted control groups".to_owned())
             }
+            Need::Xfs if !has_filesystem("xfs") => Some("needs a kernel with XFS".to_owned()),
+            Need::Xfs => Need::Tool("mkfs.xfs").unmet(),
         }
     }
+}
+
+/// Whether the kernel has the filesystem, or can load it.
+fn has_filesystem(name: &str) -> bool {
+    let is_there = || {
+        let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        known.split_whitespace().any(|known| known == name)
+    };
+    is_there() || Command::new("modprobe").arg(name).output().is_ok_and(|output| output.status.success() && is_there())
 }
 
 /// Whether `tool` is on the search path, or in the folders for root's tools.
@@ -88,11 +104,16 @@ impl Case {
         Case { name, needs, run }
     }
 
+    /// Whether what it lacks no set-up can bring.
+    fn is_beyond_set_up(&self) -> bool {
+        self.needs.contains(&Need::Xfs) && !has_filesystem("xfs")
+    }
+
     /// The case as the test runner wants it.
     pub fn into_trial(self) -> Trial {
         Trial::ignorable_test(self.name, move || {
             if let Some(reason) = self.needs.iter().find_map(|need| need.unmet()) {
-                return if must_run() {
+                return if must_run() && !self.is_beyond_set_up() {
                     Err(Failed::from(format!("SKIPPED where it must run: {reason}")))
                 } else {
                     Ok(Completion::ignored_with(format!("SKIPPED: {reason}")))

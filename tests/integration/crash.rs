@@ -63,9 +63,8 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn every_step() -> anyhow::Result<()> {
-    let tested =
-        [IMPORT_STEPS, SEAL_STEPS, SQUASH_STEPS, RECEIVE_STEPS, GC_STEPS, crate::tier::STEPS, crate::migrate::STEPS]
-            .concat();
+    let tested = [IMPORT_STEPS, SEAL_STEPS, SQUASH_STEPS, RECEIVE_STEPS, GC_STEPS, crate::tier::STEPS].into_iter();
+    let tested = tested.chain([crate::migrate::STEPS, crate::migrate::START_STEPS]).collect::<Vec<_>>().concat();
     let tested: BTreeSet<_> = tested.iter().map(|step| step.split(':').next().unwrap_or(step)).collect();
     let named: BTreeSet<_> = failpoint::NAMES.iter().copied().collect();
     ensure!(

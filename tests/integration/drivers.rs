@@ -139,7 +139,7 @@ fn goes_on(driver: &str) -> anyhow::Result<()> {
     let again = zoo.ok(&["checkpoint", "--stop"])?;
     ensure!(again["bytes_stored"].as_u64() < Some(2 << 20), "memory was stored twice: {again}");
     ensure!(zoo.activity()? == "absent", "it runs after a checkpoint that ends it");
-    let twice = host.ctl.run(["guest", "checkpoint", "zoo"])?.failed_with(1)?;
+    let twice = host.ctl.run(["guest", "checkpoint", "zoo"])?.failed_with(5)?;
     ensure!(twice.contains("isn't running"), "{twice}");
 
     zoo.ok(&["restore"])?;

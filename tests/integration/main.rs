@@ -9,6 +9,7 @@ mod dedup;
 mod drivers;
 mod export;
 mod faults;
+mod filesystems;
 mod follow;
 mod fuzz;
 mod guests;
@@ -52,6 +53,7 @@ fn main() -> std::process::ExitCode {
         damage::cases(),
         crash::cases(),
         faults::cases(),
+        filesystems::cases(),
         fuzz::cases(),
         guests::cases(),
         hidden::cases(),

@@ -28,6 +28,8 @@ const TURNS: usize = 4;
 
 /// The destination dies at these steps, one by one.
 pub const STEPS: &[&str] = &["move.journalled:1", "move.journalled:2", "move.journalled:3"];
+/// And a host at these, as it starts a guest.
+pub const START_STEPS: &[&str] = &["guest.started"];
 
 /// What guests of each driver need to move between two hosts.
 pub const PROCESS: &[Need] = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
@@ -50,13 +52,27 @@ pub fn cases() -> Vec<Case> {
         Case::new("migrate::a_container_goes_on_from_its_files", OCI, container_goes_back),
         Case::new("migrate::a_dump_that_fails_changes_nothing", PROCESS, dump_fails),
         Case::new("migrate::a_full_disk_leaves_it_running", PROCESS, disk_full),
+        Case::new("migrate::a_store_behind_a_link_keeps_its_guests", PROCESS, behind_a_link),
         Case::new("migrate::the_link_is_cut_before_the_commit", PROCESS, cut_before),
         Case::new("migrate::the_link_is_cut_after_the_commit", PROCESS, cut_after),
         Case::new("migrate::the_source_dies_on_the_way", PROCESS, source_dies),
         Case::new("migrate::the_destination_dies_on_the_way", PROCESS, dies),
-        Case::new("migrate::the_destination_dies_while_it_restores", PROCESS, dies_restoring),
+        Case::new("migrate::the_destination_dies_while_it_restores", PROCESS, || {
+            dies_restoring("process", "criu", "restore")
+        }),
+        Case::new("migrate::lxc_destination_dies_while_it_restores", LXC, || {
+            dies_restoring("lxc", "lxc-checkpoint", "-r")
+        }),
         Case::new("migrate::oci_source_dies_while_it_dumps", OCI, || dies_dumping("oci", "runc", "checkpoint")),
         Case::new("migrate::lxc_source_dies_while_it_dumps", LXC, || dies_dumping("lxc", "lxc-checkpoint", "-s")),
+        Case::new("migrate::oci_checkpoint_is_repeated_after_a_crash", OCI, || {
+            checkpoint_is_repeated("oci", "runc", "checkpoint")
+        }),
+        Case::new("migrate::lxc_checkpoint_is_repeated_after_a_crash", LXC, || {
+            checkpoint_is_repeated("lxc", "lxc-checkpoint", "-s")
+        }),
+        Case::new("migrate::process_start_outlives_the_daemon", PROCESS, || start_is_cut_off("process")),
+        Case::new("migrate::qemu_start_outlives_the_daemon", QEMU, || start_is_cut_off("qemu")),
         Case::new("migrate::obstacles_and_mistakes_are_told", &[Root, Fuse, Namespaces, Tool("cc")], mistakes),
     ]
 }
@@ -152,6 +168,19 @@ impl Moving {
         }
     }
 
+    /// Removes the guest from both hosts, on which nothing of it stays.
+    pub fn end(&self) -> anyhow::Result<()> {
+        for is_first in [true, false] {
+            let removed = self.host(is_first).ctl.run(["guest", "remove", GUEST, "--force"])?;
+            // It may never have come there.
+            ensure!(matches!(removed.code, 0 | 3), "it isn't removed: {removed:?}");
+            left_nothing(self, is_first)?;
+            let folder = folder(self.host(is_first));
+            ensure!(removed.code == 3 || !folder.exists(), "a removed guest leaves {}", folder.display());
+        }
+        Ok(())
+    }
+
     /// Where it runs, once nothing is left to do: exactly one host.
     pub fn settled(&self) -> anyhow::Result<bool> {
         let began = Instant::now();
@@ -190,6 +219,16 @@ pub fn memory_of(host: &Host) -> PathBuf {
     ))
 }
 
+/// Waits until no state is left in the memory of `host`.
+fn leaves_memory(host: &Host) -> anyhow::Result<()> {
+    let began = Instant::now();
+    while memory_of(host).exists() {
+        ensure!(began.elapsed() < PATIENCE, "a state is left in memory");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// How often a guest goes to and fro.
 pub fn turns() -> usize {
     std::env::var("LAYERFS_MIGRATIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(TURNS)
@@ -217,7 +256,7 @@ fn process() -> anyhow::Result<()> {
     ensure!(listed["reports"].as_array().is_some_and(|reports| !reports.is_empty()), "no reports: {listed}");
     let page = moving.hosts.a.ctl.ok(["report", "latest", "--html", "-"])?.text();
     ensure!(page.contains("<svg ") && page.contains("restore"), "the page shows nothing: {page}");
-    moving.host(is_first).ctl.ok(["guest", "remove", GUEST, "--force"])?;
+    moving.end()?;
     moving.host(true).fsck()?;
     moving.host(false).fsck()
 }
@@ -256,7 +295,7 @@ fn restore_fails() -> anyhow::Result<()> {
     fs::remove_file(moving.hosts.b.ctl.store().join("hooks/before-restore"))?;
     moving.migrate(false, &[])?;
     moving.passes(false, count)?;
-    Ok(())
+    moving.end()
 }
 
 /// The same for a container whose processes end with the dump: it goes on from the files that were written.
@@ -268,7 +307,7 @@ fn container_goes_back() -> anyhow::Result<()> {
     let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
     ensure!(said.contains("before-restore") && said.contains("runs on here"), "{said}");
     moving.passes(true, count)?;
-    Ok(())
+    moving.end()
 }
 
 /// CRIU can't dump it, as it can't write its log.
@@ -283,7 +322,7 @@ fn dump_fails() -> anyhow::Result<()> {
     fs::remove_dir(&log)?;
     moving.migrate(false, &[])?;
     moving.passes(false, count)?;
-    Ok(())
+    moving.end()
 }
 
 /// The destination's disk is full: it runs on, and goes when there is room.
@@ -308,6 +347,28 @@ fn disk_full() -> anyhow::Result<()> {
     case::output_of(std::process::Command::new("mount").args(["-o", "remount,size=1G"]).arg(&store))?;
     moving.migrate(false, &[])?;
     moving.passes(false, count)?;
+    moving.end()
+}
+
+/// The store's path has a symbolic link: what a guest lies on is found by it, and isn't unmounted with the rest.
+fn behind_a_link() -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let a = &mut moving.hosts.a;
+    a.stop()?;
+    let (store, place) = (a.ctl.store().to_owned(), a.path("place"));
+    fs::rename(&store, &place)?;
+    std::os::unix::fs::symlink(&place, &store)?;
+    a.start(&[])?;
+    moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let count = moving.passes(true, 0)?;
+    let answer = moving.hosts.a.ctl.json(["umount", "--all"])?;
+    ensure!(answer["unmounted"].as_array().is_some_and(Vec::is_empty), "the guest lost its root: {answer}");
+    moving.passes(true, count)?;
+    ensure!(moving.show(true)?["root"].is_string(), "its root isn't known: {}", moving.show(true)?);
+    moving.hosts.a.ctl.ok(["guest", "stop", GUEST])?;
+    ensure!(!fs::read_to_string("/proc/self/mountinfo")?.contains(&*place.to_string_lossy()), "its root stays mounted");
+    moving.hosts.a.ctl.ok(["guest", "start", GUEST])?;
+    moving.passes(true, 0)?;
     Ok(())
 }
 
@@ -331,7 +392,7 @@ fn cut_before() -> anyhow::Result<()> {
     ensure!(moving.settled()?, "it runs elsewhere");
     moving.migrate(false, &[])?;
     moving.passes(false, count)?;
-    Ok(())
+    moving.end()
 }
 
 /// The link is cut when it runs at the destination: the source starts nothing, and hears of it when the link is mended.
@@ -355,7 +416,7 @@ fn cut_after() -> anyhow::Result<()> {
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     ensure!(!moving.settled()?, "it runs at the source");
     moving.passes(false, count)?;
-    Ok(())
+    moving.end()
 }
 
 /// The source's program is killed at each write of its journal, its mounts and the frozen guest held on; and started anew.
@@ -375,10 +436,12 @@ fn source_dies() -> anyhow::Result<()> {
         let is_first = moving.settled().with_context(|| format!("step {step}"))?;
         asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
         ensure!(is_first == stays, "step {step}: on the first: {is_first}");
+        leaves_memory(&moving.hosts.a).with_context(|| format!("step {step}"))?;
         let count = moving.passes(is_first, count)?;
         let report = moving.migrate(!is_first, &[])?;
         ensure!(report["outcome"] == "moved", "step {step}: {report}");
         moving.passes(!is_first, count)?;
+        moving.end()?;
     }
     Ok(())
 }
@@ -521,8 +584,14 @@ fn ahead_of_memory(driver: &str) -> anyhow::Result<()> {
     reads_little_ahead(moving.host(false))?;
     let count = moving.passes(false, count)?;
     moving.migrate(true, &[])?;
-    moving.passes(true, count)?;
-    left_nothing(&moving, false)
+    let count = moving.passes(true, count)?;
+    left_nothing(&moving, false)?;
+    // Ended where its state is still open.
+    moving.migrate(false, POST_COPY)?;
+    moving.passes(false, count)?;
+    moving.hosts.b.ctl.ok(["guest", "stop", GUEST])?;
+    left_nothing(&moving, false)?;
+    moving.end()
 }
 
 /// What lets a guest go before its memory, whatever that would save.
@@ -566,7 +635,8 @@ fn serves(
         ledger.waited(client.longest());
     }
     client.end()?;
-    ledger.close()
+    ledger.close()?;
+    moving.end()
 }
 
 /// The destination's program is killed at each write of its journal, and started anew. (The source's would take the guest's mount
@@ -589,6 +659,7 @@ fn dies() -> anyhow::Result<()> {
         let report = moving.migrate(!is_first, &[])?;
         ensure!(report["outcome"] == "moved", "{step}: {report}");
         moving.passes(!is_first, count)?;
+        moving.end()?;
     }
     Ok(())
 }
@@ -636,10 +707,10 @@ fn copies(host: &Host) -> anyhow::Result<usize> {
 }
 
 /// The destination's program is killed while CRIU restores, which goes on without it: the next one takes over what that has made.
-fn dies_restoring() -> anyhow::Result<()> {
+fn dies_restoring(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
     let mut moving = Moving::new()?;
-    let begun = slow_down(&mut moving.hosts.b, "criu", "restore")?;
-    moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let begun = slow_down(&mut moving.hosts.b, program, word)?;
+    moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
     let count = moving.passes(true, 3)?;
     ensure!(copies(&moving.hosts.a)? == 1, "copies aren't counted");
     let ctl = moving.hosts.a.ctl.clone();
@@ -655,8 +726,83 @@ fn dies_restoring() -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_secs(1));
     ensure!(copies(&moving.hosts.b)? == 1, "{} copies run", copies(&moving.hosts.b)?);
     ensure!(moving.passes(false, count)? > count && !folder(&moving.hosts.b).join("run/restoring.json").exists());
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let state = folder(&moving.hosts.b).join("state");
+    ensure!(!mounts.contains(&*state.to_string_lossy()), "what it was restored from is still open");
     moving.hosts.b.ctl.ok(["guest", "stop", GUEST])?;
-    Ok(())
+    moving.end()
+}
+
+/// The program is killed while the runtime dumps for a checkpoint, and the checkpoint is asked for again at once.
+fn checkpoint_is_repeated(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let begun = slow_down(&mut moving.hosts.a, program, word)?;
+    moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let count = moving.passes(true, 3)?;
+    let ctl = moving.hosts.a.ctl.clone();
+    let asking = std::thread::spawn(move || ctl.run(["guest", "checkpoint", GUEST]));
+    wait_for(&begun)?;
+    moving.hosts.a.kill_serving()?;
+    let began = Instant::now();
+    loop {
+        let again = moving.hosts.a.ctl.run(["guest", "checkpoint", GUEST])?;
+        match again.code {
+            0 => break,
+            // The next daemon comes up, or lets it go on.
+            3 | 5 | 10 => ensure!(began.elapsed() < PATIENCE, "{again:?}"),
+            _ => anyhow::bail!("{again:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
+    let count = moving.passes(true, count)?;
+    ensure!(copies(&moving.hosts.a)? == 1, "{} copies run", copies(&moving.hosts.a)?);
+    leaves_memory(&moving.hosts.a)?;
+    ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
+    moving.hosts.a.ctl.ok(["guest", "checkpoint", GUEST, "--stop"])?;
+    moving.hosts.a.ctl.ok(["guest", "restore", GUEST])?;
+    moving.passes(true, count)?;
+    moving.end()
+}
+
+/// The program is killed when it has started the guest, before it could note that: the next one knows it, and starts no other.
+fn start_is_cut_off(driver: &str) -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let a = &mut moving.hosts.a;
+    a.stop()?;
+    a.start_kept(&["--crash-at", START_STEPS[0]])?;
+    let is_machine = driver == "qemu";
+    let options: &[&str] = match is_machine {
+        true => {
+            fixtures::machine(&a.path("tree"))?;
+            const BOOT: &[&str] = &["--memory", "192M", "--kernel", "/vmlinuz", "--initrd", "/initrd"];
+            BOOT
+        }
+        false => {
+            fixtures::build("zoo", &a.path("tree/bin/zoo"))?;
+            &["--", "/bin/zoo", "/zoo-says", "8", "0"]
+        }
+    };
+    a.import(&a.path("tree"), "app", &["--kind", "base"])?;
+    a.ctl.ok(["guest", "create", GUEST, "--driver", driver, "--on", "app"].iter().chain(options))?;
+    // Its command may or may not hear of the next daemon.
+    a.ctl.run(["guest", "start", GUEST])?;
+    a.wait_for_crash()?;
+    // Its keeper starts another.
+    a.serving_pid()?;
+    let found = moving.show(true)?;
+    ensure!(found["activity"] == "running", "it isn't known: {found}");
+    let again = moving.hosts.a.ctl.run(["guest", "start", GUEST])?;
+    ensure!(matches!(again.code, 0 | 5), "{again:?}");
+    let now = moving.show(true)?;
+    ensure!(now["pid"] == found["pid"] && now["state"] == "running", "another one was started: {found}, then {now}");
+    if !is_machine {
+        moving.passes(true, 0)?;
+        ensure!(copies(&moving.hosts.a)? == 1, "{} copies run", copies(&moving.hosts.a)?);
+    }
+    moving.hosts.a.ctl.ok(["guest", "stop", GUEST])?;
+    ensure!(moving.show(true)?["activity"] == "absent", "the one that was found did not end");
+    moving.end()
 }
 
 /// The source's program is killed while the runtime dumps, which goes on without it and ends the container: it goes on from the state that
@@ -674,15 +820,11 @@ fn dies_dumping(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     let count = moving.passes(true, count)?;
     ensure!(copies(&moving.hosts.a)? == 1, "{} copies run", copies(&moving.hosts.a)?);
-    let began = Instant::now();
-    while memory_of(&moving.hosts.a).exists() {
-        ensure!(began.elapsed() < PATIENCE, "a state is left in memory");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    leaves_memory(&moving.hosts.a)?;
     ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
     moving.migrate(false, &[])?;
     moving.passes(false, count)?;
-    Ok(())
+    moving.end()
 }
 
 fn mistakes() -> anyhow::Result<()> {

@@ -340,7 +340,8 @@ fn to_and_fro() -> anyhow::Result<()> {
         ledger.migrate(to_first, &[])?;
         count = moving.passes(to_first, count)?;
     }
-    ledger.close()
+    ledger.close()?;
+    moving.end()
 }
 
 /// The zoo, and beside it a program that rewrites so many whole pages a second of so many MiB, with what can't be compressed.
@@ -415,5 +416,6 @@ fn too_fast() -> anyhow::Result<()> {
     eprintln!("without either: {rounds} rounds; {}; {why}", report["downtime"]);
     moving.passes(true, count)?;
     // And at once, if it is asked for.
-    went_before(&moving.migrate(false, POST_COPY)?)
+    went_before(&moving.migrate(false, POST_COPY)?)?;
+    moving.end()
 }

@@ -144,6 +144,11 @@ fn without_the_daemon() -> anyhow::Result<()> {
     let scene = Warm::new()?;
     ensure!(!scene.copy("one")?.exists());
     fs::read(scene.ours("one"))?;
+    let again = File::open(scene.ours("one"))?;
+    scene.warm(FENCES[0])?;
+    ensure!(!scene.copy("one")?.exists(), "a copy was made while the file was being read");
+    drop(again);
+    until("a copy of what was closed", || Ok(scene.copy("one")?.exists()))?;
     let reader = scene.reader("one")?;
     ensure!(scene.how_open("one")? == 9, "it isn't passed through to a copy");
     let daemon = scene.host.serving_pid()?;
@@ -163,7 +168,7 @@ fn without_the_daemon() -> anyhow::Result<()> {
     read?;
     ensure!(bytes == fs::read(scene.plain("one"))?, "the copy differs");
     let shown = scene.host.ctl.json(["mounts"])?["mounts"][0]["warm_bytes"].as_u64();
-    ensure!(shown == Some(BYTES), "`mounts` says {shown:?}");
+    ensure!(shown == Some(BYTES + FENCE_BYTES), "`mounts` says {shown:?}");
     drop(reader);
     // Who writes when nobody reads copies up by range, and there is no copy any more.
     for file in scene.both("one")? {
