@@ -4,8 +4,9 @@
 //! second one leaves at once.
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
@@ -13,6 +14,9 @@ use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::TokioIo;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -29,6 +33,8 @@ type Body = BoxBody<Bytes, std::io::Error>;
 const MAX_LINE: usize = 16 << 20;
 /// How long a successor may take to start.
 const SUCCESSOR: Duration = Duration::from_secs(30);
+/// How long a daemon's process may take to end after it has answered that it does.
+const LEAVING: Duration = Duration::from_secs(60);
 /// The pieces in which stdin is sent, in bytes.
 const PIECE: usize = 256 * 1024;
 
@@ -71,6 +77,13 @@ impl Client {
             Err(failure) if failure.class == Class::Denied => Err(failure),
             Err(_) => Ok(false),
         }
+    }
+
+    /// The daemon's process; none if it can't be seen from here, as in another PID namespace.
+    fn process(&self) -> Option<OwnedFd> {
+        let stream = self.runtime.block_on(connect(&self.socket)).ok()?;
+        let pid = stream.peer_cred().ok()?.pid()?;
+        pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()
     }
 
     /// Does a short operation.
@@ -399,7 +412,7 @@ fn wrong_request(error: &hyper::http::Error) -> Failure {
 pub fn restart(client: &Client, force: bool) -> Result<api::Status> {
     let before: api::Status = client.call("status", &Empty {})?;
     let _: Empty = client.call("stop", &api::Stop { force, hand_over: true })?;
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     loop {
         if let Ok(after) = client.call::<_, api::Status>("status", &Empty {})
             && after.pid != before.pid
@@ -414,13 +427,35 @@ pub fn restart(client: &Client, force: bool) -> Result<api::Status> {
     }
 }
 
-/// Asks the daemon on `socket` to stop, whatever its version, and waits until it is gone.
+/// Asks the daemon on `socket` to stop, whatever its version, and waits until its process has ended: it holds the store
+/// for a moment after its last answer.
 pub fn stop(client: &Client, force: bool) -> Result<()> {
+    let process = client.process();
     let _: Empty = client.call("stop", &api::Stop { force, hand_over: false })?;
-    while client.is_answered()? {
-        std::thread::sleep(Duration::from_millis(20));
+    match process {
+        Some(process) => wait_for_end(&process),
+        None => {
+            while client.is_answered()? {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        }
     }
-    Ok(())
+}
+
+/// Waits until a process has ended.
+fn wait_for_end(process: &OwnedFd) -> Result<()> {
+    let began = Instant::now();
+    let look = Timespec { tv_sec: 1, tv_nsec: 0 };
+    while began.elapsed() < LEAVING {
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&look)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(layerfs::Error::io("waiting for the daemon's end", error.into()).into()),
+        }
+    }
+    let text = format!("the daemon has stopped, but its process is there still after {} s", LEAVING.as_secs());
+    Err(Failure::new(Class::Busy, text).hint("its log tells what it does: daemon.log in the store's folder"))
 }
 
 #[cfg(test)]

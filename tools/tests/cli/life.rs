@@ -11,13 +11,15 @@ fn kill(pid: i32, signal: &str) {
     assert!(status.success());
 }
 
+/// Whether process `pid` is there and more than waited for.
+fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
 /// Waits, by asking, until process `pid` is gone or is only waited for.
 fn wait_for_end(pid: i32) {
-    let is_alive = || {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
-    };
-    while is_alive() {
+    while is_alive(pid) {
         std::thread::yield_now();
     }
 }
@@ -30,6 +32,18 @@ fn started_and_stopped() {
         host.session(&[&["daemon"], &["daemon"], &["daemon", "status"], &["daemon", "stop"], &["daemon", "stop"]])
     );
     assert!(!host.store().join("control.sock").exists());
+}
+
+/// It holds the store until its process ends, which is after its last answer.
+#[test]
+fn once_stopped_it_has_left_the_store() {
+    let host = Host::new();
+    for _ in 0..5 {
+        host.json(&["daemon"]);
+        let pid = host.daemon_pid();
+        host.json(&["daemon", "stop"]);
+        assert!(!is_alive(pid));
+    }
 }
 
 #[test]
