@@ -195,10 +195,22 @@ impl<'a> PackCheck<'a> {
     /// Packs that are only in the second tier, as far as they are whole there. What they hold isn't read.
     fn remote(&self, counts: &HashMap<PackId, u64>) -> Result<HashSet<PackId>> {
         let mut whole = HashSet::new();
+        let mut is_away = false;
         for (pack, bytes) in self.store.packs.remote()? {
+            monitor::check(self.monitor)?;
             let tier = self.store.packs.tier();
             let Some(record) = tier.stored(pack) else { continue };
-            match tier.objects().and_then(|objects| objects.size(&record.object())) {
+            let found = match tier.objects() {
+                // Each pack would be waited for as long as the first one that failed.
+                Ok(objects) if is_away => Err(Error::Tier {
+                    action: "looking into",
+                    place: objects.place(),
+                    class: ErrorClass::Network,
+                    detail: "it is not asked again after it failed".to_owned(),
+                }),
+                objects => objects.and_then(|objects| objects.size(&record.object())),
+            };
+            match found {
                 Ok(Some(found)) if found == bytes => {
                     add(&self.totals.remote_packs, 1);
                     add(&self.totals.remote_chunks, counts.get(&pack).copied().unwrap_or(0));
@@ -210,6 +222,7 @@ impl<'a> PackCheck<'a> {
                 }
                 // What can't be reached isn't damaged: its chunks aren't to be forgotten.
                 Err(error) => {
+                    is_away |= error.class() == ErrorClass::Network;
                     self.found(Finding::Unreadable(pack, error));
                     whole.insert(pack);
                 }

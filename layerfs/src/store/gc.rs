@@ -5,6 +5,7 @@
 //!    manifests before all others: a layer whose manifest is there is whole. What lies in packs that an unfinished
 //!    transfer has filled stays ([`super::staged`]), but manifests.
 //! 3. *Packs*: dead ones are unlinked, mostly dead and small ones are rewritten first.
+//! 4. *Second tier*: the objects of packs that are gone are removed, while others may collect or check already.
 //!
 //! Why nothing that is wanted goes: a session says that it wants a chunk *before* it looks whether it is there, and
 //! the sweep removes an entry *before* it looks whether somebody wants it, so one of them sees the other. Whoever
@@ -140,7 +141,7 @@ impl Store {
         self.check_writable()?;
         self.check_names_recovered()?;
         let busy = || Error::Busy("a collection or check of this store is running already".to_owned());
-        let _running = self.collector.running.try_lock().ok_or_else(busy)?;
+        let running = self.collector.running.try_lock().ok_or_else(busy)?;
         let run = Arc::new(Run {
             live: IdFilter::new(self.index.estimated_count()? * 5 / 4 + 4096),
             layers: RwLock::default(),
@@ -160,6 +161,11 @@ impl Store {
             Collection { store: self, run: &run, monitor, options, staged }.collect(&roots)
         });
         *self.collector.active.lock() = None;
+        // Nobody shall wait for a bucket that is slow to answer.
+        drop(running);
+        if result.is_ok() && !options.dry_run {
+            self.remove_dropped(monitor)?;
+        }
         result
     }
 
@@ -344,6 +350,7 @@ impl Collection<'_> {
         // What is only elsewhere isn't fetched to be rewritten: it goes when all of it is dead.
         let remote: HashSet<PackId> = self.store.packs.remote()?.into_iter().map(|(id, _)| id).collect();
         for &(id, bytes) in packs {
+            monitor::check(self.monitor)?;
             match live.get(&id).map_or(0, |live| live.bytes) {
                 0 => {
                     report.packs_removed += 1;

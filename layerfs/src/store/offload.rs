@@ -257,20 +257,33 @@ impl Store {
         Ok(())
     }
 
-    /// The collection found that nothing needs pack `id`, whose file is gone: removes its object, or leaves that to
-    /// the next [`Store::tier_sync`] if the tier can't be reached.
+    /// The collection found that nothing needs pack `id`, whose file is gone: its object is to be removed.
     pub(crate) fn drop_object(&self, id: PackId) -> Result<()> {
         let tier = self.packs.tier();
         let Some(record) = tier.record(id) else { return Ok(()) };
         tier.set(id, Some(Record { state: State::Dead, ..record }))?;
         failpoint::hit("tier.dead");
-        match tier.objects().and_then(|objects| objects.remove(&record.object())) {
-            Ok(()) => tier.set(id, None),
-            Err(error) => {
-                tracing::warn!(%error, pack = %id, "a dead pack stays in the second tier for now");
-                Ok(())
+        Ok(())
+    }
+
+    /// Removes the objects of dead packs. The first failure leaves the others to the next [`Store::tier_sync`]: each would
+    /// be waited for as long.
+    pub(crate) fn remove_dropped(&self, monitor: &dyn Monitor) -> Result<()> {
+        let tier = self.packs.tier();
+        let is_dead = |(_, record): &(PackId, Record)| record.state == State::Dead;
+        let dead: Vec<_> = tier.all().into_iter().filter(is_dead).collect();
+        for (at, (id, record)) in dead.iter().enumerate() {
+            if monitor.is_cancelled() {
+                break;
             }
+            if let Err(error) = tier.objects().and_then(|objects| objects.remove(&record.object())) {
+                let left = dead.len() - at;
+                monitor.warn(&format!("{left} dead packs stay in the second tier until the next `tier sync`: {error}"));
+                break;
+            }
+            tier.set(*id, None)?;
         }
+        Ok(())
     }
 }
 

@@ -14,7 +14,7 @@ use crate::closure::walk_stack;
 use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
 use crate::monitor::Silent;
-use crate::store::{FsckOptions, GcOptions, Objects, Which, rebuild, rebuild_from};
+use crate::store::{FsckOptions, GcOptions, Objects, ProblemKind, Which, rebuild, rebuild_from};
 
 /// A bucket that is a folder.
 #[derive(Debug)]
@@ -22,12 +22,19 @@ pub(super) struct Folder {
     path: PathBuf,
     is_gone: AtomicBool,
     reads: AtomicU64,
+    /// How often it was asked for anything but bytes.
+    asked: AtomicU64,
 }
 
 impl Folder {
     pub(super) fn new(path: &Path) -> Arc<Folder> {
         std::fs::create_dir_all(path.join("packs")).unwrap();
-        Arc::new(Folder { path: path.to_owned(), is_gone: AtomicBool::new(false), reads: AtomicU64::new(0) })
+        Arc::new(Folder {
+            path: path.to_owned(),
+            is_gone: AtomicBool::new(false),
+            reads: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
+        })
     }
 
     fn check(&self) -> Result<()> {
@@ -61,11 +68,13 @@ impl Objects for Folder {
     }
 
     fn size(&self, name: &str) -> Result<Option<u64>> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         self.check()?;
         Ok(std::fs::metadata(self.path.join(name)).ok().map(|metadata| metadata.len()))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         self.check()?;
         let _ = std::fs::remove_file(self.path.join(name));
         Ok(())
@@ -193,6 +202,32 @@ fn dead_packs_go_there_too() {
     bucket.is_gone.store(false, Ordering::Relaxed);
     store.tier_sync(Which::All, &Silent).unwrap();
     assert_eq!((bucket.count(), store.tier_stat().unwrap().dead_packs), (0, 0));
+}
+
+#[test]
+fn a_tier_that_does_not_answer_is_asked_once_and_not_for_each_pack() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket) = (folder.path().join("store"), Folder::new(&folder.path().join("bucket")));
+    let store = open(&path, &bucket);
+    for text in ["a", "b", "c"] {
+        named_layer(&store, text, &[u64::from(text.as_bytes()[0])], 300_000);
+        store.tier_sync(Which::All, &Silent).unwrap();
+    }
+    store.tier_evict(0, &Silent).unwrap();
+    bucket.is_gone.store(true, Ordering::Relaxed);
+    let asked = || bucket.asked.swap(0, Ordering::Relaxed);
+    asked();
+    let report = store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    let unread = report.problems.iter().filter(|problem| problem.kind == ProblemKind::PackUnreadable).count();
+    assert_eq!((asked(), unread), (1, 3), "{report:#?}");
+    for text in ["a", "b", "c"] {
+        store.remove_name(&name(text)).unwrap();
+    }
+    assert_eq!(store.gc(&Silent, GcOptions::default()).unwrap().packs_removed, 3);
+    assert_eq!((asked(), store.tier_stat().unwrap().dead_packs, bucket.count()), (1, 3, 3));
+    bucket.is_gone.store(false, Ordering::Relaxed);
+    store.tier_sync(Which::All, &Silent).unwrap();
+    assert_eq!((asked(), store.tier_stat().unwrap().dead_packs, bucket.count()), (3, 0, 0));
 }
 
 #[test]
