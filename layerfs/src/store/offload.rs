@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::durable;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
 use crate::monitor::{self, Monitor};
 use crate::store::Store;
@@ -107,7 +107,8 @@ impl Store {
     /// Uploads packs that aren't in the tier yet, and removes there what is dead.
     ///
     /// # Errors
-    /// [`Error::Tier`]; [`Error::Busy`] if another such work is running. What was uploaded before stays so.
+    /// [`Error::Tier`]; [`Error::Busy`] if another such work is running. What was uploaded before stays so. That of a pack
+    /// which can't be read here, after all others were uploaded.
     pub fn tier_sync(&self, which: Which, monitor: &dyn Monitor) -> Result<Moved> {
         self.check_writable()?;
         let tier = self.packs.tier();
@@ -118,7 +119,7 @@ impl Store {
             |id: PackId, bytes: u64| tier.stored(id).is_none() && (which == Which::All || bytes >= TARGET_BYTES);
         let packs: Vec<_> = self.packs.list()?.into_iter().filter(|(id, bytes)| wanted(*id, *bytes)).collect();
         monitor.phase("uploading packs", Some(packs.iter().map(|(_, bytes)| bytes).sum()));
-        let mut moved = Moved::default();
+        let (mut moved, mut failed) = (Moved::default(), None);
         for (id, bytes) in packs {
             monitor::check(monitor)?;
             if !self.packs.claim(id) {
@@ -127,20 +128,33 @@ impl Store {
             let _claim = Claim(self, id);
             // A collection may have removed it since the list was made.
             if self.packs.path(id).exists() {
-                self.upload(id, &*objects)?;
-                moved.packs += 1;
-                moved.bytes += bytes;
+                match self.upload(id, &*objects) {
+                    Ok(()) => {
+                        moved.packs += 1;
+                        moved.bytes += bytes;
+                    }
+                    // A disk that fails is a reason to bring its other packs to safety.
+                    Err(error @ (Error::File { .. } | Error::Io { .. })) => {
+                        monitor.warn(&format!("pack {id} is not uploaded: {error}"));
+                        failed.get_or_insert(error);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             monitor.advance(bytes);
             monitor.items(1);
         }
-        Ok(moved)
+        failed.map_or(Ok(moved), Err)
     }
 
     fn upload(&self, id: PackId, objects: &dyn Objects) -> Result<()> {
         let path = self.packs.path(id);
         let (hash, bytes) = hash_file(&path)?;
         let record = Record { state: State::Uploading, hash, bytes };
+        // An upload that was cut off, of a file that has changed since: nothing would name its object any more.
+        if let Some(before) = self.packs.tier().record(id).filter(|before| before.hash != hash) {
+            objects.remove(&before.object())?;
+        }
         self.packs.tier().set(id, Some(record))?;
         failpoint::hit("tier.begun");
         objects.put(&record.object(), &path)?;
@@ -215,24 +229,35 @@ impl Store {
     }
 
     /// Fetches every pack that is only in the tier, verified.
+    ///
+    /// # Errors
+    /// As [`Store::tier_sync`]. That of a pack which is damaged or gone there, after all others were fetched.
     pub fn tier_fetch(&self, monitor: &dyn Monitor) -> Result<Moved> {
         self.check_writable()?;
         let tier = self.packs.tier();
         let _working = tier.working.try_lock().ok_or_else(busy)?;
         let remote: Vec<_> = self.packs.remote()?;
         monitor.phase("fetching packs", Some(remote.iter().map(|(_, bytes)| bytes).sum()));
-        let mut moved = Moved::default();
+        let (mut moved, mut failed) = (Moved::default(), None);
         for (id, bytes) in remote {
             let Some(record) = tier.stored(id) else { continue };
             if !self.packs.claim(id) {
                 continue;
             }
             let _claim = Claim(self, id);
-            fetch(&*tier.objects()?, &record, &self.packs.path(id), monitor)?;
-            moved.packs += 1;
-            moved.bytes += bytes;
+            match fetch(&*tier.objects()?, &record, &self.packs.path(id), monitor) {
+                Ok(()) => {
+                    moved.packs += 1;
+                    moved.bytes += bytes;
+                }
+                Err(error @ (Error::Corrupt { .. } | Error::Tier { class: ErrorClass::NotFound, .. })) => {
+                    monitor.warn(&format!("pack {id} is not fetched: {error}"));
+                    failed.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
-        Ok(moved)
+        failed.map_or(Ok(moved), Err)
     }
 
     /// Stops to use the tier. Its objects stay there.

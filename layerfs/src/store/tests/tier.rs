@@ -14,6 +14,8 @@ use crate::closure::walk_stack;
 use crate::error::{Error, ErrorClass, Result};
 use crate::failpoint;
 use crate::monitor::Silent;
+use crate::store::pack::PackId;
+use crate::store::tier::{Record, State};
 use crate::store::{FsckOptions, GcOptions, Objects, ProblemKind, Which, rebuild, rebuild_from};
 
 /// A bucket that is a folder.
@@ -60,7 +62,10 @@ impl Objects for Folder {
     fn read(&self, name: &str, at: u64, bytes: u64) -> Result<Bytes> {
         self.check()?;
         self.reads.fetch_add(1, Ordering::Relaxed);
-        let file = std::fs::File::open(self.path.join(name)).map_err(|e| Error::file("open", name, e))?;
+        let file = std::fs::File::open(self.path.join(name)).map_err(|e| {
+            let (place, class) = (self.place(), ErrorClass::NotFound);
+            Error::Tier { action: "reading from", place, class, detail: e.to_string() }
+        })?;
         let end = file.metadata().unwrap().len().min(at + bytes);
         let mut buffer = vec![0; end.saturating_sub(at) as usize];
         file.read_exact_at(&mut buffer, at).unwrap();
@@ -378,6 +383,49 @@ fn an_object_whose_number_is_taken_is_told() {
     let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
     assert!(report.pack_problems.len() == 1 && report.pack_problems[0].contains("has its number"), "{report:?}");
     read_all(&open(&path, &bucket), b).unwrap();
+}
+
+#[test]
+fn one_pack_that_is_damaged_does_not_keep_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket) = (folder.path().join("store"), Folder::new(&folder.path().join("bucket")));
+    let store = open(&path, &bucket);
+    let layers = [("a", &[1][..]), ("b", &[2, 3]), ("c", &[4, 5, 6])].map(|(text, seeds)| {
+        let layer = named_layer(&store, text, seeds, 300_000);
+        store.tier_sync(Which::All, &Silent).unwrap();
+        layer
+    });
+    store.tier_evict(0, &Silent).unwrap();
+    // Of the first pack there is less than there was, the second is gone.
+    let packs = store.packs.remote().unwrap();
+    let object = |at: usize| bucket.path.join(store.packs.tier().stored(packs[at].0).unwrap().object());
+    std::fs::File::options().write(true).open(object(0)).unwrap().set_len(1000).unwrap();
+    std::fs::remove_file(object(1)).unwrap();
+    assert_eq!(store.tier_fetch(&Silent).unwrap_err().class(), ErrorClass::Corrupt);
+    assert_eq!(store.packs.list().unwrap(), packs[2..]);
+    bucket.is_gone.store(true, Ordering::Relaxed);
+    read_all(&store, layers[2]).unwrap();
+    bucket.is_gone.store(false, Ordering::Relaxed);
+    // Here too: of a pack that can't be read, the others go up.
+    std::fs::create_dir(store.packs.path(PackId(0))).unwrap();
+    named_layer(&store, "d", &[7], 300_000);
+    let stored = store.tier_stat().unwrap().stored_packs;
+    assert!(matches!(store.tier_sync(Which::All, &Silent), Err(Error::File { .. })));
+    assert_eq!(store.tier_stat().unwrap().stored_packs, stored + 1);
+}
+
+#[test]
+fn an_upload_that_was_cut_off_leaves_nothing_if_its_pack_has_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket) = (folder.path().join("store"), Folder::new(&folder.path().join("bucket")));
+    let store = open(&path, &bucket);
+    named_layer(&store, "a", &[1], 300_000);
+    let pack = store.packs.list().unwrap()[0].0;
+    let cut = Record { state: State::Uploading, hash: [7; 32], bytes: 4 };
+    std::fs::write(bucket.path.join(cut.object()), "half").unwrap();
+    store.packs.tier().set(pack, Some(cut)).unwrap();
+    store.tier_sync(Which::All, &Silent).unwrap();
+    assert_eq!((bucket.count(), store.tier_stat().unwrap().stored_packs), (1, 1));
 }
 
 /// Work that passes every step of the tier several times.
