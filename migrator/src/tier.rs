@@ -1,19 +1,23 @@
 //! The second tier of a store in an S3-compatible bucket, by the crate `object_store`.
 //!
 //! It hides S3, and that its client is asynchronous while the store is not: requests run on the runtime, and the
-//! caller's thread waits for them, for a bounded time. What goes either way counts to the daemon's limit, in pieces of up to
-//! [`PART_BYTES`]. Invariants: a folder of a bucket belongs to one store, which its
-//! object `layerfs-store` names; credentials are never kept, logged or put into messages.
+//! caller's thread waits for them, for a bounded time; for an upload, as long as parts get through ([`upload`]). What goes
+//! either way counts to the daemon's limit; what that holds up doesn't count to the time that the bucket has to answer.
+//! Invariants: a folder of a bucket belongs to one store, which its object `layerfs-store` names; credentials are never
+//! kept, logged or put into messages.
+
+mod upload;
 
 use std::fmt;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
 use layerfs::error::ErrorClass;
+use layerfs::monitor::Monitor;
 use layerfs::store::db::{Batch, Cf, Sync};
 use layerfs::store::{Objects, Store};
 use layerfs::{Error, Result};
@@ -21,13 +25,13 @@ use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path;
 use object_store::{
     BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig,
-    WriteMultipart,
 };
 use serde::{Deserialize, Serialize};
-use tokio::io::AsyncReadExt;
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
 use crate::governor::{Controls, Gate, Governor, Priority, Way};
+use upload::{Fault, Pace, Step, Upload};
 
 /// Where the store keeps [`Settings`].
 const SETTINGS_KEY: &[u8] = b"tier.settings";
@@ -35,17 +39,15 @@ const SETTINGS_KEY: &[u8] = b"tier.settings";
 const OWNER: &str = "layerfs-store";
 /// No owner's name is longer, in bytes.
 const MAX_OWNER: u64 = 256;
-/// A pack goes in parts of this size.
-const PART_BYTES: usize = 8 << 20;
-/// So many parts are under way at a time.
-const PARTS: usize = 2;
-/// For how long one part, or one request, may take while nobody waits for it.
+/// For how long one request may take while nobody waits for it, a part's excepted.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// For how long a whole upload may take.
-const UPLOAD_PATIENCE: Duration = Duration::from_secs(3600);
+/// How often one who waits for an upload looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(200);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the waiting thread gives the runtime on top.
 const SLACK: Duration = Duration::from_secs(5);
+/// What the client says of a range that begins behind the end of an object.
+const BEHIND_THE_END: &str = "status code: 416";
 /// What a failure without keys is most likely due to.
 const NO_KEYS: &str = "; no access keys were found, so this machine's own role at Amazon was tried: set AWS_ACCESS_KEY_ID and \
                        AWS_SECRET_ACCESS_KEY before the daemon starts, or tier_credentials in its config file";
@@ -158,6 +160,9 @@ impl fmt::Debug for Keys {
 #[derive(Debug)]
 pub struct Bucket {
     store: Arc<AmazonS3>,
+    /// The same for packs, whose requests take as long as [`Pace`] lets them.
+    uploader: Arc<AmazonS3>,
+    pace: Pace,
     prefix: String,
     place: String,
     /// What to say of failures besides what they say themselves.
@@ -179,8 +184,7 @@ impl Bucket {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let endpoint = settings.endpoint.clone();
         let is_plain = endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
-        let options =
-            ClientOptions::new().with_timeout(PATIENCE).with_connect_timeout(CONNECT_TIMEOUT).with_allow_http(is_plain);
+        let options = ClientOptions::new().with_connect_timeout(CONNECT_TIMEOUT).with_allow_http(is_plain);
         let backoff = BackoffConfig {
             init_backoff: Duration::from_millis(200),
             max_backoff: Duration::from_secs(5),
@@ -189,7 +193,8 @@ impl Bucket {
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(&settings.bucket)
             .with_region(settings.region.as_deref().unwrap_or("us-east-1"))
-            .with_client_options(options)
+            // Single objects go, and not every server knows the request for several.
+            .with_disable_bulk_delete(true)
             .with_retry(RetryConfig { backoff, max_retries: 4, retry_timeout: PATIENCE });
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
@@ -202,11 +207,18 @@ impl Bucket {
         }
         let place = settings.url();
         let hint = if keys.is_some() { "" } else { NO_KEYS };
-        let store = builder.build().map_err(|error| fault("reaching", &place, error, hint))?;
+        let client = |options: ClientOptions| {
+            let built = builder.clone().with_client_options(options).build();
+            built.map(Arc::new).map_err(|error| fault("reaching", &place, error, hint))
+        };
+        let (store, uploader) =
+            (client(options.clone().with_timeout(PATIENCE))?, client(options.with_timeout_disabled())?);
         let timeout = Duration::from_secs(settings.timeout_seconds.max(1));
         let gate = |priority| governor.gate(Controls { priority, ..Controls::default() });
         Ok(Bucket {
-            store: Arc::new(store),
+            store,
+            uploader,
+            pace: Pace::default(),
             prefix: settings.prefix.clone(),
             place,
             hint,
@@ -232,20 +244,38 @@ impl Bucket {
         let task = self.runtime.spawn(async move {
             let _ = give.send(tokio::time::timeout(limit, work).await);
         });
-        let late = || Error::Tier {
-            action,
-            place: self.place.clone(),
-            class: ErrorClass::Network,
-            detail: format!("no answer within {} s{}", limit.as_secs(), self.hint),
-        };
         match take.recv_timeout(limit + SLACK) {
             Ok(Ok(outcome)) => Ok(outcome),
-            Ok(Err(_)) => Err(late()),
+            Ok(Err(_)) => Err(self.late(action, limit)),
             Err(_) => {
                 task.abort();
-                Err(late())
+                Err(self.late(action, limit))
             }
         }
+    }
+
+    /// Waits until the daemon's limit lets `bytes` in.
+    fn admit(&self, action: &'static str, bytes: u64) -> Result<()> {
+        let (give, take) = mpsc::sync_channel(1);
+        let gate = self.reads.clone();
+        self.runtime.spawn(async move {
+            drop(gate.ready(Way::In, bytes as usize).await);
+            let _ = give.send(());
+        });
+        take.recv().map_err(|_| self.ending(action))
+    }
+
+    fn late(&self, action: &'static str, limit: Duration) -> Error {
+        self.network(action, format!("no answer within {} s{}", limit.as_secs(), self.hint))
+    }
+
+    /// The runtime has dropped the request.
+    fn ending(&self, action: &'static str) -> Error {
+        self.network(action, "the daemon ends".to_owned())
+    }
+
+    fn network(&self, action: &'static str, detail: String) -> Error {
+        Error::Tier { action, place: self.place.clone(), class: ErrorClass::Network, detail }
     }
 
     fn fault(&self, action: &'static str, error: object_store::Error) -> Error {
@@ -312,47 +342,61 @@ fn fault(action: &'static str, place: &str, error: object_store::Error, hint: &'
         E::NotSupported { .. } | E::NotImplemented { .. } => (ErrorClass::Unsupported, ""),
         _ => (ErrorClass::Network, hint),
     };
-    let detail = format!("{}{hint}", crate::error::chain(&error));
+    let detail = format!("{}{hint}", said(&error));
     Error::Tier { action, place: place.to_owned(), class, detail }
 }
 
+/// What the client says of a failure.
+fn said(error: &object_store::Error) -> String {
+    crate::error::chain(error)
+}
+
 impl Objects for Bucket {
-    fn put(&self, name: &str, path: &FilePath) -> Result<()> {
-        let (store, to, from, gate) = (self.store.clone(), self.path(name), path.to_owned(), self.uploads.clone());
-        let put = self.call("uploading to", UPLOAD_PATIENCE, async move {
-            let failed = |e: std::io::Error| object_store::Error::Generic { store: "S3", source: Box::new(e) };
-            let mut file = tokio::fs::File::open(&from).await.map_err(failed)?;
-            let bytes = file.metadata().await.map_err(failed)?.len();
-            if bytes <= PART_BYTES as u64 {
-                let mut all = Vec::with_capacity(bytes as usize);
-                file.read_to_end(&mut all).await.map_err(failed)?;
-                drop(gate.ready(Way::Out, all.len()).await);
-                return store.put(&to, all.into()).await.map(|_| ());
-            }
-            let mut upload = WriteMultipart::new_with_chunk_size(store.put_multipart(&to).await?, PART_BYTES);
-            let mut buffer = vec![0; 256 * 1024];
-            loop {
-                upload.wait_for_capacity(PARTS).await?;
-                match file.read(&mut buffer).await.map_err(failed)? {
-                    0 => break,
-                    count => {
-                        drop(gate.ready(Way::Out, count).await);
-                        upload.write(&buffer[..count]);
-                    }
+    fn put(&self, name: &str, path: &FilePath, monitor: &dyn Monitor) -> Result<()> {
+        const ACTION: &str = "uploading to";
+        let (tell, told) = mpsc::channel();
+        let cancel = CancellationToken::new();
+        let upload = Upload {
+            store: self.uploader.clone(),
+            to: self.path(name),
+            from: path.to_owned(),
+            gate: self.uploads.clone(),
+            pace: self.pace,
+            cancel: cancel.clone(),
+        };
+        self.runtime.spawn(async move {
+            let ended = upload.run(&tell).await;
+            let _ = tell.send(Step::Ended(ended));
+        });
+        loop {
+            match told.recv_timeout(LOOK) {
+                Ok(Step::Sent(bytes)) => monitor.advance(bytes),
+                Ok(Step::Ended(ended)) => {
+                    return ended.map_err(|fault| match fault {
+                        Fault::Cancelled => Error::Cancelled,
+                        Fault::Late(limit) => self.late(ACTION, limit),
+                        Fault::File(error) => error,
+                        Fault::Bucket(error) => self.fault(ACTION, error),
+                    });
                 }
+                Err(RecvTimeoutError::Timeout) if monitor.is_cancelled() => cancel.cancel(),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(self.ending(ACTION)),
             }
-            upload.finish().await.map(|_| ())
-        })?;
-        put.map_err(|error| self.fault("uploading to", error))
+        }
     }
 
     fn read(&self, name: &str, at: u64, bytes: u64) -> Result<Bytes> {
-        let (store, from, gate) = (self.store.clone(), self.path(name), self.reads.clone());
-        let read = async move {
-            drop(gate.ready(Way::In, bytes as usize).await);
-            store.get_range(&from, at..at + bytes).await
-        };
-        self.call("reading from", self.timeout, read)?.map_err(|error| self.fault("reading from", error))
+        const ACTION: &str = "reading from";
+        self.admit(ACTION, bytes)?;
+        let (store, from) = (self.store.clone(), self.path(name));
+        let read = async move { store.get_range(&from, at..at + bytes).await };
+        match self.call(ACTION, self.timeout, read)? {
+            Ok(found) => Ok(found),
+            // The object is shorter: there is nothing after its end, which isn't to say that the bucket failed.
+            Err(error) if said(&error).contains(BEHIND_THE_END) => Ok(Bytes::new()),
+            Err(error) => Err(self.fault(ACTION, error)),
+        }
     }
 
     fn size(&self, name: &str) -> Result<Option<u64>> {
@@ -387,35 +431,4 @@ impl Objects for Bucket {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_of_buckets() {
-        let parsed = Settings::parse("s3://bucket/a/b/").unwrap();
-        assert_eq!((parsed.bucket.as_str(), parsed.prefix.as_str()), ("bucket", "a/b"));
-        assert_eq!(parsed.url(), "s3://bucket/a/b");
-        assert_eq!(Settings::parse("s3://bucket").unwrap().url(), "s3://bucket");
-        for wrong in ["bucket", "s3://", "s3:///a", "s3://b//c", "s3://user:pw@b", "s3://b/../c"] {
-            assert_eq!(Settings::parse(wrong).unwrap_err().class(), ErrorClass::Invalid, "{wrong}");
-        }
-        assert_eq!(format!("{:?}", Keys { access: "a".into(), secret: "s".into(), token: None }), "Keys(…)");
-    }
-
-    #[test]
-    fn a_bucket_that_does_not_answer_is_an_error_in_time() {
-        // Accepts connections, and says nothing.
-        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", silent.local_addr().unwrap());
-        let settings =
-            Settings { endpoint: Some(endpoint), timeout_seconds: 1, ..Settings::parse("s3://bucket").unwrap() };
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let keys = Keys { access: "a".into(), secret: "s".into(), token: None };
-        let bucket = Bucket::new(&settings, Some(&keys), &Governor::default(), runtime.handle().clone()).unwrap();
-        let error = bucket.read("packs/x", 0, 10).unwrap_err();
-        assert!(error.class() == ErrorClass::Network && error.to_string().contains("within 1 s"), "{error}");
-        // From a thread of the runtime too.
-        let error = runtime.block_on(async { bucket.size("x") }).unwrap_err();
-        assert_eq!(error.class(), ErrorClass::Network);
-    }
-}
+mod tests;

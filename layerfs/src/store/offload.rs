@@ -128,7 +128,7 @@ impl Store {
             let _claim = Claim(self, id);
             // A collection may have removed it since the list was made.
             if self.packs.path(id).exists() {
-                match self.upload(id, &*objects) {
+                match self.upload(id, &*objects, monitor) {
                     Ok(()) => {
                         moved.packs += 1;
                         moved.bytes += bytes;
@@ -141,13 +141,12 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
-            monitor.advance(bytes);
             monitor.items(1);
         }
         failed.map_or(Ok(moved), Err)
     }
 
-    fn upload(&self, id: PackId, objects: &dyn Objects) -> Result<()> {
+    fn upload(&self, id: PackId, objects: &dyn Objects, monitor: &dyn Monitor) -> Result<()> {
         let path = self.packs.path(id);
         let (hash, bytes) = hash_file(&path)?;
         let record = Record { state: State::Uploading, hash, bytes };
@@ -157,7 +156,7 @@ impl Store {
         }
         self.packs.tier().set(id, Some(record))?;
         failpoint::hit("tier.begun");
-        objects.put(&record.object(), &path)?;
+        objects.put(&record.object(), &path, monitor)?;
         let found = objects.size(&record.object())?;
         if found != Some(bytes) {
             return Err(Error::corrupt("uploaded pack", format!("{id} has {found:?} bytes there instead of {bytes}")));

@@ -2,7 +2,7 @@
 //!
 //! It hides which packs are there, and reading from them by ranges. Invariants: a pack counts as stored there only
 //! after its upload was confirmed, and its file goes only then; an object is named by its content and never changed; a
-//! read from there is verified like every other, and ends in bounded time with an error at worst. Memory:
+//! read from there is verified like every other, and ends in bounded time, what a limit holds it up for not counted, with an error at worst. Memory:
 //! [`WINDOWS`] windows of [`WINDOW_BYTES`], and a record for each pack.
 
 use std::collections::BTreeMap;
@@ -18,6 +18,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::codec::{Put, Reader};
 use crate::error::{Error, ErrorClass, Result};
+use crate::monitor::Monitor;
 use crate::store::db::{Batch, Cf, Db, Sync as Durable};
 use crate::store::pack::PackId;
 
@@ -33,10 +34,11 @@ const PAUSE: Duration = Duration::from_secs(3);
 pub(crate) const KEY: &[u8] = b"tier.pack.";
 const VERSION: u8 = 1;
 
-/// Objects by name, elsewhere. An implementation bounds the time that each call takes.
+/// Objects by name, elsewhere. An implementation bounds the time for which a call may get nowhere.
 pub trait Objects: Send + Sync + fmt::Debug {
-    /// Uploads the file at `path`; when this returns the object is there for good.
-    fn put(&self, name: &str, path: &Path) -> Result<()>;
+    /// Uploads the file at `path`; when this returns the object is there for good. `monitor` is told the bytes that have
+    /// got there, and may end it.
+    fn put(&self, name: &str, path: &Path, monitor: &dyn Monitor) -> Result<()>;
     /// `bytes` bytes of an object from `at` on, fewer at its end, none after it.
     fn read(&self, name: &str, at: u64, bytes: u64) -> Result<Bytes>;
     /// An object's length; none if there is no such object.

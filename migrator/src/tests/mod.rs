@@ -9,6 +9,7 @@ mod paths;
 mod recorded;
 mod refusals;
 mod relay;
+pub mod s3;
 mod speed;
 mod tenants;
 mod transfers;

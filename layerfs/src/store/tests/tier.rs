@@ -53,9 +53,9 @@ impl Folder {
 }
 
 impl Objects for Folder {
-    fn put(&self, name: &str, path: &Path) -> Result<()> {
+    fn put(&self, name: &str, path: &Path, monitor: &dyn Monitor) -> Result<()> {
         self.check()?;
-        std::fs::copy(path, self.path.join(name)).unwrap();
+        monitor.advance(std::fs::copy(path, self.path.join(name)).unwrap());
         Ok(())
     }
 
