@@ -348,7 +348,22 @@ fn fault(action: &'static str, place: &str, error: object_store::Error, hint: &'
 
 /// What the client says of a failure.
 fn said(error: &object_store::Error) -> String {
-    crate::error::chain(error)
+    without_markup(&crate::error::chain(error))
+}
+
+/// `text`, with only code and message of the document that a server answered. The rest repeats the request, and with it a
+/// session's token.
+fn without_markup(text: &str) -> String {
+    let Some(start) = ["<?xml", "<Error"].iter().filter_map(|mark| text.find(mark)).min() else {
+        return text.to_owned();
+    };
+    let (before, document) = text.split_at(start);
+    let element = |name: &str| {
+        let (_, rest) = document.split_once(&format!("<{name}>"))?;
+        rest.split_once(&format!("</{name}>")).map(|(inner, _)| inner)
+    };
+    let told: Vec<&str> = [element("Code"), element("Message")].into_iter().flatten().collect();
+    format!("{before}{}", told.join(": ")).trim_end_matches([':', ' ']).to_owned()
 }
 
 impl Objects for Bucket {

@@ -8,7 +8,7 @@ use tokio::runtime::Runtime;
 use super::upload::PART_BYTES;
 use super::*;
 use crate::Rate;
-use crate::tests::s3::S3;
+use crate::tests::s3::{S3, TOKEN};
 
 #[test]
 fn addresses_of_buckets() {
@@ -58,6 +58,17 @@ impl Fixture {
         assert_eq!(self.s3.uploads(), (1, 0), "{what}");
         assert_eq!(self.s3.object("store/packs/x"), None, "{what}");
     }
+}
+
+#[test]
+fn a_servers_answer_is_told_without_what_repeats_the_request() {
+    let fixture = Fixture::new();
+    fixture.s3.take_only("another");
+    let error = fixture.bucket.read("packs/x", 0, 1).unwrap_err();
+    assert!(error.class() == ErrorClass::Denied && error.to_string().contains("InvalidToken: it is so"), "{error}");
+    assert!(!error.to_string().contains(TOKEN) && !error.to_string().contains('<'), "{error}");
+    assert_eq!(without_markup("400: <ErrorResponse><X>x</X>"), "400");
+    assert_eq!(without_markup("no answer: 400"), "no answer: 400");
 }
 
 #[test]
