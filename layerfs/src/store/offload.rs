@@ -108,18 +108,22 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Tier`]; [`Error::Busy`] if another such work is running. What was uploaded before stays so. That of a pack
-    /// which can't be read here, after all others were uploaded.
+    /// which can't be read here, or of a removal that isn't allowed, after all others were uploaded.
     pub fn tier_sync(&self, which: Which, monitor: &dyn Monitor) -> Result<Moved> {
         self.check_writable()?;
         let tier = self.packs.tier();
         let _working = tier.working.try_lock().ok_or_else(busy)?;
         let objects = tier.objects()?;
-        self.remove_dead_objects(&*objects)?;
+        let mut failed = match self.remove_dead_objects(&*objects) {
+            // Keys that may not remove anything may upload all the same.
+            Err(error) if error.class() == ErrorClass::Denied => Some(error),
+            removed => removed.map(|()| None)?,
+        };
         let wanted =
             |id: PackId, bytes: u64| tier.stored(id).is_none() && (which == Which::All || bytes >= TARGET_BYTES);
         let packs: Vec<_> = self.packs.list()?.into_iter().filter(|(id, bytes)| wanted(*id, *bytes)).collect();
         monitor.phase("uploading packs", Some(packs.iter().map(|(_, bytes)| bytes).sum()));
-        let (mut moved, mut failed) = (Moved::default(), None);
+        let mut moved = Moved::default();
         for (id, bytes) in packs {
             monitor::check(monitor)?;
             if !self.packs.claim(id) {
@@ -241,6 +245,7 @@ impl Store {
         for (id, bytes) in remote {
             let Some(record) = tier.stored(id) else { continue };
             if !self.packs.claim(id) {
+                monitor.warn(&format!("pack {id} is not fetched while a collection runs; repeat this after it"));
                 continue;
             }
             let _claim = Claim(self, id);

@@ -209,6 +209,10 @@ impl Packs {
             Err(e) => return Err(Error::file("open", path, e)),
         };
         self.open.lock().put(id, file.clone());
+        // Whoever removed it meanwhile has looked for it before it was put there: its space would stay taken.
+        if !path.exists() {
+            self.open.lock().pop(&id);
+        }
         Ok(Some(file))
     }
 

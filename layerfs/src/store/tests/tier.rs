@@ -23,6 +23,8 @@ use crate::store::{FsckOptions, GcOptions, Objects, ProblemKind, Which, rebuild,
 pub(super) struct Folder {
     path: PathBuf,
     is_gone: AtomicBool,
+    /// Nothing may be removed.
+    keeps_all: AtomicBool,
     reads: AtomicU64,
     /// How often it was asked for anything but bytes.
     asked: AtomicU64,
@@ -34,6 +36,7 @@ impl Folder {
         Arc::new(Folder {
             path: path.to_owned(),
             is_gone: AtomicBool::new(false),
+            keeps_all: AtomicBool::new(false),
             reads: AtomicU64::new(0),
             asked: AtomicU64::new(0),
         })
@@ -81,6 +84,10 @@ impl Objects for Folder {
     fn remove(&self, name: &str) -> Result<()> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         self.check()?;
+        if self.keeps_all.load(Ordering::Relaxed) {
+            let (place, class) = (self.place(), ErrorClass::Denied);
+            return Err(Error::Tier { action: "removing from", place, class, detail: "all is kept".to_owned() });
+        }
         let _ = std::fs::remove_file(self.path.join(name));
         Ok(())
     }
@@ -412,6 +419,22 @@ fn one_pack_that_is_damaged_does_not_keep_the_others() {
     let stored = store.tier_stat().unwrap().stored_packs;
     assert!(matches!(store.tier_sync(Which::All, &Silent), Err(Error::File { .. })));
     assert_eq!(store.tier_stat().unwrap().stored_packs, stored + 1);
+}
+
+#[test]
+fn a_bucket_that_keeps_all_gets_new_packs() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bucket) = (folder.path().join("store"), Folder::new(&folder.path().join("bucket")));
+    let store = open(&path, &bucket);
+    named_layer(&store, "a", &[1], 300_000);
+    store.tier_sync(Which::All, &Silent).unwrap();
+    bucket.keeps_all.store(true, Ordering::Relaxed);
+    store.remove_name(&name("a")).unwrap();
+    store.gc(&Silent, GcOptions::default()).unwrap();
+    named_layer(&store, "b", &[2, 3], 300_000);
+    assert_eq!(store.tier_sync(Which::All, &Silent).unwrap_err().class(), ErrorClass::Denied);
+    let stat = store.tier_stat().unwrap();
+    assert_eq!((stat.stored_packs, stat.local_packs, stat.dead_packs), (1, 0, 1));
 }
 
 #[test]
