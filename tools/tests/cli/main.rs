@@ -4,9 +4,13 @@
 //! here, for want of root or FUSE, says so.
 
 mod host;
+#[path = "../../../migrator/src/tests/s3.rs"]
+#[expect(dead_code, reason = "some of what it can do is for the tests of the migrator")]
+mod s3;
 
 mod commands;
 mod failures;
 mod life;
 mod mounts;
 mod peers;
+mod tier;

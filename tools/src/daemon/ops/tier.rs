@@ -1,13 +1,17 @@
 //! The second tier: its settings, the work that is asked for, and what the daemon does by itself.
+//!
+//! Invariant: the settings don't change while somebody works by them; so nothing goes to a bucket, or leaves this disk,
+//! that no settings name any more.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use layerfs::error::ErrorClass;
 use layerfs::monitor::{Monitor, Silent};
 use layerfs::store::{Moved, RebuildReport, Store, StoreOptions, Which, rebuild_from};
 use migrator::governor::Governor;
-use migrator::tier::{Bucket, DEFAULT_TIMEOUT_SECONDS, Settings as Tier};
-use parking_lot::Mutex;
+use migrator::tier::{Bucket, DEFAULT_TIMEOUT_SECONDS, Keys, Settings as Tier};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::runtime::Handle;
 
 use crate::api::Empty;
@@ -23,12 +27,24 @@ use crate::{aws, units};
 const ROUND: Duration = Duration::from_secs(30);
 /// Small packs go once nothing was done for so long.
 const IDLE: Duration = Duration::from_secs(120);
+/// For how long a command waits for a round, which mostly finds nothing to do.
+const MOMENT: Duration = Duration::from_secs(2);
 
 /// What the daemon knows of the second tier besides its settings.
 #[derive(Debug, Default)]
 pub struct TierState {
     /// What went wrong last.
     error: Mutex<Option<String>>,
+    /// The way in use. Held by whoever works by the settings for as long as that takes, or changes them.
+    way: Mutex<Option<InUse>>,
+}
+
+/// The way to the tier, and what it was made of.
+#[derive(Debug)]
+struct InUse {
+    bucket: Arc<Bucket>,
+    tier: Tier,
+    keys: Option<Keys>,
 }
 
 impl TierState {
@@ -36,13 +52,23 @@ impl TierState {
     pub fn connect(&self, daemon: &Daemon) {
         let connected = match Tier::load(&daemon.store) {
             Ok(None) => return,
-            Ok(Some(tier)) => bucket(&tier, &daemon.settings, governor(daemon), Handle::current()),
+            Ok(Some(tier)) => InUse::new(daemon, tier, Handle::current()),
             Err(error) => Err(error.into()),
         };
         match connected {
-            Ok(bucket) => daemon.store.connect_tier(Some(Arc::new(bucket))),
+            Ok(way) => way.connect(daemon, &mut self.way.lock()),
             Err(failure) => self.note(Some(failure.message)),
         }
+    }
+
+    /// Keeps the settings as they are, or lets only the caller change them.
+    fn hold(&self) -> Result<MutexGuard<'_, Option<InUse>>> {
+        self.way.try_lock_for(MOMENT).ok_or_else(|| {
+            Failure::new(Class::Busy, "the daemon is just at work on the second tier").hint(
+                "try again later; `layerctl daemon status` lists what was asked for. What the daemon uploads by itself ends \
+                 with `layerctl daemon restart`, and begins again half a minute later",
+            )
+        })
     }
 
     /// Remembers what went wrong, and tells the log when that changes.
@@ -55,7 +81,27 @@ impl TierState {
     }
 }
 
-fn bucket(tier: &Tier, settings: &Settings, governor: &Governor, runtime: Handle) -> Result<Bucket> {
+impl InUse {
+    fn new(daemon: &Daemon, tier: Tier, runtime: Handle) -> Result<InUse> {
+        let keys = keys(&tier, &daemon.settings)?;
+        InUse::with(daemon, tier, keys, runtime)
+    }
+
+    fn with(daemon: &Daemon, tier: Tier, keys: Option<Keys>, runtime: Handle) -> Result<InUse> {
+        let governor = daemon.peering.node().transfers().governor();
+        let bucket = Arc::new(Bucket::new(&tier, keys.as_ref(), governor, runtime)?);
+        Ok(InUse { bucket, tier, keys })
+    }
+
+    /// Lets the store use it from now on.
+    fn connect(self, daemon: &Daemon, in_use: &mut Option<InUse>) {
+        daemon.store.connect_tier(Some(self.bucket.clone()));
+        *in_use = Some(self);
+    }
+}
+
+/// The keys in force for `tier`.
+fn keys(tier: &Tier, settings: &Settings) -> Result<Option<Keys>> {
     let (file, profile) = (settings.tier_credentials.as_deref(), settings.tier_profile.as_deref());
     let keys = aws::keys(&Environment::current(), file, profile)?;
     // The machine's own role, which is asked for without keys, is one at Amazon.
@@ -66,11 +112,7 @@ fn bucket(tier: &Tier, settings: &Settings, governor: &Governor, runtime: Handle
              tier_credentials in the config file; then `layerctl daemon stop`, and the next command starts it anew",
         ));
     }
-    Ok(Bucket::new(tier, keys.as_ref(), governor, runtime)?)
-}
-
-fn governor(daemon: &Daemon) -> &Governor {
-    daemon.peering.node().transfers().governor()
+    Ok(keys)
 }
 
 fn settings(store: &Store) -> Result<Tier> {
@@ -83,6 +125,7 @@ fn settings(store: &Store) -> Result<Tier> {
 /// `/v1/tier-add`.
 pub fn add(context: &Context, request: TierAddRequest) -> Result<TierInfo> {
     let daemon = &context.daemon;
+    let mut in_use = daemon.tier.hold()?;
     let before = Tier::load(&daemon.store)?;
     let mut tier = Tier::parse(&request.url)?;
     if let Some(before) = before.as_ref().filter(|before| before.url() != tier.url()) {
@@ -93,11 +136,18 @@ pub fn add(context: &Context, request: TierAddRequest) -> Result<TierInfo> {
     tier.region = request.region;
     tier.keep_bytes = request.keep_bytes;
     tier.timeout_seconds = request.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS);
+    let is_new = before.is_none();
     tier.owner = before.map_or_else(Tier::new_owner, |before| Ok(before.owner))?;
-    let bucket = bucket(&tier, &daemon.settings, governor(daemon), context.runtime())?;
-    bucket.take(&tier.owner)?;
-    Tier::keep(Some(&tier), &daemon.store)?;
-    daemon.store.connect_tier(Some(Arc::new(bucket)));
+    let way = InUse::new(daemon, tier, context.runtime())?;
+    let remote = if is_new { 0 } else { daemon.store.tier_stat()?.remote_packs };
+    if remote > 0 && way.bucket.owner()?.is_none() {
+        let text =
+            format!("{remote} packs are only in the second tier, and there is nothing of this store in that bucket");
+        return Err(Failure::new(Class::NotFound, text).hint("`layerctl tier status` shows the --endpoint in use"));
+    }
+    way.bucket.take(&way.tier.owner)?;
+    Tier::keep(Some(&way.tier), &daemon.store)?;
+    way.connect(daemon, &mut in_use);
     daemon.tier.note(None);
     info(daemon)
 }
@@ -171,28 +221,42 @@ fn moved(started: Instant, uploaded: Moved, evicted: Moved, fetched: Moved) -> T
 /// `/v1/tier-remove`.
 pub fn remove(context: &Context, _: Empty) -> Result<TierInfo> {
     let daemon = &context.daemon;
+    let mut in_use = daemon.tier.hold()?;
     settings(&daemon.store)?;
     daemon.store.tier_forget()?;
     Tier::keep(None, &daemon.store)?;
+    *in_use = None;
     daemon.tier.note(None);
     info(daemon)
 }
 
 /// Uploads, and evicts what is more than the disk shall hold.
 fn round(daemon: &Daemon, which: Which, monitor: &dyn Monitor) -> Result<(Moved, Moved)> {
-    let tier = settings(&daemon.store)?;
-    let way = bucket(&tier, &daemon.settings, governor(daemon), Handle::current())?;
-    // A store that was copied, folder and all, must not write where its original does.
-    way.take(&tier.owner)?;
-    if !daemon.store.has_tier() {
-        daemon.store.connect_tier(Some(Arc::new(way)));
-    }
-    let uploaded = daemon.store.tier_sync(which, monitor)?;
-    let evicted = match tier.keep_bytes {
+    let mut in_use = daemon.tier.hold()?;
+    let keep_bytes = settings(&daemon.store)?.keep_bytes;
+    reach(daemon, &mut in_use).inspect_err(|failure| daemon.tier.note(Some(failure.message.clone())))?;
+    let uploaded = daemon.store.tier_sync(which, monitor);
+    // One pack that can't be read, or removed there, is no reason to let the disk get full.
+    let goes_on = |error: &layerfs::Error| !matches!(error.class(), ErrorClass::Network | ErrorClass::Busy);
+    let evicted = match keep_bytes.filter(|_| uploaded.as_ref().err().is_none_or(goes_on)) {
         Some(keep) => daemon.store.tier_evict(keep, monitor)?,
         None => Moved::default(),
     };
-    Ok((uploaded, evicted))
+    Ok((uploaded?, evicted))
+}
+
+/// Makes sure that the way to the tier is open, with the keys that are in force now, and that the folder is still this
+/// store's.
+fn reach(daemon: &Daemon, in_use: &mut Option<InUse>) -> Result<()> {
+    let tier = settings(&daemon.store)?;
+    let keys = keys(&tier, &daemon.settings)?;
+    if let Some(way) = in_use.as_ref().filter(|way| way.tier == tier && way.keys == keys) {
+        return Ok(way.bucket.take(&tier.owner)?);
+    }
+    let way = InUse::with(daemon, tier, keys, Handle::current())?;
+    way.bucket.take(&way.tier.owner)?;
+    way.connect(daemon, in_use);
+    Ok(())
 }
 
 /// Keeps the tier up to date while the daemon lives: full packs soon, small ones when there is nothing else to do.
@@ -233,7 +297,8 @@ pub fn rebuild(
     let mut tier = Tier::parse(url)?;
     tier.endpoint = args.endpoint.clone();
     tier.region = args.region.clone();
-    let bucket = bucket(&tier, settings, &Governor::default(), runtime.handle().clone())?;
+    let keys = keys(&tier, settings)?;
+    let bucket = Bucket::new(&tier, keys.as_ref(), &Governor::default(), runtime.handle().clone())?;
     tier.owner = bucket.owner()?.ok_or_else(|| {
         Failure::new(Class::NotFound, format!("{url} is no store's second tier: it has no object layerfs-store"))
     })?;
