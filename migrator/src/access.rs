@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use crate::peers::Visible;
 use crate::plan;
+use crate::wanted::{Polled, Wanted};
 
 /// Chunks of which a restricted peer is told at most; more are sent again, at worst.
 const MAX_REACHABLE: usize = 4_000_000;
@@ -41,11 +42,13 @@ pub struct Access {
 }
 
 impl Access {
-    /// What a peer that sees `visible` may reach in `store`. Reads what a restricted peer may see; blocks.
+    /// What a peer that sees `visible` may reach in `store`. Reads what a restricted peer may see, while that is `wanted`;
+    /// blocks.
     ///
     /// # Errors
-    /// Those of reading.
-    pub fn new(store: &Arc<Store>, visible: &Visible) -> Result<Access> {
+    /// Those of reading; [`layerfs::Error::Cancelled`] if it isn't wanted any more.
+    pub fn new(store: &Arc<Store>, visible: &Visible, wanted: &Wanted) -> Result<Access> {
+        let chunks = Polled::new(store.as_ref(), wanted);
         let mut layers = Vec::new();
         let roots = match visible {
             Visible::All => store.roots()?,
@@ -53,7 +56,7 @@ impl Access {
         };
         let mut held = HashSet::new();
         for root in roots {
-            add_stack(store.as_ref(), root, &mut held, &mut layers)?;
+            add_stack(&chunks, root, &mut held, &mut layers)?;
         }
         if store.has_partials() {
             held.retain(|layer| store.partial(*layer).is_none());
@@ -64,7 +67,7 @@ impl Access {
             Visible::Matching(_) => {
                 let mut ids = HashSet::new();
                 layers.reverse();
-                plan::candidates(store.as_ref(), &layers, &[], &mut |candidate| {
+                plan::candidates(&chunks, &layers, &[], &mut |candidate| {
                     if ids.len() < MAX_REACHABLE {
                         ids.insert(half(&candidate.id));
                     }

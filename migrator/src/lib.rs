@@ -54,6 +54,7 @@ pub mod tier;
 pub mod tls;
 pub mod transfers;
 mod unbundle;
+pub mod wanted;
 pub mod wire;
 
 pub use dial::Transport;

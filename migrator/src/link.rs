@@ -4,6 +4,7 @@
 //! link that is silent for longer than the idle timeout is dead; a last word (an error) is heard even if writing
 //! has failed meanwhile.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,11 +23,15 @@ use crate::error::{Error, Result};
 use crate::governor::{Gate, Rate, Way};
 use crate::group::Trunk;
 use crate::outbox::{self, Numbered, Outgoing, Takes};
+use crate::send::joined;
 use crate::socket::{Probe, Tuner};
+use crate::wanted::Wanted;
 use crate::wire::{self, FrameHeader, HEADER_BYTES, Hello, Message};
 
 /// Messages that wait to be handled. A [`Message::Chunks`] has about half a MiB.
 const INCOMING: usize = 4;
+/// Messages that are taken before it's their turn, while the other side is to wait for an answer.
+const MAX_EARLY: usize = 4;
 /// Small messages are collected up to so many bytes before they are written.
 const COALESCE_BYTES: usize = 32 * 1024;
 /// How much is read from a socket at once, as TLS asks for 4 KiB at a time.
@@ -199,6 +204,8 @@ pub struct Link {
     gate: GateSlot,
     outbox: Option<Outbox>,
     incoming: mpsc::Receiver<Result<Message>>,
+    /// What came while an answer was worked out.
+    early: VecDeque<Message>,
     group: Option<OpenGroup>,
     was_grouped: bool,
     /// The number of the frame that comes next, if it has one.
@@ -256,6 +263,7 @@ impl Link {
             peer: peer.to_owned(),
             outbox: Some(out_sender),
             incoming: in_receiver,
+            early: VecDeque::new(),
             group: None,
             was_grouped: false,
             part: None,
@@ -337,6 +345,38 @@ impl Link {
 
     /// The next message other than Alive; `None` if the peer has closed the link between messages.
     pub async fn recv_or_end(&mut self) -> Result<Option<Message>> {
+        match self.early.pop_front() {
+            Some(message) => Ok(Some(message)),
+            None => self.recv_new().await,
+        }
+    }
+
+    /// Waits for `job`, a thread that works out what the other side waits for. If the link goes meanwhile, the job is not
+    /// `wanted` any more.
+    pub(crate) async fn wait_for<T>(&mut self, mut job: JoinHandle<Result<T>>, wanted: &Wanted) -> Result<T> {
+        let why = loop {
+            let next = tokio::select! {
+                biased;
+                done = &mut job => return joined(done),
+                next = self.recv_new() => next,
+            };
+            match next {
+                Ok(Some(message)) if self.early.len() < MAX_EARLY => self.early.push_back(message),
+                Ok(Some(message)) => {
+                    break Error::protocol(&self.peer, format!("{} while an answer is due", message.kind()));
+                }
+                Ok(None) => break Error::Closed { peer: self.peer.clone() },
+                Err(error) => break error,
+            }
+        };
+        wanted.end();
+        match joined(job.await) {
+            Err(Error::Store(layerfs::Error::Cancelled)) => Err(why),
+            done => done,
+        }
+    }
+
+    async fn recv_new(&mut self) -> Result<Option<Message>> {
         loop {
             let message = match &mut self.group {
                 None => self.incoming.recv().await,

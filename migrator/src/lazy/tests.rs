@@ -16,6 +16,7 @@ use crate::access::Access;
 use crate::guest::{GuestName, GuestRecord, GuestSpec, GuestState, Guests};
 use crate::peers::{Rights, Visible};
 use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, noise, silent, tree};
+use crate::wanted::Wanted;
 use crate::{PullOptions, PushOptions};
 
 fn push_options() -> PushOptions {
@@ -79,7 +80,10 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
     // It is what it is: no damage, nothing to collect, nothing to hand on.
     assert_clean(&pair.here);
     store.gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
-    assert!(!Access::new(&store, &Visible::All).unwrap().holds(&base), "a partial layer is held by nobody");
+    assert!(
+        !Access::new(&store, &Visible::All, &Wanted::default()).unwrap().holds(&base),
+        "a partial layer is held by nobody"
+    );
     let onward = pair.here.node.push(&[name("app")], "there", PushOptions::default(), silent()).await.unwrap_err();
     assert_eq!(onward.class(), ErrorClass::Busy, "{onward}");
     assert!(read(&store, ids[0]).await.is_err(), "nobody fetches yet");
