@@ -557,4 +557,54 @@ mod tests {
         governor.set_limit(Some(Rate::new(3000)));
         assert_eq!(gate.pace_to_tell().and_then(|pace| pace.limit), Some(Rate::new(3000)));
     }
+
+    /// How far `governor` has let through more than its limit `way`, in bytes.
+    fn debt(governor: &Governor, way: Way) -> f64 {
+        let mut bucket = governor.0.lane(way).bucket.lock();
+        bucket.fill(governor.limit().unwrap().bytes_per_second() as f64, Instant::now());
+        -bucket.tokens
+    }
+
+    #[tokio::test]
+    async fn what_several_links_bring_keeps_to_the_common_limit_whichever_message_it_is() {
+        use crate::link::{Link, Patience};
+        use crate::wire::{self, Bundle, ChunksWriter, Message};
+
+        let bundle = |pages: Vec<u16>, bases| {
+            let frame = vec![7; 120_000].into();
+            Message::Bundle(Bundle { bases, pages, first: None, chunks: 1, plain_bytes: 4096, frame })
+        };
+        let plain = crate::tests::pair::noise(1, 120_000);
+        let id = layerfs::ChunkId::of(&plain);
+        let chunk = layerfs::chunk::encode(id, layerfs::chunk::Class::Data, &plain, 1).stored().clone();
+        let mut writer = ChunksWriter::default();
+        writer.push(&chunk);
+        let mut frames = [writer.finish().to_vec(), Vec::new(), Vec::new()];
+        wire::encode(&bundle(Vec::new(), Vec::new()), &mut frames[1]);
+        wire::encode(&bundle(vec![1], vec![[1; 8]]), &mut frames[2]);
+        for frame in frames {
+            let governor = Governor::default();
+            governor.set_limit(Some(Rate::new(1_000_000)));
+            let pull = |frame: Vec<u8>| {
+                let governor = governor.clone();
+                async move {
+                    let (near, far) = tokio::io::duplex(1 << 20);
+                    let mut link = Link::start(near, "there", Patience::default());
+                    link.govern(governor.gate(Controls::default()));
+                    let (_, mut out) = tokio::io::split(far);
+                    let mut bytes = Vec::new();
+                    wire::encode(&Message::Hello(wire::Hello::OURS), &mut bytes);
+                    bytes.extend([&frame[..]; 3].concat());
+                    tokio::io::AsyncWriteExt::write_all(&mut out, &bytes).await.unwrap();
+                    for _ in 0..3 {
+                        assert!(link.recv().await.unwrap().is_bulk());
+                        // What was read last may be owed, and what is small: nothing else.
+                        let debt = debt(&governor, Way::In);
+                        assert!(debt <= on_the_wire(frame.len()) + 1000.0, "{debt} bytes of type {:#x}", frame[4]);
+                    }
+                }
+            };
+            tokio::join!(pull(frame.clone()), pull(frame.clone()));
+        }
+    }
 }
