@@ -259,6 +259,11 @@ impl Remote {
         Err(self.wrong(ErrorClass::Corrupt, format!("a blob came with digest {found} instead of {}", blob.digest)))
     }
 
+    /// Its address, for people.
+    pub fn place(&self) -> String {
+        self.place.whole()
+    }
+
     /// The registry holds something that can't be.
     pub fn wrong(&self, class: ErrorClass, detail: impl Into<String>) -> Error {
         Error::Registry { action: "reading", place: self.place.whole(), class, detail: detail.into() }

@@ -21,7 +21,8 @@ use super::client::{Descriptor, Remote, sha256};
 use super::image::Found;
 use super::{PullFrom, Pulled, Pushed, blocking};
 use crate::check::check_layer;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::wanted::{Polled, Wanted};
 
 /// What the artifact is.
 pub(super) const STACK_TYPE: &str = "application/vnd.layerfs.stack.v1";
@@ -232,12 +233,21 @@ pub(super) async fn pull(
         .await?;
     }
     let blobs_received = lacking.len() as u64 + 2;
+    let place = remote.place();
+    let wrong = move |detail| Error::Registry { action: "reading", place, class: ErrorClass::Corrupt, detail };
     let (layer_count, name, expect) = (layers.len() as u64, from.name.clone(), from.expect);
     blocking(move || {
-        // From the lowest on, since each is compared with its parent.
+        let wanted = Wanted::by(&monitor);
+        let chunks = Polled::new(&*session, &wanted);
+        // From the lowest on, since each is compared with its parent, which has to be whole.
+        let mut below = None;
         for layer in layers.iter().rev() {
-            check(&*monitor)?;
-            check_layer(&*session, *layer, &mut |ids| session.has_many(ids))?;
+            if LayerManifest::load(&chunks, *layer)?.parent != below {
+                let detail = format!("the stack there has layer {layer} without the one that it stands on");
+                return Err(wrong(detail));
+            }
+            check_layer(&chunks, *layer, &mut |ids| session.has_many(ids))?;
+            below = Some(*layer);
         }
         session.commit()?;
         session.store().set_name(&name, top, expect)?;

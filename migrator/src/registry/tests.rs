@@ -6,7 +6,8 @@ use std::sync::Arc;
 use layerfs::LayerId;
 use layerfs::error::ErrorClass;
 use layerfs::manifest::Manifest;
-use layerfs::store::Expect;
+use layerfs::monitor::Silent;
+use layerfs::store::{Expect, GcOptions};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -33,6 +34,17 @@ impl Fake {
 
     fn parcels(&mut self) -> &mut [Value] {
         &mut self.manifest["layers"].as_array_mut().unwrap()[1..]
+    }
+
+    /// Changes the list of layers.
+    fn config(&mut self, change: impl FnOnce(&mut Vec<Value>)) {
+        let old = self.manifest["config"]["digest"].as_str().unwrap().to_owned();
+        let mut config: Value = serde_json::from_slice(&self.blobs[&old]).unwrap();
+        change(config["layers"].as_array_mut().unwrap());
+        let bytes = config.to_string().into_bytes();
+        self.manifest["config"]["digest"] = json!(sha256(&bytes));
+        self.manifest["config"]["size"] = json!(bytes.len());
+        self.blobs.insert(sha256(&bytes), bytes);
     }
 
     /// What `host` makes of it, as the layer "pulled".
@@ -150,4 +162,25 @@ async fn no_digest_leads_out_of_the_folder_and_no_size_is_believed() {
     }
     assert!(there.store().name(&name("pulled")).unwrap().is_none());
     assert_eq!(temporary(&there), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stack_that_leaves_layers_out_gets_no_name() {
+    let (host, layers) = host_with_stack();
+    let lists: [&dyn Fn(&mut Vec<Value>); 4] = [
+        // Without its base, without a layer between, upside down, twice.
+        &|list| list.truncate(2),
+        &|list| drop(list.remove(1)),
+        &|list| list.reverse(),
+        &|list| list.push(list[2].clone()),
+    ];
+    for (at, change) in lists.into_iter().enumerate() {
+        let there = Host::new();
+        let mut fake = Fake::of(&host, layers[0]);
+        fake.config(change);
+        let error = fake.pulled_by(&there).await.unwrap_err();
+        assert_eq!(class(&error), ErrorClass::Corrupt, "{at}: {error}");
+        assert!(there.store().name(&name("pulled")).unwrap().is_none());
+        there.store().gc(&Silent, GcOptions::default()).unwrap();
+    }
 }
