@@ -98,6 +98,28 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_of_a_lazy_transfer_is_one_of_all_that_it_would_bring() {
+    let pair = Pair::new().await;
+    add_layer(pair.there.store(), "app", &tree(30, 2 << 20));
+    add_layer(pair.here.store(), "mine", &tree(30, 2 << 20));
+    let mut costs = Vec::new();
+    for lazy in [false, true] {
+        let pull = PullOptions { lazy, dry_run: true, ..PullOptions::default() };
+        let report = pair.here.node.pull(&[name("app")], "there", pull, silent()).await.unwrap();
+        assert!(report.dry_run && report.names_changed == 1, "{report:?}");
+        let push = PushOptions { lazy, dry_run: true, ..PushOptions::default() };
+        let sent = pair.here.node.push(&[name("mine")], "there", push, silent()).await.unwrap();
+        assert!(sent.dry_run && sent.names_changed == 1, "{sent:?}");
+        costs.push((report.would_send_bytes, sent.would_send_bytes));
+        for (host, called) in [(&pair.here, "app"), (&pair.there, "mine")] {
+            assert!(host.store().name(&name(called)).unwrap().is_none() && !host.store().has_partials());
+        }
+    }
+    // The data, which hardly shrinks, is in all of them.
+    assert!(costs.iter().all(|(pulled, pushed)| *pulled.min(pushed) > 2 << 20), "{costs:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_others_have_brought_does_not_come_again() {
     let pair = Pair::new().await;
     let layer = add_layer(pair.there.store(), "app", &tree(300, 8 << 20));

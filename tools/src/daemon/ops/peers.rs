@@ -196,7 +196,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
     let (peer, daemon) = (request.peer.clone(), context.daemon.clone());
     let push = |monitor| async move {
         let report = node.push(&names, &peer, options, monitor).await?;
-        if options.lazy {
+        if options.lazy && !options.dry_run {
             let layers = names.iter().filter_map(|name| Some(daemon.store.name(name).ok()??.layer)).collect();
             daemon.peering.push_rest(layers, peer).await?;
         }
