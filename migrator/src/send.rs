@@ -181,12 +181,18 @@ fn hints(store: &Arc<Store>, offered: &[OfferedLayer], visible: &Visible) -> Res
     let offered: HashSet<LayerId> = offered.iter().map(|layer| layer.id).collect();
     let mut seen = offered.clone();
     let (mut related, mut others) = (Vec::new(), Vec::new());
-    for top in visible_layers(store, visible)?.into_iter().take(MAX_HINT_NAMES) {
+    'tops: for top in visible_layers(store, visible)?.into_iter().take(MAX_HINT_NAMES) {
         let mut stack = Vec::new();
         let mut next = Some(top);
         while let Some(id) = next.filter(|id| seen.insert(*id)) {
             stack.push(id);
-            next = Manifest::load(store.as_ref(), id)?.parent;
+            next = match Manifest::load(store.as_ref(), id) {
+                Ok(manifest) => manifest.parent,
+                Err(error) => {
+                    tracing::warn!(layer = %id, stack = %top, %error, "a stack can't be read and is built upon by nothing");
+                    continue 'tops;
+                }
+            };
         }
         if next.is_some_and(|id| offered.contains(&id)) { related.extend(stack) } else { others.extend(stack) }
     }

@@ -97,6 +97,8 @@ pub(crate) struct Inner {
     jobs: Mutex<BTreeMap<String, Option<String>>>,
     /// Peers that what was pushed lazily goes to.
     pushes: Mutex<BTreeSet<String>>,
+    /// Layers of which was said that they can't be read.
+    unreadable: Mutex<BTreeSet<LayerId>>,
 }
 
 /// The partial layers, as of the last look.
@@ -154,6 +156,7 @@ impl Lazy {
             changed: tokio::sync::Notify::new(),
             jobs: Mutex::default(),
             pushes: Mutex::default(),
+            unreadable: Mutex::default(),
         });
         node.store().set_fetcher(Arc::new(Handle(Arc::downgrade(&inner))));
         tokio::spawn(manage(inner.clone()));
@@ -203,6 +206,13 @@ impl Lazy {
 impl Inner {
     fn is_stopped(&self) -> bool {
         *self.stop.borrow()
+    }
+
+    /// Says once that `layer` can't be read.
+    fn tell_unreadable(&self, layer: LayerId, error: &layerfs::Error) {
+        if self.unreadable.lock().insert(layer) {
+            tracing::warn!(%layer, %error, "a layer can't be read; what it stands on is fetched all the same");
+        }
     }
 
     /// Resolves at the end.
@@ -483,19 +493,28 @@ fn replay_traces(inner: &Arc<Inner>) -> Result<()> {
 fn due(inner: &Inner, peer: &str) -> Result<Vec<LayerId>> {
     let store = inner.node.store();
     let mut needed = HashSet::new();
+    let mut is_all_known = true;
     for root in store.roots()? {
         let mut next = Some(root);
         while let Some(layer) = next.filter(|layer| needed.insert(*layer)) {
-            next = Manifest::load(store.as_ref(), layer)?.parent;
+            next = match Manifest::load(store.as_ref(), layer) {
+                Ok(manifest) => manifest.parent,
+                Err(error) => {
+                    inner.tell_unreadable(layer, &error);
+                    is_all_known = false;
+                    None
+                }
+            };
         }
     }
     let of_peer =
         |partial: &PartialLayer| !partial.pushed && partial.sources.first().is_some_and(|first| first == peer);
     let layers: Vec<LayerId> =
         store.partials().into_iter().filter(|(_, partial)| of_peer(partial)).map(|(layer, _)| layer).collect();
-    let (due, unneeded): (Vec<LayerId>, Vec<LayerId>) = layers.into_iter().partition(|layer| needed.contains(layer));
+    // What can't be read may stand on any.
+    let is_needed = |layer: &LayerId| !is_all_known || needed.contains(layer);
+    let (due, unneeded): (Vec<LayerId>, Vec<LayerId>) = layers.into_iter().partition(is_needed);
     // A collection takes what has come of these; their marks would only keep us trying.
-    let unneeded: Vec<LayerId> = unneeded.into_iter().filter(|layer| !needed.contains(layer)).collect();
     store.clear_unneeded(&unneeded)?;
     Ok(due)
 }
