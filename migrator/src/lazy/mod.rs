@@ -388,7 +388,7 @@ impl Inner {
 async fn manage(inner: Arc<Inner>) {
     while !inner.is_stopped() {
         let before = inner.clone();
-        let (new, peers) = match joined(spawn_blocking(move || refresh(&before)).await) {
+        let (new, peers) = match joined(spawn_blocking(move || Ok(refresh(&before))).await) {
             Ok(found) => found,
             Err(error) => {
                 tracing::error!(%error, "what is partial cannot be read");
@@ -423,8 +423,9 @@ async fn push_rests(inner: &Arc<Inner>) {
     }
 }
 
-/// Looks at the partial layers anew. Returns the sources that are new, and the peers to fetch the rest from. Blocks.
-fn refresh(inner: &Arc<Inner>) -> Result<(Vec<Arc<Source>>, Vec<String>)> {
+/// Looks at the partial layers anew. Returns the sources that are new, and the peers to fetch the rest from, whatever can't
+/// be read. Blocks.
+fn refresh(inner: &Arc<Inner>) -> (Vec<Arc<Source>>, Vec<String>) {
     let store = inner.node.store();
     let mut new = Vec::new();
     let mut fetched = BTreeSet::new();
@@ -455,12 +456,17 @@ fn refresh(inner: &Arc<Inner>) -> Result<(Vec<Arc<Source>>, Vec<String>)> {
             fetched.extend(partial.sources.first().cloned());
         }
         if !inner.known.read().orders.contains_key(layer) {
-            let order = Arc::new(Order::of(store, *layer)?);
-            inner.known.write().orders.insert(*layer, order);
+            match Order::of(store, *layer) {
+                Ok(order) => drop(inner.known.write().orders.insert(*layer, Arc::new(order))),
+                // Its chunks come one by one, and with the rest.
+                Err(error) => inner.tell_unreadable(*layer, &error),
+            }
         }
     }
-    replay_traces(inner)?;
-    Ok((new, fetched.into_iter().collect()))
+    if let Err(error) = replay_traces(inner) {
+        tracing::warn!(%error, "what is read first can't be told; it comes when it is read");
+    }
+    (new, fetched.into_iter().collect())
 }
 
 /// For each named stack with partial layers: fetches first what earlier runs here read, and asks the source for its own.
@@ -469,8 +475,14 @@ fn replay_traces(inner: &Arc<Inner>) -> Result<()> {
     let mut tops: BTreeMap<LayerId, String> = BTreeMap::new();
     if store.has_partials() {
         for top in store.roots()? {
-            let source =
-                store.partials_of_stack(top)?.first().and_then(|(_, partial)| partial.sources.first().cloned());
+            let partials = match store.partials_of_stack(top) {
+                Ok(partials) => partials,
+                Err(error) => {
+                    inner.tell_unreadable(top, &error);
+                    continue;
+                }
+            };
+            let source = partials.first().and_then(|(_, partial)| partial.sources.first().cloned());
             tops.extend(source.map(|source| (top, source)));
         }
     }

@@ -175,6 +175,36 @@ async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_unreadable_layer_keeps_no_other_from_its_source() {
+    let pair = Pair::new().await;
+    let damaged = add_layer(pair.there.store(), "damaged", &tree(30, 1 << 20));
+    let layer = add_layer(pair.there.store(), "app", &[("large".to_owned(), noise(1, 2 << 20))].into());
+    pull_lazily(&pair, "damaged").await.unwrap();
+    pull_lazily(&pair, "app").await.unwrap();
+    let mut pieces = Vec::new();
+    let manifest = layerfs::manifest::Manifest::load(pair.here.store().as_ref(), damaged).unwrap();
+    layerfs::closure::walk_content(pair.here.store().as_ref(), &manifest.inodes, &mut |part| {
+        pieces.push(part.id());
+        Ok(true)
+    })
+    .unwrap();
+    pair.here.damage_chunk(pieces.last().unwrap());
+    let Pair { here, there, listener } = pair;
+    let pair = Pair { here: here.restarted(), there, listener };
+    let store = pair.here.store().clone();
+    let ids = data(&store, layer);
+    assert!(store.data_in_order(damaged, &mut |_, _| Ok(())).is_err());
+    // The rest would bring it too, in the end.
+    pair.here.node.transfers().governor().set_limit(Some(crate::Rate::new(100_000)));
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    for id in ids.iter().rev().take(3) {
+        assert!(read(&store, *id).await.unwrap() > 0);
+    }
+    pair.here.node.transfers().governor().set_limit(None);
+    drop(lazy);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_waits_for_its_state_as_long_as_it_takes() {
     let mut pair = Pair::new().await;
     let layer = add_layer(pair.there.store(), "guest/web/state", &tree(10, 4 << 20));
