@@ -55,6 +55,8 @@ const NEED_CHECK: Duration = Duration::from_secs(2);
 /// Between attempts of the background transfer.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(30);
+/// What is said of a source whose rest doesn't come.
+const CANCELLED: &str = "the rest was cancelled; pull the layer again to fetch it";
 /// For so long the background waits until the source has told its traces.
 const TRACES: Duration = Duration::from_secs(2);
 
@@ -97,6 +99,8 @@ pub(crate) struct Inner {
     jobs: Mutex<BTreeMap<String, Option<String>>>,
     /// Peers that what was pushed lazily goes to.
     pushes: Mutex<BTreeSet<String>>,
+    /// Layers whose rest somebody has cancelled: it comes when they are pulled again, or with the next daemon.
+    cancelled: Mutex<BTreeSet<LayerId>>,
     /// Layers of which was said that they can't be read.
     unreadable: Mutex<BTreeSet<LayerId>>,
 }
@@ -128,6 +132,12 @@ impl ChunkFetcher for Handle {
         }
     }
 
+    fn marked(&self, layers: &[LayerId]) {
+        if let Some(inner) = self.0.upgrade() {
+            inner.cancelled.lock().retain(|layer| !layers.contains(layer));
+        }
+    }
+
     fn changed(&self) {
         if let Some(inner) = self.0.upgrade() {
             inner.is_stale.store(true, Ordering::Release);
@@ -156,6 +166,7 @@ impl Lazy {
             changed: tokio::sync::Notify::new(),
             jobs: Mutex::default(),
             pushes: Mutex::default(),
+            cancelled: Mutex::default(),
             unreadable: Mutex::default(),
         });
         node.store().set_fetcher(Arc::new(Handle(Arc::downgrade(&inner))));
@@ -192,11 +203,17 @@ impl Lazy {
     /// The peers that partial layers come from.
     pub fn sources(&self) -> Vec<SourceStatus> {
         let jobs = self.0.jobs.lock().clone();
+        let cancelled = self.0.cancelled.lock().clone();
         let known = self.0.known.read();
         let peers: BTreeSet<&String> = known.layers.values().flat_map(|partial| &partial.sources).collect();
+        let is_held = |peer: &String| {
+            let mut layers = known.layers.iter().filter(|(layer, _)| cancelled.contains(layer));
+            layers.any(|(_, partial)| partial.sources.first() == Some(peer))
+        };
         let status = |peer: &String| {
             let source = known.sources.get(peer).and_then(|source| source.failing());
             let error = source.map(|(_, error)| error).or_else(|| jobs.get(peer).cloned().flatten());
+            let error = error.or_else(|| is_held(peer).then(|| CANCELLED.to_owned()));
             SourceStatus { peer: peer.clone(), error }
         };
         peers.into_iter().map(status).collect()
@@ -451,8 +468,9 @@ fn refresh(inner: &Arc<Inner>) -> (Vec<Arc<Source>>, Vec<String>) {
         }
         known.layers = layers.clone();
     }
+    inner.cancelled.lock().retain(|layer| layers.contains_key(layer));
     for (layer, partial) in &layers {
-        if !partial.pushed {
+        if !partial.pushed && !inner.cancelled.lock().contains(layer) {
             fetched.extend(partial.sources.first().cloned());
         }
         if !inner.known.read().orders.contains_key(layer) {
@@ -501,7 +519,8 @@ fn replay_traces(inner: &Arc<Inner>) -> Result<()> {
     Ok(())
 }
 
-/// The layers that come from `peer` and that something needs; the marks of others are dropped. Blocks.
+/// The layers that come from `peer`, that something needs and nobody has cancelled; the marks of what nothing needs are
+/// dropped. Blocks.
 fn due(inner: &Inner, peer: &str) -> Result<Vec<LayerId>> {
     let store = inner.node.store();
     let mut needed = HashSet::new();
@@ -528,7 +547,8 @@ fn due(inner: &Inner, peer: &str) -> Result<Vec<LayerId>> {
     let (due, unneeded): (Vec<LayerId>, Vec<LayerId>) = layers.into_iter().partition(is_needed);
     // A collection takes what has come of these; their marks would only keep us trying.
     store.clear_unneeded(&unneeded)?;
-    Ok(due)
+    let cancelled = inner.cancelled.lock();
+    Ok(due.into_iter().filter(|layer| !cancelled.contains(layer)).collect())
 }
 
 /// The background transfer from `peer`: again and again until nothing is partial any more.
@@ -560,12 +580,9 @@ async fn complete(inner: Arc<Inner>, peer: String) {
             Err(Error::Store(layerfs::Error::Cancelled)) if inner.is_stopped() => {}
             Err(Error::Store(layerfs::Error::Cancelled)) => {
                 let (look, of) = (inner.clone(), peer.clone());
-                let left = joined(spawn_blocking(move || due(&look, &of)).await);
-                if left.is_ok_and(|left| left.iter().any(|layer| layers.contains(layer))) {
-                    // Somebody has cancelled it: what is read still comes, the rest with the next daemon.
-                    let held = "the rest was cancelled; pull the layer again to fetch it".to_owned();
-                    inner.jobs.lock().insert(peer, Some(held));
-                    return;
+                // Of what is still due somebody has cancelled it: what is read still comes, and other layers.
+                if let Ok(left) = joined(spawn_blocking(move || due(&look, &of)).await) {
+                    inner.cancelled.lock().extend(left.into_iter().filter(|layer| layers.contains(layer)));
                 }
             }
             Err(error) => {

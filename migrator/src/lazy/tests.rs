@@ -175,6 +175,35 @@ async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_cancels_the_rest_of_one_layer_gets_that_of_others_and_again_that_one() {
+    let pair = Pair::new().await;
+    let first = add_layer(pair.there.store(), "first", &tree(10, 3 << 20));
+    let other = add_layer(pair.there.store(), "other", &tree(12, 1 << 20));
+    let transfers = pair.here.node.transfers();
+    let store = pair.here.store().clone();
+    pull_lazily(&pair, "first").await.unwrap();
+    transfers.governor().set_limit(Some(crate::Rate::new(1024)));
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    until("the rest", || {
+        let rest = transfers.list().into_iter().filter(|info| info.names == ["first"]);
+        let running = rest.filter_map(|info| transfers.get(info.id).ok()).collect::<Vec<_>>();
+        running.iter().for_each(|transfer| transfer.cancel());
+        !running.is_empty()
+    })
+    .await;
+    until("the word of it", || lazy.sources().iter().any(|source| source.error.is_some())).await;
+    transfers.governor().set_limit(None);
+    pull_lazily(&pair, "other").await.unwrap();
+    until("the other's rest", || store.partial(other).is_none()).await;
+    assert!(pair.here.has_whole("other", other));
+    assert!(store.partial(first).is_some());
+    assert!(lazy.sources()[0].error.as_ref().is_some_and(|error| error.contains("cancelled")));
+    pull_lazily(&pair, "first").await.unwrap();
+    until("its rest", || !store.has_partials()).await;
+    assert!(pair.here.has_whole("first", first));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_layer_keeps_no_other_from_its_source() {
     let pair = Pair::new().await;
     let damaged = add_layer(pair.there.store(), "damaged", &tree(30, 1 << 20));
