@@ -12,6 +12,7 @@ mod align;
 pub mod attempt;
 pub mod bundle;
 pub mod check;
+mod clock;
 pub mod dial;
 mod encode;
 pub mod error;

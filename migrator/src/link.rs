@@ -547,7 +547,9 @@ async fn read_frame<S: AsyncRead + Unpin>(
     let mut left = idle + Duration::from_secs(header.body_bytes as u64 / Rate::MIN);
     while body.len() < header.body_bytes {
         let began = Instant::now();
-        let mut rest = (&mut *stream).take((header.body_bytes - body.len()) as u64);
+        // What has been read waits for its turn: a large piece of a trickle would do so for long.
+        let most = if header.is_bulk() { gate.piece_bytes(Way::In) } else { header.body_bytes };
+        let mut rest = (&mut *stream).take(most.min(header.body_bytes - body.len()) as u64);
         let read = timeout(idle.min(left), rest.read_buf(&mut body)).await.map_err(late)?;
         left = left.saturating_sub(began.elapsed());
         match read {
@@ -634,7 +636,7 @@ async fn write_bulk<S: AsyncWrite + Unpin>(
 ) -> io::Result<()> {
     let mut rest = frame;
     while !rest.is_empty() {
-        let (piece, after) = rest.split_at(rest.len().min(gate.piece_bytes()));
+        let (piece, after) = rest.split_at(rest.len().min(gate.piece_bytes(Way::Out)));
         let permit = gate.ready(Way::Out, piece.len()).await;
         write(stream, piece, patience).await?;
         // What TLS keeps back of a slowed frame would come late and in bursts.

@@ -158,7 +158,7 @@ impl Remote {
             let file = tokio::fs::File::open(path).await?;
             let (told, transfer) = (told.clone(), self.transfer.clone());
             let sent = AtomicU64::new(0);
-            let piece_bytes = transfer.gate().piece_bytes();
+            let piece_bytes = transfer.gate().piece_bytes(Way::Out);
             let pieces = tokio_util::io::ReaderStream::with_capacity(file, piece_bytes).and_then(move |piece| {
                 let sent = sent.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
                 let (told, transfer) = (told.clone(), transfer.clone());
