@@ -377,16 +377,13 @@ pub fn add(context: &Context, request: PeerAddRequest) -> Result<PeerInfo> {
         return Err(Failure::invalid("that is this host's own key").hint("run `layerctl peer id` on the other host"));
     }
     let peer = Peer {
-        name: name.clone(),
+        name,
         address: request.address.as_deref().map(normalize_address).transpose()?,
         key,
         rights: Rights { push: request.allow_push, pull: request.allow_pull, guests: request.allow_guests, visible },
     };
-    if request.force && peers.get(name.as_str()).is_ok() {
-        peers.remove(name.as_str())?;
-    }
-    let added =
-        peers.add(peer).map_err(|error| with_force_hint(error.into(), "--force replaces what is known of it"))?;
+    let added = if request.force { peers.replace(peer) } else { peers.add(peer) };
+    let added = added.map_err(|error| with_force_hint(error.into(), "--force replaces what is known of it"))?;
     context.block_on(peering.start())?;
     Ok(info(&added))
 }
