@@ -14,6 +14,7 @@ use migrator::TransferReport;
 use migrator::governor::Way;
 use migrator::lazy::SourceStatus;
 use migrator::link::Patience;
+use migrator::measured::Measured;
 use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
 use migrator::{
@@ -320,7 +321,9 @@ fn estimate(
         return Ok(result);
     }
     let node = context.daemon.peering.node();
-    let measured = context.block_on(node.measured(&request.peer))?;
+    // Of a host that ssh leads to nothing is on record.
+    let is_on_record = request.network.stream.is_none();
+    let measured = if is_on_record { context.block_on(node.measured(&request.peer))? } else { Measured::default() };
     let common = node.transfers().governor().limit().map(migrator::Rate::bytes_per_second);
     let limits = [Some(request.limit).filter(|limit| *limit > 0), common];
     let round_trip = measured.round_trip_micros.unwrap_or_default() as f64 / 1e6;
