@@ -650,9 +650,13 @@ async fn write_bulk<S: AsyncWrite + Unpin>(
 }
 
 async fn write<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8], patience: Patience) -> io::Result<()> {
-    // In pieces, so that a slow link isn't taken for a dead one.
-    for piece in bytes.chunks(128 * 1024) {
-        timeout(patience.idle, stream.write_all(piece)).await??;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        // A slow link gets on a little each time; a dead one doesn't.
+        match timeout(patience.idle, stream.write(rest)).await?? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => rest = &rest[count..],
+        }
     }
     Ok(())
 }
