@@ -210,6 +210,7 @@ pub struct Link {
     was_grouped: bool,
     /// The number of the frame that comes next, if it has one.
     part: Option<u64>,
+    has_heard: bool,
     reader: JoinHandle<()>,
     writer: JoinHandle<io::Result<()>>,
     is_greeted: bool,
@@ -267,6 +268,7 @@ impl Link {
             group: None,
             was_grouped: false,
             part: None,
+            has_heard: false,
             reader: tokio::spawn(read_frames(read_half, in_sender, peer.to_owned(), gate.clone(), patience)),
             writer: tokio::spawn(write_frames(write_half, out_receiver, gate.clone(), patience)),
             gate,
@@ -322,6 +324,11 @@ impl Link {
     /// Whether a transfer on this link had several connections.
     pub(crate) fn was_grouped(&self) -> bool {
         self.was_grouped
+    }
+
+    /// Whether the other side has said anything that belongs to a request.
+    pub(crate) fn has_heard(&self) -> bool {
+        self.has_heard
     }
 
     /// Queues a message, waiting for room.
@@ -400,7 +407,10 @@ impl Link {
                 Message::Part { number } if self.is_greeted && self.group.is_some() => self.part = Some(number),
                 // What came over a connection that was lost, and the sender doesn't know it.
                 bulk if bulk.is_bulk() && self.is_repeated()? => {}
-                other if self.is_greeted => return Ok(Some(other)),
+                other if self.is_greeted => {
+                    self.has_heard = true;
+                    return Ok(Some(other));
+                }
                 other => return Err(Error::protocol(&self.peer, format!("{} before Hello", other.kind()))),
             }
         }
