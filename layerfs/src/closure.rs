@@ -3,7 +3,7 @@
 //! It hides how manifest, tables, records and lists refer to chunks from those who only want to know *which* chunks.
 //! Invariants: a visitor is shown every chunk at least once, before it is opened, except below what it doesn't want
 //! opened; a malformed structure is an error, never a panic. Memory: one list node per level, one table piece or
-//! record, a byte for each piece of a table, and the nodes of the file at hand up to a bound.
+//! record, a byte for each piece of a table, and the ids of nodes that were opened ([`Opened`]).
 
 mod records;
 
@@ -21,8 +21,10 @@ use crate::manifest::Manifest;
 pub use records::Records;
 pub(crate) use records::{MIN_DENTRY_BYTES, MIN_INODE_BYTES};
 
-/// So many list nodes of one file are remembered, so that a list which repeats a node isn't followed twice.
-const NODES_REMEMBERED: usize = 64 * 1024;
+/// So many nodes above the leaves a content may have, each counted once. FORMAT.md, "List nodes".
+pub(crate) const MAX_UPPER_NODES: usize = 64 * 1024;
+/// So many nodes are remembered in a generation, of which there are two, for each of leaves and nodes above.
+const GENERATION: usize = 7 << 12;
 
 /// A chunk that a content refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +54,25 @@ pub fn walk_content(
     content: &Content,
     visit: &mut dyn FnMut(Part) -> Result<bool>,
 ) -> Result<()> {
+    walk_new(chunks, content, &mut Opened::default(), visit)
+}
+
+/// [`walk_content`], but what stands below nodes that were `opened`, in a content before this one too, isn't shown again.
+///
+/// # Errors
+/// As [`walk_content`].
+pub fn walk_new(
+    chunks: &dyn ChunkRead,
+    content: &Content,
+    opened: &mut Opened,
+    visit: &mut dyn FnMut(Part) -> Result<bool>,
+) -> Result<()> {
     let Content::Extents { bytes, list, .. } = content else { return Ok(()) };
+    opened.begin();
     match list {
         List::Direct(extents) => extents.iter().try_for_each(|extent| visit_extent(extent, visit)),
         List::Tree { root, depth } => {
-            NodeWalk { chunks, seen: HashSet::new(), visit }.node(Span { id: *root, bytes: *bytes, depth: *depth })
+            NodeWalk { chunks, opened, visit }.node(Span { id: *root, bytes: *bytes, depth: *depth })
         }
     }
 }
@@ -69,39 +85,112 @@ fn visit_extent(extent: &Extent, visit: &mut dyn FnMut(Part) -> Result<bool>) ->
 }
 
 /// A node, and what is said of it above.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Span {
-    id: ChunkId,
-    bytes: u64,
-    depth: u8,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Span {
+    /// The node.
+    pub id: ChunkId,
+    /// The bytes of the content that it spans.
+    pub bytes: u64,
+    /// So many levels it stands above the extents; 1 for a leaf.
+    pub depth: u8,
+}
+
+/// The list nodes that a walk has opened, so that a list which repeats them, as a few KiB can 2^54 times, isn't followed
+/// twice.
+///
+/// Of the content at hand all nodes above the leaves are known, which is enough for the walk to grow with what is stored
+/// and not with what that spells out; a content that has too many of them is refused. Of leaves, and of contents before,
+/// those of late are known. Memory: 13 MiB at most.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// Above the leaves, in the content at hand.
+    upper: HashSet<Span>,
+    upper_lately: Lately,
+    leaves_lately: Lately,
+}
+
+impl Opened {
+    /// Another content follows.
+    pub fn begin(&mut self) {
+        self.upper.clear();
+    }
+
+    /// Whether `span` was opened.
+    pub fn contains(&self, span: &Span) -> bool {
+        if span.depth <= 1 { &self.leaves_lately } else { &self.upper_lately }.contains(span)
+            || self.upper.contains(span)
+    }
+
+    /// `span` is opened.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if the content has too many nodes.
+    pub fn insert(&mut self, span: Span) -> Result<()> {
+        if span.depth <= 1 {
+            self.leaves_lately.insert(span);
+            return Ok(());
+        }
+        self.upper_lately.insert(span);
+        self.upper.insert(span);
+        if self.upper.len() > MAX_UPPER_NODES {
+            let detail = format!("a list has more than {MAX_UPPER_NODES} nodes above its leaves");
+            return Err(Error::corrupt("list node", detail));
+        }
+        Ok(())
+    }
+}
+
+/// What came of late, in two generations.
+#[derive(Debug, Default)]
+struct Lately {
+    young: HashSet<Span>,
+    old: HashSet<Span>,
+}
+
+impl Lately {
+    fn contains(&self, span: &Span) -> bool {
+        self.young.contains(span) || self.old.contains(span)
+    }
+
+    fn insert(&mut self, span: Span) {
+        self.young.insert(span);
+        if self.young.len() == GENERATION {
+            self.old = std::mem::take(&mut self.young);
+        }
+    }
 }
 
 struct NodeWalk<'a> {
     chunks: &'a dyn ChunkRead,
-    seen: HashSet<Span>,
+    opened: &'a mut Opened,
     visit: &'a mut dyn FnMut(Part) -> Result<bool>,
 }
 
 impl NodeWalk<'_> {
     /// Recurses as deep as the content says, which its decoding bounds.
     fn node(&mut self, span: Span) -> Result<()> {
-        if self.seen.contains(&span) || !(self.visit)(Part::Node(span.id))? {
+        if self.opened.contains(&span) || !(self.visit)(Part::Node(span.id))? {
             return Ok(());
         }
-        if self.seen.len() < NODES_REMEMBERED {
-            self.seen.insert(span);
-        }
-        let entries = decode_node(&self.chunks.get(&span.id)?, span.depth)?;
-        let sum = entries.iter().fold(0u64, |sum, entry| sum.saturating_add(entry.len()));
-        if sum != span.bytes {
-            let detail = format!("{sum} bytes in a node that should span {}", span.bytes);
-            return Err(Error::corrupt("list node", detail));
-        }
-        entries.iter().try_for_each(|entry| match entry {
+        self.opened.insert(span)?;
+        open_node(self.chunks, &span)?.iter().try_for_each(|entry| match entry {
             Entry::Extent(extent) => visit_extent(extent, self.visit),
             Entry::Node { id, bytes } => self.node(Span { id: *id, bytes: *bytes, depth: span.depth - 1 }),
         })
     }
+}
+
+/// The entries of the node at `span`, which span as much as it should.
+///
+/// # Errors
+/// Those of reading; [`Error::Corrupt`] for what is malformed.
+pub fn open_node(chunks: &dyn ChunkRead, span: &Span) -> Result<Vec<Entry>> {
+    let entries = decode_node(&chunks.get(&span.id)?, span.depth)?;
+    let sum = entries.iter().fold(0u64, |sum, entry| sum.saturating_add(entry.len()));
+    if sum != span.bytes {
+        return Err(Error::corrupt("list node", format!("{sum} bytes in a node that should span {}", span.bytes)));
+    }
+    Ok(entries)
 }
 
 /// What a chunk is for within a layer.
@@ -285,6 +374,53 @@ mod tests {
         assert_eq!(data(&chunks, first, &mut known).len(), 5000);
         let of_second = data(&chunks, second, &mut known);
         assert!(of_second.contains(&ChunkId::of(b"other")) && of_second.len() < 1000, "{}", of_second.len());
+    }
+
+    #[test]
+    fn what_a_list_spells_out_does_not_count_but_what_it_has() {
+        let chunks = MemoryChunks::default();
+        let leaf = |seed: u32| {
+            let mut node = vec![1, 1, 0, 1];
+            node.put_u32(4);
+            node.put_id(&ChunkId::of(&seed.to_le_bytes()));
+            (chunks.put(Class::List, &node).unwrap(), 4u64)
+        };
+        let above = |depth: u8, children: &[(ChunkId, u64)]| {
+            let mut node = vec![depth];
+            node.put_u16(children.len() as u16);
+            for (id, bytes) in children {
+                node.put_u64(*bytes);
+                node.put_id(id);
+            }
+            (chunks.put(Class::List, &node).unwrap(), children.iter().map(|(_, bytes)| bytes).sum::<u64>())
+        };
+        let tree = |depth: u8, nodes: Vec<(ChunkId, u64)>| {
+            let upper: Vec<_> = nodes.chunks(512).map(|children| above(depth, children)).collect();
+            let (root, bytes) = above(depth + 1, &upper);
+            let list = List::Tree { root, depth: depth + 1 };
+            Content::Extents { bytes, data_bytes: bytes, chunker: Chunker::Tree, list }
+        };
+        let count = |content: &Content, opened: &mut Opened| {
+            let mut nodes = 0;
+            let mut visit = |part| {
+                nodes += usize::from(matches!(part, Part::Node(_)));
+                Ok(true)
+            };
+            walk_new(&chunks, content, opened, &mut visit).map(|()| nodes)
+        };
+        // More leaves than are remembered, all shown.
+        let leaves: Vec<_> = (0..70_000).map(leaf).collect();
+        let many = tree(2, leaves.clone());
+        let mut opened = Opened::default();
+        assert_eq!(count(&many, &mut opened).unwrap(), 70_000 + 70_000usize.div_ceil(512) + 1);
+        // Another file with the same content.
+        assert_eq!(count(&many, &mut opened).unwrap(), 0);
+        // As many nodes above leaves can't be kept apart.
+        let upper: Vec<_> = leaves.iter().map(|leaf| above(2, &[*leaf])).collect();
+        let error = count(&tree(3, upper.clone()), &mut Opened::default()).unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+        let repeated = [&upper[..1000]; 70].concat();
+        assert_eq!(count(&tree(3, repeated), &mut Opened::default()).unwrap(), 2000 + 70_000usize.div_ceil(512) + 1);
     }
 
     #[test]

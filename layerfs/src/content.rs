@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::chunk::{ChunkRead, ChunkWrite, Class, MAX_CHUNK_BYTES};
 use crate::chunker::Chunker;
+use crate::closure::MAX_UPPER_NODES;
 use crate::codec::{Put, Reader};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
@@ -332,12 +333,13 @@ pub struct ContentBuilder {
     /// `levels[0]` holds extents, `levels[n]` nodes of depth n.
     levels: Vec<Vec<Entry>>,
     hole: u64,
+    upper_nodes: usize,
 }
 
 impl ContentBuilder {
     /// A builder for a file cut by `chunker`.
     pub fn new(chunker: Chunker) -> ContentBuilder {
-        ContentBuilder { chunker, bytes: 0, data_bytes: 0, levels: vec![Vec::new()], hole: 0 }
+        ContentBuilder { chunker, bytes: 0, data_bytes: 0, levels: vec![Vec::new()], hole: 0, upper_nodes: 0 }
     }
 
     /// Appends an extent. Neighbouring holes become one.
@@ -404,6 +406,10 @@ impl ContentBuilder {
     }
 
     fn close_node(&mut self, level: usize, out: &dyn ChunkWrite) -> Result<()> {
+        self.upper_nodes += usize::from(level > 0);
+        if self.upper_nodes > MAX_UPPER_NODES {
+            return Err(Error::invalid("a file has too many extents; see FORMAT.md, \"List nodes\""));
+        }
         let entries = std::mem::take(&mut self.levels[level]);
         let bytes = entries.iter().map(Entry::len).sum();
         let id = out.put(Class::List, &encode_node(level as u8 + 1, &entries))?;

@@ -2,15 +2,17 @@
 //!
 //! The content is laid beside an older one that the receiver holds. List nodes and chunks that both have are anchors;
 //! what lies between two of them in the new content is paired with what lies between them in the old one: for disk and
-//! memory images that is the same offset, for files cut by content the gap that an edit has left. Memory: the ids of the
-//! old content's nodes, and its extents below those nodes that changed, up to [`MAX_EXTENTS`].
+//! memory images that is the same offset, for files cut by content the gap that an edit has left. A node that a content
+//! repeats is shown each time, but opened once ([`Opened`]). Memory: the ids of the old content's nodes, and its extents
+//! below those nodes that changed, up to [`MAX_EXTENTS`].
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use layerfs::chunk::{ChunkRead, Class};
-use layerfs::content::{Content, Entry, Extent, List, decode_node};
-use layerfs::{ChunkId, Error, Result};
+use layerfs::closure::{Opened, Span, open_node};
+use layerfs::content::{Content, Entry, Extent, List};
+use layerfs::{ChunkId, Result};
 
 use crate::plan::{Base, Candidate};
 
@@ -37,9 +39,16 @@ struct Spot {
     depth: u8,
 }
 
-/// Shows the nodes and chunks of `content` in order, parents first; a node for which `visit` says no isn't opened.
-fn walk(chunks: &dyn ChunkRead, content: &Content, visit: &mut dyn FnMut(Spot) -> Result<bool>) -> Result<()> {
+/// Shows the nodes and chunks of `content` in order, parents first; a node for which `visit` says no, and one that was
+/// `opened`, isn't opened.
+fn walk(
+    chunks: &dyn ChunkRead,
+    content: &Content,
+    opened: &mut Opened,
+    visit: &mut dyn FnMut(Spot) -> Result<bool>,
+) -> Result<()> {
     let Content::Extents { bytes, list, .. } = content else { return Ok(()) };
+    opened.begin();
     match list {
         List::Direct(extents) => {
             let mut offset = 0;
@@ -50,7 +59,8 @@ fn walk(chunks: &dyn ChunkRead, content: &Content, visit: &mut dyn FnMut(Spot) -
             Ok(())
         }
         List::Tree { root, depth } => {
-            walk_node(chunks, Spot { id: *root, offset: 0, bytes: *bytes, depth: *depth }, visit)
+            let root = Spot { id: *root, offset: 0, bytes: *bytes, depth: *depth };
+            NodeWalk { chunks, opened, visit }.node(root)
         }
     }
 }
@@ -62,35 +72,37 @@ fn visit_extent(extent: &Extent, offset: u64, visit: &mut dyn FnMut(Spot) -> Res
     }
 }
 
-fn walk_node(chunks: &dyn ChunkRead, spot: Spot, visit: &mut dyn FnMut(Spot) -> Result<bool>) -> Result<()> {
-    if !visit(spot)? {
-        return Ok(());
-    }
-    let entries = decode_node(&chunks.get(&spot.id)?, spot.depth)?;
-    let sum = entries.iter().fold(0u64, |sum, entry| sum.saturating_add(entry.len()));
-    if sum != spot.bytes {
-        let detail = format!("{sum} bytes in a node that should span {}", spot.bytes);
-        return Err(Error::corrupt("list node", detail));
-    }
-    let mut offset = spot.offset;
-    for entry in &entries {
-        match entry {
-            Entry::Extent(extent) => visit_extent(extent, offset, visit)?,
-            Entry::Node { id, bytes } => {
-                walk_node(chunks, Spot { id: *id, offset, bytes: *bytes, depth: spot.depth - 1 }, visit)?;
-            }
+struct NodeWalk<'a> {
+    chunks: &'a dyn ChunkRead,
+    opened: &'a mut Opened,
+    visit: &'a mut dyn FnMut(Spot) -> Result<bool>,
+}
+
+impl NodeWalk<'_> {
+    fn node(&mut self, spot: Spot) -> Result<()> {
+        let span = Span { id: spot.id, bytes: spot.bytes, depth: spot.depth };
+        if !(self.visit)(spot)? || self.opened.contains(&span) {
+            return Ok(());
         }
-        offset += entry.len();
+        self.opened.insert(span)?;
+        let mut offset = spot.offset;
+        for entry in open_node(self.chunks, &span)? {
+            match entry {
+                Entry::Extent(extent) => visit_extent(&extent, offset, self.visit)?,
+                Entry::Node { id, bytes } => self.node(Spot { id, offset, bytes, depth: spot.depth - 1 })?,
+            }
+            offset += entry.len();
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The nodes of `content`, found without opening the leaves.
-fn nodes(chunks: &dyn ChunkRead, content: &Content) -> Result<Vec<Spot>> {
-    let mut nodes = Vec::new();
-    walk(chunks, content, &mut |spot| {
+fn nodes(chunks: &dyn ChunkRead, content: &Content) -> Result<HashSet<ChunkId>> {
+    let mut nodes = HashSet::new();
+    walk(chunks, content, &mut Opened::default(), &mut |spot| {
         if spot.depth > 0 {
-            nodes.push(spot);
+            nodes.insert(spot.id);
         }
         Ok(spot.depth > 1)
     })?;
@@ -111,11 +123,13 @@ struct Old {
 impl Old {
     fn load(chunks: &dyn ChunkRead, old: &Content, new_nodes: &HashSet<ChunkId>) -> Result<Old> {
         let mut all = Old::default();
-        walk(chunks, old, &mut |spot| {
+        let mut node_count = 0;
+        walk(chunks, old, &mut Opened::default(), &mut |spot| {
             let is_shared = spot.depth > 0 && new_nodes.contains(&spot.id);
-            if all.chunks.len() >= MAX_EXTENTS {
+            if all.chunks.len() >= MAX_EXTENTS || node_count >= MAX_EXTENTS {
                 return Ok(false);
             }
+            node_count += usize::from(spot.depth > 0);
             if is_shared || spot.depth == 0 {
                 all.anchors.entry(spot.id).or_insert(spot.offset);
             }
@@ -166,7 +180,8 @@ struct Anchor {
 }
 
 /// Gives every node and chunk of `new` to `sink` that neither stands in `olds` nor is known otherwise, with those
-/// chunks of the first of `olds` that lie where it lies. `class` is that of the content's chunks.
+/// chunks of the first of `olds` that lie where it lies. `class` is that of the content's chunks; what was `opened` before
+/// has been given.
 ///
 /// # Errors
 /// Those of `sink` and of reading.
@@ -175,6 +190,7 @@ pub(crate) fn align(
     class: Class,
     new: &Content,
     olds: &[&Content],
+    opened: &mut Opened,
     is_known: &dyn Fn(&ChunkId) -> bool,
     sink: &mut dyn FnMut(Candidate) -> Result<()>,
 ) -> Result<()> {
@@ -182,13 +198,13 @@ pub(crate) fn align(
         Alignment { class, old: Old::default(), last: Anchor::default(), is_anchored: false, gap: Vec::new(), sink };
     let mut others = Vec::new();
     if !olds.is_empty() {
-        let new_nodes: HashSet<ChunkId> = nodes(chunks, new)?.into_iter().map(|spot| spot.id).collect();
+        let new_nodes = nodes(chunks, new)?;
         walk_state.old = Old::load(chunks, olds[0], &new_nodes)?;
         for old in &olds[1..] {
             others.push(Old::load(chunks, old, &new_nodes)?.anchors);
         }
     }
-    walk(chunks, new, &mut |spot| {
+    walk(chunks, new, opened, &mut |spot| {
         if let Some(old) = walk_state.old.anchors.get(&spot.id).copied() {
             walk_state.anchor(spot, old)?;
             return Ok(false);

@@ -4,6 +4,7 @@
 //! Invariants: each attempt is a transfer of its own for the protocol, so that nothing depends on how the last one
 //! ended; what an attempt has brought over is there for the next.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use crate::paths::{Connections, Manager, PathOptions};
 use crate::peers::Peer;
 use crate::progress::{Tally, TransferReport};
 use crate::receive::{self, Terms};
-use crate::retry::{Backoff, is_transient};
+use crate::retry::{Backoff, is_transient, is_transient_again};
 use crate::send::{self, CANCEL_CHECK, Prepared};
 use crate::streams::Arrivals;
 use crate::transfers::Entry;
@@ -57,6 +58,8 @@ struct Call<'a> {
     job: Job<'a>,
     tally: Arc<Tally>,
     monitor: Arc<dyn Monitor>,
+    /// Whether the peer has answered in this attempt.
+    is_answered: AtomicBool,
 }
 
 /// Attempts at `job` until one succeeds or there is no use in another.
@@ -88,6 +91,7 @@ pub(crate) async fn transfer(
         job,
         tally: Arc::new(Tally::new()),
         monitor: entry.monitor(),
+        is_answered: AtomicBool::new(false),
     };
     let mut backoff = Backoff::new(paths.retry_for.unwrap_or_default(), Instant::now());
     loop {
@@ -102,8 +106,10 @@ pub(crate) async fn transfer(
         if call.tally.chunks.load(Relaxed) > chunks_before {
             backoff.progressed(Instant::now());
         }
+        let is_again = call.tally.retries.load(Relaxed) > 0 && !call.is_answered.load(Relaxed);
+        let may_pass = is_transient(&error) || is_again && is_transient_again(&error);
         let random = Token::random()?.0.first_chunk().map_or(0, |eight| u64::from_le_bytes(*eight));
-        let Some(pause) = backoff.pause(Instant::now(), random).filter(|_| is_transient(&error)) else {
+        let Some(pause) = backoff.pause(Instant::now(), random).filter(|_| may_pass) else {
             return Err(error);
         };
         tracing::info!(peer = peer.name.as_str(), %error, "a transfer is tried again in {pause:?}");
@@ -115,6 +121,7 @@ pub(crate) async fn transfer(
 
 impl Call<'_> {
     async fn attempt(&self, backoff: &mut Backoff) -> Result<(Vec<LayerName>, u16)> {
+        self.is_answered.store(false, Relaxed);
         self.tally.phase("connect");
         self.monitor.phase("connecting", None);
         let (peer, patience) = (self.peer.name.as_str(), self.dialer.patience);
@@ -151,6 +158,7 @@ impl Call<'_> {
             tokio::spawn(manager.run());
         }
         let result = self.run(&mut link).await;
+        self.is_answered.store(link.has_heard(), Relaxed);
         if let Some(trunk) = trunk {
             self.tally.connections.fetch_max(trunk.most_joined() as u64 + 1, Relaxed);
             self.tally.resent_bytes.fetch_add(trunk.returned_bytes(), Relaxed);

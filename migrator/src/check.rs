@@ -4,7 +4,7 @@
 //! numbers fit its parent's, so that nothing that reads it later meets a surprise.
 
 use layerfs::chunk::ChunkRead;
-use layerfs::closure::{Part, Records, walk_content};
+use layerfs::closure::{Opened, Part, Records, walk_new};
 use layerfs::content::Content;
 use layerfs::inode::Node;
 use layerfs::manifest::Manifest;
@@ -38,7 +38,7 @@ pub fn check_layer(chunks: &dyn ChunkRead, id: LayerId, present: &mut Present<'_
 /// # Errors
 /// As [`check_layer`].
 pub fn check_extent(chunks: &dyn ChunkRead, id: LayerId, extent: Extent, present: &mut Present<'_>) -> Result<()> {
-    let mut check = Check { chunks, present, batch: Vec::with_capacity(BATCH) };
+    let mut check = Check { chunks, present, batch: Vec::with_capacity(BATCH), opened: Opened::default() };
     check.need(id.0)?;
     check.flush()?;
     let manifest = Manifest::load(chunks, id)?;
@@ -46,6 +46,8 @@ pub fn check_extent(chunks: &dyn ChunkRead, id: LayerId, extent: Extent, present
     for content in manifest.contents() {
         check.content(content, Extent::Whole)?;
     }
+    // In a file less may be looked at.
+    check.opened = Opened::default();
     check.flush()?;
     let mut dentries = Records::dentries(chunks, &manifest)?;
     while dentries.next_dentry()?.is_some() {}
@@ -66,6 +68,8 @@ struct Check<'a, 'b> {
     chunks: &'a dyn ChunkRead,
     present: &'a mut Present<'b>,
     batch: Vec<ChunkId>,
+    /// List nodes that are well formed, and what they refer to is there.
+    opened: Opened,
 }
 
 impl Check<'_, '_> {
@@ -87,7 +91,8 @@ impl Check<'_, '_> {
 
     /// All chunks of `content`, or all its list nodes, have to be there.
     fn content(&mut self, content: &Content, extent: Extent) -> Result<()> {
-        walk_content(self.chunks, content, &mut |part| {
+        let mut opened = std::mem::take(&mut self.opened);
+        walk_new(self.chunks, content, &mut opened, &mut |part| {
             if extent == Extent::Whole || matches!(part, Part::Node(_)) {
                 self.need(part.id())?;
             }
@@ -96,7 +101,9 @@ impl Check<'_, '_> {
                 self.flush()?;
             }
             Ok(true)
-        })
+        })?;
+        self.opened = opened;
+        Ok(())
     }
 
     fn inodes(&mut self, manifest: &Manifest, extent: Extent) -> Result<()> {

@@ -180,7 +180,9 @@ impl Error {
 
     /// Whether telling the peer about it makes sense: it isn't the peer's own word, and the link works.
     pub(crate) fn is_worth_telling(&self) -> bool {
-        !matches!(self, Error::Remote { .. } | Error::Link { .. } | Error::Closed { .. } | Error::Timeout { .. })
+        // The link isn't at fault if what the sender builds upon is damaged here, though that passes as its faults do.
+        let is_links = matches!(self, Error::Link { .. }) && !crate::unbundle::is_damaged_base(self);
+        !is_links && !matches!(self, Error::Remote { .. } | Error::Closed { .. } | Error::Timeout { .. })
     }
 }
 

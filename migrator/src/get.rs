@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::link::{Link, Outbox};
 use crate::peers::{Peer, Visible};
 use crate::send::joined;
+use crate::wanted::Wanted;
 use crate::wire::{ChunksWriter, MAX_ASK, Message};
 
 /// Ids in one question.
@@ -79,7 +80,8 @@ impl Answerer {
     pub async fn chunks(&self, link: &mut Link, visible: &Visible, ids: Vec<ChunkId>) -> Result<()> {
         let (store, visible, outbox) = (self.store.clone(), visible.clone(), link.outbox()?);
         let slot = self.access.clone();
-        let send = move || send_all(&store, &reachable(&store, &visible, &slot, &ids)?, &ids, &outbox);
+        let wanted = waiting(&outbox);
+        let send = move || send_all(&store, &reachable(&store, &visible, &slot, &ids, &wanted)?, &ids, &outbox);
         let is_gone = joined(spawn_blocking(send).await)?;
         if is_gone { Err(link.why_gone().await) } else { Ok(()) }
     }
@@ -103,8 +105,20 @@ impl Answerer {
     }
 }
 
-/// For each of `ids`, whether the peer may have it. Blocks.
-fn reachable(store: &Arc<Store>, visible: &Visible, slot: &Slot, ids: &[ChunkId]) -> Result<Vec<bool>> {
+/// For as long as answers can go out.
+fn waiting(outbox: &Outbox) -> Wanted {
+    let outbox = outbox.clone();
+    Wanted::until(move || outbox.is_gone())
+}
+
+/// For each of `ids`, whether the peer may have it, while that is `wanted`. Blocks.
+fn reachable(
+    store: &Arc<Store>,
+    visible: &Visible,
+    slot: &Slot,
+    ids: &[ChunkId],
+    wanted: &Wanted,
+) -> Result<Vec<bool>> {
     let session = store.session("get");
     if *visible == Visible::All {
         return Ok(session.has_many(ids)?);
@@ -118,7 +132,7 @@ fn reachable(store: &Arc<Store>, visible: &Visible, slot: &Slot, ids: &[ChunkId]
             return Ok(there);
         }
     }
-    let access = Arc::new(Access::new(store, visible)?);
+    let access = Arc::new(Access::new(store, visible, wanted)?);
     let there = access.has(&session, ids)?;
     *slot.lock() = Some((access, Instant::now(), visible.clone()));
     Ok(there)
@@ -145,7 +159,7 @@ fn send_all(store: &Arc<Store>, there: &[bool], ids: &[ChunkId], outbox: &Outbox
 
 /// Returns whether the link is gone. Blocks.
 fn send_traces(store: &Arc<Store>, visible: &Visible, layers: &[LayerId], outbox: &Outbox) -> Result<bool> {
-    let access = Access::new(store, visible)?;
+    let access = Access::new(store, visible, &waiting(outbox))?;
     let session = store.session("trace");
     let mut count = 0;
     for layer in layers.iter().filter(|layer| access.holds(layer)) {

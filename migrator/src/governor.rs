@@ -3,7 +3,7 @@
 //! It hides token buckets and the arithmetic of yielding behind one call: whoever writes to, or has read from, a link
 //! awaits [`Gate::ready`] for each piece. All can be changed while transfers run. Invariants: over any second a bucket lets
 //! through its rate and a tenth of that at most; a transfer that has to yield gets a trickle, never nothing, so that its
-//! link stays alive; a pause takes effect between frames only; waiting holds no lock that a changed setting needs.
+//! link stays alive, however many there are: in small pieces, first come first served; a pause takes effect between frames only; waiting holds no lock that a changed setting needs.
 //!
 //! What yields: a transfer of a lower priority, while one of a higher has something to move the same way. A transfer
 //! that is slowed by its own limit leaves the rest to the others.
@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
+use crate::clock::Clock;
 use crate::meter::Meter;
 
 /// A bucket holds what its rate gives in so many seconds: enough to make up for a timer that was late.
@@ -141,6 +142,8 @@ impl Bucket {
 struct Lane {
     bucket: Mutex<Bucket>,
     trickle: Mutex<Bucket>,
+    /// Who waits for the trickle, one after the other.
+    trickle_turn: tokio::sync::Mutex<()>,
     /// Of each priority: who waits for or uses the network now.
     busy: [AtomicU32; 3],
     /// Of each priority: until when it counts as busy, in microseconds since the governor's beginning.
@@ -151,6 +154,7 @@ struct Lane {
 
 #[derive(Debug)]
 struct Shared {
+    clock: Clock,
     began: Instant,
     /// 0: none.
     limit: AtomicU64,
@@ -168,7 +172,7 @@ impl Shared {
     }
 
     fn micros(&self) -> u64 {
-        self.began.elapsed().as_micros() as u64
+        self.clock.now().saturating_duration_since(self.began).as_micros() as u64
     }
 
     /// Whether one of `priority` has to leave the way to others.
@@ -187,16 +191,21 @@ pub struct Governor(Arc<Shared>);
 
 impl Default for Governor {
     fn default() -> Governor {
+        Governor::with(Clock::default())
+    }
+}
+
+impl Governor {
+    fn with(clock: Clock) -> Governor {
         Governor(Arc::new(Shared {
-            began: Instant::now(),
+            began: clock.now(),
+            clock,
             limit: AtomicU64::new(0),
             lanes: Default::default(),
             changed: Notify::new(),
         }))
     }
-}
 
-impl Governor {
     /// What all transfers together may move, each way.
     pub fn limit(&self) -> Option<Rate> {
         Some(self.0.limit.load(Ordering::Relaxed)).filter(|limit| *limit > 0).map(Rate::new)
@@ -328,8 +337,13 @@ impl Gate {
     }
 
     /// The most bytes to ask for in one [`Gate::ready`].
-    pub fn piece_bytes(&self) -> usize {
-        let slowest = [self.effective().limit.map(|rate| rate.bytes_per_second() as f64), self.0.shared.limit()];
+    pub fn piece_bytes(&self, way: Way) -> usize {
+        let Controls { limit, priority, .. } = self.effective();
+        // The trickle would take many seconds for a large one, for which the other side hears nothing.
+        if self.0.shared.yields(way, priority) {
+            return MIN_PIECE;
+        }
+        let slowest = [limit.map(|rate| rate.bytes_per_second() as f64), self.0.shared.limit()];
         let rate = slowest.into_iter().flatten().fold(f64::INFINITY, f64::min);
         ((rate * PIECE_SECONDS) as usize).clamp(MIN_PIECE, MAX_PIECE)
     }
@@ -363,7 +377,7 @@ impl Gate {
     /// Counts `bytes` that can't wait: answers and keep-alives.
     pub fn count(&self, way: Way, bytes: usize) {
         self.0.meters[way as usize].add(bytes as u64);
-        let (cost, now) = (on_the_wire(bytes), Instant::now());
+        let (cost, now) = (on_the_wire(bytes), self.0.shared.clock.now());
         if let Some(rate) = self.effective().limit {
             self.0.buckets[way as usize].lock().force(rate.bytes_per_second() as f64, cost, now);
         }
@@ -385,7 +399,9 @@ impl Gate {
             if self.is_void() {
                 break;
             }
-            let Some(wait) = bucket.lock().take(rate.bytes_per_second() as f64, cost, Instant::now()) else { break };
+            let Some(wait) = bucket.lock().take(rate.bytes_per_second() as f64, cost, self.0.shared.clock.now()) else {
+                break;
+            };
             has_waited = true;
             self.sleep(wait).await;
         }
@@ -394,8 +410,20 @@ impl Gate {
 
     async fn wait_for_higher(&self, way: Way, cost: f64) {
         let shared = &self.0.shared;
+        let lane = shared.lane(way);
+        let turn = lane.trickle_turn.lock();
+        tokio::pin!(turn);
+        let mut its_turn = None;
         while !self.is_void() && shared.yields(way, self.effective().priority) {
-            let wait = shared.lane(way).trickle.lock().take(TRICKLE, cost, Instant::now());
+            if its_turn.is_none() {
+                tokio::select! {
+                    biased;
+                    first = &mut turn => its_turn = Some(first),
+                    () = self.sleep(YIELD_CHECK) => {}
+                }
+                continue;
+            }
+            let wait = lane.trickle.lock().take(TRICKLE, cost, shared.clock.now());
             let Some(wait) = wait else { break };
             self.sleep(wait.min(YIELD_CHECK)).await;
         }
@@ -409,7 +437,7 @@ impl Gate {
         let lane = shared.lane(way);
         let _turn = lane.turns[priority.index()].lock().await;
         while let Some(rate) = shared.limit() {
-            let wait = lane.bucket.lock().take(rate, cost, Instant::now()).filter(|_| !self.is_void());
+            let wait = lane.bucket.lock().take(rate, cost, shared.clock.now()).filter(|_| !self.is_void());
             let Some(wait) = wait else { break };
             self.sleep(wait).await;
         }
@@ -424,7 +452,10 @@ impl Gate {
     async fn sleep(&self, time: Duration) {
         self.0.was_slowed.store(true, Ordering::Relaxed);
         // Woken by the next change; one that came a moment ago is seen when the time is over.
-        let _ = tokio::time::timeout(time, self.0.shared.changed.notified()).await;
+        tokio::select! {
+            () = self.0.shared.clock.sleep(time) => {}
+            () = self.0.shared.changed.notified() => {}
+        }
     }
 }
 
@@ -462,6 +493,8 @@ fn on_the_wire(bytes: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+
     use super::*;
 
     #[test]
@@ -556,5 +589,107 @@ mod tests {
         assert!(gate.pace_to_tell().is_some() && gate.pace_to_tell().is_none());
         governor.set_limit(Some(Rate::new(3000)));
         assert_eq!(gate.pace_to_tell().and_then(|pace| pace.limit), Some(Rate::new(3000)));
+    }
+
+    /// How far `governor` has let through more than its limit `way`, in bytes.
+    fn debt(governor: &Governor, way: Way) -> f64 {
+        let mut bucket = governor.0.lane(way).bucket.lock();
+        bucket.fill(governor.limit().unwrap().bytes_per_second() as f64, Instant::now());
+        -bucket.tokens
+    }
+
+    #[tokio::test]
+    async fn what_several_links_bring_keeps_to_the_common_limit_whichever_message_it_is() {
+        use crate::link::{Link, Patience};
+        use crate::wire::{self, Bundle, ChunksWriter, Message};
+
+        let bundle = |pages: Vec<u16>, bases| {
+            let frame = vec![7; 120_000].into();
+            Message::Bundle(Bundle { bases, pages, first: None, chunks: 1, plain_bytes: 4096, frame })
+        };
+        let plain = crate::tests::pair::noise(1, 120_000);
+        let id = layerfs::ChunkId::of(&plain);
+        let chunk = layerfs::chunk::encode(id, layerfs::chunk::Class::Data, &plain, 1).stored().clone();
+        let mut writer = ChunksWriter::default();
+        writer.push(&chunk);
+        let mut frames = [writer.finish().to_vec(), Vec::new(), Vec::new()];
+        wire::encode(&bundle(Vec::new(), Vec::new()), &mut frames[1]);
+        wire::encode(&bundle(vec![1], vec![[1; 8]]), &mut frames[2]);
+        for frame in frames {
+            let governor = Governor::default();
+            governor.set_limit(Some(Rate::new(1_000_000)));
+            let pull = |frame: Vec<u8>| {
+                let governor = governor.clone();
+                async move {
+                    let (near, far) = tokio::io::duplex(1 << 20);
+                    let mut link = Link::start(near, "there", Patience::default());
+                    link.govern(governor.gate(Controls::default()));
+                    let (_, mut out) = tokio::io::split(far);
+                    let mut bytes = Vec::new();
+                    wire::encode(&Message::Hello(wire::Hello::OURS), &mut bytes);
+                    bytes.extend([&frame[..]; 3].concat());
+                    tokio::io::AsyncWriteExt::write_all(&mut out, &bytes).await.unwrap();
+                    for _ in 0..3 {
+                        assert!(link.recv().await.unwrap().is_bulk());
+                        // What was read last may be owed, and what is small: nothing else.
+                        let debt = debt(&governor, Way::In);
+                        assert!(debt <= on_the_wire(frame.len()) + 1000.0, "{debt} bytes of type {:#x}", frame[4]);
+                    }
+                }
+            };
+            tokio::join!(pull(frame.clone()), pull(frame.clone()));
+        }
+    }
+
+    #[test]
+    fn however_many_have_to_yield_each_gets_its_share_of_the_trickle() {
+        use std::cell::Cell;
+        use std::rc::Rc;
+
+        use crate::clock::simulated::Time;
+
+        let time = Arc::new(Time::default());
+        let clock = Clock::simulated(&time);
+        let governor = Governor::with(clock.clone());
+        let gate = |priority| governor.gate(Controls { priority, ..Controls::default() });
+        let (normal, low) = (gate(Priority::Normal), gate(Priority::Low));
+        let mut pool = futures::executor::LocalPool::new();
+        let spawner = pool.spawner();
+        let spawn = |task| futures::task::LocalSpawnExt::spawn_local(&spawner, task).unwrap();
+        let left = Rc::new(Cell::new(16));
+        let longest = Rc::new(Cell::new(Duration::ZERO));
+        let busy = {
+            let (clock, left) = (clock.clone(), left.clone());
+            async move {
+                while left.get() > 0 {
+                    let permit = normal.ready(Way::Out, normal.piece_bytes(Way::Out)).await;
+                    clock.sleep(Duration::from_millis(10)).await;
+                    drop(permit);
+                }
+            }
+        };
+        spawn(busy.boxed_local());
+        let began = clock.now();
+        for _ in 0..16 {
+            let (clock, left, low, longest) = (clock.clone(), left.clone(), low.clone(), longest.clone());
+            let one = async move {
+                for _ in 0..50 {
+                    let asked = clock.now();
+                    drop(low.ready(Way::Out, low.piece_bytes(Way::Out)).await);
+                    longest.set(longest.get().max(clock.now() - asked));
+                }
+                left.set(left.get() - 1);
+            };
+            spawn(one.boxed_local());
+        }
+        pool.run_until_stalled();
+        while left.get() > 0 {
+            assert!(time.pass(), "nobody sleeps, and {} wait", left.get());
+            pool.run_until_stalled();
+        }
+        assert!(longest.get() <= Duration::from_secs(10), "{:?}", longest.get());
+        // It was a trickle.
+        let rate = 16.0 * 50.0 * MIN_PIECE as f64 / (clock.now() - began).as_secs_f64();
+        assert!((0.8 * TRICKLE..=TRICKLE).contains(&rate), "{rate} bytes per second");
     }
 }

@@ -26,6 +26,31 @@ const DIGITS: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 const KEY_TAG: &str = "lfk-";
 const KEY_DIGITS: usize = 52;
 
+/// The points of small order, without the sign bit and in every encoding: signatures by them hold for most texts, so whoever
+/// shows one proves nothing.
+const SMALL_ORDER: [[u8; 32]; 7] = [
+    [0; 32],
+    with_ends(0x01, 0, 0),
+    [
+        0x26, 0xe8, 0x95, 0x8f, 0xc2, 0xb2, 0x27, 0xb0, 0x45, 0xc3, 0xf4, 0x89, 0xf2, 0xef, 0x98, 0xf0, 0xd5, 0xdf,
+        0xac, 0x05, 0xd3, 0xc6, 0x33, 0x39, 0xb1, 0x38, 0x02, 0x88, 0x6d, 0x53, 0xfc, 0x05,
+    ],
+    [
+        0xc7, 0x17, 0x6a, 0x70, 0x3d, 0x4d, 0xd8, 0x4f, 0xba, 0x3c, 0x0b, 0x76, 0x0d, 0x10, 0x67, 0x0f, 0x2a, 0x20,
+        0x53, 0xfa, 0x2c, 0x39, 0xcc, 0xc6, 0x4e, 0xc7, 0xfd, 0x77, 0x92, 0xac, 0x03, 0x7a,
+    ],
+    with_ends(0xec, 0xff, 0x7f),
+    with_ends(0xed, 0xff, 0x7f),
+    with_ends(0xee, 0xff, 0x7f),
+];
+
+const fn with_ends(first: u8, between: u8, last: u8) -> [u8; 32] {
+    let mut bytes = [between; 32];
+    bytes[0] = first;
+    bytes[31] = last;
+    bytes
+}
+
 /// A host's public key. As text, `lfk-` and 52 digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey(pub [u8; 32]);
@@ -45,10 +70,26 @@ impl PublicKey {
         SubjectPublicKeyInfoDer::from([&SPKI_PREFIX[..], &self.0].concat())
     }
 
-    /// The key that TLS shows, if it is an Ed25519 key.
+    /// The key that TLS shows, if it is an Ed25519 key that can prove anything.
     pub(crate) fn from_spki(spki: &[u8]) -> Option<PublicKey> {
         let key = spki.strip_prefix(&SPKI_PREFIX)?;
-        Some(PublicKey(key.try_into().ok()?))
+        Some(PublicKey(key.try_into().ok()?)).filter(|key: &PublicKey| !key.is_weak())
+    }
+
+    /// Whether anybody can sign by it.
+    fn is_weak(&self) -> bool {
+        let mut point = self.0;
+        point[31] &= 0x7f;
+        SMALL_ORDER.contains(&point)
+    }
+
+    /// The key that `text` is, weak or not: our own records have that of trusted streams too.
+    fn from_text(text: &str) -> Result<PublicKey> {
+        let digits = text.trim().strip_prefix(KEY_TAG).and_then(|digits| from_digits(digits, KEY_DIGITS));
+        let key = digits.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+        key.map(PublicKey).ok_or_else(|| {
+            Error::invalid(format!("{text:?} is not a host's key: {KEY_TAG} and {KEY_DIGITS} digits are expected"))
+        })
     }
 }
 
@@ -68,11 +109,11 @@ impl FromStr for PublicKey {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<PublicKey> {
-        let digits = text.trim().strip_prefix(KEY_TAG).and_then(|digits| from_digits(digits, KEY_DIGITS));
-        let key = digits.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
-        key.map(PublicKey).ok_or_else(|| {
-            Error::invalid(format!("{text:?} is not a host's key: {KEY_TAG} and {KEY_DIGITS} digits are expected"))
-        })
+        let key = PublicKey::from_text(text)?;
+        if key.is_weak() {
+            return Err(Error::invalid(format!("{text:?} is no host's key: anybody can sign by it")));
+        }
+        Ok(key)
     }
 }
 
@@ -85,7 +126,7 @@ impl serde::Serialize for PublicKey {
 impl<'de> serde::Deserialize<'de> for PublicKey {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<PublicKey, D::Error> {
         let text: String = serde::Deserialize::deserialize(d)?;
-        text.parse().map_err(serde::de::Error::custom)
+        PublicKey::from_text(&text).map_err(serde::de::Error::custom)
     }
 }
 
@@ -270,6 +311,25 @@ mod tests {
             assert!(wrong.parse::<PublicKey>().is_err() && wrong.parse::<Fingerprint>().is_err(), "{wrong}");
         }
         assert_eq!(PublicKey::from_spki(&key.to_spki()), Some(key));
+    }
+
+    #[test]
+    fn keys_by_which_anybody_can_sign_are_refused() {
+        for mut point in SMALL_ORDER {
+            for sign in [0, 0x80] {
+                point[31] = point[31] & 0x7f | sign;
+                let key = PublicKey(point);
+                assert!(
+                    key.to_string().parse::<PublicKey>().is_err() && PublicKey::from_spki(&key.to_spki()).is_none()
+                );
+                // A journal may have the one of trusted streams.
+                let json = serde_json::to_string(&key).unwrap();
+                assert_eq!(serde_json::from_str::<PublicKey>(&json).unwrap(), key);
+                point[1] ^= 1;
+                assert!(PublicKey::from_spki(&PublicKey(point).to_spki()).is_some());
+                point[1] ^= 1;
+            }
+        }
     }
 
     #[test]

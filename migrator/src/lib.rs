@@ -12,6 +12,7 @@ mod align;
 pub mod attempt;
 pub mod bundle;
 pub mod check;
+mod clock;
 pub mod dial;
 mod encode;
 pub mod error;
@@ -54,6 +55,7 @@ pub mod tier;
 pub mod tls;
 pub mod transfers;
 mod unbundle;
+pub mod wanted;
 pub mod wire;
 
 pub use dial::Transport;

@@ -4,6 +4,7 @@
 //! link that is silent for longer than the idle timeout is dead; a last word (an error) is heard even if writing
 //! has failed meanwhile.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,11 +23,15 @@ use crate::error::{Error, Result};
 use crate::governor::{Gate, Rate, Way};
 use crate::group::Trunk;
 use crate::outbox::{self, Numbered, Outgoing, Takes};
+use crate::send::joined;
 use crate::socket::{Probe, Tuner};
+use crate::wanted::Wanted;
 use crate::wire::{self, FrameHeader, HEADER_BYTES, Hello, Message};
 
 /// Messages that wait to be handled. A [`Message::Chunks`] has about half a MiB.
 const INCOMING: usize = 4;
+/// Messages that are taken before it's their turn, while the other side is to wait for an answer.
+const MAX_EARLY: usize = 4;
 /// Small messages are collected up to so many bytes before they are written.
 const COALESCE_BYTES: usize = 32 * 1024;
 /// How much is read from a socket at once, as TLS asks for 4 KiB at a time.
@@ -199,10 +204,13 @@ pub struct Link {
     gate: GateSlot,
     outbox: Option<Outbox>,
     incoming: mpsc::Receiver<Result<Message>>,
+    /// What came while an answer was worked out.
+    early: VecDeque<Message>,
     group: Option<OpenGroup>,
     was_grouped: bool,
     /// The number of the frame that comes next, if it has one.
     part: Option<u64>,
+    has_heard: bool,
     reader: JoinHandle<()>,
     writer: JoinHandle<io::Result<()>>,
     is_greeted: bool,
@@ -256,9 +264,11 @@ impl Link {
             peer: peer.to_owned(),
             outbox: Some(out_sender),
             incoming: in_receiver,
+            early: VecDeque::new(),
             group: None,
             was_grouped: false,
             part: None,
+            has_heard: false,
             reader: tokio::spawn(read_frames(read_half, in_sender, peer.to_owned(), gate.clone(), patience)),
             writer: tokio::spawn(write_frames(write_half, out_receiver, gate.clone(), patience)),
             gate,
@@ -316,6 +326,11 @@ impl Link {
         self.was_grouped
     }
 
+    /// Whether the other side has said anything that belongs to a request.
+    pub(crate) fn has_heard(&self) -> bool {
+        self.has_heard
+    }
+
     /// Queues a message, waiting for room.
     pub async fn send(&mut self, message: Message) -> Result<()> {
         match self.outbox()?.send(message).await {
@@ -337,6 +352,38 @@ impl Link {
 
     /// The next message other than Alive; `None` if the peer has closed the link between messages.
     pub async fn recv_or_end(&mut self) -> Result<Option<Message>> {
+        match self.early.pop_front() {
+            Some(message) => Ok(Some(message)),
+            None => self.recv_new().await,
+        }
+    }
+
+    /// Waits for `job`, a thread that works out what the other side waits for. If the link goes meanwhile, the job is not
+    /// `wanted` any more.
+    pub(crate) async fn wait_for<T>(&mut self, mut job: JoinHandle<Result<T>>, wanted: &Wanted) -> Result<T> {
+        let why = loop {
+            let next = tokio::select! {
+                biased;
+                done = &mut job => return joined(done),
+                next = self.recv_new() => next,
+            };
+            match next {
+                Ok(Some(message)) if self.early.len() < MAX_EARLY => self.early.push_back(message),
+                Ok(Some(message)) => {
+                    break Error::protocol(&self.peer, format!("{} while an answer is due", message.kind()));
+                }
+                Ok(None) => break Error::Closed { peer: self.peer.clone() },
+                Err(error) => break error,
+            }
+        };
+        wanted.end();
+        match joined(job.await) {
+            Err(Error::Store(layerfs::Error::Cancelled)) => Err(why),
+            done => done,
+        }
+    }
+
+    async fn recv_new(&mut self) -> Result<Option<Message>> {
         loop {
             let message = match &mut self.group {
                 None => self.incoming.recv().await,
@@ -360,7 +407,10 @@ impl Link {
                 Message::Part { number } if self.is_greeted && self.group.is_some() => self.part = Some(number),
                 // What came over a connection that was lost, and the sender doesn't know it.
                 bulk if bulk.is_bulk() && self.is_repeated()? => {}
-                other if self.is_greeted => return Ok(Some(other)),
+                other if self.is_greeted => {
+                    self.has_heard = true;
+                    return Ok(Some(other));
+                }
                 other => return Err(Error::protocol(&self.peer, format!("{} before Hello", other.kind()))),
             }
         }
@@ -507,7 +557,9 @@ async fn read_frame<S: AsyncRead + Unpin>(
     let mut left = idle + Duration::from_secs(header.body_bytes as u64 / Rate::MIN);
     while body.len() < header.body_bytes {
         let began = Instant::now();
-        let mut rest = (&mut *stream).take((header.body_bytes - body.len()) as u64);
+        // What has been read waits for its turn: a large piece of a trickle would do so for long.
+        let most = if header.is_bulk() { gate.piece_bytes(Way::In) } else { header.body_bytes };
+        let mut rest = (&mut *stream).take(most.min(header.body_bytes - body.len()) as u64);
         let read = timeout(idle.min(left), rest.read_buf(&mut body)).await.map_err(late)?;
         left = left.saturating_sub(began.elapsed());
         match read {
@@ -594,7 +646,7 @@ async fn write_bulk<S: AsyncWrite + Unpin>(
 ) -> io::Result<()> {
     let mut rest = frame;
     while !rest.is_empty() {
-        let (piece, after) = rest.split_at(rest.len().min(gate.piece_bytes()));
+        let (piece, after) = rest.split_at(rest.len().min(gate.piece_bytes(Way::Out)));
         let permit = gate.ready(Way::Out, piece.len()).await;
         write(stream, piece, patience).await?;
         // What TLS keeps back of a slowed frame would come late and in bursts.
@@ -608,9 +660,13 @@ async fn write_bulk<S: AsyncWrite + Unpin>(
 }
 
 async fn write<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8], patience: Patience) -> io::Result<()> {
-    // In pieces, so that a slow link isn't taken for a dead one.
-    for piece in bytes.chunks(128 * 1024) {
-        timeout(patience.idle, stream.write_all(piece)).await??;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        // A slow link gets on a little each time; a dead one doesn't.
+        match timeout(patience.idle, stream.write(rest)).await?? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => rest = &rest[count..],
+        }
     }
     Ok(())
 }

@@ -32,6 +32,7 @@ use crate::socket::{self, Probe};
 use crate::streams::TRUSTED_KEY;
 use crate::tls;
 use crate::transfers::{Entry, Origin, Plan, Role};
+use crate::wanted;
 use crate::wire::{Message, Offer};
 
 /// Connections at a time; more wait in the kernel's queue.
@@ -314,12 +315,14 @@ fn urgent(node: &Node, peer: &Peer) -> Gate {
 async fn give(node: &Node, peer: &Peer, link: &mut Link, wanted: Wanted, entry: &Entry) -> Result<()> {
     let (tally, monitor) = (Arc::new(Tally::new()), entry.monitor());
     let (store, visible) = (node.store().clone(), peer.rights.visible.clone());
+    let look = wanted::Wanted::by(&monitor);
+    let is_wanted = look.clone();
     let prepare = move || match wanted {
         Wanted::Whole(names, is_dry) => Ok(send::prepare(&store, &names, &visible, false)?.dry_run(is_dry)),
         Wanted::Structure(names) => Ok(send::prepare(&store, &names, &visible, false)?.lazily()),
-        Wanted::Rest(layers) => send::prepare_layers(&store, &layers, &visible),
+        Wanted::Rest(layers) => send::prepare_layers(&store, &layers, &visible, &look),
     };
-    let prepared = send::joined(tokio::task::spawn_blocking(prepare).await)?;
+    let prepared = link.wait_for(tokio::task::spawn_blocking(prepare), &is_wanted).await?;
     let changed = send::run(link, node.store(), &prepared, &tally, &monitor).await?;
     log(peer, "sent", &tally, prepared.names(), changed);
     Ok(())

@@ -76,7 +76,7 @@ pub struct PushOptions {
     pub paths: PathOptions,
     /// How the transfer is to go.
     pub manner: Manner,
-    /// Only what it would cost is worked out: nothing is stored or named there.
+    /// Only what it would cost is worked out, lazily or not: nothing is stored or named there.
     pub dry_run: bool,
 }
 
@@ -102,7 +102,7 @@ pub struct PullOptions {
     pub paths: PathOptions,
     /// How the transfer is to go.
     pub manner: Manner,
-    /// Only what it would cost is worked out: nothing is stored or named here.
+    /// Only what it would cost is worked out, lazily or not: nothing is stored or named here.
     pub dry_run: bool,
 }
 
@@ -313,7 +313,8 @@ impl Node {
             Ok(prepared.dry_run(options.dry_run))
         };
         let prepared = joined(spawn_blocking(prepare).await)?;
-        let prepared = if options.lazy { prepared.lazily() } else { prepared };
+        // As of a pull, what would have to go is all of it.
+        let prepared = if options.lazy && !options.dry_run { prepared.lazily() } else { prepared };
         let prepared = if options.hurry { prepared.in_a_hurry() } else { prepared };
         let prepared = prepared.knowing(knowing.known);
         let told = |(layer, ids): &(LayerId, Vec<ChunkId>)| {
@@ -354,11 +355,13 @@ impl Node {
         entry: &Entry,
     ) -> Result<TransferReport> {
         entry.transfer().set_dry(options.dry_run);
-        let request = match options.lazy {
+        // A Look can't be dry; what comes later of a lazy pull costs as much.
+        let is_lazy = options.lazy && !options.dry_run;
+        let request = match is_lazy {
             true => Message::Look { names: names.to_vec(), layers: Vec::new() },
             false => Message::Fetch { names: names.to_vec(), dry_run: options.dry_run },
         };
-        let terms = Terms { lazy: options.lazy, ..Terms::of_pull(self, peer, names, options.force) };
+        let terms = Terms { lazy: is_lazy, ..Terms::of_pull(self, peer, names, options.force) };
         let job = Job::Pull(request, terms);
         attempt::transfer(self, peer, job, options.paths, entry).await
     }

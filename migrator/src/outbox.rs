@@ -153,6 +153,11 @@ impl Outbox {
         self.blocking_put(Outgoing::Frame(frame))
     }
 
+    /// Whether what is queued goes nowhere any more.
+    pub fn is_gone(&self) -> bool {
+        self.0.state.lock().is_gone
+    }
+
     /// How many items wait, and how many could: full means that the link is the slower side.
     pub fn fill(&self) -> (usize, usize) {
         let state = self.0.state.lock();

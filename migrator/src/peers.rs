@@ -233,11 +233,26 @@ impl Peers {
     ///
     /// # Errors
     /// [`Error::Exists`] if the name or the key is taken, [`Error::Invalid`] for an impossible address or pattern.
-    pub fn add(&self, mut peer: Peer) -> Result<Peer> {
+    pub fn add(&self, peer: Peer) -> Result<Peer> {
+        self.put(peer, false)
+    }
+
+    /// Adds a peer, durably, in place of one of the same name if there is one: that stays if this can't be.
+    ///
+    /// # Errors
+    /// As [`Peers::add`], but only for a key that is taken.
+    pub fn replace(&self, peer: Peer) -> Result<Peer> {
+        self.put(peer, true)
+    }
+
+    fn put(&self, mut peer: Peer, replaces: bool) -> Result<Peer> {
         peer.address = peer.address.map(|address| normalize_address(&address)).transpose()?;
         check_patterns(&peer.rights.visible)?;
         let _changing = self.changing.lock();
         for other in self.list()? {
+            if other.name == peer.name && replaces {
+                continue;
+            }
             if other.name == peer.name {
                 return Err(Error::Exists { what: "peer", name: peer.name.to_string() });
             }

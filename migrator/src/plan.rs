@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use layerfs::chunk::{ChunkRead, Class};
-use layerfs::closure::{Part, Records, walk_content};
+use layerfs::closure::{Opened, Part, Records, walk_content};
 use layerfs::content::Content;
 use layerfs::inode::{Inode, Node};
 use layerfs::manifest::Manifest;
@@ -69,8 +69,9 @@ pub fn candidates(
     let held = Held::load(chunks, held)?;
     let mut recent = Recent::default();
     let mut once = |candidate: Candidate| if recent.insert(candidate.id) { sink(candidate) } else { Ok(()) };
+    let mut opened = Opened::default();
     for layer in lacking {
-        LayerPlan { chunks, held: &held, sink: &mut once }.run(*layer)?;
+        LayerPlan { chunks, held: &held, opened: &mut opened, sink: &mut once }.run(*layer)?;
     }
     Ok(())
 }
@@ -109,6 +110,8 @@ type TableOf = fn(&Manifest) -> &Content;
 struct LayerPlan<'a> {
     chunks: &'a dyn ChunkRead,
     held: &'a Held,
+    /// List nodes whose content was given.
+    opened: &'a mut Opened,
     sink: &'a mut dyn FnMut(Candidate) -> Result<()>,
 }
 
@@ -137,13 +140,13 @@ impl<'a> LayerPlan<'a> {
         let is_known = |id: &ChunkId| held.known.contains_key(id);
         if let Some(image) = &manifest.image {
             let old: Vec<&Content> = nearest.iter().filter_map(|(_, manifest)| manifest.image.as_ref()).collect();
-            align(self.chunks, Class::Data, image, &old, &is_known, self.sink)?;
+            align(self.chunks, Class::Data, image, &old, self.opened, &is_known, self.sink)?;
         }
         let tables: [(&Content, TableOf); 2] =
             [(&manifest.dentries, |m| &m.dentries), (&manifest.inodes, |m| &m.inodes)];
         for (table, of) in tables {
             let old: Vec<&Content> = nearest.iter().map(|(_, manifest)| of(manifest)).collect();
-            align(self.chunks, Class::Table, table, &old, &is_known, self.sink)?;
+            align(self.chunks, Class::Table, table, &old, self.opened, &is_known, self.sink)?;
         }
         let cursors = related.iter().map(|at| Cursor::new(self.chunks, &held.layers[*at].1, &shared));
         let mut cursors = cursors.collect::<Result<Vec<_>>>()?;
@@ -197,7 +200,7 @@ impl<'a> LayerPlan<'a> {
                 olds.push(other);
             }
         }
-        align(self.chunks, Class::Data, content, &olds, &|_| false, self.sink)
+        align(self.chunks, Class::Data, content, &olds, self.opened, &|_| false, self.sink)
     }
 }
 
@@ -254,10 +257,17 @@ impl Recent {
 
 #[cfg(test)]
 mod tests {
-    use layerfs::LayerName;
+    use layerfs::attr::Attrs;
+    use layerfs::chunk::{ChunkWrite, MemoryChunks};
+    use layerfs::chunker::Chunker;
+    use layerfs::codec::Put;
+    use layerfs::content::List;
+    use layerfs::manifest::{LayerKind, LayerWriter};
     use layerfs::monitor::Silent;
+    use layerfs::{Error, LayerName};
 
     use super::*;
+    use crate::check::check_layer;
     use crate::guest::state;
     use crate::tests::pair::{Host, add_layer, noise};
 
@@ -302,5 +312,88 @@ mod tests {
         // The first one is compared with nothing.
         let first = paired_with(old, &[disk]);
         assert_eq!((first.len(), first.iter().flatten().count()), (64, 0));
+    }
+
+    /// The node of `depth` above `children`.
+    fn above(chunks: &MemoryChunks, depth: u8, children: &[(ChunkId, u64)]) -> (ChunkId, u64) {
+        let mut node = vec![depth];
+        node.put_u16(children.len() as u16);
+        for (id, bytes) in children {
+            node.put_u64(*bytes);
+            node.put_id(id);
+        }
+        (chunks.put(Class::List, &node).unwrap(), children.iter().map(|(_, bytes)| bytes).sum())
+    }
+
+    fn leaf(chunks: &MemoryChunks, plain: &[u8]) -> (ChunkId, u64) {
+        let mut node = vec![1, 1, 0, 1];
+        node.put_u32(plain.len() as u32);
+        node.put_id(&chunks.put(Class::Data, plain).unwrap());
+        (chunks.put(Class::List, &node).unwrap(), plain.len() as u64)
+    }
+
+    /// Files whose list trees have this root, of this depth.
+    fn files_of_tree(chunks: &MemoryChunks, count: u64, (root, bytes): (ChunkId, u64), depth: u8) -> LayerId {
+        let list = List::Tree { root, depth };
+        let content = Content::Extents { bytes, data_bytes: bytes, chunker: Chunker::Tree, list };
+        let inode = |ino, node| Inode { ino: Ino(ino), nlink: 1, attrs: Attrs::default(), xattrs: Vec::new(), node };
+        let mut writer = LayerWriter::new(chunks);
+        writer.inode(&inode(1, Node::Folder)).unwrap();
+        (2..count + 2).for_each(|ino| writer.inode(&inode(ino, Node::File(content.clone()))).unwrap());
+        writer.finish(LayerKind::Base, None, Ino(count + 2)).unwrap().0
+    }
+
+    #[test]
+    fn a_list_that_repeats_its_nodes_is_planned_and_checked_once() {
+        let chunks = MemoryChunks::default();
+        let mut bomb = leaf(&chunks, b"abc");
+        for depth in 2..=6 {
+            bomb = above(&chunks, depth, &[bomb; 512]);
+        }
+        let distinct: Vec<_> = (0..70_000u32).map(|n| leaf(&chunks, &n.to_le_bytes())).collect();
+        let mut filler: Vec<_> = distinct.chunks(512).map(|leaves| above(&chunks, 2, leaves)).collect();
+        for depth in 3..=6 {
+            filler = vec![above(&chunks, depth, &filler)];
+        }
+        let behind = above(&chunks, 7, &[vec![filler[0]], vec![bomb; 511]].concat());
+        // A leaf and its chunk, five nodes above; the filler's, with five nodes above those that hold leaves; the root.
+        let (of_bomb, of_filler) = (2 + 5, 2 * 70_000 + 70_000usize.div_ceil(512) + 4);
+        for (root, depth, count) in [(bomb, 6, of_bomb), (behind, 7, of_bomb + of_filler + 1)] {
+            // Many files, whose lists are the same.
+            let layer = files_of_tree(&chunks, 2000, root, depth);
+            let mut found = HashSet::new();
+            let mut add = |candidate: Candidate| {
+                if matches!(candidate.class, Class::List | Class::Data) {
+                    found.insert(candidate.id);
+                }
+                Ok(())
+            };
+            candidates(&chunks, &[layer], &[], &mut add).unwrap();
+            assert_eq!(found.len(), count);
+            // What it is compared with may repeat its nodes as well.
+            let twin = files_of_tree(&chunks, 2, root, depth);
+            let other = files_of_tree(&chunks, 3, above(&chunks, depth + 1, &[root; 2]), depth + 1);
+            candidates(&chunks, &[other], &[twin], &mut |_| Ok(())).unwrap();
+            candidates(&chunks, &[twin], &[other], &mut |_| Ok(())).unwrap();
+            check_layer(&chunks, layer, &mut |ids| Ok(vec![true; ids.len()])).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_not_worked_out() {
+        let host = Host::new();
+        let layer = add_layer(host.store(), "app", &[("large".to_owned(), noise(1, 1 << 20))].into());
+        let wanted = crate::wanted::Wanted::default();
+        let chunks = crate::wanted::Polled::new(host.store().as_ref(), &wanted);
+        let mut found = 0;
+        let mut end = |_| {
+            found += 1;
+            wanted.end();
+            Ok(())
+        };
+        let error = candidates(&chunks, &[layer], &[], &mut end).unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{error}");
+        let error = check_layer(&chunks, layer, &mut |ids| Ok(vec![true; ids.len()])).unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{error}");
     }
 }

@@ -32,6 +32,7 @@ use crate::progress::Tally;
 use crate::protocol::{Receiver, ReceiverStep};
 use crate::send::{CANCEL_CHECK, joined};
 use crate::unbundle::{self, Half, Opened, Waiting};
+use crate::wanted::{Polled, Wanted};
 use crate::wire::{Bundle, Message, Offer};
 
 /// Frames that are being verified or wait to be appended.
@@ -281,16 +282,17 @@ impl Driver<'_> {
     }
 
     async fn check_offer(&mut self, offer: Offer) -> Result<Vec<ReceiverStep>> {
-        let context = self.context.clone();
+        let (context, wanted) = (self.context.clone(), Wanted::by(self.monitor));
+        let is_wanted = wanted.clone();
         let begin = move || {
-            let accepted = accept(&context, offer)?;
+            let accepted = accept(&context, offer, &is_wanted)?;
             if let Some(layer) = layers_lacking(&accepted).last().filter(|_| !accepted.offer.dry_run) {
                 context.store.flush_staged(layer);
                 context.session.stage_for(layer);
             }
             Ok(accepted)
         };
-        let accepted = Arc::new(joined(spawn_blocking(begin).await)?);
+        let accepted = Arc::new(self.link.wait_for(spawn_blocking(begin), &wanted).await?);
         let held = accepted.offer.hints.iter().map(|hint| accepted.holds(hint)).collect();
         let lacking = accepted.lacking.clone();
         let lacks = || accepted.offer.layers.iter().zip(&lacking).filter(|(_, lacks)| **lacks);
@@ -435,8 +437,10 @@ impl Driver<'_> {
             }
         }
         let Some(accepted) = self.accepted.clone() else { return Ok(Vec::new()) };
-        let context = self.context.clone();
-        self.changed = joined(spawn_blocking(move || commit(&context, &accepted)).await)?;
+        let (context, wanted) = (self.context.clone(), Wanted::by(self.monitor));
+        let is_wanted = wanted.clone();
+        let job = spawn_blocking(move || commit(&context, &accepted, &is_wanted));
+        self.changed = self.link.wait_for(job, &wanted).await?;
         Ok(self.machine.committed(self.changed))
     }
 }
@@ -449,8 +453,8 @@ async fn finished<T>(slot: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task:
     result
 }
 
-/// Sees which layers are held and whether the names may be set. Blocks.
-fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
+/// Sees which layers are held and whether the names may be set, while that is `wanted`. Blocks.
+fn accept(context: &Context, offer: Offer, wanted: &Wanted) -> Result<Accepted> {
     let Context { store, terms, .. } = context;
     let refused = |class, message: &str| Err(Error::refused(class, message));
     if terms.wanted.is_some() && offer.lazy != terms.lazy {
@@ -487,7 +491,7 @@ fn accept(context: &Context, offer: Offer) -> Result<Accepted> {
             return Err(Error::refused(ErrorClass::Exists, message));
         }
     }
-    let access = Access::new(store, &terms.visible)?;
+    let access = Access::new(store, &terms.visible, wanted)?;
     if let Some((grants, key)) = &terms.kept {
         access.grant_again(grants.take(key));
     }
@@ -528,9 +532,9 @@ fn would_change(store: &Store, accepted: &Accepted) -> Result<u16> {
     Ok(changed)
 }
 
-/// Makes the chunks durable, verifies the layers, sets the names. Blocks. Returns how many names have changed; in a dry
-/// run, how many would.
-fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
+/// Makes the chunks durable, verifies the layers while that is `wanted`, sets the names. Blocks. Returns how many names have
+/// changed; in a dry run, how many would.
+fn commit(context: &Context, accepted: &Accepted, wanted: &Wanted) -> Result<u16> {
     let Context { store, session, .. } = context;
     if accepted.offer.dry_run {
         return would_change(store, accepted);
@@ -545,7 +549,9 @@ fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
     let layers = accepted.offer.layers.iter().zip(&accepted.lacking);
     let mut whole: HashSet<LayerId> = layers.clone().filter(|(_, lacks)| !**lacks).map(|(layer, _)| layer.id).collect();
     for (layer, _) in layers.filter(|(_, lacks)| **lacks) {
-        check_extent(store.as_ref(), layer.id, extent, &mut |ids| accepted.access.has(session, ids))?;
+        check_extent(&Polled::new(store.as_ref(), wanted), layer.id, extent, &mut |ids| {
+            accepted.access.has(session, ids)
+        })?;
         // A parent that is here but not the peer's to see would come into its reach by this layer.
         let parent = Manifest::load(store.as_ref(), layer.id)?.parent;
         if let Some(parent) = parent.filter(|parent| !whole.contains(parent)) {
@@ -553,6 +559,7 @@ fn commit(context: &Context, accepted: &Accepted) -> Result<u16> {
         }
         whole.insert(layer.id);
     }
+    wanted.check()?;
     failpoint::hit("receive.verified");
     let mut changes = Vec::new();
     let mut changed = 0;

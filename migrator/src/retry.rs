@@ -39,6 +39,12 @@ pub(crate) fn is_transient(error: &Error) -> bool {
     }
 }
 
+/// Whether `error`, the first answer of an attempt that isn't the first, may be about the one before: until the other side has
+/// noticed that its connections broke, they keep their places.
+pub(crate) fn is_transient_again(error: &Error) -> bool {
+    matches!(error, Error::Remote { class: ErrorClass::Busy, .. })
+}
+
 /// The state of one transfer's attempts.
 #[derive(Debug)]
 pub(crate) struct Backoff {
@@ -123,5 +129,7 @@ mod tests {
         let reset = Error::link("reading from", "p", std::io::ErrorKind::ConnectionReset.into());
         assert!(!is_transient(&refused) && !is_transient(&denied) && is_transient(&reset));
         assert!(is_transient(&Error::Closed { peer: "p".into() }));
+        let busy = Error::Remote { peer: "p".into(), class: ErrorClass::Busy, message: String::new() };
+        assert!(!is_transient(&busy) && is_transient_again(&busy) && !is_transient_again(&denied));
     }
 }

@@ -27,6 +27,7 @@ use crate::progress::Tally;
 use crate::protocol::{Sender, SenderStep};
 use crate::similar::Similar;
 use crate::structure;
+use crate::wanted::{Polled, Wanted};
 use crate::wire::{MAX_ASK, MAX_HINTS, MAX_LAYERS, MAX_NAMES, Message, Offer, OfferedLayer};
 
 /// How often a monitor is asked whether to go on.
@@ -97,9 +98,15 @@ pub(crate) fn prepare(store: &Arc<Store>, names: &[LayerName], visible: &Visible
 /// Makes an offer of the stacks of `tops`, without names: for a receiver that has their structure. Blocks.
 ///
 /// # Errors
-/// [`layerfs::Error::LayerMissing`] for what isn't here whole, or not for those who see `visible`.
-pub(crate) fn prepare_layers(store: &Arc<Store>, tops: &[LayerId], visible: &Visible) -> Result<Prepared> {
-    let access = Access::new(store, visible)?;
+/// [`layerfs::Error::LayerMissing`] for what isn't here whole, or not for those who see `visible`;
+/// [`layerfs::Error::Cancelled`] if it isn't `wanted` any more.
+pub(crate) fn prepare_layers(
+    store: &Arc<Store>,
+    tops: &[LayerId],
+    visible: &Visible,
+    wanted: &Wanted,
+) -> Result<Prepared> {
+    let access = Access::new(store, visible, wanted)?;
     let mut offer = Offer::default();
     let mut pins = Vec::new();
     for top in tops {
@@ -174,12 +181,18 @@ fn hints(store: &Arc<Store>, offered: &[OfferedLayer], visible: &Visible) -> Res
     let offered: HashSet<LayerId> = offered.iter().map(|layer| layer.id).collect();
     let mut seen = offered.clone();
     let (mut related, mut others) = (Vec::new(), Vec::new());
-    for top in visible_layers(store, visible)?.into_iter().take(MAX_HINT_NAMES) {
+    'tops: for top in visible_layers(store, visible)?.into_iter().take(MAX_HINT_NAMES) {
         let mut stack = Vec::new();
         let mut next = Some(top);
         while let Some(id) = next.filter(|id| seen.insert(*id)) {
             stack.push(id);
-            next = Manifest::load(store.as_ref(), id)?.parent;
+            next = match Manifest::load(store.as_ref(), id) {
+                Ok(manifest) => manifest.parent,
+                Err(error) => {
+                    tracing::warn!(layer = %id, stack = %top, %error, "a stack can't be read and is built upon by nothing");
+                    continue 'tops;
+                }
+            };
         }
         if next.is_some_and(|id| offered.contains(&id)) { related.extend(stack) } else { others.extend(stack) }
     }
@@ -338,7 +351,8 @@ impl Driver<'_> {
             (false, true) => Kind::Rest,
             (false, false) => Kind::Whole,
         };
-        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), kind));
+        let monitor = self.monitor.clone();
+        self.planner = Some(Planner::start(self.store.clone(), lacks, held, sent_ahead.clone(), kind, monitor));
         let work = Work {
             store: self.store.clone(),
             outbox: self.link.outbox()?,
@@ -418,11 +432,16 @@ impl Planner {
         held: Vec<LayerId>,
         bytes_ahead: Arc<AtomicU64>,
         kind: Kind,
+        monitor: Arc<dyn Monitor>,
     ) -> Planner {
         // Of the rest a part may come otherwise before it's its turn: small questions can be answered late.
         let most_later = if kind == Kind::Rest { MAX_ASK_OF_REST } else { MAX_ASK };
         let (queue, batches) = mpsc::channel(PLANNED_BATCHES);
+        let taken: mpsc::Sender<Planned> = queue.clone();
         let thread = tokio::task::spawn_blocking(move || {
+            // What is in hand may be a lot that nothing has to be asked of.
+            let wanted = Wanted::until(move || monitor.is_cancelled() || taken.is_closed());
+            let chunks = Polled::new(store.as_ref(), &wanted);
             let give = |planned| queue.blocking_send(planned).map_err(|_| layerfs::Error::Cancelled);
             let (mut ask, mut ahead) = (Vec::new(), Vec::new());
             let (mut chunks_ahead, mut most) = (0, most_later.min(FIRST_ASK));
@@ -448,9 +467,9 @@ impl Planner {
                 flush(&mut ask, &mut ahead)
             };
             if kind == Kind::Structure {
-                structure::candidates(store.as_ref(), &lacking, &mut sink)?;
+                structure::candidates(&chunks, &lacking, &mut sink)?;
             } else {
-                plan::candidates(store.as_ref(), &lacking, &held, &mut sink)?;
+                plan::candidates(&chunks, &lacking, &held, &mut sink)?;
             }
             Ok(flush(&mut ask, &mut ahead)?)
         });

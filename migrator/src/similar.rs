@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use layerfs::closure::{Part, Records, walk_content};
+use layerfs::closure::{Opened, Part, Records, walk_new};
 use layerfs::inode::Node;
 use layerfs::manifest::Manifest;
 use layerfs::store::Store;
@@ -373,17 +373,18 @@ impl Similar {
         let store = self.store.as_ref();
         let mut seen: HashSet<[u8; 8]> = HashSet::new();
         let mut bytes_read = 0;
+        let mut opened = Opened::default();
         for manifest in self.kin_first(lacking, held)? {
             let mut inodes = Records::inodes(store, &manifest)?;
             while let Some(inode) = inodes.next_inode()? {
                 let Node::File(content) = &inode.node else { continue };
-                walk_content(store, content, &mut |part| {
+                walk_new(store, content, &mut opened, &mut |part| {
+                    if self.is_given_up.load(Relaxed) {
+                        return Err(layerfs::Error::Cancelled);
+                    }
                     let Part::Chunk(id, bytes) = part else { return Ok(true) };
                     if bytes < MIN_BYTES || !seen.insert(base_name(&id)) {
                         return Ok(true);
-                    }
-                    if self.is_given_up.load(Relaxed) {
-                        return Err(layerfs::Error::Cancelled);
                     }
                     // What can't be read can't be a base.
                     if let Ok(plain) = store.get_uncached(&id) {

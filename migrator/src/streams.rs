@@ -22,7 +22,7 @@ const ARRIVAL: Duration = Duration::from_secs(120);
 /// How long a stream waits for its transfer to begin: that looks at every layer first.
 const OPENING: Duration = Duration::from_secs(60);
 
-/// The all-zero key: no Ed25519 signature by it is accepted.
+/// The all-zero key: a point of small order, which [`PublicKey`] takes neither from TLS nor from people.
 pub(crate) const TRUSTED_KEY: PublicKey = PublicKey([0; 32]);
 
 /// Whatever bytes go both ways through.

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use layerfs::chunk::{ChunkRead, Class};
-use layerfs::closure::{Part, Records, walk_content};
+use layerfs::closure::{Opened, Part, Records, walk_new};
 use layerfs::inode::Node;
 use layerfs::manifest::Manifest;
 use layerfs::{ChunkId, LayerId, Result};
@@ -37,6 +37,8 @@ pub fn candidates(
         }
         sink(Candidate { class, ..Candidate::new(id, bytes) })
     };
+    // Of files less is given than of tables.
+    let (mut of_tables, mut of_files) = (Opened::default(), Opened::default());
     for layer in layers {
         let bytes = chunks.get(&layer.0)?;
         once(layer.0, bytes.len() as u32, Class::Manifest)?;
@@ -45,7 +47,7 @@ pub fn candidates(
         for (content, class) in
             [(&manifest.dentries, Class::Table), (&manifest.inodes, Class::Table)].into_iter().chain(image)
         {
-            walk_content(chunks, content, &mut |part| {
+            walk_new(chunks, content, &mut of_tables, &mut |part| {
                 match part {
                     Part::Chunk(id, bytes) => once(id, bytes, class)?,
                     Part::Node(id) => once(id, 0, Class::List)?,
@@ -56,7 +58,7 @@ pub fn candidates(
         let mut inodes = Records::inodes(chunks, &manifest)?;
         while let Some(inode) = inodes.next_inode()? {
             if let Node::File(content) = &inode.node {
-                walk_content(chunks, content, &mut |part| match part {
+                walk_new(chunks, content, &mut of_files, &mut |part| match part {
                     Part::Node(id) => once(id, 0, Class::List).map(|()| true),
                     Part::Chunk(..) => Ok(true),
                 })?;

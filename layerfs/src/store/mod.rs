@@ -56,7 +56,7 @@ pub use names::{Expect, NameChange, NameRecord};
 pub use offload::{Moved, TierStat, Which};
 pub use open::StoreOptions;
 pub use pack::PackId;
-pub use parcel::{Parcel, read_parcel};
+pub use parcel::{MAX_PARCEL_BYTES, Parcel, read_parcel};
 pub use partial::{ChunkFetcher, PartialLayer, Presence};
 pub use pins::{Pin, RootSource};
 pub use rebuild::{RebuildReport, rebuild, rebuild_from};

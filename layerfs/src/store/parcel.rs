@@ -6,10 +6,10 @@
 use std::fs::File;
 use std::path::Path;
 
-use crate::chunk::StoredChunk;
+use crate::chunk::{MAX_CHUNK_BYTES, StoredChunk};
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
-use crate::store::pack::{HEADER_BYTES, PackId, RecordHeader, encode_header, read_record};
+use crate::store::pack::{HEADER_BYTES, PackId, RECORD_BYTES, RecordHeader, encode_header, read_record};
 use crate::store::scan::{Found, PackScan};
 
 /// The number that stands in every parcel's header.
@@ -18,6 +18,8 @@ const NUMBER: PackId = PackId(0);
 const LEAST_BYTES: usize = 4 << 20;
 /// A parcel that has this many bytes gets no more records.
 const MOST_BYTES: usize = 32 << 20;
+/// No parcel has more bytes.
+pub const MAX_PARCEL_BYTES: usize = MOST_BYTES + RECORD_BYTES + MAX_CHUNK_BYTES;
 /// About every so manieth chunk may end a parcel.
 const END_MASK: u8 = 63;
 

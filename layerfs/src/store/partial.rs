@@ -110,6 +110,9 @@ pub trait ChunkFetcher: Send + std::marker::Sync {
 
     /// Which layers are partial has changed. Doesn't wait.
     fn changed(&self);
+
+    /// These layers were marked as partial, again if they were before. [`ChunkFetcher::changed`] follows. Doesn't wait.
+    fn marked(&self, layers: &[LayerId]);
 }
 
 #[derive(Default)]
@@ -241,6 +244,9 @@ impl Store {
             }
         }
         self.partials.recount();
+        if let (Ok(_), Some(fetcher)) = (&result, self.partials.fetcher.read().clone()) {
+            fetcher.marked(layers);
+        }
         self.tell_fetcher();
         result
     }

@@ -55,6 +55,8 @@ const NEED_CHECK: Duration = Duration::from_secs(2);
 /// Between attempts of the background transfer.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(30);
+/// What is said of a source whose rest doesn't come.
+const CANCELLED: &str = "the rest was cancelled; pull the layer again to fetch it";
 /// For so long the background waits until the source has told its traces.
 const TRACES: Duration = Duration::from_secs(2);
 
@@ -97,6 +99,10 @@ pub(crate) struct Inner {
     jobs: Mutex<BTreeMap<String, Option<String>>>,
     /// Peers that what was pushed lazily goes to.
     pushes: Mutex<BTreeSet<String>>,
+    /// Layers whose rest somebody has cancelled: it comes when they are pulled again, or with the next daemon.
+    cancelled: Mutex<BTreeSet<LayerId>>,
+    /// Layers of which was said that they can't be read.
+    unreadable: Mutex<BTreeSet<LayerId>>,
 }
 
 /// The partial layers, as of the last look.
@@ -123,6 +129,12 @@ impl ChunkFetcher for Handle {
     fn soon(&self, ids: &[ChunkId]) {
         if let Some(inner) = self.0.upgrade() {
             inner.soon(ids);
+        }
+    }
+
+    fn marked(&self, layers: &[LayerId]) {
+        if let Some(inner) = self.0.upgrade() {
+            inner.cancelled.lock().retain(|layer| !layers.contains(layer));
         }
     }
 
@@ -154,6 +166,8 @@ impl Lazy {
             changed: tokio::sync::Notify::new(),
             jobs: Mutex::default(),
             pushes: Mutex::default(),
+            cancelled: Mutex::default(),
+            unreadable: Mutex::default(),
         });
         node.store().set_fetcher(Arc::new(Handle(Arc::downgrade(&inner))));
         tokio::spawn(manage(inner.clone()));
@@ -189,11 +203,17 @@ impl Lazy {
     /// The peers that partial layers come from.
     pub fn sources(&self) -> Vec<SourceStatus> {
         let jobs = self.0.jobs.lock().clone();
+        let cancelled = self.0.cancelled.lock().clone();
         let known = self.0.known.read();
         let peers: BTreeSet<&String> = known.layers.values().flat_map(|partial| &partial.sources).collect();
+        let is_held = |peer: &String| {
+            let mut layers = known.layers.iter().filter(|(layer, _)| cancelled.contains(layer));
+            layers.any(|(_, partial)| partial.sources.first() == Some(peer))
+        };
         let status = |peer: &String| {
             let source = known.sources.get(peer).and_then(|source| source.failing());
             let error = source.map(|(_, error)| error).or_else(|| jobs.get(peer).cloned().flatten());
+            let error = error.or_else(|| is_held(peer).then(|| CANCELLED.to_owned()));
             SourceStatus { peer: peer.clone(), error }
         };
         peers.into_iter().map(status).collect()
@@ -203,6 +223,13 @@ impl Lazy {
 impl Inner {
     fn is_stopped(&self) -> bool {
         *self.stop.borrow()
+    }
+
+    /// Says once that `layer` can't be read.
+    fn tell_unreadable(&self, layer: LayerId, error: &layerfs::Error) {
+        if self.unreadable.lock().insert(layer) {
+            tracing::warn!(%layer, %error, "a layer can't be read; what it stands on is fetched all the same");
+        }
     }
 
     /// Resolves at the end.
@@ -378,7 +405,7 @@ impl Inner {
 async fn manage(inner: Arc<Inner>) {
     while !inner.is_stopped() {
         let before = inner.clone();
-        let (new, peers) = match joined(spawn_blocking(move || refresh(&before)).await) {
+        let (new, peers) = match joined(spawn_blocking(move || Ok(refresh(&before))).await) {
             Ok(found) => found,
             Err(error) => {
                 tracing::error!(%error, "what is partial cannot be read");
@@ -413,8 +440,9 @@ async fn push_rests(inner: &Arc<Inner>) {
     }
 }
 
-/// Looks at the partial layers anew. Returns the sources that are new, and the peers to fetch the rest from. Blocks.
-fn refresh(inner: &Arc<Inner>) -> Result<(Vec<Arc<Source>>, Vec<String>)> {
+/// Looks at the partial layers anew. Returns the sources that are new, and the peers to fetch the rest from, whatever can't
+/// be read. Blocks.
+fn refresh(inner: &Arc<Inner>) -> (Vec<Arc<Source>>, Vec<String>) {
     let store = inner.node.store();
     let mut new = Vec::new();
     let mut fetched = BTreeSet::new();
@@ -440,17 +468,23 @@ fn refresh(inner: &Arc<Inner>) -> Result<(Vec<Arc<Source>>, Vec<String>)> {
         }
         known.layers = layers.clone();
     }
+    inner.cancelled.lock().retain(|layer| layers.contains_key(layer));
     for (layer, partial) in &layers {
-        if !partial.pushed {
+        if !partial.pushed && !inner.cancelled.lock().contains(layer) {
             fetched.extend(partial.sources.first().cloned());
         }
         if !inner.known.read().orders.contains_key(layer) {
-            let order = Arc::new(Order::of(store, *layer)?);
-            inner.known.write().orders.insert(*layer, order);
+            match Order::of(store, *layer) {
+                Ok(order) => drop(inner.known.write().orders.insert(*layer, Arc::new(order))),
+                // Its chunks come one by one, and with the rest.
+                Err(error) => inner.tell_unreadable(*layer, &error),
+            }
         }
     }
-    replay_traces(inner)?;
-    Ok((new, fetched.into_iter().collect()))
+    if let Err(error) = replay_traces(inner) {
+        tracing::warn!(%error, "what is read first can't be told; it comes when it is read");
+    }
+    (new, fetched.into_iter().collect())
 }
 
 /// For each named stack with partial layers: fetches first what earlier runs here read, and asks the source for its own.
@@ -459,8 +493,14 @@ fn replay_traces(inner: &Arc<Inner>) -> Result<()> {
     let mut tops: BTreeMap<LayerId, String> = BTreeMap::new();
     if store.has_partials() {
         for top in store.roots()? {
-            let source =
-                store.partials_of_stack(top)?.first().and_then(|(_, partial)| partial.sources.first().cloned());
+            let partials = match store.partials_of_stack(top) {
+                Ok(partials) => partials,
+                Err(error) => {
+                    inner.tell_unreadable(top, &error);
+                    continue;
+                }
+            };
+            let source = partials.first().and_then(|(_, partial)| partial.sources.first().cloned());
             tops.extend(source.map(|source| (top, source)));
         }
     }
@@ -479,25 +519,36 @@ fn replay_traces(inner: &Arc<Inner>) -> Result<()> {
     Ok(())
 }
 
-/// The layers that come from `peer` and that something needs; the marks of others are dropped. Blocks.
+/// The layers that come from `peer`, that something needs and nobody has cancelled; the marks of what nothing needs are
+/// dropped. Blocks.
 fn due(inner: &Inner, peer: &str) -> Result<Vec<LayerId>> {
     let store = inner.node.store();
     let mut needed = HashSet::new();
+    let mut is_all_known = true;
     for root in store.roots()? {
         let mut next = Some(root);
         while let Some(layer) = next.filter(|layer| needed.insert(*layer)) {
-            next = Manifest::load(store.as_ref(), layer)?.parent;
+            next = match Manifest::load(store.as_ref(), layer) {
+                Ok(manifest) => manifest.parent,
+                Err(error) => {
+                    inner.tell_unreadable(layer, &error);
+                    is_all_known = false;
+                    None
+                }
+            };
         }
     }
     let of_peer =
         |partial: &PartialLayer| !partial.pushed && partial.sources.first().is_some_and(|first| first == peer);
     let layers: Vec<LayerId> =
         store.partials().into_iter().filter(|(_, partial)| of_peer(partial)).map(|(layer, _)| layer).collect();
-    let (due, unneeded): (Vec<LayerId>, Vec<LayerId>) = layers.into_iter().partition(|layer| needed.contains(layer));
+    // What can't be read may stand on any.
+    let is_needed = |layer: &LayerId| !is_all_known || needed.contains(layer);
+    let (due, unneeded): (Vec<LayerId>, Vec<LayerId>) = layers.into_iter().partition(is_needed);
     // A collection takes what has come of these; their marks would only keep us trying.
-    let unneeded: Vec<LayerId> = unneeded.into_iter().filter(|layer| !needed.contains(layer)).collect();
     store.clear_unneeded(&unneeded)?;
-    Ok(due)
+    let cancelled = inner.cancelled.lock();
+    Ok(due.into_iter().filter(|layer| !cancelled.contains(layer)).collect())
 }
 
 /// The background transfer from `peer`: again and again until nothing is partial any more.
@@ -529,12 +580,9 @@ async fn complete(inner: Arc<Inner>, peer: String) {
             Err(Error::Store(layerfs::Error::Cancelled)) if inner.is_stopped() => {}
             Err(Error::Store(layerfs::Error::Cancelled)) => {
                 let (look, of) = (inner.clone(), peer.clone());
-                let left = joined(spawn_blocking(move || due(&look, &of)).await);
-                if left.is_ok_and(|left| left.iter().any(|layer| layers.contains(layer))) {
-                    // Somebody has cancelled it: what is read still comes, the rest with the next daemon.
-                    let held = "the rest was cancelled; pull the layer again to fetch it".to_owned();
-                    inner.jobs.lock().insert(peer, Some(held));
-                    return;
+                // Of what is still due somebody has cancelled it: what is read still comes, and other layers.
+                if let Ok(left) = joined(spawn_blocking(move || due(&look, &of)).await) {
+                    inner.cancelled.lock().extend(left.into_iter().filter(|layer| layers.contains(layer)));
                 }
             }
             Err(error) => {

@@ -19,6 +19,7 @@ use crate::receive::Terms;
 use crate::retry::RetryFor;
 use crate::send::{self, joined};
 use crate::transfers::{Entry, Role};
+use crate::wanted::Wanted;
 use crate::wire::{MAX_ASK, Message};
 
 /// What nobody waits for leaves the way to everything else.
@@ -53,7 +54,7 @@ impl Node {
     pub async fn push_rest(&self, layers: &[LayerId], peer: &str, monitor: Arc<dyn Monitor>) -> Result<TransferReport> {
         let (store, wanted) = (self.store().clone(), layers.to_vec());
         let prepare = move || {
-            let prepared = send::prepare_layers(&store, &wanted, &Visible::All)?;
+            let prepared = send::prepare_layers(&store, &wanted, &Visible::All, &Wanted::default())?;
             let mut traces = Vec::new();
             for layer in wanted {
                 let ids = store.trace(layer)?;

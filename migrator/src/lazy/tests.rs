@@ -16,6 +16,7 @@ use crate::access::Access;
 use crate::guest::{GuestName, GuestRecord, GuestSpec, GuestState, Guests};
 use crate::peers::{Rights, Visible};
 use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, noise, silent, tree};
+use crate::wanted::Wanted;
 use crate::{PullOptions, PushOptions};
 
 fn push_options() -> PushOptions {
@@ -79,7 +80,10 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
     // It is what it is: no damage, nothing to collect, nothing to hand on.
     assert_clean(&pair.here);
     store.gc(&layerfs::monitor::Silent, GcOptions::default()).unwrap();
-    assert!(!Access::new(&store, &Visible::All).unwrap().holds(&base), "a partial layer is held by nobody");
+    assert!(
+        !Access::new(&store, &Visible::All, &Wanted::default()).unwrap().holds(&base),
+        "a partial layer is held by nobody"
+    );
     let onward = pair.here.node.push(&[name("app")], "there", PushOptions::default(), silent()).await.unwrap_err();
     assert_eq!(onward.class(), ErrorClass::Busy, "{onward}");
     assert!(read(&store, ids[0]).await.is_err(), "nobody fetches yet");
@@ -91,6 +95,28 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
     assert!(pair.here.has_whole("app", top));
     assert_eq!(store.presence(base).unwrap().percent(), 100);
     assert_clean(&pair.here);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_of_a_lazy_transfer_is_one_of_all_that_it_would_bring() {
+    let pair = Pair::new().await;
+    add_layer(pair.there.store(), "app", &tree(30, 2 << 20));
+    add_layer(pair.here.store(), "mine", &tree(30, 2 << 20));
+    let mut costs = Vec::new();
+    for lazy in [false, true] {
+        let pull = PullOptions { lazy, dry_run: true, ..PullOptions::default() };
+        let report = pair.here.node.pull(&[name("app")], "there", pull, silent()).await.unwrap();
+        assert!(report.dry_run && report.names_changed == 1, "{report:?}");
+        let push = PushOptions { lazy, dry_run: true, ..PushOptions::default() };
+        let sent = pair.here.node.push(&[name("mine")], "there", push, silent()).await.unwrap();
+        assert!(sent.dry_run && sent.names_changed == 1, "{sent:?}");
+        costs.push((report.would_send_bytes, sent.would_send_bytes));
+        for (host, called) in [(&pair.here, "app"), (&pair.there, "mine")] {
+            assert!(host.store().name(&name(called)).unwrap().is_none() && !host.store().has_partials());
+        }
+    }
+    // The data, which hardly shrinks, is in all of them.
+    assert!(costs.iter().all(|(pulled, pushed)| *pulled.min(pushed) > 2 << 20), "{costs:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,6 +172,65 @@ async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
     assert!(pair.here.has_whole("app", layer));
     drop(lazy);
     back.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_cancels_the_rest_of_one_layer_gets_that_of_others_and_again_that_one() {
+    let pair = Pair::new().await;
+    let first = add_layer(pair.there.store(), "first", &tree(10, 3 << 20));
+    let other = add_layer(pair.there.store(), "other", &tree(12, 1 << 20));
+    let transfers = pair.here.node.transfers();
+    let store = pair.here.store().clone();
+    pull_lazily(&pair, "first").await.unwrap();
+    transfers.governor().set_limit(Some(crate::Rate::new(1024)));
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    until("the rest", || {
+        let rest = transfers.list().into_iter().filter(|info| info.names == ["first"]);
+        let running = rest.filter_map(|info| transfers.get(info.id).ok()).collect::<Vec<_>>();
+        running.iter().for_each(|transfer| transfer.cancel());
+        !running.is_empty()
+    })
+    .await;
+    until("the word of it", || lazy.sources().iter().any(|source| source.error.is_some())).await;
+    transfers.governor().set_limit(None);
+    pull_lazily(&pair, "other").await.unwrap();
+    until("the other's rest", || store.partial(other).is_none()).await;
+    assert!(pair.here.has_whole("other", other));
+    assert!(store.partial(first).is_some());
+    assert!(lazy.sources()[0].error.as_ref().is_some_and(|error| error.contains("cancelled")));
+    pull_lazily(&pair, "first").await.unwrap();
+    until("its rest", || !store.has_partials()).await;
+    assert!(pair.here.has_whole("first", first));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unreadable_layer_keeps_no_other_from_its_source() {
+    let pair = Pair::new().await;
+    let damaged = add_layer(pair.there.store(), "damaged", &tree(30, 1 << 20));
+    let layer = add_layer(pair.there.store(), "app", &[("large".to_owned(), noise(1, 2 << 20))].into());
+    pull_lazily(&pair, "damaged").await.unwrap();
+    pull_lazily(&pair, "app").await.unwrap();
+    let mut pieces = Vec::new();
+    let manifest = layerfs::manifest::Manifest::load(pair.here.store().as_ref(), damaged).unwrap();
+    layerfs::closure::walk_content(pair.here.store().as_ref(), &manifest.inodes, &mut |part| {
+        pieces.push(part.id());
+        Ok(true)
+    })
+    .unwrap();
+    pair.here.damage_chunk(pieces.last().unwrap());
+    let Pair { here, there, listener } = pair;
+    let pair = Pair { here: here.restarted(), there, listener };
+    let store = pair.here.store().clone();
+    let ids = data(&store, layer);
+    assert!(store.data_in_order(damaged, &mut |_, _| Ok(())).is_err());
+    // The rest would bring it too, in the end.
+    pair.here.node.transfers().governor().set_limit(Some(crate::Rate::new(100_000)));
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    for id in ids.iter().rev().take(3) {
+        assert!(read(&store, *id).await.unwrap() > 0);
+    }
+    pair.here.node.transfers().governor().set_limit(None);
+    drop(lazy);
 }
 
 #[tokio::test(flavor = "multi_thread")]

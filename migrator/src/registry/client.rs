@@ -158,7 +158,7 @@ impl Remote {
             let file = tokio::fs::File::open(path).await?;
             let (told, transfer) = (told.clone(), self.transfer.clone());
             let sent = AtomicU64::new(0);
-            let piece_bytes = transfer.gate().piece_bytes();
+            let piece_bytes = transfer.gate().piece_bytes(Way::Out);
             let pieces = tokio_util::io::ReaderStream::with_capacity(file, piece_bytes).and_then(move |piece| {
                 let sent = sent.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
                 let (told, transfer) = (told.clone(), transfer.clone());
@@ -179,6 +179,7 @@ impl Remote {
 
     /// Downloads a blob to the file at `path`, and compares its digest. A cut download goes on where it was.
     pub async fn get_blob(&self, blob: &Descriptor, path: &Path) -> Result<()> {
+        self.check_digest(blob)?;
         let failed = |e| Error::from(layerfs::Error::file("write", path, e));
         let options = tokio::fs::OpenOptions::new().read(true).write(true).create_new(true).clone();
         let file = tokio::sync::Mutex::new(options.open(path).await.map_err(failed)?);
@@ -188,6 +189,15 @@ impl Remote {
         file.sync_data().await.map_err(failed)?;
         self.transfer.items(1);
         Ok(())
+    }
+
+    /// Fails unless a file can be named by the digest, whatever the registry says.
+    pub fn check_digest(&self, blob: &Descriptor) -> Result<()> {
+        if is_digest(&blob.digest) {
+            return Ok(());
+        }
+        let detail = format!("it has a blob with digest {:?}, which is neither sha256 nor sha512", blob.digest);
+        Err(self.wrong(ErrorClass::Unsupported, detail))
     }
 
     async fn get_rest(
@@ -247,6 +257,11 @@ impl Remote {
             return Ok(());
         }
         Err(self.wrong(ErrorClass::Corrupt, format!("a blob came with digest {found} instead of {}", blob.digest)))
+    }
+
+    /// Its address, for people.
+    pub fn place(&self) -> String {
+        self.place.whole()
     }
 
     /// The registry holds something that can't be.

@@ -116,10 +116,7 @@ pub(super) async fn pull(
     let layout = Layout::new(store)?;
     let mut blobs: Vec<&Descriptor> = Vec::new();
     for blob in found.manifest.layers.iter().chain([&found.manifest.config]) {
-        if !is_digest(&blob.digest) {
-            let detail = format!("it has a blob with digest {:?}, which is neither sha256 nor sha512", blob.digest);
-            return Err(remote.wrong(ErrorClass::Unsupported, detail));
-        }
+        remote.check_digest(blob)?;
         if blobs.iter().all(|other| other.digest != blob.digest) {
             blobs.push(blob);
         }

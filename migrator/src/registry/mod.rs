@@ -8,6 +8,8 @@ mod address;
 mod client;
 mod image;
 mod parcels;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

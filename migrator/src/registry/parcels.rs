@@ -12,7 +12,7 @@ use layerfs::closure::walk_layer;
 use layerfs::error::ErrorClass;
 use layerfs::manifest::Manifest as LayerManifest;
 use layerfs::monitor::{Monitor, check};
-use layerfs::store::{Parcel, Session, Store, read_parcel};
+use layerfs::store::{MAX_PARCEL_BYTES, Parcel, Session, Store, read_parcel};
 use layerfs::{ChunkId, LayerId, chunk};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -21,7 +21,8 @@ use super::client::{Descriptor, Remote, sha256};
 use super::image::Found;
 use super::{PullFrom, Pulled, Pushed, blocking};
 use crate::check::check_layer;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::wanted::{Polled, Wanted};
 
 /// What the artifact is.
 pub(super) const STACK_TYPE: &str = "application/vnd.layerfs.stack.v1";
@@ -148,18 +149,42 @@ pub(super) async fn push(
         pushed.blobs_sent += 1;
         pushed.bytes_sent += blob.size;
     }
-    let manifest = json!({
+    let manifest = manifest(&config, &layers).to_string().into_bytes();
+    pushed.digest = sha256(&manifest);
+    pushed.bytes_sent += manifest.len() as u64;
+    remote.put_manifest(manifest, super::image::MANIFEST_TYPE).await?;
+    Ok(pushed)
+}
+
+/// The artifact's manifest.
+fn manifest(config: &Descriptor, layers: &[Descriptor]) -> serde_json::Value {
+    json!({
         "schemaVersion": 2,
         "mediaType": super::image::MANIFEST_TYPE,
         "artifactType": STACK_TYPE,
         "config": config,
         "layers": layers,
-    });
-    let manifest = manifest.to_string().into_bytes();
-    pushed.digest = sha256(&manifest);
-    pushed.bytes_sent += manifest.len() as u64;
-    remote.put_manifest(manifest, super::image::MANIFEST_TYPE).await?;
-    Ok(pushed)
+    })
+}
+
+/// What a registry has of the stack with top `layer`: the manifest, and the blobs by their digests.
+#[cfg(test)]
+pub(super) fn artifact(
+    store: &Store,
+    layer: LayerId,
+    folder: &Path,
+) -> Result<(serde_json::Value, std::collections::HashMap<String, Vec<u8>>)> {
+    let packed = pack(store, layer, folder, &layerfs::monitor::Silent)?;
+    let (config, index) = (descriptor(CONFIG_TYPE, &packed.config), descriptor(INDEX_TYPE, &packed.index));
+    let read = |blob: &Descriptor| {
+        let path = file(folder, &blob.digest);
+        let bytes = std::fs::read(&path).map_err(|e| layerfs::Error::file("read", &path, e))?;
+        Ok((blob.digest.clone(), bytes))
+    };
+    let mut blobs = packed.parcels.iter().map(read).collect::<Result<std::collections::HashMap<_, _>>>()?;
+    blobs.extend([(config.digest.clone(), packed.config), (index.digest.clone(), packed.index)]);
+    let layers: Vec<Descriptor> = std::iter::once(index).chain(packed.parcels).collect();
+    Ok((manifest(&config, &layers), blobs))
 }
 
 /// Pulls the stack that `found` is.
@@ -180,6 +205,12 @@ pub(super) async fn pull(
     let index = index.ok_or_else(|| remote.wrong(ErrorClass::Corrupt, "the stack there has no index"))?;
     let index = document(remote, index, folder.path(), MAX_INDEX_BYTES).await?;
     let parcels: Vec<&Descriptor> = of_type(PARCEL_TYPE).collect();
+    for parcel in &parcels {
+        remote.check_digest(parcel)?;
+        if parcel.size > MAX_PARCEL_BYTES as u64 {
+            return Err(remote.wrong(ErrorClass::Corrupt, format!("a parcel there has {} bytes", parcel.size)));
+        }
+    }
     let contents = parse_index(&index, parcels.len())
         .ok_or_else(|| remote.wrong(ErrorClass::Corrupt, "the index of the stack there is malformed"))?;
     let session = Arc::new(store.session("registry"));
@@ -189,7 +220,7 @@ pub(super) async fn pull(
             lacking.push(parcel);
         }
     }
-    let bytes_received = lacking.iter().map(|blob| blob.size).sum::<u64>() + index.len() as u64;
+    let bytes_received = lacking.iter().map(|blob| blob.size).fold(index.len() as u64, u64::saturating_add);
     monitor.phase("downloading", Some(bytes_received));
     for blob in &lacking {
         let path = file(folder.path(), &blob.digest);
@@ -202,12 +233,21 @@ pub(super) async fn pull(
         .await?;
     }
     let blobs_received = lacking.len() as u64 + 2;
+    let place = remote.place();
+    let wrong = move |detail| Error::Registry { action: "reading", place, class: ErrorClass::Corrupt, detail };
     let (layer_count, name, expect) = (layers.len() as u64, from.name.clone(), from.expect);
     blocking(move || {
-        // From the lowest on, since each is compared with its parent.
+        let wanted = Wanted::by(&monitor);
+        let chunks = Polled::new(&*session, &wanted);
+        // From the lowest on, since each is compared with its parent, which has to be whole.
+        let mut below = None;
         for layer in layers.iter().rev() {
-            check(&*monitor)?;
-            check_layer(&*session, *layer, &mut |ids| session.has_many(ids))?;
+            if LayerManifest::load(&chunks, *layer)?.parent != below {
+                let detail = format!("the stack there has layer {layer} without the one that it stands on");
+                return Err(wrong(detail));
+            }
+            check_layer(&chunks, *layer, &mut |ids| session.has_many(ids))?;
+            below = Some(*layer);
         }
         session.commit()?;
         session.store().set_name(&name, top, expect)?;
@@ -219,7 +259,8 @@ pub(super) async fn pull(
 
 /// A small blob, whole.
 async fn document(remote: &Remote, blob: &Descriptor, folder: &Path, most: u64) -> Result<Vec<u8>> {
-    if blob.size > most || !super::client::is_digest(&blob.digest) {
+    remote.check_digest(blob)?;
+    if blob.size > most {
         return Err(remote.wrong(ErrorClass::Corrupt, format!("a blob of {} bytes is no description", blob.size)));
     }
     let path = file(folder, &blob.digest);

@@ -12,7 +12,7 @@ use layerfs::inode::{Dentry, Inode, Node as InodeNode, Target};
 use layerfs::manifest::{LayerKind, LayerWriter, Manifest};
 use layerfs::monitor::{Monitor, Silent};
 use layerfs::store::{Expect, Store, StoreOptions};
-use layerfs::{Ino, LayerId, LayerName};
+use layerfs::{ChunkId, Ino, LayerId, LayerName};
 
 use crate::peers::{Peer, PeerName, Rights};
 use crate::{Listener, Node, NodeOptions, PublicKey};
@@ -122,10 +122,27 @@ impl Host {
     }
 
     pub fn with(options: NodeOptions) -> Host {
-        let folder = tempfile::Builder::new().prefix("layerfs-migrator-").tempdir().unwrap();
+        Host::in_folder(tempfile::Builder::new().prefix("layerfs-migrator-").tempdir().unwrap(), options)
+    }
+
+    fn in_folder(folder: tempfile::TempDir, options: NodeOptions) -> Host {
         let store =
             Store::open(&folder.path().join("store"), StoreOptions { create: true, ..Default::default() }).unwrap();
         Host { node: Node::open(store, options).unwrap(), _folder: folder }
+    }
+
+    /// The same host after a new start: nothing is in memory.
+    pub fn restarted(self) -> Host {
+        let Host { node, _folder } = self;
+        let options = node.options().clone();
+        drop(node);
+        Host::in_folder(_folder, options)
+    }
+
+    /// Damages what the packs have of chunk `id`.
+    pub fn damage_chunk(&self, id: &ChunkId) {
+        let stored = self.store().read_stored(id).unwrap();
+        self.damage(&stored.stored);
     }
 
     pub fn store(&self) -> &Arc<Store> {

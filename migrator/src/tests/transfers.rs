@@ -184,3 +184,32 @@ async fn a_damaged_base_comes_again_by_itself() {
         assert!(to.has_whole("three", three));
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_manifest_holds_up_nothing_but_its_own_stack() {
+    for visible in [Visible::All, Visible::Matching(vec!["*".to_owned()])] {
+        let (here, there) = (Host::new(), Host::new());
+        let files = tree(30, 1 << 20);
+        let (base, top) = (add_layer(here.store(), "base", &files), add_layer(there.store(), "base", &files));
+        assert_eq!(base, top);
+        let over = |host: &Host| add_layer_over(host.store(), "a", &tree(3, 30_000), base, 5000);
+        let a = over(&here);
+        assert_eq!(a, over(&there));
+        let b = add_layer(here.store(), "b", &tree(7, 100_000));
+        let c = add_layer(there.store(), "c", &tree(9, 200_000));
+        here.damage_chunk(&a.0);
+        let here = here.restarted();
+        assert!(layerfs::manifest::Manifest::load(here.store().as_ref(), a).is_err());
+        let listener = there.node.listen(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let rights = Rights { visible, ..Rights::default() };
+        here.know("there", there.node.public_key(), Some(listener.address().to_string()), rights.clone());
+        there.know("here", here.node.public_key(), None, rights);
+        let pair = Pair { here, there, listener };
+        pair.push("b").await.unwrap();
+        assert!(pair.there.has_whole("b", b));
+        pair.pull("c").await.unwrap();
+        assert!(pair.here.has_whole("c", c));
+        pair.pull("a").await.unwrap();
+        assert!(pair.here.has_whole("a", a));
+    }
+}

@@ -224,6 +224,19 @@ fn every_message_has_its_bytes() {
 }
 
 #[test]
+fn whatever_carries_chunks_is_bulk_by_its_header_too() {
+    let mut kinds = std::collections::BTreeSet::new();
+    for (message, _) in golden() {
+        let mut frame = Vec::new();
+        encode(&message, &mut frame);
+        let header = FrameHeader::decode(frame.first_chunk().unwrap()).unwrap();
+        assert_eq!(header.is_bulk(), message.is_bulk(), "{message:?}");
+        kinds.extend(header.is_bulk().then_some(header.kind));
+    }
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [0x15, 0x19, 0x3c]);
+}
+
+#[test]
 fn chunks_are_framed_alike_by_both_writers() {
     for (message, expected) in golden() {
         if let Message::Chunks(chunks) = message {

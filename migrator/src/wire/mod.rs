@@ -386,6 +386,11 @@ fn cut(text: impl Into<String>, bytes: usize) -> String {
     text
 }
 
+/// Whether frames of type `kind` carry chunks.
+fn is_bulk(kind: u8) -> bool {
+    matches!(kind, codec::CHUNKS | codec::BUNDLE | codec::PATCHES)
+}
+
 /// A frame's header, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHeader {
@@ -400,8 +405,7 @@ impl FrameHeader {
     pub fn decode(header: &[u8; HEADER_BYTES]) -> layerfs::Result<FrameHeader> {
         let [a, b, c, d, kind] = *header;
         let bytes = u32::from_le_bytes([a, b, c, d]) as usize;
-        let is_bulk = matches!(kind, codec::CHUNKS | codec::BUNDLE | codec::PATCHES);
-        let most = if is_bulk { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
+        let most = if is_bulk(kind) { MAX_FRAME_BYTES } else { MAX_SMALL_FRAME_BYTES };
         if bytes == 0 || bytes > most {
             return Err(layerfs::Error::corrupt("frame", format!("{bytes} bytes of type {kind:#04x}")));
         }
@@ -410,7 +414,7 @@ impl FrameHeader {
 
     /// Whether what follows carries chunks.
     pub fn is_bulk(&self) -> bool {
-        self.kind == codec::CHUNKS
+        is_bulk(self.kind)
     }
 
     /// Decodes the body that follows. Chunks' bytes aren't copied.

@@ -14,6 +14,7 @@ use migrator::TransferReport;
 use migrator::governor::Way;
 use migrator::lazy::SourceStatus;
 use migrator::link::Patience;
+use migrator::measured::Measured;
 use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
 use migrator::{
@@ -196,7 +197,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
     let (peer, daemon) = (request.peer.clone(), context.daemon.clone());
     let push = |monitor| async move {
         let report = node.push(&names, &peer, options, monitor).await?;
-        if options.lazy {
+        if options.lazy && !options.dry_run {
             let layers = names.iter().filter_map(|name| Some(daemon.store.name(name).ok()??.layer)).collect();
             daemon.peering.push_rest(layers, peer).await?;
         }
@@ -320,7 +321,9 @@ fn estimate(
         return Ok(result);
     }
     let node = context.daemon.peering.node();
-    let measured = context.block_on(node.measured(&request.peer))?;
+    // Of a host that ssh leads to nothing is on record.
+    let is_on_record = request.network.stream.is_none();
+    let measured = if is_on_record { context.block_on(node.measured(&request.peer))? } else { Measured::default() };
     let common = node.transfers().governor().limit().map(migrator::Rate::bytes_per_second);
     let limits = [Some(request.limit).filter(|limit| *limit > 0), common];
     let round_trip = measured.round_trip_micros.unwrap_or_default() as f64 / 1e6;
@@ -377,16 +380,13 @@ pub fn add(context: &Context, request: PeerAddRequest) -> Result<PeerInfo> {
         return Err(Failure::invalid("that is this host's own key").hint("run `layerctl peer id` on the other host"));
     }
     let peer = Peer {
-        name: name.clone(),
+        name,
         address: request.address.as_deref().map(normalize_address).transpose()?,
         key,
         rights: Rights { push: request.allow_push, pull: request.allow_pull, guests: request.allow_guests, visible },
     };
-    if request.force && peers.get(name.as_str()).is_ok() {
-        peers.remove(name.as_str())?;
-    }
-    let added =
-        peers.add(peer).map_err(|error| with_force_hint(error.into(), "--force replaces what is known of it"))?;
+    let added = if request.force { peers.replace(peer) } else { peers.add(peer) };
+    let added = added.map_err(|error| with_force_hint(error.into(), "--force replaces what is known of it"))?;
     context.block_on(peering.start())?;
     Ok(info(&added))
 }
