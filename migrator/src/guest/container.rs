@@ -92,6 +92,7 @@ impl Site {
         }
         if let (Side::Source, Some(process)) = (side, first) {
             found.extend(preflight::processes(&process.tree()));
+            found.extend(lazy_pages::complaint(&self.run).map(|what| Obstacle::new(what, lazy_pages::FIX)));
         }
         found
     }
