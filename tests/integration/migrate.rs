@@ -71,6 +71,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("migrate::lxc_checkpoint_is_repeated_after_a_crash", LXC, || {
             checkpoint_is_repeated("lxc", "lxc-checkpoint", "-s")
         }),
+        Case::new("migrate::oci_is_taken_out_of_the_freezer", OCI, || is_thawed(&RUNC_FREEZER)),
+        Case::new("migrate::lxc_is_taken_out_of_the_freezer", LXC, || is_thawed(&LXC_FREEZER)),
         Case::new("migrate::process_start_outlives_the_daemon", PROCESS, || start_is_cut_off("process")),
         Case::new("migrate::qemu_start_outlives_the_daemon", QEMU, || start_is_cut_off("qemu")),
         Case::new("migrate::obstacles_and_mistakes_are_told", &[Root, Fuse, Namespaces, Tool("cc")], mistakes),
@@ -667,21 +669,31 @@ fn dies() -> anyhow::Result<()> {
 /// Starts a daemon on `host`, with a keeper, for which `program` takes some seconds longer when it is told `word`. Returns the file that it
 /// makes then.
 fn slow_down(host: &mut Host, program: &str, word: &str) -> anyhow::Result<PathBuf> {
+    let begun = host.path("begun");
+    put_before(host, program, word, &format!(": >{}; sleep 4", begun.display()))?;
+    Ok(begun)
+}
+
+/// Starts a daemon on `host`, with a keeper, for which `program` does what a shell's `lines` say first when it is told `word`.
+fn put_before(host: &mut Host, program: &str, word: &str, lines: &str) -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    let folder = std::env::var_os("LAYERFS_GUEST_TOOLS").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from);
     let path = std::env::var("PATH")?;
-    let real = Programs::new(folder, "layerctl".into(), Some(path.clone().into())).find(program);
-    let (real, slow, begun) = (real.context("no such program")?, host.new_folder("slow")?, host.path("begun"));
+    let (real, folder) = (real(program)?, host.new_folder("before")?);
     let script = format!(
-        "#!/bin/sh\ncase \" $* \" in *' --help '*) ;; *' {word} '*) : >{}; sleep 4 ;; esac\nexec {} \"$@\"\n",
-        begun.display(),
+        "#!/bin/sh\ncase \" $* \" in *' --help '*) ;; *' {word} '*) {lines} ;; esac\nexec {} \"$@\"\n",
         real.display()
     );
-    fs::write(slow.join(program), script)?;
-    fs::set_permissions(slow.join(program), fs::Permissions::from_mode(0o755))?;
+    fs::write(folder.join(program), script)?;
+    fs::set_permissions(folder.join(program), fs::Permissions::from_mode(0o755))?;
     host.stop()?;
-    host.start_by(&["env", &format!("PATH={}:{path}", slow.display())], &[])?;
-    Ok(begun)
+    host.start_by(&["env", &format!("PATH={}:{path}", folder.display())], &[])
+}
+
+/// Where a program is that guests' drivers run.
+fn real(program: &str) -> anyhow::Result<PathBuf> {
+    let folder = std::env::var_os("LAYERFS_GUEST_TOOLS").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from);
+    let found = Programs::new(folder, "layerctl".into(), std::env::var_os("PATH")).find(program);
+    found.context("no such program")
 }
 
 fn wait_for(file: &std::path::Path) -> anyhow::Result<()> {
@@ -761,6 +773,100 @@ fn checkpoint_is_repeated(driver: &str, program: &str, word: &str) -> anyhow::Re
     ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
     moving.hosts.a.ctl.ok(["guest", "checkpoint", GUEST, "--stop"])?;
     moving.hosts.a.ctl.ok(["guest", "restore", GUEST])?;
+    moving.passes(true, count)?;
+    moving.end()
+}
+
+/// How a container of a driver gets into its freezer and out of it: a shell's lines, with `$run` for the guest's run folder and `$runc` for
+/// the runtime.
+struct Freezer {
+    driver: &'static str,
+    /// What dumps it, and the word by which that is told to.
+    dumps: (&'static str, &'static str),
+    freeze: &'static str,
+    thaw: &'static str,
+    state: &'static str,
+    /// What that says of one that is in it.
+    frozen: &'static str,
+}
+
+const LXC_FREEZER: Freezer = Freezer {
+    driver: "lxc",
+    dumps: ("lxc-checkpoint", "-s"),
+    freeze: "lxc-freeze -P $run -n zoo",
+    thaw: "lxc-unfreeze -P $run -n zoo",
+    state: "lxc-info -P $run -n zoo -s -H",
+    frozen: "FROZEN",
+};
+
+const RUNC_FREEZER: Freezer = Freezer {
+    driver: "oci",
+    dumps: ("runc", "checkpoint"),
+    freeze: "$runc --root $run/runc pause $($runc --root $run/runc list -q)",
+    thaw: "$runc --root $run/runc resume $($runc --root $run/runc list -q)",
+    state: "$runc --root $run/runc state $($runc --root $run/runc list -q)",
+    frozen: "\"paused\"",
+};
+
+impl Freezer {
+    /// The lines with what they are about.
+    fn lines(&self, host: &Host, lines: &str) -> anyhow::Result<String> {
+        let runc = if self.driver == "oci" { real("runc")? } else { PathBuf::new() };
+        Ok(format!("run={}; runc={}; {lines}", folder(host).join("run").display(), runc.display()))
+    }
+
+    fn run(&self, host: &Host, lines: &str) -> anyhow::Result<String> {
+        case::output_of(std::process::Command::new("sh").args(["-c", &self.lines(host, lines)?]))
+    }
+
+    fn is_frozen(&self, host: &Host) -> anyhow::Result<bool> {
+        Ok(self.run(host, self.state)?.contains(self.frozen))
+    }
+}
+
+/// A container that a dump has left in its freezer, as it failed, or was cut off with the program, goes on; one that its owner has put there
+/// stays there.
+fn is_thawed(freezer: &Freezer) -> anyhow::Result<()> {
+    let mut moving = Moving::new()?;
+    let (begun, hangs) = (moving.hosts.a.path("begun"), moving.hosts.a.path("hangs"));
+    let dump = format!(
+        "{}; {} >{begun}.new; mv {begun}.new {begun}; while [ -e {} ]; do sleep 0.05; done; exit 1",
+        freezer.freeze,
+        freezer.state,
+        hangs.display(),
+        begun = begun.display(),
+    );
+    let dump = freezer.lines(&moving.hosts.a, &dump)?;
+    put_before(&mut moving.hosts.a, freezer.dumps.0, freezer.dumps.1, &dump)?;
+    moving.start(freezer.driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
+    let mut count = moving.passes(true, 3)?;
+    let was_frozen = || -> anyhow::Result<()> {
+        let state = fs::read_to_string(&begun).context("nothing was dumped")?;
+        ensure!(state.contains(freezer.frozen), "it wasn't in the freezer: {state}");
+        Ok(fs::remove_file(&begun)?)
+    };
+    for words in [&["guest", "checkpoint", GUEST][..], &["migrate", GUEST, "b"]] {
+        let failed = moving.hosts.a.ctl.run(words)?;
+        ensure!(failed.code != 0, "{words:?}: {failed:?}");
+        was_frozen()?;
+        ensure!(!freezer.is_frozen(&moving.hosts.a)?, "{words:?} leaves it in the freezer: {failed:?}");
+        count = moving.passes(true, count)?;
+    }
+    fs::write(&hangs, "")?;
+    let ctl = moving.hosts.a.ctl.clone();
+    let asking = std::thread::spawn(move || ctl.run(["guest", "checkpoint", GUEST]));
+    wait_for(&begun)?;
+    moving.hosts.a.kill_serving()?;
+    fs::remove_file(&hangs)?;
+    asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
+    was_frozen()?;
+    count = moving.passes(true, count)?;
+    ensure!(!freezer.is_frozen(&moving.hosts.a)?, "the next program leaves it in the freezer");
+    ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
+    freezer.run(&moving.hosts.a, freezer.freeze)?;
+    let failed = moving.hosts.a.ctl.run(["guest", "checkpoint", GUEST])?;
+    ensure!(failed.code != 0 && freezer.is_frozen(&moving.hosts.a)?, "it was taken out of the freezer: {failed:?}");
+    freezer.run(&moving.hosts.a, freezer.thaw)?;
     moving.passes(true, count)?;
     moving.end()
 }

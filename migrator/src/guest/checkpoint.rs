@@ -7,10 +7,12 @@
 //!
 //! Invariants: the two belong together, as they were at one moment; a guest whose checkpoint fails runs on.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use layerfs::monitor::Monitor;
-use layerfs::store::Store;
+use layerfs::store::{NameRecord, Store};
 use layerfs::view::View;
 use layerfs::{Error, Ino, LayerId, LayerName, Result as StoreResult};
 use serde::{Deserialize, Serialize};
@@ -20,7 +22,6 @@ use super::{
     state,
 };
 use crate::error::Result;
-use std::sync::Arc;
 
 /// The tag of checkpoints that have no other.
 pub const DEFAULT_TAG: &str = "checkpoint";
@@ -88,6 +89,47 @@ pub struct Checkpoint {
     pub stored_bytes: u64,
 }
 
+/// The states that guests may have in a store, by guest. They are looked for when the first is asked for, and once.
+pub struct States {
+    store: Arc<Store>,
+    found: OnceLock<HashMap<String, Vec<(NameRecord, String)>>>,
+}
+
+impl States {
+    /// Those in `store`.
+    pub fn new(store: &Arc<Store>) -> States {
+        States { store: store.clone(), found: OnceLock::new() }
+    }
+
+    /// What tags of `guest` refer to, the latest first.
+    fn of(&self, guest: &GuestName) -> StoreResult<impl Iterator<Item = (NameRecord, &str)>> {
+        let found = match self.found.get() {
+            Some(found) => found,
+            None => {
+                let found = self.look()?;
+                self.found.get_or_init(|| found)
+            }
+        };
+        let states = found.get(guest.as_str()).map(Vec::as_slice).unwrap_or_default();
+        Ok(states.iter().map(|(at, tag)| (*at, tag.as_str())))
+    }
+
+    fn look(&self) -> StoreResult<HashMap<String, Vec<(NameRecord, String)>>> {
+        let mut found: HashMap<String, Vec<(NameRecord, String)>> = HashMap::new();
+        for (name, at) in self.store.names()? {
+            // A tag may be of several parts, a guest's name is one.
+            let parts = name.as_str().strip_prefix("guest/").and_then(|rest| rest.split_once('/'));
+            if let Some((guest, rest)) = parts
+                && let Some(tag) = rest.strip_suffix("/state")
+            {
+                found.entry(guest.to_owned()).or_default().push((at, tag.to_owned()));
+            }
+        }
+        found.values_mut().for_each(|states| states.sort_by_key(|(at, _)| std::cmp::Reverse(at.created)));
+        Ok(found)
+    }
+}
+
 /// A guest with all that works on it.
 pub struct Hosted<'a> {
     /// The records.
@@ -125,6 +167,19 @@ impl Hosted<'_> {
         name: &GuestName,
         record: Option<&GuestRecord>,
     ) -> StoreResult<Option<(LayerName, LayerName)>> {
+        self.latest_of(name, record, &States::new(self.guests.store()))
+    }
+
+    /// The same, for one of many guests: names are gone through once for all that are looked for in `states`.
+    ///
+    /// # Errors
+    /// As [`Hosted::latest`].
+    pub fn latest_of(
+        &self,
+        name: &GuestName,
+        record: Option<&GuestRecord>,
+        states: &States,
+    ) -> StoreResult<Option<(LayerName, LayerName)>> {
         let store = self.guests.store();
         let on_record = record.and_then(|record| Some((record.state_layer.clone()?, record.instance.clone()?)));
         if let Some((state, instance)) = on_record
@@ -133,17 +188,9 @@ impl Hosted<'_> {
         {
             return Ok(Some((state, instance)));
         }
-        let prefix = format!("guest/{name}/");
-        let tag_of = |state: &LayerName| {
-            let tag = state.as_str().strip_prefix(&prefix)?.strip_suffix("/state")?;
-            Some(tag.to_owned())
-        };
-        let mut found: Vec<_> =
-            store.names()?.into_iter().filter_map(|(state, at)| Some((at, tag_of(&state)?))).collect();
-        found.sort_by_key(|(at, _)| std::cmp::Reverse(at.created));
-        for (at, tag) in found {
+        for (at, tag) in states.of(name)? {
             if Description::is_in(store, at.layer)? {
-                return Self::names(name, &tag).map(Some);
+                return Self::names(name, tag).map(Some);
             }
         }
         Ok(None)

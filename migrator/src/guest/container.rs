@@ -92,6 +92,7 @@ impl Site {
         }
         if let (Side::Source, Some(process)) = (side, first) {
             found.extend(preflight::processes(&process.tree()));
+            found.extend(lazy_pages::complaint(&self.run).map(|what| Obstacle::new(what, lazy_pages::FIX)));
         }
         found
     }
@@ -442,6 +443,7 @@ impl<E: Engine> Guest for Container<E> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt;
     use std::process::Child;
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -450,6 +452,7 @@ mod tests {
 
     use super::*;
     use crate::guest::GuestSpec;
+    use crate::guest::criu::write_script;
     use crate::guest::fake::{FakeHost, World};
 
     /// A runtime whose container is a program that sleeps.
@@ -471,6 +474,8 @@ mod tests {
         Early,
         /// It fails, has written nothing, and leaves the container in the freezer.
         Frozen,
+        /// The runtime is killed, and the CRIU that it has begun goes on.
+        Orphaned,
     }
 
     impl Sleeper {
@@ -525,6 +530,15 @@ mod tests {
 
         fn save(&self, into: &Path) -> Outcome<()> {
             let first = if self.dumps == How::Frozen { "false" } else { "true" };
+            if self.dumps == How::Orphaned {
+                let (criu, first) = (self.site.run.join("criu"), self.first()?.unwrap());
+                let text = format!("sleep 0.3; : >{}/{LAST_FILE}; kill -9 {}", into.display(), first.pid);
+                write_script(&criu, &format!("#!/bin/sh\n{text}\n"))?;
+                let mut command = Command::new("sh");
+                command.args(["-c", &format!("read -r line; {} & kill -9 $$", criu.display())]).process_group(0);
+                let status = self.site.dump_to(into).run(&mut command)?;
+                return Err(format!("it ended with {status}"));
+            }
             self.site.dump_to(into).run(&mut writes(into, first))?;
             match self.dumps {
                 How::Well | How::Late => self.end(),
@@ -535,7 +549,7 @@ mod tests {
                         first.kill();
                     });
                 }
-                How::Frozen => self.is_paused.store(true, Ordering::SeqCst),
+                How::Frozen | How::Orphaned => self.is_paused.store(true, Ordering::SeqCst),
             }
             if self.dumps == How::Well { Ok(()) } else { Err("it was made to fail".to_owned()) }
         }
@@ -613,7 +627,7 @@ mod tests {
 
     #[test]
     fn a_dump_that_fails_after_its_end_leaves_it_standing_still() {
-        for dumps in [How::Late, How::Early] {
+        for dumps in [How::Late, How::Early, How::Orphaned] {
             let here = Here::new(dumps);
             assert!(here.guest.dump(&here.scratch()).is_err());
             assert_eq!(here.activity(), Activity::Frozen);

@@ -2,6 +2,7 @@
 //!
 //! Such a program waits for a word on its standard input, and ends if none comes; it gets that when it is noted in the guest's
 //! run folder. So whoever comes after a program that died knows who is still at work, waits for it, and finds out what came of it.
+//! A runtime that is killed leaves the CRIU that it has begun, which goes on, and ends what it dumps: it is over when that is.
 //!
 //! Invariants: a program that isn't noted has done nothing; its note goes after what came of it is known otherwise.
 
@@ -21,6 +22,9 @@ use super::processes::{Process, wait_until};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long one may be at work: after that it isn't expected to come to an end.
 pub(super) const WORK_PATIENCE: Duration = Duration::from_secs(600);
+
+/// What CRIU is called by the kernel.
+const CRIU: &str = "criu";
 
 type Outcome<T> = Result<T, String>;
 
@@ -66,10 +70,52 @@ impl Note<'_> {
     /// ([`super::programs::Programs::waiting`]), to its end.
     ///
     /// # Errors
-    /// As [`Note::begin`]; or if it goes on for [`WORK_PATIENCE`], after which it is killed with all that it has started.
+    /// As [`Note::begin`]; or if it, or the CRIU that it has left, goes on for [`WORK_PATIENCE`], after which it is killed with all that it
+    /// has started.
     pub fn run(&self, command: &mut Command) -> Outcome<ExitStatus> {
-        Ok(exec::ended(self.begin(command, b"\n")?, WORK_PATIENCE)?.status)
+        let child = self.begin(command, b"\n")?;
+        // Until it is waited for its number is nobody else's.
+        let program = Process::of(child.id());
+        let status = exec::ended(child, WORK_PATIENCE)?.status;
+        match program {
+            // One that ended well has seen to that itself.
+            Some(program) if !status.success() => wait_or_end(&program, self.into.is_some())?,
+            _ => {}
+        }
+        Ok(status)
     }
+}
+
+/// What `program` has left that still works on the guest, if that has ended. A dump leaves nothing else; a restore may leave what goes on with
+/// the guest, beside CRIU.
+fn left_by(program: &Process, is_dump: bool) -> Vec<Process> {
+    program.followers((!is_dump).then_some(CRIU))
+}
+
+/// Waits until what `program`, which has ended, has left is over too: what it works on is neither whole nor as it was until then. If that takes
+/// long it is killed.
+fn wait_or_end(program: &Process, is_dump: bool) -> Outcome<()> {
+    // Killed at its work, what dumps a guest does that harm. Of what is half restored nothing is lost.
+    wait_or_end_after(program, is_dump, if is_dump { WORK_PATIENCE } else { PATIENCE })
+}
+
+fn wait_or_end_after(program: &Process, is_dump: bool, patience: Duration) -> Outcome<()> {
+    let is_over = || left_by(program, is_dump).is_empty();
+    if wait_until(patience, is_over) {
+        return Ok(());
+    }
+    kill(program, is_dump);
+    match wait_until(PATIENCE, is_over) {
+        true => Err(format!("the CRIU that it had left hadn't ended after {patience:?}, and was killed")),
+        false => Err("the CRIU that it had left was killed and does not end".to_owned()),
+    }
+}
+
+/// Kills what `program` has left, with what that has made.
+fn kill(program: &Process, is_dump: bool) {
+    let left = left_by(program, is_dump);
+    let made: Vec<Process> = left.iter().flat_map(Process::tree).filter_map(Process::of).collect();
+    left.iter().chain(&made).for_each(Process::kill);
 }
 
 /// Starts `command`, which begins when it has read `word`, and gets that when `note` is done.
@@ -123,12 +169,24 @@ impl Errand {
         self.device.is_some() && self.device == process.device_at(Path::new("/"))
     }
 
+    /// Whether it is over, with the CRIU that it may have left.
+    fn is_over(&self) -> bool {
+        let is_left = || self.program.is_of_this_boot() && !left_by(&self.program, self.into.is_some()).is_empty();
+        !self.program.is_alive() && !is_left()
+    }
+
     /// Waits until it is over.
     ///
     /// # Errors
     /// If it goes on for long.
     pub fn wait(&self) -> Outcome<()> {
-        match self.program.wait_gone(PATIENCE) {
+        let mut is_over = wait_until(PATIENCE, || self.is_over());
+        if !is_over && self.into.is_none() && !self.program.is_alive() {
+            // Half a guest, which nobody restores any more.
+            kill(&self.program, false);
+            is_over = wait_until(PATIENCE, || self.is_over());
+        }
+        match is_over {
             true => Ok(()),
             false => {
                 Err(format!("process {}, which an earlier daemon began, is still at work on it", self.program.pid))
@@ -146,7 +204,8 @@ impl Errand {
             let all: Vec<Process> = self.program.tree().into_iter().filter_map(Process::of).collect();
             self.program.kill();
             all.iter().for_each(Process::kill);
-            if !wait_until(PATIENCE, || !all.iter().any(Process::is_alive)) {
+            kill(&self.program, self.into.is_some());
+            if !wait_until(PATIENCE, || self.is_over() && !all.iter().any(Process::is_alive)) {
                 return Err(format!("process {} and what it made do not end", self.program.pid));
             }
         }
@@ -177,7 +236,10 @@ pub(super) fn reboot(file: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt;
+
     use super::*;
+    use crate::guest::criu::write_script;
 
     fn waits(then: &str) -> Command {
         let mut command = Command::new("sh");
@@ -197,6 +259,43 @@ mod tests {
         fs::remove_dir(&file).unwrap();
         assert!(note.run(&mut command).unwrap().success());
         assert!(done.exists() && Errand::load(&file).is_some());
+    }
+
+    #[test]
+    fn one_whose_criu_goes_on_after_it_is_not_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let done = folder.path().join("done");
+        let criu = folder.path().join("criu");
+        write_script(&criu, &format!("#!/bin/sh\nsleep 0.3\n: >{}\n", done.display())).unwrap();
+        let note = Note { file: folder.path().join("note"), into: Some(folder.path()), root: None };
+        let command = || {
+            let mut command = waits(&format!("{{ {} & kill -9 $$; }}", criu.display()));
+            command.process_group(0);
+            command
+        };
+        assert!(!note.run(&mut command()).unwrap().success());
+        assert!(done.exists(), "its CRIU wasn't waited for");
+        // Whoever comes after a daemon that has died.
+        fs::remove_file(&done).unwrap();
+        let mut child = note.begin(&mut command(), b"\n").unwrap();
+        child.wait().unwrap();
+        orphan(&note.file);
+        Errand::orphaned(&note.file).unwrap().wait().unwrap();
+        assert!(done.exists(), "its CRIU wasn't waited for");
+        // One that doesn't end, and what else is called so.
+        write_script(&criu, "#!/bin/sh\nsleep 600\n").unwrap();
+        let other = Command::new(&criu).process_group(0).spawn().unwrap();
+        let mut child = note.begin(&mut command(), b"\n").unwrap();
+        let program = Process::of(child.id()).unwrap();
+        child.wait().unwrap();
+        assert!(!left_by(&program, true).is_empty());
+        // Of a restore only CRIU is waited for, which it isn't before it is executed.
+        assert!(wait_until(PATIENCE, || left_by(&program, false).len() == 1));
+        let left = left_by(&program, true);
+        let error = wait_or_end_after(&program, true, Duration::from_millis(100)).unwrap_err();
+        assert!(error.contains("and was killed"), "{error}");
+        assert!(!left.iter().any(Process::is_alive) && Process::of(other.id()).unwrap().is_alive());
+        assert!(exec::end(other));
     }
 
     #[test]

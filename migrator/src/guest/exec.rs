@@ -1,7 +1,7 @@
 //! Commands that run inside of guests, and programs that work on guests: what they write is kept in memory, but not without end, and
 //! they end when nobody waits for them any more.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -45,8 +45,21 @@ impl Monitor for Deadline {
 /// # Errors
 /// If it can't be run, or hasn't ended by then, in words; it is killed then as by [`output`].
 pub(super) fn answer(command: &mut Command) -> Result<Output, String> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    start(command).and_then(|child| ended(child, ANSWER_PATIENCE))
+    answer_to(command, None, ANSWER_PATIENCE)
+}
+
+/// The same, of a program that gets `patience`, and `input` to read.
+///
+/// # Errors
+/// As [`answer`].
+pub(super) fn answer_to(command: &mut Command, input: Option<&[u8]>, patience: Duration) -> Result<Output, String> {
+    let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
+    let mut child = start(command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+    if let (Some(mut pipe), Some(input)) = (child.stdin.take(), input.map(<[u8]>::to_vec)) {
+        // One that doesn't read all holds nobody up: what it doesn't want ends with it. It says itself why it ends before.
+        std::thread::spawn(move || pipe.write_all(&input));
+    }
+    ended(child, patience)
 }
 
 /// As [`Command::status`], of a program that gets `patience`.

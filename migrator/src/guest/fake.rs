@@ -508,8 +508,8 @@ pub struct FakeHost {
     store: Arc<Store>,
     folder: PathBuf,
     world: World,
-    /// What each guest's root lies on.
-    mounted: Mutex<BTreeMap<GuestName, LayerId>>,
+    /// What each guest's root lies on, and what was on its disk then.
+    mounted: Mutex<BTreeMap<GuestName, (LayerId, Vec<u8>)>>,
 }
 
 impl FakeHost {
@@ -530,6 +530,10 @@ impl FakeHost {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(layerfs::Error::file("remove", path, e).into()),
             _ => Ok(()),
         }
+    }
+
+    fn steps(&self, guest: &GuestName) -> Vec<u8> {
+        std::fs::read(self.root(guest).join(DISK_FILE)).unwrap_or_default()
     }
 
     fn export(&self, layer: LayerId, to: &Path) -> Result<()> {
@@ -573,20 +577,28 @@ impl Host for FakeHost {
             let root = self.root(guest);
             let mut mounted = self.mounted.lock();
             match mounted.get(guest) {
-                Some(there) if *there == stack => return Ok(root),
+                Some((there, _)) if *there == stack => return Ok(root),
                 Some(_) => return Err(layerfs::Error::Busy(format!("{guest} lies on another stack")).into()),
                 None => {}
             }
             self.export(stack, &root)?;
-            mounted.insert(guest.clone(), stack);
+            mounted.insert(guest.clone(), (stack, self.steps(guest)));
             Ok(root)
         })
+    }
+
+    fn has_changed(&self, guest: &GuestName, stack: LayerId) -> Result<bool> {
+        if self.mounted.lock().get(guest).is_some_and(|(there, _)| *there != stack) {
+            return Ok(true);
+        }
+        self.mount(guest, stack)?;
+        Ok(self.mounted.lock().get(guest).is_none_or(|(_, steps)| *steps != self.steps(guest)))
     }
 
     fn seal(&self, guest: &GuestName, name: &LayerName) -> Result<LayerId> {
         self.world.guarded(&self.label, Call::Seal, || {
             let mut mounted = self.mounted.lock();
-            let below = *mounted.get(guest).ok_or_else(|| Error::guest("seal", guest, "it isn't mounted"))?;
+            let below = mounted.get(guest).ok_or_else(|| Error::guest("seal", guest, "it isn't mounted"))?.0;
             let options = ImportOptions {
                 expect: Expect::Any,
                 kind: Some(LayerKind::Instance),
@@ -596,7 +608,7 @@ impl Host for FakeHost {
             };
             let report = import(&self.store, SourceSpec::Path(self.root(guest)), &options, &Silent)?;
             let top = report.layers.last().map_or(below, |layer| layer.id);
-            mounted.insert(guest.clone(), top);
+            mounted.insert(guest.clone(), (top, self.steps(guest)));
             Ok(top)
         })
     }

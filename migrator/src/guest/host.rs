@@ -48,6 +48,13 @@ pub trait Host: Send + Sync {
     /// Those of mounting; [`layerfs::Error::Busy`] if the upper lies on another stack.
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf>;
 
+    /// Whether the disk of the guest, which doesn't run, isn't any more as `stack` has it. It is mounted then as by [`Host::mount`], unless its
+    /// upper lies on another stack already. What has changed may be made a layer meanwhile, the upper's new base.
+    ///
+    /// # Errors
+    /// Those of mounting and of sealing.
+    fn has_changed(&self, guest: &GuestName, stack: LayerId) -> Result<bool>;
+
     /// Makes what the guest's upper holds a layer called `name`, whatever that name was before; the mount goes on over it.
     /// Returns the layer on top of which the mount is now: the one below if the upper held nothing.
     ///

@@ -22,6 +22,8 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 use serde::{Deserialize, Serialize};
 
+use super::programs;
+
 /// What to do.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
@@ -95,11 +97,7 @@ fn outside(start: Start) -> Outcome<u32> {
     } else {
         unshare(UnshareFlags::NEWNET)?;
         // Before the process namespace: the first process in that is to be the guest's.
-        let up = Command::new("ip").args(["link", "set", "lo", "up"]).stdin(Stdio::null()).output();
-        let up = up.map_err(failed("run ip"))?;
-        if !up.status.success() {
-            return Err(format!("cannot set lo up: {}", String::from_utf8_lossy(&up.stderr).trim()));
-        }
+        programs::run(Command::new("ip").args(["link", "set", "lo", "up"])).map_err(failed("set lo up"))?;
     }
     unshare(UnshareFlags::NEWPID | UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC)?;
     // Not by its path, which another root's mounts hide, or an upgrade.

@@ -210,6 +210,8 @@ impl Guest for ProcessGuest {
 
     fn start(&self) -> Result<()> {
         self.must_be_absent("start")?;
+        // What is said of an earlier one's memory isn't said of this.
+        lazy_pages::stop(&self.site.run);
         let failed = self.failed("start");
         self.site.connect().map_err(&failed)?;
         let start = Start {
@@ -313,6 +315,7 @@ impl Guest for ProcessGuest {
 
     fn restore(&self, from: &Path, manner: Manner) -> Result<()> {
         self.must_be_absent("restore")?;
+        lazy_pages::stop(&self.site.run);
         let failed = self.failed("restore");
         self.site.connect().map_err(&failed)?;
         let at_unlock = self.site.link().map(|link| link.release_line());
@@ -331,6 +334,7 @@ mod tests {
     use layerfs::store::{Store, StoreOptions};
 
     use super::*;
+    use crate::guest::criu::write_script;
     use crate::guest::errand::Note;
     use crate::guest::fake::{FakeHost, World};
     use crate::guest::{GuestName, GuestSpec};
@@ -350,6 +354,11 @@ mod tests {
     }
 
     fn guest_in(folder: &Path) -> ProcessGuest {
+        guest_by(folder, "layerctl")
+    }
+
+    /// The same; `own` is run to start it.
+    fn guest_by(folder: &Path, own: impl Into<PathBuf>) -> ProcessGuest {
         let store = Store::open(&folder.join("store"), StoreOptions::create()).unwrap();
         let host = FakeHost::new("a", store, folder, &World::new());
         let spec = GuestSpec {
@@ -358,7 +367,7 @@ mod tests {
             stack: layerfs::LayerName::new("app").unwrap(),
             options: serde_json::json!({ "command": ["/bin/prog"] }),
         };
-        let programs = Arc::new(Programs::new(folder.into(), "layerctl".into(), None));
+        let programs = Arc::new(Programs::new(folder.into(), own.into(), None));
         ProcessGuest::new(&GuestRecord::new(spec), host, programs).unwrap()
     }
 
@@ -386,6 +395,25 @@ mod tests {
     }
 
     #[test]
+    fn what_was_wrong_with_the_memory_of_an_earlier_one_is_not_said_of_one_that_is_begun_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = folder.path().join("own");
+        write_script(&own, "#!/bin/sh\ncat >/dev/null\nsleep 600 </dev/null >/dev/null 2>&1 &\necho $!\n").unwrap();
+        let guest = guest_by(folder.path(), own);
+        let run = &guest.site.run;
+        let mut ended = Command::new("true").spawn().unwrap();
+        Process::of(ended.id()).unwrap().save(&run.join("lazy-pages.json")).unwrap();
+        ended.wait().unwrap();
+        fs::write(run.join("lazy-pages.log"), "(31.2) Error (criu/uffd.c:1): 7-12: failed reading pages at 7f00\n")
+            .unwrap();
+        assert!(lazy_pages::wait(run).is_err());
+        // It has ended by itself: nobody has ended it.
+        guest.start().unwrap();
+        lazy_pages::wait(run).unwrap();
+        guest.stop().unwrap();
+    }
+
+    #[test]
     #[allow(clippy::print_stderr)]
     fn what_a_dead_daemon_has_brought_to_life_is_taken_over_or_ended_and_nothing_else_is() {
         let folder = tempfile::tempdir().unwrap();
@@ -397,11 +425,13 @@ mod tests {
             let note = Note { file: guest.criu().restoring(), into: None, root };
             let _ = fs::remove_file(&guest.site.root);
             let mut wait = Command::new("sh");
+            // Before that which it makes.
+            let mut criu = note.begin(wait.args(["-c", "read -r line && exec sleep 0.3"]), b"\n").unwrap();
             let Some((first, mut outer)) = first_process() else {
                 eprintln!("SKIPPED: a namespace of processes can't be had here (it needs root)");
+                criu.wait().unwrap();
                 return;
             };
-            let mut criu = note.begin(wait.args(["-c", "read -r line && exec sleep 0.3"]), b"\n").unwrap();
             fs::write(guest.site.run.join("pid"), first.pid.to_string()).unwrap();
             if is_at_home {
                 std::os::unix::fs::symlink("/", &guest.site.root).unwrap();

@@ -66,6 +66,18 @@ impl Process {
         Process { pid: 1, started: 0, boot: "another".to_owned() }
     }
 
+    /// The others in the process group that it led, if they aren't older: the group's number goes on after its leader. With a `name` only
+    /// those that are called so.
+    pub fn followers(&self, name: Option<&str>) -> Vec<Process> {
+        let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let called = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let is_called = |pid: &u32| name.is_none_or(|name| called(pid).trim_end_matches('\n') == name);
+        let found = pids.filter(|pid| *pid != self.pid && stat(*pid).is_some_and(|stat| stat.group == self.pid));
+        let found = found.filter(is_called).filter_map(Process::of);
+        found.filter(|process| process.is_younger_than(self) && process.is_alive()).collect()
+    }
+
     /// Kills it, if it is there.
     pub fn kill(&self) {
         if let (true, Some(pid)) = (self.is_alive(), Pid::from_raw(self.pid as i32)) {
@@ -138,6 +150,7 @@ pub fn wait_until(patience: Duration, mut is_so: impl FnMut() -> bool) -> bool {
 }
 
 struct Stat {
+    group: u32,
     started: u64,
     is_dead: bool,
 }
@@ -146,7 +159,8 @@ fn stat(pid: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in brackets and may hold anything.
     let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
-    Some(Stat { started: fields.get(19)?.parse().ok()?, is_dead: matches!(*fields.first()?, "Z" | "X" | "x") })
+    let is_dead = matches!(*fields.first()?, "Z" | "X" | "x");
+    Some(Stat { group: fields.get(2)?.parse().ok()?, started: fields.get(19)?.parse().ok()?, is_dead })
 }
 
 fn boot() -> String {

@@ -2,14 +2,14 @@
 //!
 //! Hides which CRIU is taken: the host's if it works with this kernel, else the one in the folder of private tools that
 //! `scripts/setup guests` fills. Invariants: a program never gets this process's terminal or its open files; what it
-//! says when it fails is part of the error.
+//! says when it fails is part of the error; none is waited for without an end.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::errand::{Note, WORK_PATIENCE};
 use super::exec;
@@ -127,12 +127,12 @@ fn is_program(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
-/// Runs `command` to its end.
+/// Runs `command`, which is only asked something or told what is done at once, to its end.
 ///
 /// # Errors
-/// What it complained about, in words.
+/// What it complained about, in words; or that it hasn't ended after [`exec::ANSWER_PATIENCE`], after which it is killed.
 pub fn run(command: &mut Command) -> Result<Output, String> {
-    succeeded(command, Command::output)
+    run_within(command, None, exec::ANSWER_PATIENCE)
 }
 
 /// The same, with `input` for it to read.
@@ -140,18 +140,13 @@ pub fn run(command: &mut Command) -> Result<Output, String> {
 /// # Errors
 /// As [`run`].
 pub fn run_with(command: &mut Command, input: &[u8]) -> Result<Output, String> {
-    succeeded(command, |command| {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        // One that ends before it has read all says why.
-        let _ = child.stdin.take().map(|mut pipe| pipe.write_all(input));
-        child.wait_with_output()
-    })
+    run_within(command, Some(input), exec::ANSWER_PATIENCE)
 }
 
-/// What `command` said, if it succeeded when `run` ran it.
-fn succeeded(command: &mut Command, run: impl FnOnce(&mut Command) -> io::Result<Output>) -> Result<Output, String> {
+/// What `command` said, if it succeeded within `patience`.
+fn run_within(command: &mut Command, input: Option<&[u8]>, patience: Duration) -> Result<Output, String> {
     let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let output = run(command).map_err(|error| format!("{name} cannot be run: {error}"))?;
+    let output = exec::answer_to(command, input, patience).map_err(|error| format!("{name}: {error}"))?;
     if output.status.success() { Ok(output) } else { Err(format!("{name} failed: {}", complaint(&output))) }
 }
 
@@ -161,4 +156,31 @@ pub fn complaint(output: &Output) -> String {
     let text = String::from_utf8_lossy(&said[said.len().saturating_sub(MAX_COMPLAINT)..]).into_owned();
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     if lines.is_empty() { format!("it ended with {}", output.status) } else { lines.join("; ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_hangs_is_named_and_ended() {
+        let shell = |script: &str| {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", script]);
+            command
+        };
+        let patience = Duration::from_secs(1);
+        // More than a pipe holds, of which nothing is read.
+        let long = vec![b'x'; 1 << 20];
+        for input in [None, Some(&long[..])] {
+            let error = run_within(&mut shell("exec sleep 600"), input, patience).unwrap_err();
+            assert!(error.starts_with("sh: ") && error.contains("after 1s, and was killed"), "{error}");
+        }
+        let said = run_with(&mut shell("cat"), &long).unwrap();
+        assert_eq!(said.stdout, long);
+        assert_eq!(run(&mut shell("echo no >&2; exit 2")).unwrap_err(), "sh failed: no");
+        // One that has heard enough says why it ends.
+        assert_eq!(run_with(&mut shell("exec <&-; echo no >&2; exit 2"), &long).unwrap_err(), "sh failed: no");
+        assert!(run(&mut Command::new("/no/such/program")).unwrap_err().contains("program: it cannot be run"));
+    }
 }

@@ -227,7 +227,7 @@ impl QemuGuest {
     }
 
     fn version(&self) -> Option<(u32, u32)> {
-        let output = Command::new(self.programs.find(PROGRAM)?).arg("--version").stdin(Stdio::null()).output().ok()?;
+        let output = exec::answer(Command::new(self.programs.find(PROGRAM)?).arg("--version")).ok()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         surroundings::version(text.split_once("version ")?.1)
     }

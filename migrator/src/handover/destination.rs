@@ -49,6 +49,8 @@ pub enum Found {
     Running,
     /// Nothing of it is here.
     Nothing,
+    /// Nothing of it is here but a disk that is newer than its state: it has gone on before, and has ended.
+    WentOn,
     /// It can't be told.
     Unknown,
 }
@@ -114,16 +116,20 @@ pub struct Destination {
     pub gives_back: bool,
     /// Its restore has failed: it is being given back.
     is_giving_back: bool,
+    /// An operator wants it here, be it from its disk alone.
+    is_wanted: bool,
 }
 
 impl Destination {
     /// One whose journal says `phase`.
     pub fn new(phase: Phase, gives_back: bool) -> Destination {
-        Destination { phase, gives_back, is_giving_back: false }
+        Destination { phase, gives_back, is_giving_back: false, is_wanted: false }
     }
 
     /// What follows from `event`.
     pub fn on(&mut self, event: Event) -> Vec<Step> {
+        // It holds for the restore that follows from it.
+        let was_wanted = std::mem::replace(&mut self.is_wanted, event == Event::RunHere);
         match (self.phase, event) {
             (Phase::Arriving, Event::Stage) => vec![Step::Make],
             (Phase::Arriving, Event::Made(true)) => vec![self.journal(Phase::Staged), self.reply()],
@@ -167,6 +173,11 @@ impl Destination {
                 vec![Step::Clear]
             }
             (Phase::Committed, Event::Tried(Found::Nothing)) => vec![self.reply()],
+            // Its disk has what the state, and the copy at the source, haven't: it isn't for us to choose between them.
+            (Phase::Committed, Event::Tried(Found::WentOn)) if was_wanted => {
+                vec![self.journal(Phase::Restored), self.reply()]
+            }
+            (Phase::Committed, Event::Tried(Found::WentOn)) => vec![self.reply(), Step::AgainLater],
             (Phase::Committed, Event::Tried(Found::Unknown)) => vec![self.reply(), Step::AgainLater],
             (Phase::Committed, Event::Cleared(true)) if self.is_giving_back => {
                 vec![self.journal(Phase::Refused), self.reply(), Step::Clear]
@@ -242,6 +253,21 @@ mod tests {
                 assert_eq!(side.phase.fate(), Fate::Refused);
             }
         }
+    }
+
+    #[test]
+    fn only_an_operator_decides_about_a_guest_that_has_gone_on_here_and_ended() {
+        for event in [Event::Commit, Event::Told(Fate::Released)] {
+            let mut side = Destination::new(Phase::Committed, true);
+            assert_eq!(side.on(event), [Step::Restore]);
+            assert_eq!(side.on(Event::Tried(Found::WentOn)), [Step::Reply(Fate::Committed), Step::AgainLater]);
+        }
+        let mut side = Destination::new(Phase::Committed, true);
+        assert_eq!(side.on(Event::RunHere), [Step::Restore]);
+        let last = [Step::Journal(Phase::Restored), Step::Reply(Fate::Restored)];
+        assert_eq!(side.on(Event::Tried(Found::WentOn)), last);
+        let mut side = Destination::new(Phase::Committed, false);
+        assert_eq!(side.on(Event::GiveUp), [Step::Clear]);
     }
 
     #[test]

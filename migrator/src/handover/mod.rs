@@ -23,7 +23,8 @@
 //!
 //! Invariants: before *released* every failure ends with the guest running at the source, unless nothing is left of it or an
 //! operator gives up what can't go on; after it the source does nothing but ask, until it hears *restored* or *refused*; a
-//! destination that has staged and hears nothing starts nothing, and asks. Repeated and late messages change nothing.
+//! destination that has staged and hears nothing starts nothing, and asks. Repeated and late messages change nothing. No state is restored
+//! over a disk that is newer.
 //!
 //! [`source`] and [`destination`] decide, [`journal`] remembers; [`crate::migrate`] does what they say.
 

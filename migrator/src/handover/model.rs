@@ -1,9 +1,11 @@
 //! Every interleaving of both machines: each side dies between any two steps (the program alone, or the machine with the
 //! guest), messages are lost, repeated and overtake each other, a side may have forgotten the move, the source's operator
 //! takes the guest back when the destination is dead and gives it up when it can't go on, and everything that can fail does.
-//! A row that can't be written is as a death before it, and one of which that isn't sure as a death before or after it.
-//! Checked in each state: never two running; nobody runs it whose turn it isn't; nothing is left of what was given up. And from
-//! each state, once faults end, both sides come to agree, with exactly one running, or none if the operator has given it up.
+//! A row that can't be written is as a death before it, and one of which that isn't sure as a death before or after it. A guest that has gone
+//! on from its state changes its disk at any time, also before that it went on is written; a machine then dies with it.
+//! Checked in each state: never two running; nobody runs it whose turn it isn't; nothing is left of what was given up; no state is restored
+//! over a disk that is newer. And from each state, once faults end, both sides come to agree, with exactly one running, or none if the operator
+//! has given it up, or if it went on and died with its machine (which at the destination its operator is asked about).
 
 use std::collections::{HashMap, VecDeque};
 
@@ -16,6 +18,16 @@ enum Copy {
     Nothing,
     Running,
     Frozen,
+}
+
+/// A disk, beside the state that belongs to it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Ground {
+    AsItWas,
+    /// The guest has gone on from the state, and has changed it.
+    Newer,
+    /// The same; and it has died, and that is known.
+    Over,
 }
 
 /// The source's operator.
@@ -59,11 +71,13 @@ struct State {
     source_todo: Vec<here::Step>,
     source_disk: here::Phase,
     source_copy: Copy,
+    source_ground: Ground,
     is_dumped: bool,
     side: Option<Destination>,
     side_todo: Vec<there::Step>,
     side_disk: there::Phase,
     side_copy: Copy,
+    side_ground: Ground,
     gives_back: bool,
     net: Vec<Packet>,
     crashes: u8,
@@ -80,11 +94,13 @@ impl State {
             source_todo: Vec::new(),
             source_disk: here::Phase::Moving,
             source_copy: Copy::Running,
+            source_ground: Ground::AsItWas,
             is_dumped: false,
             side: Some(Destination::new(there::Phase::Arriving, gives_back)),
             side_todo: Vec::new(),
             side_disk: there::Phase::Arriving,
             side_copy: Copy::Nothing,
+            side_ground: Ground::AsItWas,
             gives_back,
             net: Vec::new(),
             // An operator who decides needs one; more would make too many states.
@@ -139,7 +155,10 @@ impl State {
                     Step::Journal(phase) => s.source_disk = phase,
                     Step::Resume => {
                         // From the frozen copy, or from the state if that died with the machine.
-                        s.source_copy = Copy::Running;
+                        match (s.source_copy, s.source_ground) {
+                            (Copy::Nothing, Ground::Newer | Ground::Over) => s.source_ground = Ground::Over,
+                            _ => s.source_copy = Copy::Running,
+                        }
                         s.source_on(Event::Resumed);
                     }
                     Step::Discard => {
@@ -242,6 +261,10 @@ impl State {
                     out.push((after(&|s| s.side_on(Event::Made(true))), true));
                     out.push((after(&|s| s.side_on(Event::Made(false))), false));
                 }
+                Step::Restore if self.side_copy == Copy::Nothing && self.side_ground != Ground::AsItWas => {
+                    out.push((tried(Copy::Nothing, Found::WentOn), true));
+                    out.push((tried(Copy::Nothing, Found::Unknown), false));
+                }
                 Step::Restore => {
                     out.push((tried(Copy::Running, Found::Running), true));
                     out.push((tried(Copy::Running, Found::Unknown), false));
@@ -252,7 +275,7 @@ impl State {
                 }
                 Step::Clear => {
                     let cleared = after(&|s| {
-                        s.side_copy = Copy::Nothing;
+                        (s.side_copy, s.side_ground) = (Copy::Nothing, Ground::AsItWas);
                         s.side_on(Event::Cleared(true));
                     });
                     out.push((cleared, true));
@@ -271,6 +294,15 @@ impl State {
             Phase::Committed => {
                 out.push((self.with(|s| s.side_on(Event::Again)), true));
                 out.push((self.with(|s| s.side_on(Event::Silence)), true));
+                if self.side_copy == Copy::Nothing && self.side_ground != Ground::AsItWas {
+                    // Its operator is told, and decides.
+                    let over = self.with(|s| {
+                        s.side_ground = Ground::Over;
+                        s.side_on(Event::RunHere);
+                    });
+                    out.push((over, true));
+                    out.push((self.with(|s| s.side_on(Event::GiveUp)), true));
+                }
             }
             Phase::Refused => out.push((self.with(|s| s.side_on(Event::Again)), true)),
             _ => {}
@@ -321,13 +353,15 @@ impl State {
             }
             out.push((without, false));
         }
+        out.extend(self.writes().map(|wrote| (wrote, false)));
         if self.crashes > 0 {
             for with_guest in [false, true] {
                 if self.source.is_some() {
                     let died = self.with(|s| {
                         (s.source, s.source_todo) = (None, Vec::new());
                         s.crashes -= 1;
-                        if with_guest && s.source_copy == Copy::Frozen && s.is_dumped {
+                        // When it is over what becomes of it is its own affair.
+                        if with_guest && s.is_dumped && !s.source_disk.is_ended() {
                             s.source_copy = Copy::Nothing;
                         }
                     });
@@ -348,6 +382,17 @@ impl State {
         out
     }
 
+    /// A guest that has gone on and of which that isn't on record changes its disk. Nobody asks about the disk of another.
+    fn writes(&self) -> impl Iterator<Item = State> {
+        let is_taken_back = self.is_dumped && !self.source_disk.is_ended() && self.source_copy == Copy::Running;
+        let is_restored = self.side_disk == there::Phase::Committed && self.side_copy == Copy::Running;
+        let here = (is_taken_back && self.source_ground == Ground::AsItWas)
+            .then(|| self.with(|s| s.source_ground = Ground::Newer));
+        let there =
+            (is_restored && self.side_ground == Ground::AsItWas).then(|| self.with(|s| s.side_ground = Ground::Newer));
+        here.into_iter().chain(there)
+    }
+
     fn check(&self) {
         use here::Phase;
         let (source_runs, side_runs) = (self.source_copy == Copy::Running, self.side_copy == Copy::Running);
@@ -359,13 +404,16 @@ impl State {
         assert!(!(source_runs && is_released), "the source runs what it released: {self:?}");
         let is_owned = matches!(self.side_disk, there::Phase::Committed | there::Phase::Restored);
         assert!(!side_runs || (is_owned && is_released), "the destination runs what isn't its: {self:?}");
+        assert!(!(source_runs && self.source_ground == Ground::Over), "an old state over a newer disk: {self:?}");
+        assert!(!(side_runs && self.side_ground == Ground::Over), "an old state over a newer disk: {self:?}");
         let has_gone = matches!(self.source_disk, Phase::Gone | Phase::Ended(Outcome::Moved));
         assert!(!has_gone || self.side_disk == there::Phase::Restored, "gone, but never restored: {self:?}");
     }
 
     fn is_good(&self) -> bool {
         let (source_runs, side_runs) = (self.source_copy == Copy::Running, self.side_copy == Copy::Running);
-        let is_nobodys = !source_runs && !side_runs && self.operator == Operator::HasGivenUp;
+        let is_over = [self.source_ground, self.side_ground].contains(&Ground::Over);
+        let is_nobodys = !source_runs && !side_runs && (is_over || self.operator == Operator::HasGivenUp);
         self.source_disk.is_ended()
             && self.side_disk.is_ended()
             && self.source.is_some()

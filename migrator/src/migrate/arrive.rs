@@ -7,6 +7,7 @@ use layerfs::error::ErrorClass;
 use layerfs::manifest::Manifest;
 use tokio::task::spawn_blocking;
 
+use super::ground::{Laid, WENT_ON};
 use super::{Arrival, HookPoint, Migrations, busy};
 use crate::error::{Error, Result};
 use crate::guest::{
@@ -18,6 +19,14 @@ use crate::handover::{Fate, MoveId};
 use crate::peers::{Peer, Visible};
 use crate::send::joined;
 use crate::wire::{Message, Prepare};
+
+/// What came of a restore that didn't fail.
+enum Tried {
+    /// It runs; with what is worth a word all the same.
+    Runs(Option<String>),
+    /// It has gone on before, and has ended: it can't be restored any more.
+    WentOn,
+}
 
 /// What came of an event.
 #[derive(Clone, Debug)]
@@ -233,6 +242,12 @@ impl Migrations {
             let next = match todo.remove(0) {
                 Step::Journal(phase) => {
                     self.reach(row, phase)?;
+                    match phase {
+                        // Nothing is restored before that is written.
+                        Phase::Committed => self.is_untouched(row),
+                        Phase::Restored => self.note_absence(row),
+                        _ => {}
+                    }
                     self.told(row, phase);
                     None
                 }
@@ -244,9 +259,16 @@ impl Migrations {
                 Step::Restore => {
                     // It isn't brought back from a state that it has left behind: only the row is missing.
                     let is_awake = self.0.awake.lock().contains(&row.id);
+                    let before = row.note.clone();
                     let found = if is_awake { Found::Running } else { self.restore(row, arrival) };
-                    if found == Found::Running {
-                        self.0.awake.lock().insert(row.id);
+                    match found {
+                        Found::Running => drop(self.0.awake.lock().insert(row.id)),
+                        // Somebody who decides has to find it on record.
+                        Found::WentOn if row.note != before => {
+                            tracing::error!(guest = %row.guest(), "{}", row.note);
+                            self.write(row).map_err(|error| self.unwritten(row.id, error))?;
+                        }
+                        _ => {}
                     }
                     came.took = began.elapsed();
                     Some(Event::Tried(found))
@@ -254,6 +276,7 @@ impl Migrations {
                 Step::Clear => {
                     // What comes after this may be restored anew.
                     self.0.awake.lock().remove(&row.id);
+                    self.forget_ground(row);
                     let cleared = self.clear(row, arrival);
                     if let Err(error) = &cleared {
                         tracing::warn!(guest = %row.guest(), %error, "what is left of a guest couldn't be removed yet");
@@ -290,8 +313,26 @@ impl Migrations {
         })?;
         if phase.is_ended() {
             self.0.awake.lock().remove(&row.id);
+            self.forget_ground(row);
         }
         Ok(())
+    }
+
+    /// Puts on record that nothing of it runs, if that is so: one that has gone on may have ended before its row was written.
+    fn note_absence(&self, row: &Row) {
+        let status = self.guest(row).and_then(|guest| guest.status());
+        if !status.is_ok_and(|status| status.activity == Activity::Absent) {
+            return;
+        }
+        // An earlier program may have opened it.
+        let _ = self.0.host.close_layer(row.guest());
+        let updated = self.0.guests.update(row.guest(), |record| {
+            record.state = GuestState::Created;
+            Ok(())
+        });
+        if let Err(error) = updated {
+            tracing::warn!(guest = %row.guest(), %error, "that nothing of it runs wasn't recorded");
+        }
     }
 
     /// What a source is told that comes too late, if `event` ends the move.
@@ -379,46 +420,70 @@ impl Migrations {
     }
 
     fn restore(&self, row: &mut Row, arrival: &mut Arrival) -> Found {
-        let tried = self.try_restore(row, arrival);
-        let remark = tried.as_ref().ok().cloned().flatten();
-        if self.note(row, tried.map(drop)) {
-            // Nothing has failed, but who asks why it took so long is told.
-            row.note = remark.unwrap_or_default();
-            self.close(row, arrival);
-            return Found::Running;
-        }
+        let error = match self.try_restore(row, arrival) {
+            Ok(Tried::Runs(remark)) => {
+                // Nothing has failed, but who asks why it took so long is told.
+                row.note = remark.unwrap_or_default();
+                self.forget_ground(row);
+                self.close(row, arrival);
+                return Found::Running;
+            }
+            Ok(Tried::WentOn) => {
+                row.note = format!(
+                    "it {WENT_ON}: `layerctl guest resolve` with --run-here leaves it here, where `layerctl guest start` begins it anew from \
+                     that disk; with --give-up it goes on at {} as it was when it stopped there",
+                    row.peer
+                );
+                return Found::WentOn;
+            }
+            Err(error) => error,
+        };
+        self.note(row, Err(error));
         let looked = self.guest(row).and_then(|guest| guest.status());
         match looked.map(|status| status.activity) {
+            // Of one that may have gone on before nothing is known without its disk: it isn't given back.
+            Ok(Activity::Absent) if self.may_be_spoilt(row) => Found::Nothing,
             Ok(Activity::Running) => {
+                self.forget_ground(row);
                 self.close(row, arrival);
                 Found::Running
             }
-            Ok(Activity::Absent) => Found::Nothing,
-            _ => Found::Unknown,
+            _ => {
+                self.forget_ground(row);
+                Found::Unknown
+            }
         }
     }
 
-    /// Lets it go on. Returns what is worth a word, although it runs.
-    fn try_restore(&self, row: &Row, arrival: &mut Arrival) -> Result<Option<String>> {
+    /// Lets it go on.
+    fn try_restore(&self, row: &Row, arrival: &mut Arrival) -> Result<Tried> {
         let guest = self.guest(row)?;
         match guest.status()?.activity {
-            Activity::Running => return Ok(None),
+            Activity::Running => return Ok(Tried::Runs(None)),
             // A restore that was cut off half-way: it has never answered anybody.
             Activity::Frozen => guest.discard()?,
             Activity::Absent => {}
         }
         let layers = row.layers.ok_or_else(|| Error::guest("restore", row.guest(), "no layers are known"))?;
+        match self.lay_ground(row, layers)? {
+            Laid::AsItWas => {}
+            Laid::Anew => self.furnish(row, layers)?,
+            Laid::Newer => return Ok(Tried::WentOn),
+        }
         let path = self.open(row, layers, arrival)?;
         let mut remark = None;
         if layers.lazily {
             match guest.restore(&path, Manner::Lazily) {
-                Ok(()) => return Ok(None),
+                Ok(()) => return Ok(Tried::Runs(None)),
                 Err(error) if guest.status()?.activity == Activity::Absent => {
                     tracing::warn!(guest = %row.guest(), %error, "restoring it lazily failed; all of it is read first");
                     remark = Some(format!(
                         "its memory was read before it went on, as that failed lazily: {}",
                         crate::error::chain(&error)
                     ));
+                    self.may_be_spoilt(row);
+                    self.lay_ground(row, layers)?;
+                    self.furnish(row, layers)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -428,7 +493,18 @@ impl Migrations {
             true => guest.restore(&path, Manner::Whole)?,
             false => memory::restore(&*guest, self.0.guests.store(), (layers.state, &path), arrival.memory.take())?,
         }
-        Ok(remark)
+        Ok(Tried::Runs(remark))
+    }
+
+    /// Mounts its root, which was made anew, and has hooks do to it what they did to the one before.
+    fn furnish(&self, row: &Row, layers: Layers) -> Result<()> {
+        let furnished = self.0.host.mount(row.guest(), layers.instance).map(drop);
+        let furnished = furnished.and_then(|()| self.0.hooks.run(HookPoint::BeforeRestore, row));
+        // Else it would be taken for one that they have been at.
+        if furnished.is_err() {
+            self.may_be_spoilt(row);
+        }
+        furnished
     }
 
     /// Closes the state of a guest that runs. One that came lazily may still be reading: then it stays open until the guest goes.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use layerfs::store::db::WriteError;
 
 use super::control::{Control, Said};
+use super::ground::Laid;
 use super::{HookPoint, Migrations};
 use crate::error::{Error, Result, chain};
 use crate::guest::{Activity, Guest, GuestState, memory};
@@ -18,6 +19,9 @@ const COURTESY: Duration = Duration::from_secs(3);
 /// What is said of a guest that died before it was known from what to go on.
 pub(super) const LOST: &str =
     "is lost here: it ended before its state was kept; `layerctl guest start` begins it anew from its disk";
+/// What is said of one that had gone on and ended before that was written.
+const ENDED: &str = "is lost here: it had gone on from its state and has ended since, and its disk is newer than that state; \
+                     `layerctl guest start` begins it anew from its disk";
 /// What is said of one that an operator has given up before it was released.
 const GIVEN_UP: &str = "what was left of it here was given up; `layerctl guest start` begins it anew from its disk";
 /// How often a guest that doesn't go on at once is told to.
@@ -28,6 +32,15 @@ pub(super) struct Talk {
     pub control: Control,
     /// What the destination said to Commit, and when.
     pub committed: Option<(Instant, Said)>,
+}
+
+/// What came of letting it go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resumed {
+    /// It goes on, or there was nothing to go on from.
+    Runs,
+    /// It had gone on before, which isn't on record, and has ended since.
+    Over,
 }
 
 impl Talk {
@@ -91,9 +104,10 @@ impl Migrations {
                     }
                 }
                 Step::Resume => {
-                    self.again(row, Self::resume)?;
+                    let resumed = self.again(row, Self::resume)?;
                     self.0.awake.lock().insert(row.id);
-                    self.note_lost(row);
+                    self.forget_ground(row);
+                    self.note_lost(row, resumed);
                     Some(Event::Resumed)
                 }
                 Step::Discard => match self.again(row, Self::discard) {
@@ -148,6 +162,7 @@ impl Migrations {
         }
         if phase.is_ended() {
             self.0.awake.lock().remove(&row.id);
+            self.forget_ground(row);
         }
         let point = match phase {
             Phase::Ended(Outcome::Aborted | Outcome::Returned) => HookPoint::Abort,
@@ -170,11 +185,12 @@ impl Migrations {
     }
 
     /// Says so if nothing of it is left to go on.
-    fn note_lost(&self, row: &mut Row) {
+    fn note_lost(&self, row: &mut Row, resumed: Resumed) {
         if self.is_absent(row) {
-            tracing::error!(guest = %row.guest(), "it {LOST}");
+            let why = if resumed == Resumed::Over { ENDED } else { LOST };
+            tracing::error!(guest = %row.guest(), "it {why}");
             let before = if row.note.is_empty() { String::new() } else { format!(" ({})", row.note) };
-            row.note = format!("it {LOST}{before}");
+            row.note = format!("it {why}{before}");
         }
     }
 
@@ -185,11 +201,11 @@ impl Migrations {
     }
 
     /// Tries something several times, and leaves it to the background if it doesn't work.
-    fn again(&self, row: &mut Row, work: fn(&Migrations, &Row) -> Result<()>) -> Result<()> {
+    fn again<T>(&self, row: &mut Row, work: fn(&Migrations, &Row) -> Result<T>) -> Result<T> {
         let mut tries = 1;
         loop {
             match work(self, row) {
-                Ok(()) => return Ok(()),
+                Ok(done) => return Ok(done),
                 Err(error) if tries >= ATTEMPTS => {
                     tracing::error!(guest = %row.guest(), %error, "a guest's move can't be finished now; it is tried again");
                     self.later(row.id);
@@ -205,21 +221,30 @@ impl Migrations {
     }
 
     /// Lets it go on: from its frozen copy, or from its state if that can't, or died with the machine.
-    fn resume(&self, row: &Row) -> Result<()> {
+    fn resume(&self, row: &Row) -> Result<Resumed> {
         let guest = self.guest_of(row)?;
-        match guest.status()?.activity {
-            Activity::Running => guest.resume(),
+        let activity = guest.status()?.activity;
+        if activity != Activity::Absent {
+            self.forget_ground(row);
+        }
+        match activity {
+            Activity::Running => guest.resume()?,
             Activity::Frozen => match (self.wake(row, &*guest), row.layers) {
                 // It has never gone on: the state is as good as it was.
                 (Err(error), Some(layers)) if guest.status()?.activity == Activity::Frozen => {
                     tracing::warn!(guest = %row.guest(), %error, "a frozen copy can't go on; its state is taken instead");
                     guest.discard()?;
-                    self.take_back(row, layers, &*guest)
+                    self.is_untouched(row);
+                    self.may_be_spoilt(row);
+                    return self.take_back(row, layers, &*guest);
                 }
-                (resumed, _) => resumed,
+                (resumed, _) => resumed?,
             },
-            Activity::Absent => row.layers.map_or(Ok(()), |layers| self.take_back(row, layers, &*guest)),
+            Activity::Absent => {
+                return row.layers.map_or(Ok(Resumed::Runs), |layers| self.take_back(row, layers, &*guest));
+            }
         }
+        Ok(Resumed::Runs)
     }
 
     /// Lets its frozen copy go on, unless the mount below it has ended and there is a state to begin with anew.
@@ -230,13 +255,29 @@ impl Migrations {
         guest.resume()
     }
 
-    /// Lets it go on from the layers that it was to move with.
-    fn take_back(&self, row: &Row, layers: Layers, guest: &dyn Guest) -> Result<()> {
+    /// Lets it go on from the layers that it was to move with, unless it has done so before.
+    fn take_back(&self, row: &Row, layers: Layers, guest: &dyn Guest) -> Result<Resumed> {
+        if self.lay_ground(row, layers)? == Laid::Newer {
+            return Ok(Resumed::Over);
+        }
+        let restored = self.restore_from(row, layers, guest);
+        if restored.is_err() {
+            let is_gone = guest.status().is_ok_and(|status| status.activity == Activity::Absent);
+            if !is_gone || !self.may_be_spoilt(row) {
+                self.forget_ground(row);
+            }
+        }
+        restored?;
+        self.forget_ground(row);
+        self.0.host.close_layer(row.guest())?;
+        Ok(Resumed::Runs)
+    }
+
+    fn restore_from(&self, row: &Row, layers: Layers, guest: &dyn Guest) -> Result<()> {
         self.0.host.mount(row.guest(), layers.instance)?;
         self.0.host.close_layer(row.guest())?;
         let path = self.0.host.open_layer(row.guest(), layers.state)?;
-        memory::restore(guest, self.0.guests.store(), (layers.state, &path), None)?;
-        self.0.host.close_layer(row.guest())
+        memory::restore(guest, self.0.guests.store(), (layers.state, &path), None)
     }
 
     /// Removes what is left of it here.

@@ -13,6 +13,7 @@ mod background;
 mod changes;
 mod control;
 mod depart;
+mod ground;
 pub mod hooks;
 pub mod inhibit;
 pub mod learnt;
@@ -168,6 +169,8 @@ pub(crate) struct Inner {
     unsure: Mutex<HashSet<MoveId>>,
     /// Moves whose guest has gone on here, though that may not be on disk yet: what becomes of it since is its own affair.
     awake: Mutex<HashSet<MoveId>>,
+    /// What is known of the disks of guests that are to go on from their states.
+    grounds: Mutex<HashMap<MoveId, ground::Ground>>,
     #[cfg(test)]
     faults: tests::Faults,
 }
@@ -209,6 +212,7 @@ impl Migrations {
             awaited: Mutex::default(),
             unsure: Mutex::default(),
             awake: Mutex::default(),
+            grounds: Mutex::default(),
             #[cfg(test)]
             faults: tests::Faults::default(),
         }));

@@ -1,8 +1,11 @@
 //! What the tests share: layers made by hand, and two nodes that know each other.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use layerfs::attr::{Attrs, FileKind, Xattrs};
 use layerfs::chunk::{ChunkWrite, Class};
@@ -13,9 +16,13 @@ use layerfs::manifest::{LayerKind, LayerWriter, Manifest};
 use layerfs::monitor::{Monitor, Silent};
 use layerfs::store::{Expect, Store, StoreOptions};
 use layerfs::{ChunkId, Ino, LayerId, LayerName};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::peers::{Peer, PeerName, Rights};
 use crate::{Listener, Node, NodeOptions, PublicKey};
+
+/// How long a store may take to be closed.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Files by name, all in the root folder.
 pub type Tree = BTreeMap<String, Vec<u8>>;
@@ -113,7 +120,23 @@ pub fn add_layer_over(store: &Arc<Store>, called: &str, tree: &Tree, parent: Lay
 /// A store in a temporary folder, with its node.
 pub struct Host {
     pub node: Node,
+    // In this order: what closes a store writes into its folder.
+    _closes: Closes,
     _folder: tempfile::TempDir,
+}
+
+/// Waits, when dropped, until the store in this folder is closed: tasks that serve a connection have it for a moment after its end. One
+/// that somebody keeps isn't waited for without an end.
+struct Closes(PathBuf);
+
+impl Drop for Closes {
+    fn drop(&mut self) {
+        let began = Instant::now();
+        let Ok(lock) = File::open(self.0.join("lock")) else { return };
+        while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() && began.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 impl Host {
@@ -128,14 +151,16 @@ impl Host {
     fn in_folder(folder: tempfile::TempDir, options: NodeOptions) -> Host {
         let store =
             Store::open(&folder.path().join("store"), StoreOptions { create: true, ..Default::default() }).unwrap();
-        Host { node: Node::open(store, options).unwrap(), _folder: folder }
+        let closes = Closes(store.folder().to_owned());
+        Host { node: Node::open(store, options).unwrap(), _closes: closes, _folder: folder }
     }
 
     /// The same host after a new start: nothing is in memory.
     pub fn restarted(self) -> Host {
-        let Host { node, _folder } = self;
+        let Host { node, _closes, _folder } = self;
         let options = node.options().clone();
         drop(node);
+        drop(_closes);
         Host::in_folder(_folder, options)
     }
 
@@ -187,9 +212,10 @@ impl Host {
 
 /// Two hosts; `here` knows `there` as "there", which listens and knows `here` as "here".
 pub struct Pair {
+    // First, as it has the store of `there`.
+    pub listener: Listener,
     pub here: Host,
     pub there: Host,
-    pub listener: Listener,
 }
 
 impl Pair {

@@ -6,7 +6,7 @@ use layerfs::monitor::Monitor;
 use layerfs::store::StoreOptions;
 
 use super::*;
-use crate::guest::checkpoint::Hosted;
+use crate::guest::checkpoint::{Hosted, States};
 use crate::guest::{GuestSpec, GuestState, Guests, state};
 
 struct Here {
@@ -219,6 +219,17 @@ fn a_move_hides_no_checkpoint() {
         assert_eq!(latest(), Some(Hosted::names(&here.name, "morning").unwrap()));
         here.store.remove_name(&Hosted::names(&here.name, "morning").unwrap().0).unwrap();
         assert_eq!(latest(), Some(Hosted::names(&here.name, "evening").unwrap()));
+        // Many are looked for at once; the names of others, and of what is no state, are none of it.
+        let states = States::new(&here.store);
+        for other in ["guest/web/state", "guest/web2/noon/state", "guest/web/noon/instance", "web/noon/state"] {
+            here.store.set_name(&LayerName::new(other).unwrap(), here.base, Expect::Any).unwrap();
+        }
+        let record = hosted.guests.get(&here.name).unwrap();
+        assert_eq!(hosted.latest_of(&here.name, Some(&record), &states).unwrap(), latest());
+        here.store.set_name(&LayerName::new("guest/web/noon/state").unwrap(), here.base, Expect::Any).unwrap();
+        assert_eq!(latest(), hosted.latest_of(&here.name, Some(&record), &states).unwrap());
+        let other = GuestName::new("other").unwrap();
+        assert_eq!(hosted.latest_of(&other, None, &states).unwrap(), None);
         // Nobody has it on record where its layers were pushed to.
         assert_eq!(hosted.latest(&here.name, None).unwrap(), latest());
         let layer = here.store.name(&latest().unwrap().0).unwrap().unwrap().layer;

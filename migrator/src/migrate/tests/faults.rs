@@ -184,6 +184,111 @@ async fn a_guest_that_went_on_is_ended_for_its_source_that_took_it_though_the_ro
     assert_eq!(two.check(), "a");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_went_on_at_its_source_and_died_unwritten_isnt_brought_back_over_its_newer_disk() {
+    for has_written in [false, true] {
+        let mut two = Two::new().await;
+        // That it is released can't be written, nor that it has gone on.
+        two.a.faults().fill_at(4);
+        assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+        assert_eq!(two.world.running(&two.name), ["a"]);
+        if has_written {
+            two.world.tick();
+        }
+        two.reboot_a().await;
+        if !has_written {
+            assert_eq!(two.check(), "a");
+            continue;
+        }
+        assert_eq!(two.world.running(&two.name), Vec::<String>::new());
+        assert_eq!(two.a.state(&two.name).map(|(state, _)| state), Some(GuestState::Created));
+        let row = &two.a.migrations.moves().unwrap()[0];
+        assert!(row.note.contains("newer than that state") && row.note.contains("guest start"), "{row:?}");
+        let steps = std::fs::read(two.a.host.root(&two.name).join(crate::guest::fake::DISK_FILE)).unwrap();
+        assert_eq!(steps.len(), 2 * 16, "its disk is lost");
+        assert_eq!(two.b.state(&two.name), None);
+        let is_wrong = |event: &crate::guest::fake::Event| matches!(event, crate::guest::fake::Event::Violation(_));
+        assert!(!two.world.events().iter().any(is_wrong), "{:?}", two.world.events());
+    }
+}
+
+/// A guest that has been restored at `b`, which can't be written there; it has changed its disk, and died with its machine.
+async fn died_unwritten(has_written: bool) -> Two {
+    let mut two = Two::new().await;
+    two.b.faults().fill_at(4);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    assert_eq!(two.world.running(&two.name), ["b"]);
+    if has_written {
+        two.world.tick();
+    }
+    two.world.crash("b");
+    let world = two.world.clone();
+    two.b.restart(&world).await;
+    two
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_went_on_and_died_unwritten_isnt_brought_back_over_its_newer_disk_unless_somebody_decides() {
+    let two = died_unwritten(false).await;
+    two.settle().await;
+    assert_eq!(two.check(), "b");
+    for (resolution, runs) in [(Resolution::RunHere, None), (Resolution::GiveUp, Some("a"))] {
+        let two = died_unwritten(true).await;
+        let decide = |resolution| {
+            let (there, name) = (two.b.migrations.clone(), two.name.clone());
+            spawn_blocking(move || there.resolve(&name, resolution))
+        };
+        // The source says that it is released.
+        let row = decide(Resolution::Ask).await.unwrap().unwrap();
+        assert_eq!((row.fate(), two.world.running(&two.name)), (Fate::Committed, vec![]));
+        assert!(row.note.contains("newer than that state") && row.note.contains("--give-up"), "{row:?}");
+        assert_eq!(two.world.frozen(&two.name), ["a"]);
+        decide(resolution).await.unwrap().unwrap();
+        two.settle().await;
+        let running = two.world.running(&two.name);
+        assert_eq!((running.first().map(String::as_str), two.world.frozen(&two.name)), (runs, vec![]));
+        if runs.is_none() {
+            assert_eq!(two.b.state(&two.name).map(|(state, _)| state), Some(GuestState::Created));
+            let steps = std::fs::read(two.b.host.root(&two.name).join(crate::guest::fake::DISK_FILE)).unwrap();
+            assert_eq!(steps.len(), 2 * 16, "its disk is lost");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_of_whose_disk_nothing_can_be_said_isnt_given_back() {
+    let mut two = Two::new().await;
+    two.b.faults().fill_at(4);
+    assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+    two.world.tick();
+    two.world.crash("b");
+    (0..10_000).for_each(|_| two.fail("b", Call::Mount, When::Before));
+    let world = two.world.clone();
+    two.b.restart(&world).await;
+    let (there, name) = (two.b.migrations.clone(), two.name.clone());
+    let row = spawn_blocking(move || there.resolve(&name, Resolution::Ask)).await.unwrap().unwrap();
+    assert_eq!((row.fate(), two.world.running(&two.name)), (Fate::Committed, vec![]));
+    let steps = std::fs::read(two.b.host.root(&two.name).join(crate::guest::fake::DISK_FILE)).unwrap();
+    assert_eq!(steps.len(), 2 * 16, "its disk is lost");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_restore_that_came_to_nothing_has_left_on_the_disk_goes_before_the_next() {
+    let two = Two::new().await;
+    (0..10_000).for_each(|_| two.fail("b", Call::Restore, When::Before));
+    let stays = MigrateOptions { gives_back: false, ..MigrateOptions::default() };
+    assert!(two.migrate(false, stays).await.is_err());
+    let steps = two.b.host.root(&two.name).join(crate::guest::fake::DISK_FILE);
+    let before = std::fs::read(&steps).unwrap();
+    std::fs::write(&steps, "what it did before that failed").unwrap();
+    two.world.heal();
+    let (there, name) = (two.b.migrations.clone(), two.name.clone());
+    let _ = spawn_blocking(move || there.resolve(&name, Resolution::RunHere)).await.unwrap();
+    two.settle().await;
+    assert_eq!(std::fs::read(&steps).unwrap(), before);
+    assert_eq!(two.check(), "b");
+}
+
 /// Spoils the row of a move when its guest is taken back, and keeps what it was.
 struct Spoils {
     store: Arc<Store>,

@@ -227,8 +227,10 @@ fn advice(row: &Row) -> String {
         ),
         Side::Destination { phase: destination::Phase::Committed, .. } => format!(
             "guest {guest} is this host's and doesn't run yet: it couldn't be restored, or the daemon began anew and {peer} hasn't said \
-             again that it released it. Look there: `layerctl guest show {guest}`. --run-here restores it: if it was taken back on \
-             {peer}, there are two with one address. --give-up gives it back to {peer}, where it goes on"
+             again that it released it, or it had gone on here and has died, which is noted then. Look there: `layerctl guest show {guest}`. \
+             --run-here restores it, or, if it had gone on here, leaves it here to be started from its disk: if it was taken back on \
+             {peer}, there are two with one address. --give-up removes it here, its disk too, and gives it back to {peer}, where it goes on \
+             as it was when it stopped there"
         ),
         _ if row.is_ended() => String::new(),
         _ => format!("what is left to do for guest {guest} is tried again and again; nothing has to be decided"),

@@ -202,6 +202,20 @@ impl Host for DaemonHost {
         Ok(dir)
     }
 
+    fn has_changed(&self, guest: &GuestName, stack: LayerId) -> Result<bool> {
+        let upper = upper::find(self.daemon.store.db(), &upper_name(guest)?)?;
+        if upper.is_some_and(|upper| upper.base != Some(stack)) {
+            return Ok(true);
+        }
+        let dir = self.mount(guest, stack)?;
+        let size = self.daemon.mounts.at(&dir).and_then(|mount| mount.info()?.upper_size);
+        if size.is_some_and(|size| size.inodes + size.dentries == 0) {
+            return Ok(false);
+        }
+        // What was open when it was sealed is still there, as it was, which a seal finds out.
+        Ok(self.seal(guest, &guest.layer("instance")?)? != stack)
+    }
+
     fn seal(&self, guest: &GuestName, name: &LayerName) -> Result<LayerId> {
         let mount = self.daemon.mounts.at(&self.root(guest));
         let mount = mount.ok_or_else(|| Error::NotFound { what: "mount of guest", name: guest.to_string() })?;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use layerfs::LayerName;
 use layerfs::store::Store;
 use layerfs::upper;
-use migrator::guest::checkpoint::{DEFAULT_TAG, Hosted};
+use migrator::guest::checkpoint::{DEFAULT_TAG, Hosted, States};
 use migrator::guest::programs::{DEFAULT_FOLDER, Programs};
 use migrator::guest::{Activity, GuestName, GuestRecord, GuestSpec, GuestState, Guests, HostDrivers, Obstacle, Side};
 use parking_lot::Mutex;
@@ -308,7 +308,8 @@ pub fn stop(context: &Context, request: NameRequest) -> Result<GuestStopResult> 
 /// `/v1/guests`.
 pub fn list(context: &Context, _: Empty) -> Result<GuestList> {
     let records = context.daemon.guests.records.list()?;
-    Ok(GuestList { guests: records.iter().map(|record| info(context, record)).collect() })
+    let states = States::new(&context.daemon.store);
+    Ok(GuestList { guests: records.iter().map(|record| info_of(context, record, &states)).collect() })
 }
 
 /// `/v1/guest-show`.
@@ -318,6 +319,10 @@ pub fn show(context: &Context, request: NameRequest) -> Result<GuestInfo> {
 }
 
 fn info(context: &Context, record: &GuestRecord) -> GuestInfo {
+    info_of(context, record, &States::new(&context.daemon.store))
+}
+
+fn info_of(context: &Context, record: &GuestRecord, states: &States) -> GuestInfo {
     let hosted = hosted(&context.daemon);
     let status = hosted.guest(record).and_then(|guest| guest.status());
     let status = status.inspect_err(|error| tracing::debug!("guest {}: {error}", record.spec.name)).ok();
@@ -327,7 +332,7 @@ fn info(context: &Context, record: &GuestRecord) -> GuestInfo {
         Activity::Frozen => "frozen",
     });
     let root = hosted.host.root(&record.spec.name);
-    let checkpoint = hosted.latest(&record.spec.name, Some(record));
+    let checkpoint = hosted.latest_of(&record.spec.name, Some(record), states);
     let checkpoint = checkpoint.inspect_err(|error| tracing::debug!("guest {}: {error}", record.spec.name));
     let (state_layer, instance) = checkpoint.ok().flatten().unzip();
     GuestInfo {
