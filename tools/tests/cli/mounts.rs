@@ -375,6 +375,27 @@ fn a_mistake_in_the_config_file_ends_no_mounts() {
     host.json(&["umount", "mnt", "--discard"]);
 }
 
+/// A mount that peers or other clients make comes when nobody has looked at the config file.
+#[test]
+fn a_mistake_in_the_config_file_leaves_no_mount_without_a_keeper() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    let pid = host.daemon_pid();
+    let config = std::fs::read(host.path("config.toml")).unwrap();
+    std::fs::write(host.path("config.toml"), "compression = 99\nno such key\n").unwrap();
+    let mounted = host.request("mount", "", &format!("{{\"layer\": \"base\", \"dir\": {:?}}}", host.path("mnt")));
+    assert!(mounted.starts_with("HTTP/1.1 200 "), "{mounted}");
+    let status = host.request("status", "", "");
+    assert!(status.contains("\"mounts\":1,\"keeper\":") && !status.contains("\"keeper\":null"), "{status}");
+    let held = std::fs::File::open(host.path("mnt/etc/hostname")).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+    assert_eq!(std::io::read_to_string(held).unwrap(), "edge\n");
+    std::fs::write(host.path("config.toml"), config).unwrap();
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
 #[test]
 fn the_helper_of_mount() {
     if !can_mount() {
