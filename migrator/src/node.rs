@@ -361,7 +361,8 @@ impl Node {
             true => Message::Look { names: names.to_vec(), layers: Vec::new() },
             false => Message::Fetch { names: names.to_vec(), dry_run: options.dry_run },
         };
-        let terms = Terms { lazy: is_lazy, ..Terms::of_pull(self, peer, names, options.force) };
+        let (lazy, limit) = (is_lazy, options.manner.limit);
+        let terms = Terms { lazy, limit, ..Terms::of_pull(self, peer, names, options.force) };
         let job = Job::Pull(request, terms);
         attempt::transfer(self, peer, job, options.paths, entry).await
     }

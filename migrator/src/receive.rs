@@ -23,6 +23,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use crate::access::Access;
 use crate::check::{Extent, check_extent};
 use crate::error::{Error, Result};
+use crate::governor::Rate;
 use crate::grants::Grants;
 use crate::identity::PublicKey;
 use crate::link::Link;
@@ -55,6 +56,8 @@ pub(crate) struct Terms {
     pub kept: Option<(Grants, PublicKey)>,
     /// Whether a pull wants only the layers' structure now.
     pub lazy: bool,
+    /// The most that the rest of a lazy pull may take of the network.
+    pub limit: Option<Rate>,
     /// These layers, partial here, are to be completed (a pull); no names are set.
     pub completes: Vec<LayerId>,
     /// The peer's name.
@@ -75,6 +78,7 @@ impl Terms {
             wanted: None,
             kept: Some((node.grants().clone(), peer.key)),
             lazy: false,
+            limit: None,
             completes: Vec::new(),
             peer: peer.name.to_string(),
         }
@@ -573,7 +577,8 @@ fn commit(context: &Context, accepted: &Accepted, wanted: &Wanted) -> Result<u16
     }
     let fresh: Vec<LayerId> = layers_lacking(accepted).collect();
     if accepted.offer.lazy {
-        store.set_partial_names(&changes, &fresh, &context.terms.peer, context.terms.wanted.is_none())?;
+        let (terms, limit) = (&context.terms, context.terms.limit.map_or(0, Rate::bytes_per_second));
+        store.set_partial_names(&changes, &fresh, &terms.peer, terms.wanted.is_none(), limit)?;
     } else {
         if changed > 0 {
             store.set_names(&changes)?;

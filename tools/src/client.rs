@@ -3,6 +3,8 @@
 //! Ctrl-C during an operation cancels it in the daemon and waits for the daemon's word that nothing is half-done; a
 //! second one leaves at once.
 
+mod attach;
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -169,7 +171,7 @@ impl Client {
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|_| cut_off())?;
         tokio::spawn(async move {
             // Its failure shows in the response too.
-            let _ = connection.await;
+            let _ = connection.with_upgrades().await;
         });
         sender.send_request(request).await.map_err(|_| cut_off())
     }
@@ -182,8 +184,7 @@ impl Client {
         };
         check_version(&response)?;
         if !response.status().is_success() {
-            let body = response.into_body().collect().await.map_err(|_| cut_off())?.to_bytes();
-            return Err(decode_failure(&body));
+            return Err(decode_failure(&body_of(response).await?));
         }
         Ok(response)
     }
@@ -267,14 +268,30 @@ fn json_request<Q: Serialize>(operation: &str, accept: &str, request: &Q) -> Res
     builder.body(body).map_err(|e| wrong_request(&e))
 }
 
-/// A thread reads `source`, so that a slow one doesn't hold up the events.
+async fn body_of(response: Response<Incoming>) -> Result<Bytes> {
+    Ok(response.into_body().collect().await.map_err(|_| cut_off())?.to_bytes())
+}
+
+fn empty() -> Body {
+    Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
+}
+
+/// `source` as a request's body.
 fn frames(
-    mut source: impl Read + Send + 'static,
+    source: impl Read + Send + 'static,
 ) -> impl futures::Stream<Item = std::io::Result<Frame<Bytes>>> + Send + Sync {
+    futures::stream::unfold(pieces(source, PIECE), |mut receiver| async move {
+        let piece = receiver.recv().await?;
+        Some((piece.map(Frame::data), receiver))
+    })
+}
+
+/// `source` in pieces of up to `most` bytes. A thread reads it, so that a slow one doesn't hold up the events.
+fn pieces(mut source: impl Read + Send + 'static, most: usize) -> mpsc::Receiver<std::io::Result<Bytes>> {
     let (sender, receiver) = mpsc::channel::<std::io::Result<Bytes>>(4);
     std::thread::spawn(move || {
         loop {
-            let mut piece = vec![0; PIECE];
+            let mut piece = vec![0; most];
             let read = match source.read(&mut piece) {
                 Ok(0) => return,
                 Ok(count) => {
@@ -290,10 +307,7 @@ fn frames(
             }
         }
     });
-    futures::stream::unfold(receiver, |mut receiver| async move {
-        let piece = receiver.recv().await?;
-        Some((piece.map(Frame::data), receiver))
-    })
+    receiver
 }
 
 async fn pour(mut body: Incoming, out: &mut dyn Write, display: &mut Display) -> Result<HeaderMap> {

@@ -95,11 +95,14 @@ fn run(cli: Cli, output: Output) -> Result<u8> {
 fn settings(store: Option<&std::path::Path>, command: &Command) -> Result<Settings> {
     let environment = Environment::current();
     let found = Settings::find(store, &environment);
-    if found.is_ok() || !commands::system::becomes_daemon(command) {
+    let (keeps, becomes_daemon) = (commands::system::keeps_mounts(command), commands::system::becomes_daemon(command));
+    if found.is_ok() || !(keeps || becomes_daemon) {
         return found;
     }
-    // Programs wait for this daemon, and get errors if none comes: a mistake in the config file is not worth that.
     match Settings::forgive(store, &environment) {
+        // It was told the store, and needs nothing else.
+        Ok(settings) if keeps => Ok(settings),
+        // Programs wait for this daemon, and get errors if none comes: a mistake in the config file is not worth that.
         Ok(settings) if keeper::holder(&settings.store).is_some() => Ok(settings),
         _ => found,
     }

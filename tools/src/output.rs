@@ -73,6 +73,16 @@ impl Output {
         })
     }
 
+    /// Passes on what another program has written, as it comes.
+    pub fn pass(&self, is_stderr: bool, bytes: &[u8]) -> io::Result<()> {
+        if is_stderr {
+            return io::stderr().lock().write_all(bytes);
+        }
+        let mut out = io::stdout().lock();
+        out.write_all(bytes)?;
+        out.flush()
+    }
+
     /// A remark on stderr that the user may want to know.
     pub fn note(&self, text: &str) {
         if !self.quiet {

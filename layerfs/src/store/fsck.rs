@@ -9,6 +9,7 @@ use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::Monitor;
 use crate::store::check::{Finding, PackCheck, Presence, unchecked_detail};
+use crate::store::lost_names::{self, LostNames};
 use crate::store::rewrite::Rewriter;
 use crate::store::{Store, Uncached};
 
@@ -34,6 +35,8 @@ pub enum ProblemKind {
     LayerBroken,
     /// Something else than a pack lies among the packs.
     StrayFile,
+    /// Names were lost with the index, and layers have not all got names again: nothing is collected.
+    NamesLost,
 }
 
 /// A problem.
@@ -113,6 +116,11 @@ impl Store {
         let busy = || Error::Busy("a collection or check of this store is running already".to_owned());
         let _running = self.collector.running.try_lock().ok_or_else(busy)?;
         let mut report = FsckReport::default();
+        // Of layers that may become whole by packs that come back nothing is to be told: all others have names.
+        if LostNames::read(&self.db)? == Some(LostNames::Unrecovered) {
+            let (subject, detail) = (lost_names::SUBJECT.to_owned(), lost_names::UNRECOVERED.to_owned());
+            report.add(ProblemKind::NamesLost, subject, detail, Vec::new(), false);
+        }
         self.find_strays(&mut report)?;
         let check = PackCheck::new(self, monitor, false);
         let findings = check.run()?;

@@ -18,6 +18,11 @@ use crate::store::pack::PackId;
 use crate::store::{Store, Uncached};
 
 const KEY: &[u8] = b"names.lost";
+/// What the names are called that were lost.
+pub(crate) const SUBJECT: &str = "the list of names";
+/// What is wrong with them while layers may lack theirs, and the way out.
+pub(crate) const UNRECOVERED: &str = "it was lost, and layers have not all got names again; stop the daemon and run \
+                                      `layerctl fsck --rebuild`, with --tier if there is a second tier";
 
 /// How far the recovery of names is that were lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,11 +58,7 @@ impl Store {
     /// Fails while layers may lack the names that they had.
     pub(crate) fn check_names_recovered(&self) -> Result<()> {
         match LostNames::read(&self.db)? {
-            Some(LostNames::Unrecovered) => Err(Error::corrupt(
-                "the list of names",
-                "it was lost, and layers have not all got names again; stop the daemon and run `layerctl fsck --rebuild`, \
-                 with --tier if there is a second tier",
-            )),
+            Some(LostNames::Unrecovered) => Err(Error::corrupt(SUBJECT, UNRECOVERED)),
             Some(LostNames::Incomplete) | None => Ok(()),
         }
     }

@@ -29,6 +29,7 @@ use crate::store::{Store, Uncached};
 const PREFIX: &[u8] = b"partial/";
 const VERSION: u8 = 1;
 const FLAG_PUSHED: u8 = 1;
+const FLAG_LIMITED: u8 = 2;
 /// So many sources of a layer are kept, the latest first.
 const MAX_SOURCES: usize = 8;
 /// How long a count of what is here holds at least.
@@ -45,15 +46,21 @@ pub struct PartialLayer {
     pub pushed: bool,
     /// Since when it is partial.
     pub since: Time,
+    /// The most that the rest may take of the network when this side fetches it, in bytes per second; 0: no limit.
+    pub limit: u64,
 }
 
 impl PartialLayer {
     fn encode(&self) -> Vec<u8> {
-        let mut out = vec![VERSION, if self.pushed { FLAG_PUSHED } else { 0 }];
+        let limited = if self.limit > 0 { FLAG_LIMITED } else { 0 };
+        let mut out = vec![VERSION, limited | if self.pushed { FLAG_PUSHED } else { 0 }];
         out.put_i64(self.since.seconds);
         out.put_u32(self.since.nanos);
         out.put_u8(self.sources.len() as u8);
         self.sources.iter().for_each(|source| out.put_bytes16(source.as_bytes()));
+        if self.limit > 0 {
+            out.put_u64(self.limit);
+        }
         out
     }
 
@@ -71,11 +78,12 @@ impl PartialLayer {
             let text = std::str::from_utf8(reader.bytes16()?).map_err(|_| reader.error("a source that isn't text"))?;
             sources.push(text.to_owned());
         }
-        if flags & !FLAG_PUSHED != 0 {
+        if flags & !(FLAG_PUSHED | FLAG_LIMITED) != 0 {
             return Err(reader.error(format!("flags {flags:#x}")));
         }
+        let limit = if flags & FLAG_LIMITED != 0 { reader.u64()? } else { 0 };
         reader.finish()?;
-        Ok(PartialLayer { sources, pushed: flags & FLAG_PUSHED != 0, since })
+        Ok(PartialLayer { sources, pushed: flags & FLAG_PUSHED != 0, since, limit })
     }
 }
 
@@ -201,7 +209,7 @@ impl Store {
     }
 
     /// Sets names, as [`Store::set_names`] does, of stacks of which `layers` have everything but their data, and marks
-    /// these as partial, to be had from the peer `source`, in the same atomic write.
+    /// these as partial, to be had from the peer `source`, the rest with `limit` ([`PartialLayer::limit`]), in the same atomic write.
     ///
     /// # Errors
     /// As [`Store::set_names_with`]; no mark is set then.
@@ -211,6 +219,7 @@ impl Store {
         layers: &[LayerId],
         source: &str,
         pushed: bool,
+        limit: u64,
     ) -> Result<()> {
         let mut batch = Batch::new();
         let mut before = Vec::new();
@@ -224,7 +233,7 @@ impl Store {
                 let since = old.as_ref().map_or_else(Time::now, |old| old.since);
                 // Once this side fetches it, it goes on doing so.
                 let pushed = pushed && old.as_ref().is_none_or(|old| old.pushed);
-                let partial = PartialLayer { sources, pushed, since };
+                let partial = PartialLayer { sources, pushed, since, limit };
                 batch.put(Cf::Transfers, key(*layer), partial.encode());
                 all.insert(*layer, partial.clone());
                 before.push((*layer, old, partial));
@@ -393,17 +402,18 @@ mod tests {
 
     #[test]
     fn records_round_trip_and_are_pinned() {
-        let partial = PartialLayer {
-            sources: vec!["a".to_owned(), "bc".to_owned()],
-            pushed: true,
-            since: Time { seconds: 1, nanos: 2 },
-        };
-        let record = partial.encode();
-        assert_eq!(PartialLayer::decode(&record).unwrap(), partial);
-        let expected = [&[1, 1][..], &1i64.to_le_bytes(), &2u32.to_le_bytes(), &[2, 1, 0], b"a", &[2, 0], b"bc"];
-        assert_eq!(record, expected.concat());
-        for cut in 0..record.len() {
-            assert!(PartialLayer::decode(&record[..cut]).is_err());
+        let sources = vec!["a".to_owned(), "bc".to_owned()];
+        let since = Time { seconds: 1, nanos: 2 };
+        for (pushed, limit, flags, last) in [(true, 0, 1, &[][..]), (false, 0x0102, 2, &[2, 1, 0, 0, 0, 0, 0, 0])] {
+            let partial = PartialLayer { sources: sources.clone(), pushed, since, limit };
+            let record = partial.encode();
+            assert_eq!(PartialLayer::decode(&record).unwrap(), partial);
+            let times = [&1i64.to_le_bytes()[..], &2u32.to_le_bytes()].concat();
+            let expected = [&[1, flags][..], &times, &[2, 1, 0], b"a", &[2, 0], b"bc", last];
+            assert_eq!(record, expected.concat());
+            for cut in 0..record.len() {
+                assert!(PartialLayer::decode(&record[..cut]).is_err());
+            }
         }
     }
 }

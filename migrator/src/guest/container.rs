@@ -12,9 +12,8 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,10 +23,10 @@ use super::errand::{self, Errand, Note};
 use super::network::Link;
 use super::options::ContainerOptions;
 use super::processes::{Process, status_bytes};
-use super::programs::{Programs, complaint};
+use super::programs::Programs;
 use super::{
-    Activity, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written,
-    exec, lazy_pages, preflight, scan, state,
+    Activity, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Pipes, Side, Status, Surroundings, Written, exec,
+    lazy_pages, preflight, scan, state,
 };
 use crate::error::{Error, Result};
 
@@ -185,12 +184,6 @@ impl Site {
     }
 }
 
-/// What a command inside of a guest did.
-pub(super) fn exec_output(output: Output) -> ExecOutput {
-    let code = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
-    ExecOutput { code, stdout: output.stdout, stderr: output.stderr }
-}
-
 /// The memory of a process and its descendants, in bytes.
 pub(super) fn memory_bytes(first: &Process) -> u64 {
     first.tree().iter().filter_map(|pid| status_bytes(*pid, "VmRSS")).sum()
@@ -218,9 +211,6 @@ pub(super) trait Engine: Send + Sync {
 
     /// A command that runs `argv` inside of it.
     fn command(&self, argv: &[OsString]) -> Outcome<Command>;
-
-    /// Whether that command's `output` is the runtime's own complaint.
-    fn has_failed(&self, output: &Output) -> bool;
 
     /// Writes its state into `into`, and ends it. Who does it is noted in [`Site::dump_to`], which stays.
     fn save(&self, into: &Path) -> Outcome<()>;
@@ -351,17 +341,13 @@ impl<E: Engine> Guest for Container<E> {
         self.end("stop")
     }
 
-    fn exec(&self, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput> {
+    fn exec(&self, argv: &[OsString], pipes: Pipes, monitor: &dyn Monitor) -> Result<i32> {
         self.running("run a command in")?;
         let failed = self.0.site().failed("run a command in");
         let mut command = self.0.command(argv).map_err(&failed)?;
-        let output = exec::output(&mut command, monitor)
-            .map_err(|error| failed(format!("{} cannot be run: {error}", self.0.program().0)))?;
-        let output = output.ok_or(layerfs::Error::Cancelled)?;
-        if self.0.has_failed(&output) {
-            return Err(failed(complaint(&output)));
-        }
-        Ok(exec_output(output))
+        let code = exec::run(&mut command, pipes, monitor);
+        let code = code.map_err(|error| failed(format!("{} cannot be run: {error}", self.0.program().0)))?;
+        Ok(code.ok_or(layerfs::Error::Cancelled)?)
     }
 
     fn status(&self) -> Result<Status> {
@@ -522,10 +508,6 @@ mod tests {
 
         fn command(&self, _: &[OsString]) -> Outcome<Command> {
             Err("it takes none".to_owned())
-        }
-
-        fn has_failed(&self, _: &Output) -> bool {
-            false
         }
 
         fn save(&self, into: &Path) -> Outcome<()> {

@@ -1,10 +1,12 @@
-//! Commands that run inside of guests, and programs that work on guests: what they write is kept in memory, but not without end, and
-//! they end when nobody waits for them any more.
+//! Commands that run inside of guests, and programs that work on guests: what is kept of what they write is kept in memory, but not without
+//! end, and they end when nobody waits for them any more.
 
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
+use std::ffi::OsString;
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use layerfs::monitor::Monitor;
@@ -13,6 +15,8 @@ use rustix::io::{Errno, ioctl_fionbio};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::processes::{Process, wait_until};
+use super::{ExecOutput, Guest};
+use crate::error::Result;
 
 /// So much of what a command writes is kept, and of what it complains about, in bytes.
 const MOST: usize = 16 << 20;
@@ -22,10 +26,96 @@ const PIECE: usize = 64 << 10;
 const LAST: usize = (1 << 20) / PIECE;
 /// So soon it is noticed that nobody waits any more.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const NO_TIME: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// How long a program gets that is only asked something, or told what is done at once.
 pub(super) const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long what was killed gets to end. What the kernel holds up ends later.
 const END_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a command inside of a guest reads and writes: its ends of pipes, which it alone has while it runs.
+#[derive(Debug)]
+pub struct Pipes {
+    /// What it reads; there is nothing to be read if it is missing.
+    pub stdin: Option<OwnedFd>,
+    /// What it writes to.
+    pub stdout: OwnedFd,
+    /// What it complains to.
+    pub stderr: OwnedFd,
+}
+
+/// Runs `argv` in `guest`, as [`Guest::exec`] does, with nothing to read, and keeps the beginning of what it writes; that there was more
+/// stands at the end of the complaints.
+///
+/// # Errors
+/// As [`Guest::exec`].
+pub fn output(guest: &dyn Guest, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput> {
+    let (code, stdout, stderr) = gather(MOST, |pipes| guest.exec(argv, pipes, monitor))?;
+    Ok(ExecOutput { code, stdout, stderr })
+}
+
+/// What `exec` returns and writes to the pipes that it gets, of which the beginning is kept.
+fn gather<T>(most: usize, exec: impl FnOnce(Pipes) -> Result<T>) -> Result<(T, Vec<u8>, Vec<u8>)> {
+    let failed = |error: io::Error| layerfs::Error::io("reading what a command writes", error);
+    let (out, stdout) = io::pipe().map_err(failed)?;
+    let (err, stderr) = io::pipe().map_err(failed)?;
+    let mut read = (Beginning::of(Some(out)).map_err(failed)?, Beginning::of(Some(err)).map_err(failed)?);
+    let has_ended = AtomicBool::new(false);
+    let (told, seen) = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| read_both(&mut read, most, &has_ended));
+        let told = exec(Pipes { stdin: None, stdout: stdout.into(), stderr: stderr.into() });
+        has_ended.store(true, Ordering::SeqCst);
+        (told, reading.join())
+    });
+    let told = told?;
+    seen.unwrap_or_else(|_| Err(io::Error::other("its reader died"))).map_err(failed)?;
+    let (stdout, stderr) = kept(read, most);
+    Ok((told, stdout, stderr))
+}
+
+/// Reads what is written to the pipes until nobody has them any more, or `has_ended`.
+fn read_both(
+    (out, err): &mut (Beginning<PipeReader>, Beginning<PipeReader>),
+    most: usize,
+    has_ended: &AtomicBool,
+) -> io::Result<()> {
+    loop {
+        // All that it wrote is in the pipes when it has ended. What it has left running may hold them open for ever.
+        let is_last = has_ended.load(Ordering::SeqCst);
+        let pipes = [&out.pipe, &err.pipe].into_iter().flatten();
+        let mut waits: Vec<PollFd<'_>> = pipes.map(|pipe| PollFd::new(pipe, PollFlags::IN)).collect();
+        if waits.is_empty() {
+            return Ok(());
+        }
+        match poll(&mut waits, Some(if is_last { &NO_TIME } else { &LOOK })) {
+            Err(Errno::INTR) => continue,
+            ready => ready?,
+        };
+        for _ in 0..if is_last { LAST } else { 1 } {
+            out.read_on(most)?;
+            err.read_on(most)?;
+        }
+        if is_last {
+            return Ok(());
+        }
+    }
+}
+
+/// Runs `command` with `pipes` to its end, and returns its exit code, or that of a shell (128 + signal) if it was killed. None if `monitor`
+/// was cancelled before: the command is killed then, with its descendants and its process group.
+pub(super) fn run(command: &mut Command, pipes: Pipes, monitor: &dyn Monitor) -> io::Result<Option<i32>> {
+    let Pipes { stdin, stdout, stderr } = pipes;
+    command.stdin(stdin.map_or_else(Stdio::null, Stdio::from)).stdout(stdout).stderr(stderr);
+    let spawned = command.process_group(0).spawn();
+    // From now on nobody has the pipes but who was started.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = spawned?;
+    let followed = follow(&mut child, 0, monitor);
+    if !matches!(followed, Ok(Some(_))) {
+        end(child);
+    }
+    let code = |status: ExitStatus| status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    Ok(followed?.map(|output| code(output.status)))
+}
 
 /// Waits until then.
 struct Deadline(Instant);
@@ -92,22 +182,6 @@ pub(super) fn ended(mut child: Child, patience: Duration) -> Result<Output, Stri
     }
 }
 
-/// As [`Command::output`], of which the beginning is kept; that there was more stands at the end of the complaints. None if
-/// `monitor` was cancelled before: the command is killed then, with its descendants and its process group.
-pub(super) fn output(command: &mut Command, monitor: &dyn Monitor) -> io::Result<Option<Output>> {
-    within(command, MOST, monitor)
-}
-
-fn within(command: &mut Command, most: usize, monitor: &dyn Monitor) -> io::Result<Option<Output>> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.process_group(0).spawn()?;
-    let followed = follow(&mut child, most, monitor);
-    if !matches!(followed, Ok(Some(_))) {
-        end(child);
-    }
-    followed
-}
-
 fn follow(child: &mut Child, most: usize, monitor: &dyn Monitor) -> io::Result<Option<Output>> {
     let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     let (mut out, mut err) = (Beginning::of(child.stdout.take())?, Beginning::of(child.stderr.take())?);
@@ -134,11 +208,17 @@ fn follow(child: &mut Child, most: usize, monitor: &dyn Monitor) -> io::Result<O
     }
     // Not before: until then its number, by which it is killed, is nobody else's.
     let status = child.wait()?;
+    let (stdout, stderr) = kept((out, err), most);
+    Ok(Some(Output { status, stdout, stderr }))
+}
+
+/// The beginnings of what was written and complained, with a note if there was more.
+fn kept<O, E>((out, mut err): (Beginning<O>, Beginning<E>), most: usize) -> (Vec<u8>, Vec<u8>) {
     if out.is_cut || err.is_cut {
         let note = format!("\n(only the first {most} bytes of what it wrote are kept)\n");
         err.bytes.extend_from_slice(note.as_bytes());
     }
-    Ok(Some(Output { status, stdout: out.bytes, stderr: err.bytes }))
+    (out.bytes, err.bytes)
 }
 
 /// Kills `child`, which leads its process group, and what it has started. False if something of that doesn't end.
@@ -194,7 +274,7 @@ impl<P: Read + AsFd> Beginning<P> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     use layerfs::monitor::Silent;
 
@@ -213,21 +293,47 @@ mod tests {
         }
     }
 
-    fn run(script: &str, monitor: &dyn Monitor) -> Option<Output> {
-        within(Command::new("/bin/sh").args(["-c", script]), 1000, monitor).unwrap()
+    /// The exit code of `script`, what it wrote and what it complained, if it wasn't cancelled.
+    fn run(script: &str, monitor: &dyn Monitor) -> Option<(i32, Vec<u8>, Vec<u8>)> {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]);
+        let gathered = gather(1000, |pipes| Ok(super::run(&mut command, pipes, monitor).unwrap()));
+        let (code, stdout, stderr) = gathered.unwrap();
+        Some((code?, stdout, stderr))
     }
 
     #[test]
     fn endless_output_is_cut_and_the_command_runs_to_its_end() {
         let run = |script: &str| run(script, &Silent).unwrap();
-        let short = run("printf out; printf err >&2; exit 3");
-        assert_eq!((&*short.stdout, &*short.stderr, short.status.code()), (&b"out"[..], &b"err"[..], Some(3)));
-        let long = run("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2; exit 4");
-        assert_eq!((long.stdout.len(), long.status.code()), (1000, Some(4)));
-        let note = String::from_utf8_lossy(&long.stderr[1000..]).into_owned();
+        assert_eq!(run("printf out; printf err >&2; exit 3"), (3, b"out".to_vec(), b"err".to_vec()));
+        assert_eq!(run("cat; kill -9 $$"), (137, Vec::new(), Vec::new()));
+        let (code, out, err) = run("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2; exit 4");
+        assert_eq!((code, out.len()), (4, 1000));
+        let note = String::from_utf8_lossy(&err[1000..]).into_owned();
         assert!(note.contains("first 1000 bytes"), "{note}");
-        let silent = run("exec >&- 2>&-; sleep 0.2; exit 5");
-        assert_eq!((silent.stdout.len(), silent.status.code()), (0, Some(5)));
+        assert_eq!(run("exec >&- 2>&-; sleep 0.2; exit 5"), (5, Vec::new(), Vec::new()));
+    }
+
+    #[test]
+    fn a_command_alone_has_its_pipes() {
+        let ((stdin, mut to), (mut out, stdout), (_err, stderr)) =
+            (io::pipe().unwrap(), io::pipe().unwrap(), io::pipe().unwrap());
+        let pipes = Pipes { stdin: Some(stdin.into()), stdout: stdout.into(), stderr: stderr.into() };
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "read -r line; exec <&-; printf '%s' \"$line\"; exec >&-; sleep 600"]);
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| super::run(&mut command, pipes, &Until(|| is_over.load(Ordering::SeqCst))));
+            io::Write::write_all(&mut to, b"line\n").unwrap();
+            let mut said = String::new();
+            // Its end comes while the command goes on; nor does anybody else read.
+            out.read_to_string(&mut said).unwrap();
+            assert_eq!(said, "line");
+            let closed = io::Write::write_all(&mut to, b"more").unwrap_err();
+            assert_eq!(closed.kind(), io::ErrorKind::BrokenPipe);
+            is_over.store(true, Ordering::SeqCst);
+            assert_eq!(running.join().unwrap().unwrap(), None);
+        });
     }
 
     #[test]
@@ -235,8 +341,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("pid");
         let script = format!("sleep 600 & echo $! >{}; printf done; exit 6", file.display());
-        let output = run(&script, &Silent).unwrap();
-        assert_eq!((&*output.stdout, output.status.code()), (&b"done"[..], Some(6)));
+        assert_eq!(run(&script, &Silent).unwrap(), (6, b"done".to_vec(), Vec::new()));
         let left = Process::of(fs::read_to_string(file).unwrap().trim().parse().unwrap()).unwrap();
         assert!(left.is_alive());
         left.kill();

@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use super::container::{Container, Engine, Outcome, PATIENCE, Site};
@@ -247,10 +247,6 @@ impl Engine for Lxc {
         let mut command = self.tool("lxc-attach")?;
         command.arg("--clear-env").arg("--").args(argv);
         Ok(command)
-    }
-
-    fn has_failed(&self, output: &Output) -> bool {
-        output.status.code() == Some(1) && output.stdout.is_empty() && complaint(output).contains("lxc-attach: ")
     }
 
     fn save(&self, into: &Path) -> Outcome<()> {

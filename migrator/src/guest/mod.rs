@@ -19,7 +19,7 @@ mod container;
 mod criu;
 mod drivers;
 mod errand;
-mod exec;
+pub mod exec;
 pub mod fake;
 mod host;
 pub mod launch;
@@ -57,6 +57,7 @@ use layerfs::monitor::Monitor;
 use serde::{Deserialize, Serialize};
 
 pub use drivers::{DRIVERS, HostDrivers};
+pub use exec::Pipes;
 pub use host::{Host, Scratch};
 pub use name::GuestName;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
@@ -177,12 +178,13 @@ pub trait Guest: Send + Sync {
     /// [`crate::Error::Guest`] if something of it goes on.
     fn stop(&self) -> Result<()>;
 
-    /// Runs a command inside of it and waits for its end. Of endless output only the beginning is kept. If `monitor` is cancelled the
-    /// command is killed, with what it has started as far as that is found.
+    /// Runs a command inside of it, with `pipes`, waits for its end and returns its exit code, or that of a shell (128 + signal) if it was
+    /// killed. [`exec::output`] keeps what it writes. If `monitor` is cancelled the command is killed, with what it has started as far as
+    /// that is found.
     ///
     /// # Errors
     /// [`crate::Error::Guest`] if it isn't running, or if the driver can't; [`layerfs::Error::Cancelled`].
-    fn exec(&self, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput>;
+    fn exec(&self, argv: &[OsString], pipes: Pipes, monitor: &dyn Monitor) -> Result<i32>;
 
     /// What it does. Asks the runtime, not the records.
     ///

@@ -18,15 +18,15 @@ use layerfs::monitor::Monitor;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::container::{PATIENCE, Site, exec_output, memory_bytes};
+use super::container::{PATIENCE, Site, memory_bytes};
 use super::criu::Criu;
 use super::errand::{self, Errand};
 use super::launch::{Orders, Start};
 use super::processes::{Process, wait_until};
 use super::programs::Programs;
 use super::{
-    Activity, ExecOutput, Guest, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written, exec,
-    lazy_pages, scan, state,
+    Activity, Guest, GuestRecord, Host, Manner, Obstacle, Pipes, Side, Status, Surroundings, Written, exec, lazy_pages,
+    scan, state,
 };
 use crate::error::{Error, Result};
 
@@ -239,7 +239,7 @@ impl Guest for ProcessGuest {
         self.end("stop")
     }
 
-    fn exec(&self, argv: &[OsString], monitor: &dyn Monitor) -> Result<ExecOutput> {
+    fn exec(&self, argv: &[OsString], pipes: Pipes, monitor: &dyn Monitor) -> Result<i32> {
         let failed = self.failed("run a command in");
         let locked = self.lock_commands(FlockOperation::NonBlockingLockShared);
         let locked = locked.map_err(|error| failed(format!("it cannot be kept from being dumped: {error}")))?;
@@ -254,9 +254,9 @@ impl Guest for ProcessGuest {
         command.args(["--target", &process.pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--root"]);
         command.arg(format!("--wd=/proc/{}/root", process.pid)).arg("--").args(argv);
         command.env_clear().envs(self.site.options.environment());
-        let output =
-            exec::output(&mut command, monitor).map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
-        Ok(exec_output(output.ok_or(layerfs::Error::Cancelled)?))
+        let code = exec::run(&mut command, pipes, monitor);
+        let code = code.map_err(|error| failed(format!("nsenter cannot be run: {error}")))?;
+        Ok(code.ok_or(layerfs::Error::Cancelled)?)
     }
 
     fn status(&self) -> Result<Status> {
@@ -386,7 +386,7 @@ mod tests {
         assert_eq!(guest.status().unwrap().activity, Activity::Running);
         drop(commands);
         let dump = lock(alone).unwrap();
-        let refused = guest.exec(&["true".into()], &Silent).unwrap_err().to_string();
+        let refused = exec::output(&guest, &["true".into()], &Silent).unwrap_err().to_string();
         assert!(refused.contains("being dumped"), "{refused}");
         drop(dump);
         assert!(lock(shared).is_some());

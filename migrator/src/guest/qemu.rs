@@ -37,8 +37,8 @@ use super::programs::{Programs, complaint};
 use super::qmp::Qmp;
 use super::state::{self, MEMORY_FILE};
 use super::{
-    Activity, ExecOutput, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Side, Status, Surroundings, Written,
-    exec, preflight, surroundings,
+    Activity, Guest, GuestName, GuestRecord, Host, Manner, Obstacle, Pipes, Side, Status, Surroundings, Written, exec,
+    preflight, surroundings,
 };
 use crate::error::{Error, Result};
 
@@ -515,7 +515,7 @@ impl Guest for QemuGuest {
         self.end("stop")
     }
 
-    fn exec(&self, _: &[OsString], _: &dyn Monitor) -> Result<ExecOutput> {
+    fn exec(&self, _: &[OsString], _: Pipes, _: &dyn Monitor) -> Result<i32> {
         Err(self.failed("run a command in")("a machine has no way in for that: use ssh".to_owned()))
     }
 

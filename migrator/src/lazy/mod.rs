@@ -39,6 +39,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use crate::error::{Error, Result};
+use crate::governor::Rate;
 use crate::guest::{GuestState, Guests};
 use crate::node::Node;
 use crate::send::joined;
@@ -181,15 +182,20 @@ impl Lazy {
         self.0.known.read().sources.values().for_each(|source| source.wake.notify_one());
     }
 
-    /// Sends in the background what `layers`, which have just been pushed lazily to the peer called `peer`, lack there.
+    /// Sends in the background, within `limit`, what `layers`, which have just been pushed lazily to the peer called `peer`, lack there.
     ///
     /// # Errors
     /// Those of the database.
-    pub fn push_rest_later(&self, layers: &[LayerId], peer: &str) -> impl Future<Output = Result<()>> + use<> {
+    pub fn push_rest_later(
+        &self,
+        layers: &[LayerId],
+        peer: &str,
+        limit: Option<Rate>,
+    ) -> impl Future<Output = Result<()>> + use<> {
         let (inner, layers, to) = (self.0.clone(), layers.to_vec(), peer.to_owned());
         async move {
             let store = inner.node.store().clone();
-            joined(spawn_blocking(move || pushes::add(&store, &layers, &to)).await)?;
+            joined(spawn_blocking(move || pushes::add(&store, &layers, &to, limit)).await)?;
             inner.changed.notify_one();
             Ok(())
         }

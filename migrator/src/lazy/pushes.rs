@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use layerfs::LayerId;
+use layerfs::codec::Put;
 use layerfs::error::ErrorClass;
 use layerfs::store::db::{Batch, Cf, Sync};
 use layerfs::store::{Pin, Store};
@@ -14,6 +15,7 @@ use tokio::task::spawn_blocking;
 
 use super::{FIRST_PAUSE, Inner, LAST_PAUSE, Watched};
 use crate::error::{Error, Result};
+use crate::governor::Rate;
 use crate::send::joined;
 
 const PREFIX: &[u8] = b"pushing/";
@@ -23,10 +25,32 @@ fn key(layer: LayerId, peer: &str) -> Vec<u8> {
     [PREFIX, &layer.0.0, peer.as_bytes()].concat()
 }
 
-/// Remembers that `layers` are to be sent to `peer`. Blocks.
-pub(super) fn add(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
+/// A layer that is still to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rest {
+    layer: LayerId,
+    /// Within this.
+    limit: Option<Rate>,
+}
+
+/// A record's value. Daemons that knew no limits look at none.
+fn encode(limit: Option<Rate>) -> Vec<u8> {
+    let mut value = vec![VERSION];
+    limit.iter().for_each(|limit| value.put_u64(limit.bytes_per_second()));
+    value
+}
+
+/// The limit in a record's value. One that can't be read is none: what is to be sent is sent.
+fn decode(value: &[u8]) -> Option<Rate> {
+    let (version, limit) = value.split_first()?;
+    let limit = u64::from_le_bytes(limit.try_into().ok()?);
+    (*version == VERSION && limit > 0).then(|| Rate::new(limit))
+}
+
+/// Remembers that `layers` are to be sent to `peer`, within `limit`. Blocks.
+pub(super) fn add(store: &Store, layers: &[LayerId], peer: &str, limit: Option<Rate>) -> Result<()> {
     let mut batch = Batch::new();
-    layers.iter().for_each(|layer| batch.put(Cf::Transfers, key(*layer, peer), [VERSION]));
+    layers.iter().for_each(|layer| batch.put(Cf::Transfers, key(*layer, peer), encode(limit)));
     Ok(store.db().write(batch, Sync::Yes)?)
 }
 
@@ -37,15 +61,16 @@ fn forget(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
 }
 
 /// All that is still to be sent, by peer. Blocks.
-pub(super) fn list(store: &Store) -> Result<BTreeMap<String, Vec<LayerId>>> {
-    let mut all: BTreeMap<String, Vec<LayerId>> = BTreeMap::new();
+pub(super) fn list(store: &Store) -> Result<BTreeMap<String, Vec<Rest>>> {
+    let mut all: BTreeMap<String, Vec<Rest>> = BTreeMap::new();
     for entry in store.db().iter(Cf::Transfers, PREFIX)? {
-        let (key, _) = entry?;
+        let (key, value) = entry?;
         let malformed = || layerfs::Error::corrupt("push record", "its key is no layer's and peer's");
         let rest = key.get(PREFIX.len()..).ok_or_else(malformed)?;
         let (id, peer) = rest.split_first_chunk::<32>().ok_or_else(malformed)?;
         let peer = std::str::from_utf8(peer).map_err(|_| malformed())?;
-        all.entry(peer.to_owned()).or_default().push(LayerId(layerfs::ChunkId(*id)));
+        let rest = Rest { layer: LayerId(layerfs::ChunkId(*id)), limit: decode(&value) };
+        all.entry(peer.to_owned()).or_default().push(rest);
     }
     Ok(all)
 }
@@ -56,9 +81,10 @@ pub(super) async fn run(inner: Arc<Inner>, peer: String) {
     while !inner.is_stopped() {
         let (store, to) = (inner.node.store().clone(), peer.clone());
         let look = move || {
-            let layers = list(&store)?.remove(&to).unwrap_or_default();
+            let rests = list(&store)?.remove(&to).unwrap_or_default();
+            let limit = rests.iter().filter_map(|rest| rest.limit).min();
             let (mut pins, mut left, mut gone) = (Vec::<Pin>::new(), Vec::new(), Vec::new());
-            for layer in layers {
+            for Rest { layer, .. } in rests {
                 match store.pin(layer) {
                     Ok(pin) => {
                         pins.push(pin);
@@ -68,10 +94,10 @@ pub(super) async fn run(inner: Arc<Inner>, peer: String) {
                 }
             }
             forget(&store, &gone, &to)?;
-            Ok((pins, left))
+            Ok((pins, left, limit))
         };
-        let (_pins, layers) = match joined(spawn_blocking(look).await) {
-            Ok((_, layers)) if layers.is_empty() => break,
+        let (_pins, layers, limit) = match joined(spawn_blocking(look).await) {
+            Ok((_, layers, _)) if layers.is_empty() => break,
             Ok(found) => found,
             Err(error) => {
                 tracing::error!(peer, %error, "what is to be pushed cannot be read");
@@ -79,7 +105,7 @@ pub(super) async fn run(inner: Arc<Inner>, peer: String) {
             }
         };
         let watched = Arc::new(Watched::default());
-        let transfer = inner.node.push_rest(&layers, &peer, watched.clone());
+        let transfer = inner.node.push_rest(&layers, &peer, limit, watched.clone());
         tokio::pin!(transfer);
         let result = tokio::select! {
             result = &mut transfer => result,
@@ -110,4 +136,19 @@ pub(super) async fn run(inner: Arc<Inner>, peer: String) {
         pause = (pause * 2).min(LAST_PAUSE);
     }
     inner.pushes.lock().remove(&peer);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_keep_limits_and_older_ones_have_none() {
+        assert_eq!(encode(None), [VERSION]);
+        assert_eq!(encode(Some(Rate::new(0x2_0100))), [VERSION, 0, 1, 2, 0, 0, 0, 0, 0]);
+        for limit in [None, Some(Rate::new(5 << 20))] {
+            assert_eq!(decode(&encode(limit)), limit);
+        }
+        assert_eq!(decode(&[]), None);
+    }
 }

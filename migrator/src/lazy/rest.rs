@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 
 use crate::attempt::{self, Job};
 use crate::error::Result;
-use crate::governor::{Controls, Priority};
+use crate::governor::{Controls, Priority, Rate};
 use crate::link::Link;
 use crate::node::{Manner, Node};
 use crate::paths::PathOptions;
@@ -31,14 +31,16 @@ fn paths() -> PathOptions {
 }
 
 impl Node {
-    /// Fetches what `layers`, which are partial here, lack, from the peer called `peer`, behind all other transfers; takes
-    /// their marks off.
+    /// Fetches what `layers`, which are partial here, lack, from the peer called `peer`, behind all other transfers and within the lowest of
+    /// their limits; takes their marks off.
     ///
     /// # Errors
     /// Of any kind; the layers stay partial then.
     pub async fn complete(&self, layers: &[LayerId], peer: &str, monitor: Arc<dyn Monitor>) -> Result<TransferReport> {
         let peer = self.peer(peer).await?;
-        let entry = self.begin(Role::Receiving, &[], &peer, BACKGROUND, monitor)?;
+        let limits = layers.iter().filter_map(|layer| self.store().partial(*layer)).map(|partial| partial.limit);
+        let limit = limits.filter(|limit| *limit > 0).min().map(Rate::new);
+        let entry = self.begin(Role::Receiving, &[], &peer, Manner { limit, ..BACKGROUND }, monitor)?;
         self.name_layers(&entry, layers);
         let terms = Terms { completes: layers.to_vec(), ..Terms::of_pull(self, &peer, &[], false) };
         let job = Job::Pull(Message::Look { names: Vec::new(), layers: layers.to_vec() }, terms);
@@ -47,11 +49,17 @@ impl Node {
     }
 
     /// Sends what `layers`, which were pushed lazily to the peer called `peer`, lack there, and first the traces of
-    /// these stacks; behind all other transfers.
+    /// these stacks; behind all other transfers, and within `limit`.
     ///
     /// # Errors
     /// Of any kind; [`layerfs::error::ErrorClass::NotFound`] if nothing is partial there any more.
-    pub async fn push_rest(&self, layers: &[LayerId], peer: &str, monitor: Arc<dyn Monitor>) -> Result<TransferReport> {
+    pub async fn push_rest(
+        &self,
+        layers: &[LayerId],
+        peer: &str,
+        limit: Option<Rate>,
+        monitor: Arc<dyn Monitor>,
+    ) -> Result<TransferReport> {
         let (store, wanted) = (self.store().clone(), layers.to_vec());
         let prepare = move || {
             let prepared = send::prepare_layers(&store, &wanted, &Visible::All, &Wanted::default())?;
@@ -64,7 +72,7 @@ impl Node {
         };
         let (prepared, traces) = joined(spawn_blocking(prepare).await)?;
         let peer = self.peer(peer).await?;
-        let entry = self.begin(Role::Sending, &[], &peer, BACKGROUND, monitor)?;
+        let entry = self.begin(Role::Sending, &[], &peer, Manner { limit, ..BACKGROUND }, monitor)?;
         self.name_layers(&entry, layers);
         let job = Job::Push(&prepared, &[], traces);
         let result = attempt::transfer(self, &peer, job, paths(), &entry).await;

@@ -13,9 +13,12 @@ use layerfs::{ChunkId, LayerId};
 
 use super::{Lazy, LazyOptions};
 use crate::access::Access;
+use crate::governor::Rate;
 use crate::guest::{GuestName, GuestRecord, GuestSpec, GuestState, Guests};
+use crate::node::Manner;
 use crate::peers::{Rights, Visible};
 use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, noise, silent, tree};
+use crate::transfers::{Role, State};
 use crate::wanted::Wanted;
 use crate::{PullOptions, PushOptions};
 
@@ -95,6 +98,38 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
     assert!(pair.here.has_whole("app", top));
     assert_eq!(store.presence(base).unwrap().percent(), 100);
     assert_clean(&pair.here);
+}
+
+/// Also those of an earlier daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_keeps_to_the_limit_that_was_asked_for() {
+    let pair = Pair::new().await;
+    let limit = Some(Rate::new(64 << 10));
+    let manner = Manner { limit, ..Manner::default() };
+    let layer = add_layer(pair.there.store(), "app", &tree(10, 8 << 20));
+    let lazily = PullOptions { lazy: true, manner, ..PullOptions::default() };
+    pair.here.node.pull(&[name("app")], "there", lazily, silent()).await.unwrap();
+    assert_eq!(pair.here.store().partial(layer).unwrap().limit, 64 << 10);
+    let pushed = add_layer(pair.here.store(), "mine", &[("other".to_owned(), noise(1, 8 << 20))].into());
+    let options = PushOptions { manner, ..push_options() };
+    pair.here.node.push(&[name("mine")], "there", options, silent()).await.unwrap();
+    for is_first in [true, false] {
+        let lazy = Lazy::start(&pair.here.node, patient(30_000));
+        if is_first {
+            lazy.push_rest_later(&[pushed], "there", limit).await.unwrap();
+        }
+        let found = |role| {
+            let mut all = pair.here.node.transfers().list().into_iter();
+            all.find(|one| one.state == State::Running && one.role == role).map(|one| one.controls.limit)
+        };
+        until("the rests", || found(Role::Receiving).is_some() && found(Role::Sending).is_some()).await;
+        assert_eq!((found(Role::Receiving), found(Role::Sending)), (Some(limit), Some(limit)));
+        drop(lazy);
+        until("their end", || found(Role::Receiving).is_none() && found(Role::Sending).is_none()).await;
+    }
+    // What is pulled without is without.
+    pull_lazily(&pair, "app").await.unwrap();
+    assert_eq!(pair.here.store().partial(layer).unwrap().limit, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -310,11 +345,11 @@ async fn what_is_pushed_lazily_waits_for_the_stream_or_asks_back() {
         let outcome = read(&store, run[5]).await;
         assert_eq!(outcome.is_ok(), asks_back, "{outcome:?}");
         assert!(store.has_partials(), "only the pusher brings the rest");
-        pair.here.node.push_rest(&[layer], "there", silent()).await.unwrap();
+        pair.here.node.push_rest(&[layer], "there", None, silent()).await.unwrap();
         assert!(pair.there.has_whole("app", layer) && !store.has_partials());
         assert_eq!(store.trace(layer).unwrap(), run[..2], "the trace came along");
         assert!(read(&store, run[6]).await.is_ok());
-        let again = pair.here.node.push_rest(&[layer], "there", silent()).await.unwrap_err();
+        let again = pair.here.node.push_rest(&[layer], "there", None, silent()).await.unwrap_err();
         assert_eq!(again.class(), ErrorClass::NotFound, "{again}");
         drop(lazy);
     }

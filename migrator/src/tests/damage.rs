@@ -97,6 +97,7 @@ async fn transfer(
             wanted: None,
             kept: None,
             lazy: false,
+            limit: None,
             completes: Vec::new(),
             peer: "there".to_owned(),
         };

@@ -206,6 +206,7 @@ async fn attempt(here: &Host, there: &Host, called: &str, fault: Option<Fault>) 
             wanted: None,
             kept: None,
             lazy: false,
+            limit: None,
             completes: Vec::new(),
             peer: "here".to_owned(),
         };

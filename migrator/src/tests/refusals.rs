@@ -161,8 +161,15 @@ async fn offer_without_data(visible: Visible) -> (crate::Result<u16>, Host) {
     };
     let receiving = async {
         let mut link = Link::start(far, "thief", Patience::default());
-        let terms =
-            Terms { visible, wanted: None, kept: None, lazy: false, completes: Vec::new(), peer: "there".to_owned() };
+        let terms = Terms {
+            visible,
+            wanted: None,
+            kept: None,
+            lazy: false,
+            limit: None,
+            completes: Vec::new(),
+            peer: "there".to_owned(),
+        };
         let result = receive::run(&mut link, owner.store(), terms, None, &Arc::new(Tally::new()), &silent()).await;
         link.close().await;
         result.map(|(_, changed)| changed)

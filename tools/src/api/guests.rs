@@ -47,6 +47,26 @@ pub struct GuestExec {
     pub command: Vec<String>,
 }
 
+/// `/v1/guest-exec-stream`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestExecStream {
+    /// The guest's name.
+    pub name: String,
+    /// The command and its arguments.
+    pub command: Vec<String>,
+    /// Whether there is something for it to read.
+    #[serde(default)]
+    pub stdin: bool,
+}
+
+/// How a command in a guest has ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GuestExit {
+    /// Its exit code; 128 and the signal's number if it was killed.
+    pub code: i32,
+}
+
 /// What a command in a guest did.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestExecResult {

@@ -4,6 +4,7 @@
 //! ever added; what changes otherwise raises [`API_VERSION`].
 
 pub mod activity;
+pub mod frames;
 pub mod guests;
 pub mod layers;
 pub mod migrate;
@@ -30,7 +31,7 @@ pub const TIMELESS: [&str; 2] = ["status", "stop"];
 pub const HEADER_STREAM: &str = "layerfs-stream";
 /// Both sides tell [`API_VERSION`] in this header.
 pub const HEADER_API: &str = "layerfs-api";
-/// The request of an operation whose body is a stream of bytes, as JSON in ASCII.
+/// The request of an operation whose body, or connection, is a stream of bytes, as JSON in ASCII.
 pub const HEADER_REQUEST: &str = "layerfs-request";
 /// Trailer of a stream of bytes: the answer, as JSON in ASCII.
 pub const TRAILER_RESULT: &str = "layerfs-result";

@@ -238,7 +238,7 @@ pub struct FsckResult {
 /// Something that is wrong with the store.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ProblemInfo {
-    /// "pack-unreadable", "pack-damaged", "chunk-gone", "layer-broken", "stray-file".
+    /// "pack-unreadable", "pack-damaged", "chunk-gone", "layer-broken", "stray-file", "names-lost".
     pub kind: String,
     /// The pack, chunk, layer or file.
     pub subject: String,

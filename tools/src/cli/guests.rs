@@ -45,13 +45,24 @@ pub enum GuestAction {
     #[command(after_help = "Examples:\n  layerctl guest check web")]
     Check(GuestName),
     /// Run a command in a guest
-    #[command(after_help = "Examples:\n  layerctl guest exec web -- ps aux")]
+    ///
+    /// What it writes comes as it is, stdout and stderr apart, and its exit code is this command's, or 128 and the signal's number if it was
+    /// killed. Ctrl-C, or the end of this command, ends it with all that it has started. It has no terminal: a program that wants one gets
+    /// it from `script -qc PROGRAM /dev/null` in the guest, or by ssh. Machines take no commands (use ssh).
+    #[command(after_help = "Examples:\n  \
+        layerctl guest exec web ps aux\n  \
+        layerctl guest exec web -- sh -c 'tail -f /var/log/web'\n  \
+        layerctl guest exec web tar cf - /srv > srv.tar\n  \
+        layerctl guest exec -i web tar xf - -C /srv < srv.tar")]
     Exec {
         /// The guest
         #[arg(value_name = "NAME")]
         name: String,
+        /// Pass this command's stdin on; else the command has nothing to read
+        #[arg(long, short = 'i')]
+        stdin: bool,
         /// The command and its arguments
-        #[arg(value_name = "COMMAND", required = true, last = true)]
+        #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true)]
         command: Vec<String>,
     },
     /// Make layers of a running guest's memory and disk, as they are at one moment

@@ -39,8 +39,8 @@ pub struct Push {
     /// For registries
     #[command(flatten)]
     pub registry: PushOptions,
-    /// Send what a mount needs first; the files' data follows in the background, and when it is read there. --limit is
-    /// for what is sent first; `layerctl limit` and `layerctl transfers limit` hold for the rest
+    /// Send what a mount needs first; the files' data follows in the background, within --limit too, and when it is read there, for which only
+    /// `layerctl limit` holds
     #[arg(long)]
     pub lazy: bool,
 }
@@ -68,8 +68,8 @@ pub struct Pull {
     /// For registries
     #[command(flatten)]
     pub registry: PullOptions,
-    /// Fetch what a mount needs first; the files' data follows in the background, and when it is read. --limit is for
-    /// what is fetched first; `layerctl limit` and `layerctl transfers limit` hold for the rest
+    /// Fetch what a mount needs first; the files' data follows in the background, within --limit too, and when it is read, for which only
+    /// `layerctl limit` holds
     #[arg(long)]
     pub lazy: bool,
 }

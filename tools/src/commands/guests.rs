@@ -1,13 +1,12 @@
 //! guest create, start, stop, list, show, check, exec, checkpoint, restore, remove.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 
 use super::Session;
 use crate::api::Empty;
 use crate::api::guests::{
-    GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestInfo,
-    GuestList, GuestName, GuestRemove, GuestRestore, GuestStopResult,
+    GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestExecStream,
+    GuestInfo, GuestList, GuestName, GuestRemove, GuestRestore, GuestStopResult,
 };
 use crate::cli::guests::{self as args, GuestAction};
 use crate::failure::{Class, Failure, Result};
@@ -23,7 +22,7 @@ pub fn guest(session: &Session, args: args::Guest) -> Result<u8> {
         GuestAction::List => list(session)?,
         GuestAction::Show(args::GuestName { name }) => show(session, name)?,
         GuestAction::Check(args::GuestName { name }) => return check(session, name),
-        GuestAction::Exec { name, command } => return exec(session, name, command),
+        GuestAction::Exec { name, stdin, command } => return exec(session, name, stdin, command),
         GuestAction::Checkpoint { name, tag, stop } => checkpoint(session, name, tag, stop)?,
         GuestAction::Restore { name, tag } => restore(session, name, tag)?,
         GuestAction::Resolve(args) => super::migrate::resolve(session, args)?,
@@ -202,15 +201,21 @@ fn check(session: &Session, name: String) -> Result<u8> {
     Ok(crate::code_of(is_fine, Class::Unsupported))
 }
 
-fn exec(session: &Session, name: String, command: Vec<String>) -> Result<u8> {
-    let result: GuestExecResult = session.call("guest-exec", &GuestExec { name, command })?;
-    if session.output.json {
+fn exec(session: &Session, name: String, stdin: bool, command: Vec<String>) -> Result<u8> {
+    let code = if session.output.json {
+        if stdin {
+            let failure =
+                Failure::invalid("--json tells what a command wrote when it has ended, and gives it no stdin");
+            return Err(failure.hint("leave out --json, or -i"));
+        }
+        let result: GuestExecResult = session.call("guest-exec", &GuestExec { name, command })?;
         session.output.answer(&result, |_| String::new())?;
+        result.code
     } else {
-        session.output.with_stdout(|out| Ok(out.write_all(result.stdout.as_bytes())?))?;
-        session.output.ask(&result.stderr);
-    }
-    Ok(u8::try_from(result.code).unwrap_or(1))
+        let request = GuestExecStream { name, command, stdin };
+        session.client()?.attach(&request, std::io::stdin(), session.output)?.code
+    };
+    Ok(u8::try_from(code).unwrap_or(1))
 }
 
 fn checkpoint(session: &Session, name: String, tag: Option<String>, stop: bool) -> Result<()> {

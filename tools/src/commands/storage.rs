@@ -115,10 +115,7 @@ pub fn gc(session: &Session, args: args::Gc) -> Result<()> {
 pub fn fsck(session: &Session, args: args::Fsck) -> Result<u8> {
     let result: FsckResult = if args.rebuild {
         if autostart::find(&session.settings)?.is_some() {
-            let text = "the index cannot be rebuilt while the daemon uses it";
-            return Err(
-                Failure::new(Class::Busy, text).hint("stop it with `layerctl daemon stop` and repeat the command")
-            );
+            return Err(crate::daemon::ops::check::in_use());
         }
         rebuild_here(session, &args)?
     } else {

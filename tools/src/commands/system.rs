@@ -31,6 +31,11 @@ pub fn becomes_daemon(command: &Command) -> bool {
     }
 }
 
+/// Whether `command` makes this process the keeper.
+pub fn keeps_mounts(command: &Command) -> bool {
+    matches!(command, Command::Daemon(args) if matches!(args.action, Some(args::DaemonAction::Keep)))
+}
+
 /// Does what the daemon at the other end of the standard input says.
 pub fn hand() -> Result<()> {
     let failed = |e| Failure::from(layerfs::Error::io("obeying the daemon", e));

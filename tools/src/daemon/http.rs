@@ -127,10 +127,7 @@ where
         let answer = async {
             check_version(request.headers())?;
             let wants_events = wants_events(request.headers(), Length::Long);
-            let header = request.headers().get(api::HEADER_REQUEST).ok_or_else(|| {
-                Failure::invalid(format!("the header {} with the request in JSON is missing", api::HEADER_REQUEST))
-            })?;
-            let query: Q = parse(header.as_bytes())?;
+            let query: Q = request_in_header(request.headers())?;
             let (pieces, receiver) = mpsc::channel(PIECES);
             let source = Box::new(PieceReader { receiver, current: Bytes::new() });
             let started = start(daemon, name, Length::Long, move |context| run(context, query, source))?;
@@ -167,8 +164,8 @@ where
     })
 }
 
-/// An operation under way.
-struct Started {
+/// An operation under way; dropped, it is cancelled.
+pub struct Started {
     work: Arc<Work>,
     events: mpsc::Receiver<Event>,
     outcome: JoinHandle<Result<serde_json::Value>>,
@@ -177,7 +174,11 @@ struct Started {
     _cancel: CancelOnDrop,
 }
 
-fn start<A: Serialize>(
+/// Begins an operation on a thread.
+///
+/// # Errors
+/// [`Class::Busy`] if the daemon takes no more work.
+pub fn start<A: Serialize>(
     daemon: Arc<Daemon>,
     name: &'static str,
     length: Length,
@@ -219,6 +220,20 @@ enum Step {
 }
 
 impl Started {
+    /// The work.
+    pub fn work(&self) -> &Arc<Work> {
+        &self.work
+    }
+
+    /// What comes of it. Warnings are in the log.
+    pub async fn outcome(&mut self) -> Result<serde_json::Value> {
+        loop {
+            if let Step::Done(outcome) = self.step().await {
+                return outcome;
+            }
+        }
+    }
+
     /// The next step. Events that were sent before the end come before it.
     async fn step(&mut self) -> Step {
         if self.done.is_none() {
@@ -365,7 +380,10 @@ pub fn with_version(mut response: Response<Body>) -> Response<Body> {
 }
 
 /// A client that names no version (curl) is taken as it is.
-fn check_version(headers: &HeaderMap) -> Result<()> {
+///
+/// # Errors
+/// [`Class::Unsupported`] if it names another one.
+pub fn check_version(headers: &HeaderMap) -> Result<()> {
     match headers.get(api::HEADER_API).map(|value| value.to_str().unwrap_or("?")) {
         None => Ok(()),
         Some(version) if version == API_VERSION.to_string() => Ok(()),
@@ -389,6 +407,17 @@ async fn read_json<Q: DeserializeOwned>(body: Body) -> Result<Q> {
     let body = Limited::new(body, MAX_REQUEST).collect().await;
     let bytes = body.map_err(|e| Failure::invalid(format!("the request cannot be read: {e}")))?.to_bytes();
     parse(if bytes.is_empty() { b"{}" } else { &bytes })
+}
+
+/// The request of an operation whose body, or connection, is something else.
+///
+/// # Errors
+/// If it isn't there, or makes no sense.
+pub fn request_in_header<Q: DeserializeOwned>(headers: &HeaderMap) -> Result<Q> {
+    let header = headers.get(api::HEADER_REQUEST).ok_or_else(|| {
+        Failure::invalid(format!("the header {} with the request in JSON is missing", api::HEADER_REQUEST))
+    })?;
+    parse(header.as_bytes())
 }
 
 fn parse<Q: DeserializeOwned>(bytes: &[u8]) -> Result<Q> {

@@ -35,7 +35,7 @@ use ops::peers::Peering;
 use ops::tier::TierState;
 use work::Works;
 
-/// How long a starting daemon waits for the last one to let go of the store.
+/// How long whoever needs the store for himself waits for the last daemon to let go of it.
 const PREDECESSOR: Duration = Duration::from_secs(15);
 /// How often it is looked whether the mounts have read something new, and whether requests hang.
 const TRACES_EVERY: Duration = Duration::from_secs(15);
@@ -170,10 +170,19 @@ pub fn store_options(settings: &Settings) -> StoreOptions {
 /// Opens the store; waits for a predecessor to leave. None if another daemon answers for it.
 fn open_store(settings: &Settings) -> Result<Option<Arc<Store>>> {
     let options = store_options(settings);
+    once_left(settings, || Store::open(&settings.store, options))
+}
+
+/// What `take` returns, which first of all takes the store's lock: a daemon has that until its process ends, after its last answer. So it is
+/// waited for. None if a daemon answers.
+///
+/// # Errors
+/// Those of `take`.
+pub fn once_left<T>(settings: &Settings, mut take: impl FnMut() -> layerfs::Result<T>) -> Result<Option<T>> {
     let began = Instant::now();
     loop {
-        match Store::open(&settings.store, options) {
-            Ok(store) => return Ok(Some(store)),
+        match take() {
+            Ok(taken) => return Ok(Some(taken)),
             Err(error @ layerfs::Error::Busy(_)) => {
                 if std::os::unix::net::UnixStream::connect(autostart::socket_target(&settings.store)).is_ok() {
                     return Ok(None);

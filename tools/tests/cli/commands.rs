@@ -12,6 +12,7 @@ fn help_and_version() {
     hold!("help", host.run(&["--help"]));
     hold!("help_import", host.run(&["import", "--help"]));
     hold!("help_peer_add", host.run(&["peer", "add", "-h"]));
+    hold!("help_guest_exec", host.run(&["guest", "exec", "--help"]));
     hold!("version", host.run(&["version"]));
 }
 

@@ -139,6 +139,43 @@ fn ctrl_c_leaves_nothing() {
 }
 
 #[test]
+fn a_mistake_in_the_config_file_is_nothing_to_the_keeper() {
+    let host = Host::new();
+    std::fs::create_dir(host.store()).unwrap();
+    std::fs::write(host.path("config.toml"), "compression = 99\nno such key\n").unwrap();
+    let mut keeper = host.command(&["daemon", "keep"]);
+    let mut keeper = keeper.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    let _ = std::io::BufRead::read_line(&mut std::io::BufReader::new(keeper.stdout.take().unwrap()), &mut said);
+    // It has nothing to keep.
+    keeper.kill().unwrap();
+    let output = keeper.wait_with_output().unwrap();
+    assert_eq!(said, "ready\n", "{}", host.told(&["daemon", "keep"], &output));
+    std::fs::write(host.path("config.toml"), "listen = \"off\"\n").unwrap();
+}
+
+/// A daemon that left by itself has its last moment with the store after its socket is gone.
+#[test]
+fn a_rebuild_waits_until_the_last_daemon_has_left_the_store() {
+    let host = Host::new();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    let running = host.run(&["fsck", "--rebuild"]);
+    assert!(running.contains("while the daemon uses it") && running.ends_with("--- exit 5\n"), "{running}");
+    host.json(&["daemon", "stop"]);
+    let lock = std::fs::File::open(host.store().join("lock")).unwrap();
+    lock.try_lock().unwrap();
+    let args = ["fsck", "--rebuild"];
+    let mut command = host.command(&args);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    lock.unlock().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", host.told(&args, &output));
+    assert_eq!(host.json(&["list"])["layers"][0]["names"][0], "base");
+}
+
+#[test]
 fn it_leaves_when_it_has_nothing_to_do() {
     let host = Host::new();
     std::fs::write(host.path("config.toml"), "listen = \"off\"\nidle_minutes = 0\n").unwrap();

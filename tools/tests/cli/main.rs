@@ -10,6 +10,7 @@ mod s3;
 
 mod commands;
 mod failures;
+mod guests;
 mod life;
 mod mounts;
 mod peers;

@@ -6,7 +6,7 @@ use crate::hold;
 use crate::host::Host;
 
 /// Whether mounts can be made here; says so if not.
-fn can_mount() -> bool {
+pub fn can_mount() -> bool {
     let is_root =
         std::fs::metadata("/proc/self").is_ok_and(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata) == 0);
     let can = is_root && Path::new("/dev/fuse").exists();
@@ -372,6 +372,29 @@ fn a_mistake_in_the_config_file_ends_no_mounts() {
     host.json(&["daemon", "restart"]);
     assert!(host.json(&["daemon", "status"])["listen_error"].is_string());
     assert_eq!(std::fs::read(host.path("mnt/written")).unwrap(), b"after\n");
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+/// A mount that peers or other clients make comes when nobody has looked at the config file.
+#[test]
+fn a_mistake_in_the_config_file_leaves_no_mount_without_a_keeper() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    let pid = host.daemon_pid();
+    let config = std::fs::read(host.path("config.toml")).unwrap();
+    std::fs::write(host.path("config.toml"), "compression = 99\nno such key\n").unwrap();
+    let mounted = host.request("mount", "", &format!("{{\"layer\": \"base\", \"dir\": {:?}}}", host.path("mnt")));
+    assert!(mounted.starts_with("HTTP/1.1 200 "), "{mounted}");
+    let status = host.request("status", "", "");
+    let (_, body) = status.split_once("\r\n\r\n").unwrap();
+    let status: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert!(status["mounts"] == 1 && status["keeper"].is_u64(), "{status}");
+    let held = std::fs::File::open(host.path("mnt/etc/hostname")).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+    assert_eq!(std::io::read_to_string(held).unwrap(), "edge\n");
+    std::fs::write(host.path("config.toml"), config).unwrap();
     host.json(&["umount", "mnt", "--discard"]);
 }
 

@@ -257,6 +257,13 @@ fn names_are_recovered_by_the_next_rebuild_if_one_is_cut_off() {
         assert!(error.class() == ErrorClass::Corrupt && error.to_string().contains("fsck --rebuild"), "{error}");
     }
     assert_eq!(store.index.iter().unwrap().count(), before);
+    // A check tells of it, repairs nothing of it, and names the way out.
+    for repair in [false, true] {
+        let report = store.fsck(&Silent, FsckOptions { repair }).unwrap();
+        let [problem] = &report.problems[..] else { panic!("{report:?}") };
+        assert!(!report.is_clean() && problem.kind == ProblemKind::NamesLost && !problem.repaired, "{problem:?}");
+        assert!(problem.detail.contains("fsck --rebuild"), "{problem:?}");
+    }
     store.set_name(&name("mine"), other, Expect::Absent).unwrap();
     drop(store);
     // As if it had been killed before the damaged index was put aside, and another before its index was complete.

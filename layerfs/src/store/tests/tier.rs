@@ -368,6 +368,8 @@ fn layers_in_the_tier_stay_without_it_after_a_rebuild_that_was_cut_off() {
     assert_eq!(report.recovered, [recovered(here)], "{report:?}");
     let error = open(&path, &bucket).gc(&Silent, GcOptions::default()).unwrap_err();
     assert!(error.class() == ErrorClass::Corrupt && error.to_string().contains("--tier"), "{error}");
+    let checked = open(&path, &bucket).fsck(&Silent, FsckOptions::default()).unwrap();
+    assert!(checked.problems.iter().any(|problem| problem.detail.contains("--tier")), "{checked:?}");
     let report = rebuild_from(&path, StoreOptions::create(), Some(bucket.clone()), &Silent).unwrap();
     assert_eq!(report.recovered, [recovered(there)], "{report:?}");
     assert_both_are_kept(&path, &bucket, [there, here]);

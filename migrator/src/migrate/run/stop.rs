@@ -172,7 +172,7 @@ impl Run<'_> {
             let (inner, label) = (run.monitor.clone(), "rest".to_owned());
             let monitor = Arc::new(Part { inner, label, may_cancel: false });
             let layers = [state];
-            let push = run.me.0.node.push_rest(&layers, run.peer.name.as_str(), monitor);
+            let push = run.me.0.node.push_rest(&layers, run.peer.name.as_str(), None, monitor);
             Ok(((), run.me.0.runtime.block_on(push)?.bytes_sent))
         });
         match sent {

@@ -17,6 +17,7 @@ use crate::api::storage::{
 use crate::cli::storage::Fsck;
 use crate::commands::Session;
 use crate::daemon::http::Context;
+use crate::daemon::once_left;
 use crate::failure::{Class, Failure, Result};
 use crate::units;
 
@@ -144,6 +145,12 @@ fn heal(context: &Context, damaged: &[layerfs::store::DamagedChunk], peer: &str)
     Ok(healed)
 }
 
+/// The index can't be rebuilt now.
+pub fn in_use() -> Failure {
+    let failure = Failure::new(Class::Busy, "the index cannot be rebuilt while the daemon uses it");
+    failure.hint("stop it with `layerctl daemon stop` and repeat the command")
+}
+
 /// Rebuilds the index from the packs. No daemon may run; the store's lock sees to that.
 pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<FsckResult> {
     let started = Instant::now();
@@ -154,9 +161,10 @@ pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<
     }
     let options = crate::daemon::store_options(settings);
     let report = match &args.tier {
-        None => layerfs::store::rebuild(&settings.store, options, monitor)?,
+        None => once_left(settings, || layerfs::store::rebuild(&settings.store, options, monitor))?,
         Some(url) => super::tier::rebuild(settings, options, url, args, monitor)?,
     };
+    let report = report.ok_or_else(in_use)?;
     let problem = |detail: &String| ProblemInfo {
         kind: "pack-damaged".to_owned(),
         subject: "packs".to_owned(),

@@ -77,6 +77,7 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/guest-show", operation("guest-show", Short, guests::show))
         .route("/v1/guest-check", operation("guest-check", Short, guests::check))
         .route("/v1/guest-exec", operation("guest-exec", Any, guests::exec))
+        .route("/v1/guest-exec-stream", guests::attach::route())
         .route("/v1/guest-checkpoint", operation("guest-checkpoint", Long, guests::checkpoint))
         .route("/v1/guest-restore", operation("guest-restore", Long, guests::restore))
         .route("/v1/guest-remove", operation("guest-remove", Long, guests::remove))

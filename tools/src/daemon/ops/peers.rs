@@ -19,7 +19,7 @@ use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
 use migrator::{
     Connections, Fingerprint, Lazy, LazyOptions, Listener, Node, NodeOptions, PathOptions, Peer, PeerName, PublicKey,
-    PullOptions, PushOptions, RetryFor, Rights, Transport,
+    PullOptions, PushOptions, Rate, RetryFor, Rights, Transport,
 };
 use tokio::sync::Mutex;
 
@@ -152,9 +152,9 @@ impl Peering {
         self.lazy.lock().as_ref().map(Lazy::sources).unwrap_or_default()
     }
 
-    /// Sends what was pushed lazily in the background.
-    pub async fn push_rest(&self, layers: Vec<LayerId>, peer: String) -> migrator::Result<()> {
-        let rest = self.lazy.lock().as_ref().map(|lazy| lazy.push_rest_later(&layers, &peer));
+    /// Sends what was pushed lazily in the background, within `limit`.
+    pub async fn push_rest(&self, layers: Vec<LayerId>, peer: String, limit: Option<Rate>) -> migrator::Result<()> {
+        let rest = self.lazy.lock().as_ref().map(|lazy| lazy.push_rest_later(&layers, &peer, limit));
         match rest {
             Some(rest) => rest.await,
             None => Err(layerfs::Error::Busy("the daemon is about to exit; try again in a moment".to_owned()).into()),
@@ -199,7 +199,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
         let report = node.push(&names, &peer, options, monitor).await?;
         if options.lazy && !options.dry_run {
             let layers = names.iter().filter_map(|name| Some(daemon.store.name(name).ok()??.layer)).collect();
-            daemon.peering.push_rest(layers, peer).await?;
+            daemon.peering.push_rest(layers, peer, options.manner.limit).await?;
         }
         Ok(report)
     };

@@ -20,6 +20,7 @@ use crate::cli::storage::Fsck;
 use crate::config::{Environment, Settings};
 use crate::daemon::Daemon;
 use crate::daemon::http::Context;
+use crate::daemon::once_left;
 use crate::failure::{Class, Failure, Result};
 use crate::{aws, units};
 
@@ -284,14 +285,14 @@ pub async fn keep_up(daemon: Arc<Daemon>) {
     }
 }
 
-/// `fsck --rebuild --tier`: a store anew from what its second tier holds. No daemon may run.
+/// `fsck --rebuild --tier`: a store anew from what its second tier holds. None if a daemon runs.
 pub fn rebuild(
     settings: &Settings,
     options: StoreOptions,
     url: &str,
     args: &Fsck,
     monitor: &dyn Monitor,
-) -> Result<RebuildReport> {
+) -> Result<Option<RebuildReport>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(|e| Failure::from(layerfs::Error::io("starting the runtime", e)))?;
     let mut tier = Tier::parse(url)?;
@@ -303,9 +304,11 @@ pub fn rebuild(
         Failure::new(Class::NotFound, format!("{url} is no store's second tier: it has no object layerfs-store"))
     })?;
     let options = StoreOptions { create: true, ..options };
-    drop(Store::open(&settings.store, options)?);
+    if once_left(settings, || Store::open(&settings.store, options))?.is_none() {
+        return Ok(None);
+    }
     let report = rebuild_from(&settings.store, options, Some(Arc::new(bucket)), monitor)?;
     let store = Store::open(&settings.store, options)?;
     Tier::keep(Some(&tier), &store)?;
-    Ok(report)
+    Ok(Some(report))
 }

@@ -3,6 +3,7 @@
 //! Invariants: one operation at a time works on a guest; what the records say is true when an operation has ended, and
 //! what a guest really does is asked of its runtime.
 
+pub mod attach;
 mod host;
 
 use std::collections::BTreeSet;
@@ -15,14 +16,17 @@ use layerfs::store::Store;
 use layerfs::upper;
 use migrator::guest::checkpoint::{DEFAULT_TAG, Hosted, States};
 use migrator::guest::programs::{DEFAULT_FOLDER, Programs};
-use migrator::guest::{Activity, GuestName, GuestRecord, GuestSpec, GuestState, Guests, HostDrivers, Obstacle, Side};
+use migrator::guest::{
+    Activity, Guest, GuestName, GuestRecord, GuestSpec, GuestState, Guests, HostDrivers, Obstacle, Pipes, Side, exec,
+};
 use parking_lot::Mutex;
 
 use super::layers::{layer_name, resolve};
 use crate::api::Empty;
 use crate::api::guests::{
-    GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestInfo,
-    GuestList, GuestName as NameRequest, GuestObstacle, GuestRemove, GuestRestore, GuestStopResult,
+    GuestCheckResult, GuestCheckpoint, GuestCheckpointResult, GuestCreate, GuestExec, GuestExecResult, GuestExecStream,
+    GuestExit, GuestInfo, GuestList, GuestName as NameRequest, GuestObstacle, GuestRemove, GuestRestore,
+    GuestStopResult,
 };
 use crate::config::Settings;
 use crate::daemon::Daemon;
@@ -365,16 +369,28 @@ pub fn check(context: &Context, request: NameRequest) -> Result<GuestCheckResult
 
 /// `/v1/guest-exec`.
 pub fn exec(context: &Context, request: GuestExec) -> Result<GuestExecResult> {
-    let name = named(&request.name)?;
-    context.label(format!("run a command in guest {name}"));
-    let record = record_of(context, &name)?;
-    let argv: Vec<OsString> = request.command.into_iter().map(OsString::from).collect();
-    if argv.is_empty() {
-        return Err(Failure::invalid("there is no command to run"));
-    }
-    let output = hosted(&context.daemon).guest(&record)?.exec(&argv, &*context.reporter)?;
+    let (guest, argv) = command_in(context, &request.name, request.command)?;
+    let output = exec::output(&*guest, &argv, &*context.reporter)?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok(GuestExecResult { code: output.code, stdout: text(&output.stdout), stderr: text(&output.stderr) })
+}
+
+/// `/v1/guest-exec-stream`, with the command's ends of the pipes.
+fn exec_stream(context: &Context, request: GuestExecStream, pipes: Pipes) -> Result<GuestExit> {
+    let (guest, argv) = command_in(context, &request.name, request.command)?;
+    Ok(GuestExit { code: guest.exec(&argv, pipes, &*context.reporter)? })
+}
+
+/// The guest called `name`, in which `command` is to be run.
+fn command_in(context: &Context, name: &str, command: Vec<String>) -> Result<(Arc<dyn Guest>, Vec<OsString>)> {
+    let name = named(name)?;
+    context.label(format!("run a command in guest {name}"));
+    let record = record_of(context, &name)?;
+    if command.is_empty() {
+        return Err(Failure::invalid("there is no command to run"));
+    }
+    let argv = command.into_iter().map(OsString::from).collect();
+    Ok((hosted(&context.daemon).guest(&record)?, argv))
 }
 
 /// `/v1/guest-checkpoint`.
