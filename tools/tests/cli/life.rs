@@ -72,6 +72,25 @@ fn sigterm_ends_it_cleanly() {
     hold!("after_sigterm", host.run(&["daemon", "status"]));
 }
 
+/// What it can't log is lost, and nothing else: `/dev/full` takes no byte.
+#[test]
+fn a_log_that_cannot_be_written_disturbs_nothing() {
+    let host = Host::new();
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = host.command(&["daemon", "--foreground"]);
+    let mut daemon = command.env("LAYERFS_LOG", "trace").stdout(full()).stderr(full()).spawn().unwrap();
+    while !host.output(&["daemon", "status"]).status.success() {
+        assert!(daemon.try_wait().unwrap().is_none(), "it has ended");
+        std::thread::yield_now();
+    }
+    assert_eq!(host.daemon_pid(), daemon.id() as i32);
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    host.json(&["daemon", "log-filter", "debug"]);
+    host.json(&["daemon", "stop"]);
+    assert!(daemon.wait().unwrap().success());
+}
+
 #[test]
 fn a_long_path_gets_a_short_socket() {
     let host = Host::new();
