@@ -46,6 +46,29 @@ fn once_stopped_it_has_left_the_store() {
     }
 }
 
+/// Each would wait for the other's end.
+#[test]
+fn two_stops_at_once_end_it() {
+    let host = Host::new();
+    for _ in 0..10 {
+        host.json(&["daemon"]);
+        let pid = host.daemon_pid();
+        let ready = std::sync::Barrier::new(3);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    ready.wait();
+                    let told = host.run(&["daemon", "stop"]);
+                    // Who came too late for both is told that the daemon went away.
+                    let codes = ["--- exit 0\n", "--- exit 5\n", "--- exit 1\n"];
+                    assert!(codes.iter().any(|code| told.ends_with(code)), "{told}");
+                });
+            }
+        });
+        wait_for_end(pid);
+    }
+}
+
 #[test]
 fn a_killed_daemon_is_replaced() {
     let host = Host::new();
