@@ -173,7 +173,7 @@ impl Keeping {
 
 /// How to start a daemon like this one; nothing if systemd does it.
 fn restart(settings: &Settings, start: &DaemonStart) -> Option<Restart> {
-    if std::env::var_os("NOTIFY_SOCKET").is_some() {
+    if !start.detached && std::env::var_os("NOTIFY_SOCKET").is_some() {
         return None;
     }
     let program = std::env::current_exe().ok()?;
