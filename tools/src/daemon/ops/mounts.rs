@@ -23,8 +23,8 @@ use parking_lot::Mutex;
 
 use super::layers::{Catalog, expect, layer_name, resolve, with_force_hint};
 use crate::api::mounts::{
-    MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, Unmounted, UpperInfo,
-    UpperList, UppersRemoveRequest,
+    MountInfo, MountList, MountRequest, RemountRequest, SealRequest, SealResult, UmountRequest, UmountResult,
+    Unmounted, UpperInfo, UpperList, UppersRemoveRequest,
 };
 use crate::api::{Empty, Timestamp};
 use crate::cli::system::DaemonStart;
@@ -286,8 +286,13 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     }
     refuse_own(&daemon.settings.store, &request.dir)?;
     let upper = upper_choice(context, &request)?;
-    let options =
-        MountOptions { upper, transport: request.transport, writeback: request.writeback, ..MountOptions::default() };
+    let options = MountOptions {
+        upper,
+        transport: request.transport,
+        writeback: request.writeback,
+        flags: request.options,
+        ..MountOptions::default()
+    };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request));
     let mount = mount.map_err(|failure| with_upper_in_use(context, failure, &request))?;
@@ -322,6 +327,9 @@ fn claim(context: &Context, request: &MountRequest, layer: LayerId) -> Result<Op
     let is_same = known.record.source == request.layer || known.base == Some(layer);
     if !is_same || upper != request.upper.as_deref() || known.record.upper.is_none() != request.read_only {
         return Ok(None);
+    }
+    if known.record.flags != request.options {
+        served.mount.set_flags(request.options)?;
     }
     if let Some(served) = mounts.table.lock().get_mut(&request.dir) {
         served.is_unclaimed = false;
@@ -419,6 +427,7 @@ fn describe(context: &Context, catalog: &Catalog, mount: &Mount) -> Result<Mount
         transport: info.serves_by,
         writeback: info.has_writeback,
         warm_bytes: info.warm_bytes,
+        options: info.record.flags,
         partial,
     })
 }
@@ -429,6 +438,13 @@ pub fn list(context: &Context, _: Empty) -> Result<MountList> {
     let mounts = context.daemon.mounts.all();
     // One that ends just now is no mount.
     Ok(MountList { mounts: mounts.iter().filter_map(|mount| describe(context, &catalog, mount).ok()).collect() })
+}
+
+/// `/v1/remount`.
+pub fn remount(context: &Context, request: RemountRequest) -> Result<MountInfo> {
+    let mount = context.daemon.mounts.get(&request.dir)?;
+    mount.set_flags(request.options)?;
+    describe(context, &Catalog::read(&context.daemon.store)?, &mount)
 }
 
 /// `/v1/umount`.
