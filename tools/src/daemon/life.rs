@@ -123,6 +123,15 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     daemon.works.cancel_all(Some(own));
     context.block_on(daemon.works.wait_until_done(Some(own)));
     if request.hand_over {
+        let lost = if request.force { Vec::new() } else { daemon.mounts.not_kept() };
+        if let Some(mount) = lost.first() {
+            daemon.works.reopen();
+            let text =
+                format!("the keeper doesn't have the mount on {}, which would end", mount.record().dir.display());
+            return Err(Failure::new(Class::Busy, text).hint(
+                "unmount it; or have it end and be mounted again, with `layerctl daemon restart --force`. daemon.log says why",
+            ));
+        }
         daemon.life.is_handed_over.store(true, Ordering::SeqCst);
     } else {
         if let Err(failure) = daemon.mounts.unmount_all(request.force) {

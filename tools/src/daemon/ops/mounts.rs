@@ -5,7 +5,6 @@
 //! asked; a folder has one mount.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,7 +30,7 @@ use crate::cli::system::DaemonStart;
 use crate::config::Settings;
 use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
-use crate::keeper::{Keeping, KeptId, Left};
+use crate::keeper::{Asked, Keeping, KeptId, Left};
 use crate::units;
 
 /// The daemon's mounts.
@@ -57,8 +56,19 @@ const SHOWS_UPPERS: &str = "`layerctl uppers` shows the uppers that there are";
 #[derive(Clone)]
 struct Served {
     mount: Arc<Mount>,
+    /// The keeper's number of it; none if it ends with this daemon.
+    kept: Option<KeptId>,
+    /// It ends with this daemon after all, which is about to exit.
+    is_let_go: bool,
     /// It was brought back, and nobody has asked for it since: fstab may.
     is_unclaimed: bool,
+}
+
+impl Served {
+    /// Whether another daemon shall go on with it.
+    fn shall_be_kept(&self) -> Option<KeptId> {
+        self.kept.filter(|_| !self.is_let_go && !self.mount.has_ended())
+    }
 }
 
 impl Mounts {
@@ -74,8 +84,14 @@ impl Mounts {
             drop(table);
             systems.iter().all(|fs| fs.answers_within(HANGS))
         };
-        let (keeping, left) = Keeping::find(settings, start, Arc::new(is_well))?;
-        Ok((Mounts { table, making: Mutex::default(), keeping: Arc::new(keeping) }, left))
+        let kept = table.clone();
+        let mounts = move || {
+            let table = kept.lock();
+            table.values().filter_map(|served| Some((served.shall_be_kept()?, served.mount.clone()))).collect()
+        };
+        let asked = Asked { is_well: Box::new(is_well), mounts: Box::new(mounts) };
+        let (keeping, left) = Keeping::find(settings, start, asked)?;
+        Ok((Mounts { table, making: Mutex::default(), keeping }, left))
     }
 
     /// What lets them outlive this daemon.
@@ -83,33 +99,54 @@ impl Mounts {
         &self.keeping
     }
 
-    /// Takes a mount into the table, and sees to it that it outlives this daemon. `kept` is the keeper's number of one that
-    /// it has already.
-    fn serve(&self, mount: Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) {
+    /// Takes a mount into the table, and sees to it that it outlives this daemon; tells if that can't be had. `kept` is the keeper's
+    /// number of one that was left with it.
+    fn serve(&self, mount: &Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) -> Option<String> {
         let dir = mount.record().dir.clone();
-        self.table.lock().insert(dir.clone(), Served { mount: mount.clone(), is_unclaimed });
-        let kept = match kept {
-            Some(kept) => Ok(Some(kept)),
-            None => mount.descriptors().map_err(Failure::from).and_then(|descriptors| {
-                let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-                self.keeping.keep(&dir, &descriptors)
-            }),
+        let id = kept.or_else(|| self.keeping.number());
+        let served = Served { mount: mount.clone(), kept: id, is_let_go: false, is_unclaimed };
+        self.table.lock().insert(dir.clone(), served);
+        let id = id?;
+        let given = self.keeping.keep(id, mount);
+        let (keeping, table, ending) = (self.keeping.clone(), self.table.clone(), mount.clone());
+        let at_end = move || {
+            ending.wait();
+            keeping.let_go(id);
+            // It has descriptors still.
+            table.lock().retain(|_, served| !served.mount.has_ended());
         };
-        match kept {
-            Ok(None) => {}
-            Ok(Some(kept)) => {
-                let (keeping, table) = (self.keeping.clone(), self.table.clone());
-                let at_end = move || {
-                    mount.wait();
-                    keeping.let_go(kept);
-                    // It has descriptors still.
-                    table.lock().retain(|_, served| !served.mount.has_ended());
-                };
-                if let Err(error) = std::thread::Builder::new().name("mount-end".to_owned()).spawn(at_end) {
-                    tracing::warn!(%error, "a mount's end will not be noticed");
-                }
-            }
-            Err(failure) => tracing::warn!("the mount on {} will end with this daemon: {failure}", dir.display()),
+        if let Err(error) = std::thread::Builder::new().name("mount-end".to_owned()).spawn(at_end) {
+            tracing::warn!(%error, "a mount's end will not be noticed");
+        }
+        given.err().map(|failure| format!("the mount on {} will end with the daemon: {failure}", dir.display()))
+    }
+
+    /// As [`Mounts::serve`], where nobody waits who could be told.
+    fn serve_unasked(&self, mount: &Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) {
+        if let Some(warning) = self.serve(mount, kept, is_unclaimed) {
+            tracing::warn!("{warning}");
+        }
+    }
+
+    /// The mounts that would end with this daemon though another takes over, after an attempt to have them kept.
+    pub fn not_kept(&self) -> Vec<Arc<Mount>> {
+        if let Err(failure) = self.keeping.keep_all() {
+            tracing::warn!("{failure}");
+        }
+        let is_kept = |served: &Served| served.shall_be_kept().is_some_and(|id| self.keeping.has(id));
+        let table = self.table.lock();
+        let all = table.values().filter(|served| !served.mount.has_ended());
+        all.filter(|served| !is_kept(served)).map(|served| served.mount.clone()).collect()
+    }
+
+    /// Has a mount end with this daemon: no other shall go on with what nobody finds any more.
+    fn let_go(&self, served: &Served) {
+        let is_it = |other: &&mut Served| Arc::ptr_eq(&other.mount, &served.mount);
+        if let Some(known) = self.table.lock().values_mut().find(is_it) {
+            known.is_let_go = true;
+        }
+        if let Some(id) = served.kept {
+            self.keeping.let_go(id);
         }
     }
 
@@ -139,7 +176,7 @@ impl Mounts {
                 Ok(mount) => {
                     let how = if kept.is_some() { "is still mounted on" } else { "is mounted again on" };
                     tracing::info!("{} {how} {dir}", record.source);
-                    self.serve(mount, kept, kept.is_none());
+                    self.serve_unasked(&mount, kept, kept.is_none());
                 }
                 Err(error) => {
                     tracing::error!(
@@ -210,7 +247,7 @@ impl Mounts {
         let _making = self.making.lock();
         let options = MountOptions { upper, ..MountOptions::default() };
         let mount = Mount::start(store, Some(layer), source, dir, &options)?;
-        self.serve(mount.clone(), None, false);
+        self.serve_unasked(&mount, None, false);
         Ok(mount)
     }
 
@@ -296,7 +333,9 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request));
     let mount = mount.map_err(|failure| with_upper_in_use(context, failure, &request))?;
-    daemon.mounts.serve(mount.clone(), None, false);
+    if let Some(warning) = daemon.mounts.serve(&mount, None, false) {
+        context.reporter.warn(&warning);
+    }
     describe(context, &Catalog::read(&daemon.store)?, &mount)
 }
 
