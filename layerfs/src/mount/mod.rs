@@ -114,9 +114,10 @@ impl Default for MountOptions {
 /// How to unmount.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UnmountOptions {
-    /// Take it out of the tree even if programs use it; it ends when they do.
+    /// Take it out of the tree even if programs use it; it ends when they do, or at once if it is to end everywhere.
     pub lazy: bool,
-    /// Keep the record, so that the next daemon mounts it again: for a daemon that stops.
+    /// Keep the record, so that the next daemon mounts it again: for a daemon that stops. The record of what somebody else has unmounted
+    /// isn't kept.
     pub keep_record: bool,
     /// Remove an upper without a name, with all that is in it.
     pub discard_upper: bool,
@@ -549,15 +550,26 @@ impl Mount {
         if self.fs().is_none() {
             return Ok(());
         }
-        let before = std::mem::replace(&mut *self.ending.lock(), *options);
+        let mut options = *options;
+        let is_here = self.places().contains(&self.record.dir);
+        let before = {
+            let mut ending = self.ending.lock();
+            options.keep_record &= is_here || ending.keep_record;
+            std::mem::replace(&mut *ending, options)
+        };
         if let Err(error) = point::unmount_own(&self.record.dir, self.record.device, options.lazy) {
             *self.ending.lock() = before;
             return Err(error);
         }
-        if options.lazy || self.wait_unless_copied() || !options.everywhere {
-            return Ok(());
+        match (options.lazy, options.everywhere) {
+            (true, false) => Ok(()),
+            (false, false) => {
+                self.wait_unless_copied();
+                Ok(())
+            }
+            (false, true) if self.wait_unless_copied() => Ok(()),
+            (_, true) => self.end_everywhere(),
         }
-        self.end_everywhere()
     }
 
     fn end_everywhere(&self) -> Result<()> {

@@ -62,10 +62,10 @@ pub enum DaemonAction {
     Hand,
     /// Finish or cancel the work, unmount, exit
     #[command(
-        after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work and detaches busy mounts"
+        after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work, and ends mounts that are in use"
     )]
     Stop {
-        /// Cancel work and detach mounts that are in use
+        /// Cancel work and end mounts that are in use: what uses them gets errors
         #[arg(long, short)]
         force: bool,
     },

@@ -81,7 +81,7 @@ async fn until_signal(daemon: &Arc<Daemon>) {
         daemon.peering.stop_lazy();
     }
     let daemon = daemon.clone();
-    let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(true)).await;
+    let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(&daemon.store, true)).await;
 }
 
 async fn until_idle(daemon: &Arc<Daemon>) {
@@ -134,7 +134,7 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
         }
         daemon.life.is_handed_over.store(true, Ordering::SeqCst);
     } else {
-        if let Err(failure) = daemon.mounts.unmount_all(request.force) {
+        if let Err(failure) = daemon.mounts.unmount_all(&daemon.store, request.force) {
             daemon.works.reopen();
             daemon.peering.start_lazy();
             return Err(failure);

@@ -6,19 +6,19 @@ use std::process::Stdio;
 use crate::hold;
 use crate::host::Host;
 
-fn kill(pid: i32, signal: &str) {
+pub fn kill(pid: i32, signal: &str) {
     let status = std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
     assert!(status.success());
 }
 
 /// Whether process `pid` is there and more than waited for.
-fn is_alive(pid: i32) -> bool {
+pub fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
 /// Waits, by asking, until process `pid` is gone or is only waited for.
-fn wait_for_end(pid: i32) {
+pub fn wait_for_end(pid: i32) {
     while is_alive(pid) {
         std::thread::yield_now();
     }

@@ -7,6 +7,7 @@ mod host;
 
 mod commands;
 mod failures;
+mod keeper;
 mod life;
 mod mounts;
 mod peers;

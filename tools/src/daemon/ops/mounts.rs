@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layerfs::monitor::Monitor;
-use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
+use layerfs::mount::{self, Mount, MountOptions, MountRecord, UnmountOptions, UpperChoice};
 use layerfs::seal::{self, SealOptions};
 use layerfs::squash::SquashReport;
 use layerfs::store::Store;
@@ -278,27 +278,66 @@ impl Mounts {
         self.all().iter().filter(|mount| is_in_the_way(mount)).for_each(|mount| mount.wait_if_left());
     }
 
-    /// Unmounts all, to be mounted again by the next daemon; `lazy` detaches what is in use.
-    pub fn unmount_all(&self, lazy: bool) -> Result<()> {
-        let mut failures = Vec::new();
-        for mount in self.innermost_first() {
-            let mut ended = mount.unmount(&UnmountOptions { keep_record: true, ..UnmountOptions::default() });
-            if ended.is_err() && lazy {
-                ended = mount.unmount(&UnmountOptions { lazy: true, keep_record: true, ..UnmountOptions::default() });
-            }
-            if let Err(error) = ended {
-                tracing::warn!("{}", crate::failure::describe(&error));
-                // What something else lies over stays, and ends with the daemon.
-                if !(lazy && matches!(error, layerfs::Error::Invalid(_))) {
-                    failures.push(Failure::from(error));
+    /// Unmounts all, to be mounted again by the next daemon. With `force` what is in use, or goes on elsewhere, ends too.
+    ///
+    /// # Errors
+    /// Without `force` [`Class::Busy`], if there is such a mount; what was unmounted by then is mounted again.
+    pub fn unmount_all(&self, store: &Arc<Store>, force: bool) -> Result<()> {
+        let (mut ended, mut failures) = (Vec::new(), Vec::new());
+        let options = UnmountOptions { keep_record: true, ..UnmountOptions::default() };
+        // Those in folders of others before these, which are in use until then.
+        let all: Vec<Served> = self.table.lock().values().rev().cloned().collect();
+        for served in all.into_iter().filter(|served| !served.mount.has_ended()) {
+            let failure = match served.mount.unmount(&options) {
+                Ok(()) if served.mount.has_ended() => {
+                    // Who waits for its end does that too, but may come too late.
+                    self.let_go(&served);
+                    ended.push(served);
+                    continue;
                 }
-            }
+                _ if force => {
+                    self.end(&served, &options);
+                    continue;
+                }
+                Ok(()) => goes_on(&served.mount),
+                Err(error) => error.into(),
+            };
+            tracing::warn!("{failure}");
+            failures.push(failure);
         }
-        match failures.into_iter().next() {
-            None => Ok(()),
-            Some(failure) => Err(failure.hint("close what uses it, or detach it with `layerctl daemon stop --force`")),
+        let Some(failure) = failures.into_iter().next() else { return Ok(()) };
+        ended.iter().rev().for_each(|served| self.mount_again(store, served));
+        Err(failure.hint("close what uses it, or end it with `layerctl daemon stop --force`"))
+    }
+
+    /// Ends a mount that is in use or has copies, now and with all saved if that can be had, else with this process.
+    fn end(&self, served: &Served, options: &UnmountOptions) {
+        self.let_go(served);
+        let ended = served.mount.unmount(&UnmountOptions { lazy: true, everywhere: true, ..*options });
+        if let Err(error) = ended {
+            let (dir, why) = (served.mount.record().dir.display(), crate::failure::describe(&error));
+            tracing::warn!("the mount on {dir} ends with the daemon: {why}");
         }
     }
+
+    /// Mounts what a stop has unmounted that was refused then.
+    fn mount_again(&self, store: &Arc<Store>, served: &Served) {
+        let record = MountRecord { flags: served.mount.flags(), ..served.mount.record().clone() };
+        match Mount::start_again(store, &record) {
+            Ok(mount) => self.serve_unasked(&mount, None, served.is_unclaimed),
+            Err(error) => {
+                let (dir, why) = (record.dir.display(), crate::failure::describe(&error));
+                tracing::error!("{} cannot be mounted on {dir} again: {why}", record.source);
+            }
+        }
+    }
+}
+
+/// Why a daemon can't stop.
+fn goes_on(mount: &Arc<Mount>) -> Failure {
+    let dir = mount.record().dir.display();
+    let text = format!("the mount on {dir} was unmounted there, but goes on {}", copies(mount, &mount.places()));
+    Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir} --everywhere` ends it for good"))
 }
 
 /// `/v1/mount`.
