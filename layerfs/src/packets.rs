@@ -15,8 +15,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 const MAX_BYTES: usize = 64 * 1024;
-/// How many descriptors come with a message at most.
-const MAX_DESCRIPTORS: usize = 4;
+/// How many descriptors come with a message at most. A mount has up to five: the device, the memory of its ring, two of its hidden
+/// mount, and the table of what is open.
+const MAX_DESCRIPTORS: usize = 8;
 
 /// Sends `message`, with the descriptors that belong to it.
 ///
@@ -75,6 +76,9 @@ mod tests {
         assert_eq!((number, descriptors.len()), (2, 0));
         send(one.as_fd(), &"another kind", &[]).unwrap();
         assert!(receive::<(u32, String)>(other.as_fd()).is_err());
+        let many = [file.as_fd(); MAX_DESCRIPTORS];
+        send(one.as_fd(), &(3, "third"), &many).unwrap();
+        assert_eq!(receive::<(u32, String)>(other.as_fd()).unwrap().unwrap().1.len(), MAX_DESCRIPTORS);
         drop(one);
         assert!(receive::<(u32, String)>(other.as_fd()).unwrap().is_none());
     }

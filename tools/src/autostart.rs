@@ -163,7 +163,9 @@ pub fn start(settings: &Settings, how: &DaemonStart) -> Result<()> {
 /// Nothing is left behind in a folder that is something else.
 fn check_is_store_or_empty(folder: &Path) -> Result<()> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
-    let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+    // A filesystem of its own has that from the beginning.
+    let names = entries.flatten().map(|entry| entry.file_name()).filter(|name| name != "lost+found");
+    let names: Vec<_> = names.collect();
     if names.is_empty() || names.iter().any(|name| name == "format" || name == "lock" || name == "daemon.log") {
         return Ok(());
     }

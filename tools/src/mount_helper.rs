@@ -1,17 +1,16 @@
 //! mount.layerfs: what mount(8) and fstab call. The same binary under another name; mount(8) looks for
 //! mount.fuse.layerfs when what is mounted already is to be remounted, since the kernel calls the type so.
 //!
-//! Parsing is pure; the mount itself is the daemon's, and flags that are the kernel's own (nosuid, noatime, …) are set
-//! on it afterwards. Exit codes are those of mount(8).
+//! Parsing is pure; the mount itself is the daemon's, with flags that are the kernel's own (nosuid, noatime, …): it sets them again
+//! when it mounts again. Exit codes are those of mount(8).
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use layerfs::mount::Transport;
-use rustix::mount::MountFlags;
+use layerfs::mount::{Flags, Transport};
 
-use crate::api::mounts::{MountInfo, MountRequest};
+use crate::api::mounts::{MountInfo, MountRequest, RemountRequest};
 use crate::autostart::{self, StoreUse};
 use crate::cli::{ColorChoice, Global};
 use crate::config::{Environment, Settings};
@@ -25,7 +24,7 @@ const EXIT_FAILED: u8 = 32;
 const USAGE: &str = "usage: mount.layerfs NAME DIR [-fnsv] [-o ro,upper=UPPER,store=PATH,transport=HOW,remount,…]\n\
     mount(8) calls this for `mount -t layerfs NAME DIR -o …` and for lines of fstab; see mount.layerfs(8)";
 
-/// Options with a meaning here, besides the generic ones below.
+/// Options with a meaning here, besides the generic ones below and those of [`Flags`].
 const OURS: &str = "ro, rw, upper=UPPER, store=PATH, transport=auto|uring|read, writeback=on|off, remount";
 
 /// Options that are for mount(8), systemd or other readers of fstab.
@@ -66,16 +65,6 @@ const FOR_OTHERS: &[&str] = &[
     "nosymfollow",
 ];
 
-/// Options that the kernel keeps per mount.
-const FLAGS: &[(&str, MountFlags)] = &[
-    ("nosuid", MountFlags::NOSUID),
-    ("nodev", MountFlags::NODEV),
-    ("noexec", MountFlags::NOEXEC),
-    ("noatime", MountFlags::NOATIME),
-    ("nodiratime", MountFlags::NODIRATIME),
-    ("relatime", MountFlags::RELATIME),
-];
-
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 struct Wish {
@@ -87,9 +76,16 @@ struct Wish {
     transport: Transport,
     writeback: bool,
     store: Option<PathBuf>,
-    flags: MountFlags,
+    flags: Flags,
     is_fake: bool,
     is_verbose: bool,
+}
+
+impl Wish {
+    /// What the kernel shall keep of the mount.
+    fn kernels(&self) -> Flags {
+        if self.read_only { self.flags.and(Flags::READ_ONLY) } else { self.flags }
+    }
 }
 
 /// Runs as mount.layerfs; returns the exit code.
@@ -160,7 +156,7 @@ fn parse(args: &[OsString]) -> Result<Wish> {
         transport: Transport::Read,
         writeback: true,
         store: None,
-        flags: MountFlags::empty(),
+        flags: Flags::default(),
         is_fake,
         is_verbose,
     };
@@ -170,10 +166,6 @@ fn parse(args: &[OsString]) -> Result<Wish> {
 
 fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
     let text = option.to_str().ok_or_else(|| Failure::invalid(format!("{option:?} is no option")))?;
-    if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| *name == text) {
-        wish.flags |= *flag;
-        return Ok(());
-    }
     match text.split_once('=').unwrap_or((text, "")) {
         ("", _) => {}
         ("ro", "") => wish.read_only = true,
@@ -187,6 +179,9 @@ fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
         ("upper", upper) if !upper.is_empty() => wish.upper = Some(upper.to_owned()),
         ("store", store) if !store.is_empty() => wish.store = Some(PathBuf::from(store)),
         (name, _) if FOR_OTHERS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") => {}
+        (name, "") if Flags::named(name).is_some() => {
+            wish.flags = wish.flags.and(Flags::named(name).unwrap_or_default());
+        }
         ("comment" | "uhelper" | "helper" | "context" | "fscontext" | "defcontext" | "rootcontext", _) => {}
         _ if is_sloppy => {}
         _ => return Err(Failure::invalid(format!("{text:?} is no option of layerfs; there are {OURS}"))),
@@ -196,15 +191,16 @@ fn apply(wish: &mut Wish, option: &OsStr, is_sloppy: bool) -> Result<()> {
 
 fn act(wish: &Wish, output: Output) -> Result<()> {
     if wish.is_remount {
-        return remount(wish);
+        return remount(wish, output);
     }
     let settings = Settings::find(wish.store.as_deref(), &Environment::current())?;
     let client = autostart::ensure(&settings, StoreUse::MustExist)?.telling(output);
     let request = MountRequest {
         layer: wish.name.clone(),
         dir: std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?,
-        // An upper that may be looked at and not changed: the kernel sees to that, below.
+        // An upper that may be looked at and not changed: the kernel sees to that.
         read_only: wish.read_only && wish.upper.is_none(),
+        options: if wish.upper.is_some() { wish.kernels() } else { wish.flags },
         upper: wish.upper.clone(),
         transport: wish.transport,
         writeback: wish.writeback,
@@ -217,18 +213,15 @@ fn act(wish: &Wish, output: Output) -> Result<()> {
         }
         failure
     })?;
-    if !wish.flags.is_empty() || (wish.read_only && wish.upper.is_some()) {
-        let read_only = if wish.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-        set_flags(&info.dir, wish.flags | read_only)?;
-    }
     if wish.is_verbose {
         output.note(&format!("mount.layerfs: {} mounted on {}", wish.name, info.dir.display()));
     }
     Ok(())
 }
 
-/// Needs no daemon: what is mounted is read from the kernel, so that the store needn't be known.
-fn remount(wish: &Wish) -> Result<()> {
+/// Needs no daemon: what is mounted is read from the kernel, so that the store needn't be known. One that answers is told, so that it
+/// mounts it so again.
+fn remount(wish: &Wish, output: Output) -> Result<()> {
     let dir = std::fs::canonicalize(&wish.dir).map_err(|e| Failure::file("open", &wish.dir, e))?;
     let table = std::fs::read("/proc/self/mountinfo").map_err(|e| Failure::file("read", "/proc/self/mountinfo", e))?;
     let is_read_only = superblock_is_read_only(&table, &dir)
@@ -237,8 +230,20 @@ fn remount(wish: &Wish) -> Result<()> {
         let text = format!("{} was mounted without an upper, so it cannot become writable", dir.display());
         return Err(Failure::new(Class::Unsupported, text).hint("unmount it, and mount it again without ro"));
     }
-    let read_only = if wish.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    set_flags(&dir, wish.flags | read_only)
+    layerfs::mount::set_flags(&dir, wish.kernels())?;
+    if let Err(failure) = tell(wish, dir) {
+        let why = failure.message.lines().next().unwrap_or_default();
+        output.note(&format!("mount.layerfs: done; but if it is mounted again, that is without: {why}"));
+    }
+    Ok(())
+}
+
+/// Tells the daemon what was set.
+fn tell(wish: &Wish, dir: PathBuf) -> Result<()> {
+    let settings = Settings::find(wish.store.as_deref(), &Environment::current())?;
+    let absent = || Failure::new(Class::NotFound, format!("no daemon runs for the store {}", settings.store.display()));
+    let client = autostart::find(&settings)?.ok_or_else(absent)?;
+    client.call("remount", &RemountRequest { dir, options: wish.kernels() }).map(|_: MountInfo| ())
 }
 
 /// Whether the topmost layerfs mount at `dir` was made read-only; none if there is none.
@@ -251,11 +256,6 @@ fn superblock_is_read_only(mountinfo: &[u8], dir: &Path) -> Option<bool> {
         let is_ours = kind == b"fuse.layerfs" && point == dir.as_os_str().as_bytes();
         is_ours.then(|| options.split(|byte| *byte == b',').any(|option| option == b"ro"))
     })
-}
-
-fn set_flags(dir: &Path, flags: MountFlags) -> Result<()> {
-    let set = rustix::mount::mount_remount(dir, flags | MountFlags::BIND, "");
-    set.map_err(|e| Failure::file("set the mount options of", dir, e))
 }
 
 #[cfg(test)]
@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(parsed.upper.as_deref(), Some("web"));
         assert_eq!(parsed.transport, Transport::Read);
         assert_eq!(parsed.store.as_deref(), Some(Path::new("/s")));
-        assert_eq!(parsed.flags, MountFlags::NOSUID | MountFlags::NOATIME);
+        assert_eq!(parsed.flags, Flags::NO_SUID.and(Flags::NO_ATIME));
         assert!(!parsed.read_only);
         let parsed = wish(&["a", "/mnt", "-sfnv", "-t", "layerfs", "-oro,strange"]).unwrap();
         assert!(parsed.read_only && parsed.is_fake && parsed.is_verbose);

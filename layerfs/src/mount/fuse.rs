@@ -16,7 +16,7 @@ use fuser::{Config, Filesystem, INodeNo, InitFlags, KernelConfig, MountOption, N
 use super::front::Front;
 use super::fs::{Fs, Pages};
 use super::uring::{self, Memory};
-use super::{Transport, descriptor, device};
+use super::{Flags, Transport, descriptor, device};
 use crate::error::{Error, Result};
 use crate::id::Ino;
 
@@ -31,6 +31,8 @@ pub(super) struct FuseOptions {
     pub is_root: bool,
     pub threads: usize,
     pub transport: Transport,
+    /// What the kernel shall keep of it from the first moment, as far as the library knows it.
+    pub flags: Flags,
     /// Where the store is: for `statfs` of a read-only mount.
     pub store_folder: PathBuf,
 }
@@ -152,9 +154,13 @@ impl FuseOptions {
             MountOption::CUSTOM("subtype=layerfs".to_owned()),
             MountOption::DefaultPermissions,
         ];
-        if self.is_root {
-            mount_options.extend([MountOption::Dev, MountOption::Suid]);
-        }
+        // An ordinary user's has neither devices nor setuid anyway.
+        let either = |flag, set, unset| if self.flags.contains(flag) { Some(set) } else { unset };
+        let unset = |option| self.is_root.then_some(option);
+        mount_options.extend(either(Flags::NO_DEV, MountOption::NoDev, unset(MountOption::Dev)));
+        mount_options.extend(either(Flags::NO_SUID, MountOption::NoSuid, unset(MountOption::Suid)));
+        mount_options.extend(either(Flags::NO_EXEC, MountOption::NoExec, None));
+        mount_options.extend(either(Flags::NO_ATIME, MountOption::NoAtime, None));
         mount_options.push(if is_writable { MountOption::RW } else { MountOption::RO });
         config.mount_options = mount_options;
         config.acl = if self.allow_other { SessionACL::All } else { SessionACL::Owner };

@@ -12,6 +12,7 @@ pub mod caller;
 mod descriptor;
 mod device;
 pub mod errno;
+mod flags;
 mod front;
 pub mod fs;
 mod fuse;
@@ -32,6 +33,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
+pub use flags::Flags;
 pub use hidden::hand;
 pub use point::unescape;
 pub use registry::MountRecord;
@@ -92,6 +94,8 @@ pub struct MountOptions {
     /// Whether the kernel may keep what is written to large files of lower layers until it writes back: by a hidden mount, where one
     /// can be had.
     pub writeback: bool,
+    /// What the kernel shall keep of it.
+    pub flags: Flags,
 }
 
 impl Default for MountOptions {
@@ -102,6 +106,7 @@ impl Default for MountOptions {
             threads: 0,
             transport: Transport::Read,
             writeback: true,
+            flags: Flags::default(),
         }
     }
 }
@@ -109,9 +114,10 @@ impl Default for MountOptions {
 /// How to unmount.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UnmountOptions {
-    /// Take it out of the tree even if programs use it; it ends when they do.
+    /// Take it out of the tree even if programs use it; it ends when they do, or at once if it is to end everywhere.
     pub lazy: bool,
-    /// Keep the record, so that the next daemon mounts it again: for a daemon that stops.
+    /// Keep the record, so that the next daemon mounts it again: for a daemon that stops. The record of what somebody else has unmounted
+    /// isn't kept.
     pub keep_record: bool,
     /// Remove an upper without a name, with all that is in it.
     pub discard_upper: bool,
@@ -156,6 +162,8 @@ pub struct Mount {
     fs: Mutex<Option<Arc<Fs>>>,
     pin: Mutex<Option<Pin>>,
     ending: Mutex<UnmountOptions>,
+    /// What the kernel keeps of it: its record's to begin with.
+    flags: Mutex<Flags>,
     phase: Mutex<Phase>,
     turned: Condvar,
     /// Held by a seal until the kernel has been told of it.
@@ -215,6 +223,14 @@ pub fn restore(
     Ok(restored)
 }
 
+/// Sets what the kernel keeps of the layerfs that lies uppermost on `dir`, whoever serves it. [`Mount::set_flags`] keeps it beyond that.
+///
+/// # Errors
+/// [`Error::Invalid`] if none lies there; [`Error::File`]: only root may.
+pub fn set_flags(dir: &Path, flags: Flags) -> Result<()> {
+    point::set_flags(dir, None, flags.to_kernel())
+}
+
 impl Mount {
     /// Mounts the stack of `layer` on the folder `dir`. `source` is what the user asked for. For an existing upper
     /// `layer` may be none; if it is given, the upper must lie on it. Without either, the mount starts empty.
@@ -255,8 +271,8 @@ impl Mount {
     pub fn start_again(store: &Arc<Store>, record: &MountRecord) -> Result<Arc<Mount>> {
         let upper = record.upper.map_or(UpperChoice::ReadOnly, UpperChoice::Existing);
         let (allow_other, threads) = (Some(record.allow_other), record.threads.into());
-        let (transport, writeback) = (record.transport, record.writeback);
-        let options = MountOptions { upper, allow_other, threads, transport, writeback };
+        let (transport, writeback, flags) = (record.transport, record.writeback, record.flags);
+        let options = MountOptions { upper, allow_other, threads, transport, writeback, flags };
         Mount::start(store, record.layer, &record.source, &record.dir, &options)
     }
 
@@ -305,10 +321,15 @@ impl Mount {
         let layer = if upper.is_none() { fs.view().top() } else { None };
         let (threads, transport, writeback) = (threads as u16, options.transport, options.writeback);
         let source = source.to_owned();
-        let device = None;
-        let mut record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device };
+        let (device, flags) = (None, options.flags);
+        let mut record =
+            MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device, flags };
         let session = Session::mount(fs.clone(), &fuse_options(store, &record))?;
         record.device = point::device(&record.dir);
+        if flags.is_more_than_at_first() {
+            // The session, which is dropped, unmounts it.
+            point::set_flags(&record.dir, record.device, flags.to_kernel())?;
+        }
         if writeback && can_pass_through(&fs) {
             match Hidden::new() {
                 Ok(hidden) => fs.hide_behind(hidden),
@@ -359,6 +380,7 @@ impl Mount {
         point::set_read_ahead(record.device, point::READ_AHEAD_KIB);
         let mount = Arc::new(Mount {
             store: store.clone(),
+            flags: Mutex::new(record.flags),
             record,
             kernel,
             descriptors: Mutex::new(descriptors),
@@ -391,6 +413,27 @@ impl Mount {
         &self.record
     }
 
+    /// What the kernel keeps of it, as far as this process was told.
+    pub fn flags(&self) -> Flags {
+        *self.flags.lock()
+    }
+
+    /// Sets what the kernel keeps of it, now and when it is mounted again.
+    ///
+    /// # Errors
+    /// Those of the kernel: only root may; those of keeping the record.
+    pub fn set_flags(&self, flags: Flags) -> Result<()> {
+        let mut known = self.flags.lock();
+        // Its record goes while this is locked.
+        if self.fs().is_none() {
+            return Err(self.gone());
+        }
+        point::set_flags(&self.record.dir, self.record.device, flags.to_kernel())?;
+        registry::put(self.store.db(), &MountRecord { flags, ..self.record.clone() })?;
+        *known = flags;
+        Ok(())
+    }
+
     /// From now on its files are read here and there, by who runs on them while they are still on their way: neither the kernel nor we
     /// fetch what follows a read. Forgotten when the daemon ends.
     pub fn expect_scattered(&self) {
@@ -414,7 +457,7 @@ impl Mount {
             UpperSize { inodes, dentries, allocated_bytes }
         });
         Some(MountInfo {
-            record: self.record.clone(),
+            record: MountRecord { flags: self.flags(), ..self.record.clone() },
             serves_by: self.serves_by,
             has_writeback: fs.hidden().is_some_and(|hidden| hidden.is_of_use()),
             warm_bytes: fs.warm_bytes(),
@@ -507,15 +550,26 @@ impl Mount {
         if self.fs().is_none() {
             return Ok(());
         }
-        let before = std::mem::replace(&mut *self.ending.lock(), *options);
+        let mut options = *options;
+        let is_here = self.places().contains(&self.record.dir);
+        let before = {
+            let mut ending = self.ending.lock();
+            options.keep_record &= is_here || ending.keep_record;
+            std::mem::replace(&mut *ending, options)
+        };
         if let Err(error) = point::unmount_own(&self.record.dir, self.record.device, options.lazy) {
             *self.ending.lock() = before;
             return Err(error);
         }
-        if options.lazy || self.wait_unless_copied() || !options.everywhere {
-            return Ok(());
+        match (options.lazy, options.everywhere) {
+            (true, false) => Ok(()),
+            (false, false) => {
+                self.wait_unless_copied();
+                Ok(())
+            }
+            (false, true) if self.wait_unless_copied() => Ok(()),
+            (_, true) => self.end_everywhere(),
         }
-        self.end_everywhere()
     }
 
     fn end_everywhere(&self) -> Result<()> {
@@ -658,7 +712,10 @@ impl Mount {
         if options.keep_record {
             return noted;
         }
-        registry::remove(self.store.db(), &self.record.dir)?;
+        {
+            let _flags = self.flags.lock();
+            registry::remove(self.store.db(), &self.record.dir)?;
+        }
         match upper {
             Some(record) if record.name.is_none() && (is_clean || options.discard_upper) => {
                 upper::remove(&self.store, record.id)
@@ -711,6 +768,7 @@ fn fuse_options(store: &Store, record: &MountRecord) -> FuseOptions {
         is_root: rustix::process::geteuid().is_root(),
         threads: record.threads.max(1).into(),
         transport: record.transport,
+        flags: record.flags,
         store_folder: store.folder().to_owned(),
     }
 }

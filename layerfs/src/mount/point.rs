@@ -9,7 +9,9 @@ use std::process::{Command, Stdio};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags, fsconfig_create, fsmount, fsopen};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, fsconfig_create, fsmount, fsopen,
+};
 
 use crate::error::{Error, Result};
 
@@ -207,6 +209,21 @@ fn unmount_by_helper(dir: &Path, lazy: bool) -> Result<()> {
         Ok(_) => Err(Error::Busy(format!("fusermount3 could not unmount {}; is it in use?", dir.display()))),
         Err(e) => Err(Error::file("run fusermount3 to unmount", dir, e)),
     }
+}
+
+/// Sets what the kernel keeps of the mount of the layerfs with this device number on `dir`: all of it but how times of access are
+/// kept, which stays if nothing is said of it.
+///
+/// # Errors
+/// [`Error::Invalid`] if it doesn't lie there, or something else lies over it; [`Error::File`]: only root may.
+pub(super) fn set_flags(dir: &Path, device: Option<u64>, flags: MountFlags) -> Result<()> {
+    let is_ours = |mount: &Listed| device.map_or(mount.is_layerfs, |device| mount.is_of(device));
+    let top = seen().and_then(|seen| seen.into_iter().rfind(|mount| mount.is_on(dir)));
+    if !top.as_ref().is_some_and(is_ours) {
+        return Err(Error::invalid(format!("what lies on {} is not this mount", dir.display())));
+    }
+    let set = rustix::mount::mount_remount(dir, flags | MountFlags::BIND, "");
+    set.map_err(|errno| Error::file("set the mount options of", dir, errno))
 }
 
 /// Makes the kernel begin to send what programs wrote through mappings. A mount that can't be reached by its path any more

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::Transport;
+use super::{Flags, Transport};
 use crate::codec::{Put, Reader};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, LayerId, UpperId};
@@ -35,6 +35,8 @@ pub struct MountRecord {
     pub writeback: bool,
     /// The filesystem's device number: where it was unmounted but has copies nothing else tells it. Records of earlier versions don't.
     pub device: Option<u64>,
+    /// What the kernel shall keep of the mount.
+    pub flags: Flags,
 }
 
 /// Beside how requests shall come: the writeback cache.
@@ -43,7 +45,8 @@ const WRITEBACK: u8 = 1 << 7;
 impl MountRecord {
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(96);
-        out.put_u8(2);
+        // An earlier version, which doesn't know of flags, reads what has none.
+        out.put_u8(if self.flags.is_empty() { 2 } else { 3 });
         out.put_bytes16(self.source.as_bytes());
         out.put_u8(u8::from(self.layer.is_some()));
         out.put_id(&self.layer.map_or(ChunkId([0; 32]), |layer| layer.0));
@@ -57,13 +60,16 @@ impl MountRecord {
         };
         out.put_u8(transport | if self.writeback { WRITEBACK } else { 0 });
         out.put_u64(self.device.unwrap_or(0));
+        if !self.flags.is_empty() {
+            out.put_u16(self.flags.bits());
+        }
         out
     }
 
     fn decode(dir: &[u8], row: &[u8]) -> Result<MountRecord> {
         let mut reader = Reader::new("mount record", row);
         let version = reader.u8()?;
-        if !(1..=2).contains(&version) {
+        if !(1..=3).contains(&version) {
             return Err(Error::Unsupported { what: "mount record", detail: format!("version {version}") });
         }
         let source = String::from_utf8_lossy(reader.bytes16()?).into_owned();
@@ -80,9 +86,10 @@ impl MountRecord {
         };
         let device = if version == 1 { 0 } else { reader.u64()? };
         let device = Some(device).filter(|device| *device != 0);
+        let flags = if version < 3 { Flags::default() } else { Flags::from_bits(reader.u16()?)? };
         reader.finish()?;
         let dir = PathBuf::from(OsStr::from_bytes(dir));
-        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device })
+        Ok(MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device, flags })
     }
 }
 
@@ -127,10 +134,18 @@ mod tests {
             transport: Transport::Uring,
             writeback: true,
             device: Some(libc::makedev(0, 45)),
+            flags: Flags::NO_SUID.and(Flags::READ_ONLY),
         };
-        let transport = Transport::Read;
-        let bare =
-            MountRecord { layer: None, upper: None, transport, writeback: false, device: None, ..record.clone() };
+        let (transport, flags) = (Transport::Read, Flags::default());
+        let bare = MountRecord {
+            layer: None,
+            upper: None,
+            transport,
+            writeback: false,
+            device: None,
+            flags,
+            ..record.clone()
+        };
         for record in [record, bare] {
             let dir = record.dir.as_os_str().as_bytes().to_vec();
             assert_eq!(MountRecord::decode(&dir, &record.encode()).unwrap(), record);
@@ -143,10 +158,14 @@ mod tests {
         let (dir, source) = (PathBuf::from("/mnt"), "x".to_owned());
         let (upper, transport) = (Some(UpperId(9)), Transport::Uring);
         let (allow_other, threads, writeback, device) = (true, 4, true, Some(0x2d));
-        let record = MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device };
-        let hex = record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let flags = Flags::default();
+        let record =
+            MountRecord { dir, source, layer, upper, allow_other, threads, transport, writeback, device, flags };
+        let hex = |record: &MountRecord| record.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let body = format!("010078{}{}09000000000000000104{}", "01", "ee".repeat(32), "0081");
-        assert_eq!(hex, format!("02{body}2d00000000000000"));
+        assert_eq!(hex(&record), format!("02{body}2d00000000000000"));
+        let protected = MountRecord { flags: Flags::NO_SUID.and(Flags::NO_EXEC), ..record.clone() };
+        assert_eq!(hex(&protected), format!("03{body}2d000000000000000a00"));
         let bytes = format!("01{body}");
         let digits = (0..bytes.len()).step_by(2).map(|at| u8::from_str_radix(&bytes[at..at + 2], 16).unwrap());
         let earlier = MountRecord::decode(b"/mnt", &digits.collect::<Vec<u8>>()).unwrap();

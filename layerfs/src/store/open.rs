@@ -185,6 +185,9 @@ pub(crate) fn read_format(folder: &Path) -> Result<bool> {
     }
 }
 
+/// What the root of a filesystem of its own has from the beginning.
+const LOST_AND_FOUND: &str = "lost+found";
+
 /// A folder becomes a store only if it is empty or holds what an interrupted creation leaves.
 fn check_may_become_store(folder: &Path) -> Result<()> {
     let entries = match fs::read_dir(folder) {
@@ -195,7 +198,7 @@ fn check_may_become_store(folder: &Path) -> Result<()> {
     for entry in entries {
         let name = entry.map_err(|e| Error::file("list", folder, e))?.file_name();
         let ours = |known: &str| name == *known || name.to_string_lossy().starts_with("daemon.");
-        if !FOLDERS.into_iter().chain(["lock", "host.key", "control.sock"]).any(ours)
+        if !FOLDERS.into_iter().chain(["lock", "host.key", "control.sock", LOST_AND_FOUND]).any(ours)
             && !name.to_string_lossy().ends_with(".tmp")
         {
             return Err(Error::invalid(format!(

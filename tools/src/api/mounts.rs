@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use layerfs::mount::Transport;
+use layerfs::mount::{Flags, Transport};
 use serde::{Deserialize, Serialize};
 
 use super::Timestamp;
@@ -29,6 +29,20 @@ pub struct MountRequest {
     /// Large files of lower layers shall have the kernel's writeback cache, where that can be had.
     #[serde(default = "super::yes")]
     pub writeback: bool,
+    /// What the kernel shall keep of the mount, now and when it is mounted again: `nosuid`, `ro` of an upper, ….
+    #[serde(default, skip_serializing_if = "Flags::is_empty")]
+    pub options: Flags,
+}
+
+/// `/v1/remount`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemountRequest {
+    /// Where: an absolute path.
+    pub dir: PathBuf,
+    /// As for [`MountRequest`]: these, and no others.
+    #[serde(default)]
+    pub options: Flags,
 }
 
 /// A mount.
@@ -57,6 +71,9 @@ pub struct MountInfo {
     /// What plain copies of its large files take of the disk, in bytes.
     #[serde(default)]
     pub warm_bytes: u64,
+    /// What the kernel keeps of the mount.
+    #[serde(default, skip_serializing_if = "Flags::is_empty")]
+    pub options: Flags,
     /// If data of its layers is still on its way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial: Option<PartialInfo>,

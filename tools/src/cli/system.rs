@@ -38,10 +38,10 @@ pub enum DaemonAction {
     Status,
     /// Let another daemon take over, as after an upgrade; mounts, open files and running programs go on
     #[command(
-        after_help = "Examples:\n  layerctl daemon restart\n  layerctl daemon restart --force     cancels work that is under way"
+        after_help = "Examples:\n  layerctl daemon restart\n  layerctl daemon restart --force     cancels work that is under way, ends mounts that no keeper has"
     )]
     Restart {
-        /// Cancel work that is under way
+        /// Cancel work that is under way; mounts that no keeper has end, and are mounted again
         #[arg(long, short)]
         force: bool,
     },
@@ -62,10 +62,10 @@ pub enum DaemonAction {
     Hand,
     /// Finish or cancel the work, unmount, exit
     #[command(
-        after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work and detaches busy mounts"
+        after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work, and ends mounts that are in use"
     )]
     Stop {
-        /// Cancel work and detach mounts that are in use
+        /// Cancel work and end mounts that are in use: what uses them gets errors
         #[arg(long, short)]
         force: bool,
     },

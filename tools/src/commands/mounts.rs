@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use layerfs::mount::Flags;
+
 use super::Session;
 use crate::api::Empty;
 use crate::api::mounts::{
@@ -21,7 +23,7 @@ pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
     let (dir, transport) = (real(&args.dir)?, args.transport.into());
     let writeback = args.writeback == args::Switch::On;
     let args::Mount { layer, read_only, upper, .. } = args;
-    let request = MountRequest { layer, dir, read_only, upper, transport, writeback };
+    let request = MountRequest { layer, dir, read_only, upper, transport, writeback, options: Flags::default() };
     let info: MountInfo = session.call("mount", &request)?;
     warn_if_invisible(session, &info.dir);
     let paint = session.output.paint();

@@ -207,8 +207,9 @@ fn perform<A: Serialize>(
     let is_cancelled = entry.work().is_cancelled();
     // The client may act on the answer at once, so the work is over before it is told.
     drop(entry);
-    // However it noticed: by asking, or by a source or a sink that was cut off.
-    outcome.map_err(|failure| if is_cancelled { layerfs::Error::Cancelled.into() } else { failure })
+    // However it noticed: by asking, or by a source or a sink that was cut off. What was refused hadn't begun.
+    let is_its_doing = |failure: &Failure| is_cancelled && failure.class != Class::Busy;
+    outcome.map_err(|failure| if is_its_doing(&failure) { layerfs::Error::Cancelled.into() } else { failure })
 }
 
 /// What an operation does next.

@@ -48,7 +48,8 @@ pub async fn until_stopped(daemon: Arc<Daemon>) {
         () = until_signal(&daemon) => {}
         () = until_idle(&daemon) => {}
     }
-    daemon.works.close();
+    // By whatever ended it, unless it was a stop that was asked for.
+    let _ = daemon.works.close();
     daemon.life.is_over.notify_one();
 }
 
@@ -68,12 +69,19 @@ async fn until_signal(daemon: &Arc<Daemon>) {
         _ = terminate.recv() => tracing::info!("SIGTERM"),
         _ = interrupt.recv() => tracing::info!("SIGINT"),
     }
-    daemon.works.close();
+    let _ = daemon.works.close();
     daemon.peering.stop_lazy();
-    daemon.works.cancel_all(None);
-    daemon.works.wait_until_done(None).await;
+    loop {
+        daemon.works.cancel_all(None);
+        daemon.works.wait_until_done(None).await;
+        // A stop that was asked for may have been refused meanwhile, and work begun.
+        if !daemon.works.close() {
+            break;
+        }
+        daemon.peering.stop_lazy();
+    }
     let daemon = daemon.clone();
-    let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(true)).await;
+    let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(&daemon.store, true)).await;
 }
 
 async fn until_idle(daemon: &Arc<Daemon>) {
@@ -104,7 +112,10 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
         let text = format!("the daemon is at work: {}", under_way.join(", "));
         return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));
     }
-    daemon.works.close();
+    // Each of two would wait for the other's end.
+    if !daemon.works.close() {
+        return Err(Failure::new(Class::Busy, "the daemon is being stopped already; try again in a moment"));
+    }
     if !request.hand_over && request.force {
         daemon.peering.stop_lazy();
     }
@@ -112,9 +123,18 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     daemon.works.cancel_all(Some(own));
     context.block_on(daemon.works.wait_until_done(Some(own)));
     if request.hand_over {
+        let lost = if request.force { Vec::new() } else { daemon.mounts.not_kept() };
+        if let Some(mount) = lost.first() {
+            daemon.works.reopen();
+            let text =
+                format!("the keeper doesn't have the mount on {}, which would end", mount.record().dir.display());
+            return Err(Failure::new(Class::Busy, text).hint(
+                "unmount it; or have it end and be mounted again, with `layerctl daemon restart --force`. daemon.log says why",
+            ));
+        }
         daemon.life.is_handed_over.store(true, Ordering::SeqCst);
     } else {
-        if let Err(failure) = daemon.mounts.unmount_all(request.force) {
+        if let Err(failure) = daemon.mounts.unmount_all(&daemon.store, request.force) {
             daemon.works.reopen();
             daemon.peering.start_lazy();
             return Err(failure);

@@ -1,4 +1,6 @@
 //! The daemon's log: to stderr, through a filter that can be changed while it runs.
+//!
+//! Invariant: a line that can't be written (a full disk, a reader that has gone) is lost, and nothing else.
 
 use std::sync::OnceLock;
 
@@ -28,6 +30,8 @@ pub fn start(settings: &Settings, is_foreground: bool) -> Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(is_foreground && std::io::stderr().is_terminal())
         .with_target(false)
+        // It would tell stderr, which is what can't be written to; and `eprintln!` panics then.
+        .log_internal_errors(false)
         .with_filter_reloading();
     let handle = subscriber.reload_handle();
     // A second daemon in one process happens only in tests.

@@ -159,9 +159,10 @@ impl Works {
         register.is_closed
     }
 
-    /// Accepts no more work.
-    pub fn close(&self) {
-        self.inner.lock().is_closed = true;
+    /// Accepts no more work. False if that was so already: whoever did that ends the daemon, and waits for all others.
+    #[must_use]
+    pub fn close(&self) -> bool {
+        !std::mem::replace(&mut self.inner.lock().is_closed, true)
     }
 
     /// Accepts work again.
@@ -303,6 +304,16 @@ mod tests {
     }
 
     #[test]
+    fn one_closes_it_until_it_is_open_again() {
+        let works = Works::default();
+        assert!(works.close() && !works.close());
+        works.reopen();
+        assert!(works.close());
+        works.reopen();
+        assert!(works.close_if_idle() && !works.close());
+    }
+
+    #[test]
     fn works_are_counted_and_streams_are_not() {
         let works = Arc::new(Works::default());
         let streams: Vec<_> = (0..MOST_WORKS).map(|_| works.begin_stream().unwrap()).collect();
@@ -311,7 +322,7 @@ mod tests {
         drop((works.begin("list".into(), false).unwrap(), works.begin_stream().unwrap()));
         assert_eq!(works.list().len(), 2 * MOST_WORKS);
         drop((streams, all));
-        works.close();
+        assert!(works.close());
         assert_eq!(works.begin_stream().unwrap_err().class, Class::Busy);
     }
 

@@ -21,7 +21,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket
 use rustix::process::{Flock, FlockType, fcntl_getlk};
 use serde::{Deserialize, Serialize};
 
-pub use client::{Keeping, KeptId, Left};
+pub use client::{Asked, Keeping, KeptId, Left};
 pub use process::run;
 
 use crate::autostart;

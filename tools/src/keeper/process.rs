@@ -17,8 +17,10 @@ use crate::failure::Result;
 
 /// How often it asks the daemon whether it works.
 const PING: Duration = Duration::from_secs(5);
-/// A daemon that hasn't answered for so long hangs: it is killed.
+/// A daemon that has left a question unanswered for so long hangs: it is killed.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// So long after its last step the keeper itself stood still, and the daemon may have with it: the whole container was frozen.
+const FROZEN: Duration = Duration::from_secs(15);
 /// The first pause before a daemon is started again; each next one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
@@ -47,6 +49,7 @@ pub fn run(store: &Path) -> Result<()> {
         alone_since: Instant::now(),
         next_start: Instant::now() + FIRST_PAUSE,
         pause: FIRST_PAUSE,
+        stepped: Instant::now(),
     };
     while keeper.has_reason() {
         keeper.step();
@@ -69,14 +72,57 @@ struct Keeper {
     alone_since: Instant,
     next_start: Instant,
     pause: Duration,
+    /// When it last looked after the daemon.
+    stepped: Instant,
 }
 
 struct Daemon {
     socket: OwnedFd,
     pid: Option<u32>,
     since: Instant,
-    heard: Instant,
-    pinged: Instant,
+    questions: Questions,
+}
+
+/// What the daemon was asked, and whether it has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Questions {
+    last_asked: Instant,
+    /// Since when the first one that it hasn't answered waits.
+    unanswered_since: Option<Instant>,
+}
+
+/// What is to be done about a daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Wait,
+    Ask,
+    Hangs,
+}
+
+impl Questions {
+    /// None yet.
+    fn none(now: Instant) -> Questions {
+        Questions { last_asked: now, unanswered_since: None }
+    }
+
+    fn asked(&mut self, now: Instant) {
+        self.last_asked = now;
+        self.unanswered_since.get_or_insert(now);
+    }
+
+    fn answered(&mut self) {
+        self.unanswered_since = None;
+    }
+
+    fn judge(&self, now: Instant) -> Verdict {
+        if self.unanswered_since.is_some_and(|since| now.duration_since(since) > PATIENCE) {
+            Verdict::Hangs
+        } else if now.duration_since(self.last_asked) > PING {
+            Verdict::Ask
+        } else {
+            Verdict::Wait
+        }
+    }
 }
 
 /// What is to be read.
@@ -107,6 +153,7 @@ impl Keeper {
         {
             self.child = None;
         }
+        self.notice_pause();
         self.watch();
         if self.daemon.is_none() && !self.kept.is_empty() && Instant::now() >= self.next_start {
             self.start();
@@ -147,7 +194,7 @@ impl Keeper {
             self.hear();
         }
         let now = Instant::now();
-        self.daemon = Some(Daemon { socket, pid: None, since: now, heard: now, pinged: now });
+        self.daemon = Some(Daemon { socket, pid: None, since: now, questions: Questions::none(now) });
     }
 
     fn is_readable(&self) -> bool {
@@ -161,7 +208,7 @@ impl Keeper {
         let Some(daemon) = &mut self.daemon else { return };
         match receive(daemon.socket.as_fd()) {
             Ok(Some((message, descriptors))) => {
-                daemon.heard = Instant::now();
+                daemon.questions.answered();
                 self.on_message(message, descriptors);
             }
             Ok(None) | Err(_) => self.lost(),
@@ -204,18 +251,34 @@ impl Keeper {
         self.next_start = Instant::now();
     }
 
+    /// What passed while the keeper stood still doesn't count, neither of a daemon's silence nor of the time without one.
+    fn notice_pause(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.stepped) > FROZEN {
+            self.alone_since = now;
+            if let Some(daemon) = &mut self.daemon {
+                daemon.questions = Questions::none(now);
+            }
+        }
+        self.stepped = now;
+    }
+
     /// Asks the daemon whether it works, and kills one that doesn't.
     fn watch(&mut self) {
         let Some(daemon) = &mut self.daemon else { return };
-        if daemon.heard.elapsed() > PATIENCE {
-            if let Some(pid) = daemon.pid.and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        // As of that look: the keeper may stand still from one line to the next.
+        match daemon.questions.judge(self.stepped) {
+            Verdict::Wait => {}
+            Verdict::Ask => {
+                daemon.questions.asked(self.stepped);
+                if send(daemon.socket.as_fd(), &Message::Ping, &[]).is_err() {
+                    self.lost();
+                }
             }
-            return self.lost();
-        }
-        if daemon.pinged.elapsed() > PING {
-            daemon.pinged = Instant::now();
-            if send(daemon.socket.as_fd(), &Message::Ping, &[]).is_err() {
+            Verdict::Hangs => {
+                if let Some(pid) = daemon.pid.and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
                 self.lost();
             }
         }
@@ -229,5 +292,66 @@ impl Keeper {
         }
         let Some(restart) = &self.restart else { return };
         self.child = restart.start().ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_hangs_when_a_question_waits_for_too_long() {
+        let began = Instant::now();
+        let after = |seconds: u64| began + Duration::from_secs(seconds);
+        let mut questions = Questions::none(began);
+        assert_eq!(questions.judge(after(1)), Verdict::Wait);
+        // However long it was silent: it wasn't asked.
+        assert_eq!(questions.judge(after(600)), Verdict::Ask);
+        questions.asked(after(600));
+        assert_eq!(questions.judge(after(601)), Verdict::Wait);
+        // It is asked again and again, and the first question counts.
+        for round in 1..=9 {
+            assert_eq!(questions.judge(after(600 + 6 * round)), Verdict::Ask);
+            questions.asked(after(600 + 6 * round));
+        }
+        assert_eq!(questions.judge(after(659)), Verdict::Wait);
+        assert_eq!(questions.judge(after(661)), Verdict::Hangs);
+        questions.answered();
+        assert_eq!(questions.judge(after(661)), Verdict::Ask);
+    }
+
+    #[test]
+    fn what_passes_while_the_keeper_stands_still_does_not_count() {
+        let (one, _other) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let now = Instant::now();
+        let long_ago = now.checked_sub(2 * PATIENCE).unwrap();
+        let questions = Questions { last_asked: long_ago, unanswered_since: Some(long_ago) };
+        assert_eq!(questions.judge(now), Verdict::Hangs);
+        let daemon = Daemon { socket: one.try_clone().unwrap(), pid: None, since: long_ago, questions };
+        let mut keeper = Keeper {
+            listener: one,
+            daemon: Some(daemon),
+            restart: None,
+            kept: BTreeMap::new(),
+            lock: None,
+            child: None,
+            alone_since: long_ago,
+            next_start: long_ago,
+            pause: FIRST_PAUSE,
+            stepped: now,
+        };
+        let verdict = |keeper: &Keeper| keeper.daemon.as_ref().unwrap().questions.judge(Instant::now());
+        keeper.notice_pause();
+        assert_eq!(verdict(&keeper), Verdict::Hangs, "it went on all the time");
+        keeper.stepped = long_ago;
+        keeper.notice_pause();
+        assert_eq!(verdict(&keeper), Verdict::Wait);
+        assert!(keeper.alone_since >= now);
     }
 }

@@ -48,6 +48,17 @@ fn the_folder_is_something_else() {
 }
 
 #[test]
+fn a_filesystem_of_its_own_becomes_a_store() {
+    let host = Host::new();
+    std::fs::create_dir_all(host.store().join("lost+found")).unwrap();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    assert_eq!(host.json(&["list"])["layers"][0]["names"][0], "base");
+    host.json(&["fsck"]);
+    assert!(host.store().join("lost+found").is_dir());
+}
+
+#[test]
 fn the_store_is_from_the_future() {
     let host = Host::new();
     std::fs::create_dir(host.store()).unwrap();

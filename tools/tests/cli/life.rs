@@ -6,19 +6,19 @@ use std::process::Stdio;
 use crate::hold;
 use crate::host::Host;
 
-fn kill(pid: i32, signal: &str) {
+pub fn kill(pid: i32, signal: &str) {
     let status = std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
     assert!(status.success());
 }
 
 /// Whether process `pid` is there and more than waited for.
-fn is_alive(pid: i32) -> bool {
+pub fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
 /// Waits, by asking, until process `pid` is gone or is only waited for.
-fn wait_for_end(pid: i32) {
+pub fn wait_for_end(pid: i32) {
     while is_alive(pid) {
         std::thread::yield_now();
     }
@@ -46,6 +46,29 @@ fn once_stopped_it_has_left_the_store() {
     }
 }
 
+/// Each would wait for the other's end.
+#[test]
+fn two_stops_at_once_end_it() {
+    let host = Host::new();
+    for _ in 0..10 {
+        host.json(&["daemon"]);
+        let pid = host.daemon_pid();
+        let ready = std::sync::Barrier::new(3);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    ready.wait();
+                    let told = host.run(&["daemon", "stop"]);
+                    // Who came too late for both is told that the daemon went away.
+                    let codes = ["--- exit 0\n", "--- exit 5\n", "--- exit 1\n"];
+                    assert!(codes.iter().any(|code| told.ends_with(code)), "{told}");
+                });
+            }
+        });
+        wait_for_end(pid);
+    }
+}
+
 #[test]
 fn a_killed_daemon_is_replaced() {
     let host = Host::new();
@@ -70,6 +93,25 @@ fn sigterm_ends_it_cleanly() {
     wait_for_end(pid);
     assert!(!host.store().join("control.sock").exists());
     hold!("after_sigterm", host.run(&["daemon", "status"]));
+}
+
+/// What it can't log is lost, and nothing else: `/dev/full` takes no byte.
+#[test]
+fn a_log_that_cannot_be_written_disturbs_nothing() {
+    let host = Host::new();
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = host.command(&["daemon", "--foreground"]);
+    let mut daemon = command.env("LAYERFS_LOG", "trace").stdout(full()).stderr(full()).spawn().unwrap();
+    while !host.output(&["daemon", "status"]).status.success() {
+        assert!(daemon.try_wait().unwrap().is_none(), "it has ended");
+        std::thread::yield_now();
+    }
+    assert_eq!(host.daemon_pid(), daemon.id() as i32);
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    host.json(&["daemon", "log-filter", "debug"]);
+    host.json(&["daemon", "stop"]);
+    assert!(daemon.wait().unwrap().success());
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod s3;
 mod commands;
 mod failures;
 mod guests;
+mod keeper;
 mod life;
 mod mounts;
 mod peers;

@@ -17,7 +17,7 @@ pub fn can_mount() -> bool {
     can
 }
 
-fn mounted_base() -> Host {
+pub fn mounted_base() -> Host {
     let host = Host::new();
     host.make_tree("tree");
     host.json(&["import", "tree", "base"]);
@@ -26,7 +26,7 @@ fn mounted_base() -> Host {
 }
 
 /// The program by the name that `mount` calls it by.
-fn helper(host: &Host) -> PathBuf {
+pub fn helper(host: &Host) -> PathBuf {
     let helper = host.path("mount.layerfs");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_layerctl"), &helper).unwrap();
     helper

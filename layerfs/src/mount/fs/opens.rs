@@ -691,7 +691,7 @@ mod tests {
     use crate::mount::front::{Asked, Front};
     use crate::mount::fuse::FuseOptions;
     use crate::mount::tests::{empty_fs, store};
-    use crate::mount::{Transport, descriptor};
+    use crate::mount::{Flags, Transport, descriptor};
 
     const RDWR: i32 = libc::O_RDWR;
 
@@ -743,6 +743,7 @@ mod tests {
             is_root: true,
             threads: 1,
             transport: Transport::Read,
+            flags: Flags::default(),
             store_folder: "/".into(),
         };
         let front = Front::new(fs.clone(), &options);

@@ -43,6 +43,7 @@ pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {
         .route("/v1/traces-remove", operation("traces-remove", Short, inspect::traces_remove))
         .route("/v1/diff", operation("diff", Long, inspect::diff))
         .route("/v1/mount", operation("mount", Short, mounts::mount))
+        .route("/v1/remount", operation("remount", Short, mounts::remount))
         .route("/v1/umount", operation("umount", Short, mounts::umount))
         .route("/v1/mounts", operation("mounts", Short, mounts::list))
         .route("/v1/seal", operation("seal", Long, mounts::seal))

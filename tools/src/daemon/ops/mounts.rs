@@ -5,14 +5,13 @@
 //! asked; a folder has one mount.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layerfs::monitor::Monitor;
-use layerfs::mount::{self, Mount, MountOptions, UnmountOptions, UpperChoice};
+use layerfs::mount::{self, Mount, MountOptions, MountRecord, UnmountOptions, UpperChoice};
 use layerfs::seal::{self, SealOptions};
 use layerfs::squash::SquashReport;
 use layerfs::store::Store;
@@ -23,15 +22,15 @@ use parking_lot::Mutex;
 
 use super::layers::{Catalog, expect, layer_name, resolve, with_force_hint};
 use crate::api::mounts::{
-    MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, Unmounted, UpperInfo,
-    UpperList, UppersRemoveRequest,
+    MountInfo, MountList, MountRequest, RemountRequest, SealRequest, SealResult, UmountRequest, UmountResult,
+    Unmounted, UpperInfo, UpperList, UppersRemoveRequest,
 };
 use crate::api::{Empty, Timestamp};
 use crate::cli::system::DaemonStart;
 use crate::config::Settings;
 use crate::daemon::http::Context;
 use crate::failure::{Class, Failure, Result};
-use crate::keeper::{Keeping, KeptId, Left};
+use crate::keeper::{Asked, Keeping, KeptId, Left};
 use crate::units;
 
 /// The daemon's mounts.
@@ -57,8 +56,19 @@ const SHOWS_UPPERS: &str = "`layerctl uppers` shows the uppers that there are";
 #[derive(Clone)]
 struct Served {
     mount: Arc<Mount>,
+    /// The keeper's number of it; none if it ends with this daemon.
+    kept: Option<KeptId>,
+    /// It ends with this daemon after all, which is about to exit.
+    is_let_go: bool,
     /// It was brought back, and nobody has asked for it since: fstab may.
     is_unclaimed: bool,
+}
+
+impl Served {
+    /// Whether another daemon shall go on with it.
+    fn shall_be_kept(&self) -> Option<KeptId> {
+        self.kept.filter(|_| !self.is_let_go && !self.mount.has_ended())
+    }
 }
 
 impl Mounts {
@@ -74,8 +84,14 @@ impl Mounts {
             drop(table);
             systems.iter().all(|fs| fs.answers_within(HANGS))
         };
-        let (keeping, left) = Keeping::find(settings, start, Arc::new(is_well))?;
-        Ok((Mounts { table, making: Mutex::default(), keeping: Arc::new(keeping) }, left))
+        let kept = table.clone();
+        let mounts = move || {
+            let table = kept.lock();
+            table.values().filter_map(|served| Some((served.shall_be_kept()?, served.mount.clone()))).collect()
+        };
+        let asked = Asked { is_well: Box::new(is_well), mounts: Box::new(mounts) };
+        let (keeping, left) = Keeping::find(settings, start, asked)?;
+        Ok((Mounts { table, making: Mutex::default(), keeping }, left))
     }
 
     /// What lets them outlive this daemon.
@@ -83,33 +99,54 @@ impl Mounts {
         &self.keeping
     }
 
-    /// Takes a mount into the table, and sees to it that it outlives this daemon. `kept` is the keeper's number of one that
-    /// it has already.
-    fn serve(&self, mount: Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) {
+    /// Takes a mount into the table, and sees to it that it outlives this daemon; tells if that can't be had. `kept` is the keeper's
+    /// number of one that was left with it.
+    fn serve(&self, mount: &Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) -> Option<String> {
         let dir = mount.record().dir.clone();
-        self.table.lock().insert(dir.clone(), Served { mount: mount.clone(), is_unclaimed });
-        let kept = match kept {
-            Some(kept) => Ok(Some(kept)),
-            None => mount.descriptors().map_err(Failure::from).and_then(|descriptors| {
-                let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-                self.keeping.keep(&dir, &descriptors)
-            }),
+        let id = kept.or_else(|| self.keeping.number());
+        let served = Served { mount: mount.clone(), kept: id, is_let_go: false, is_unclaimed };
+        self.table.lock().insert(dir.clone(), served);
+        let id = id?;
+        let given = self.keeping.keep(id, mount);
+        let (keeping, table, ending) = (self.keeping.clone(), self.table.clone(), mount.clone());
+        let at_end = move || {
+            ending.wait();
+            keeping.let_go(id);
+            // It has descriptors still.
+            table.lock().retain(|_, served| !served.mount.has_ended());
         };
-        match kept {
-            Ok(None) => {}
-            Ok(Some(kept)) => {
-                let (keeping, table) = (self.keeping.clone(), self.table.clone());
-                let at_end = move || {
-                    mount.wait();
-                    keeping.let_go(kept);
-                    // It has descriptors still.
-                    table.lock().retain(|_, served| !served.mount.has_ended());
-                };
-                if let Err(error) = std::thread::Builder::new().name("mount-end".to_owned()).spawn(at_end) {
-                    tracing::warn!(%error, "a mount's end will not be noticed");
-                }
-            }
-            Err(failure) => tracing::warn!("the mount on {} will end with this daemon: {failure}", dir.display()),
+        if let Err(error) = std::thread::Builder::new().name("mount-end".to_owned()).spawn(at_end) {
+            tracing::warn!(%error, "a mount's end will not be noticed");
+        }
+        given.err().map(|failure| format!("the mount on {} will end with the daemon: {failure}", dir.display()))
+    }
+
+    /// As [`Mounts::serve`], where nobody waits who could be told.
+    fn serve_unasked(&self, mount: &Arc<Mount>, kept: Option<KeptId>, is_unclaimed: bool) {
+        if let Some(warning) = self.serve(mount, kept, is_unclaimed) {
+            tracing::warn!("{warning}");
+        }
+    }
+
+    /// The mounts that would end with this daemon though another takes over, after an attempt to have them kept.
+    pub fn not_kept(&self) -> Vec<Arc<Mount>> {
+        if let Err(failure) = self.keeping.keep_all() {
+            tracing::warn!("{failure}");
+        }
+        let is_kept = |served: &Served| served.shall_be_kept().is_some_and(|id| self.keeping.has(id));
+        let table = self.table.lock();
+        let all = table.values().filter(|served| !served.mount.has_ended());
+        all.filter(|served| !is_kept(served)).map(|served| served.mount.clone()).collect()
+    }
+
+    /// Has a mount end with this daemon: no other shall go on with what nobody finds any more.
+    fn let_go(&self, served: &Served) {
+        let is_it = |other: &&mut Served| Arc::ptr_eq(&other.mount, &served.mount);
+        if let Some(known) = self.table.lock().values_mut().find(is_it) {
+            known.is_let_go = true;
+        }
+        if let Some(id) = served.kept {
+            self.keeping.let_go(id);
         }
     }
 
@@ -139,7 +176,7 @@ impl Mounts {
                 Ok(mount) => {
                     let how = if kept.is_some() { "is still mounted on" } else { "is mounted again on" };
                     tracing::info!("{} {how} {dir}", record.source);
-                    self.serve(mount, kept, kept.is_none());
+                    self.serve_unasked(&mount, kept, kept.is_none());
                 }
                 Err(error) => {
                     tracing::error!(
@@ -210,7 +247,7 @@ impl Mounts {
         let _making = self.making.lock();
         let options = MountOptions { upper, ..MountOptions::default() };
         let mount = Mount::start(store, Some(layer), source, dir, &options)?;
-        self.serve(mount.clone(), None, false);
+        self.serve_unasked(&mount, None, false);
         Ok(mount)
     }
 
@@ -241,27 +278,66 @@ impl Mounts {
         self.all().iter().filter(|mount| is_in_the_way(mount)).for_each(|mount| mount.wait_if_left());
     }
 
-    /// Unmounts all, to be mounted again by the next daemon; `lazy` detaches what is in use.
-    pub fn unmount_all(&self, lazy: bool) -> Result<()> {
-        let mut failures = Vec::new();
-        for mount in self.innermost_first() {
-            let mut ended = mount.unmount(&UnmountOptions { keep_record: true, ..UnmountOptions::default() });
-            if ended.is_err() && lazy {
-                ended = mount.unmount(&UnmountOptions { lazy: true, keep_record: true, ..UnmountOptions::default() });
-            }
-            if let Err(error) = ended {
-                tracing::warn!("{}", crate::failure::describe(&error));
-                // What something else lies over stays, and ends with the daemon.
-                if !(lazy && matches!(error, layerfs::Error::Invalid(_))) {
-                    failures.push(Failure::from(error));
+    /// Unmounts all, to be mounted again by the next daemon. With `force` what is in use, or goes on elsewhere, ends too.
+    ///
+    /// # Errors
+    /// Without `force` [`Class::Busy`], if there is such a mount; what was unmounted by then is mounted again.
+    pub fn unmount_all(&self, store: &Arc<Store>, force: bool) -> Result<()> {
+        let (mut ended, mut failures) = (Vec::new(), Vec::new());
+        let options = UnmountOptions { keep_record: true, ..UnmountOptions::default() };
+        // Those in folders of others before these, which are in use until then.
+        let all: Vec<Served> = self.table.lock().values().rev().cloned().collect();
+        for served in all.into_iter().filter(|served| !served.mount.has_ended()) {
+            let failure = match served.mount.unmount(&options) {
+                Ok(()) if served.mount.has_ended() => {
+                    // Who waits for its end does that too, but may come too late.
+                    self.let_go(&served);
+                    ended.push(served);
+                    continue;
                 }
-            }
+                _ if force => {
+                    self.end(&served, &options);
+                    continue;
+                }
+                Ok(()) => goes_on(&served.mount),
+                Err(error) => error.into(),
+            };
+            tracing::warn!("{failure}");
+            failures.push(failure);
         }
-        match failures.into_iter().next() {
-            None => Ok(()),
-            Some(failure) => Err(failure.hint("close what uses it, or detach it with `layerctl daemon stop --force`")),
+        let Some(failure) = failures.into_iter().next() else { return Ok(()) };
+        ended.iter().rev().for_each(|served| self.mount_again(store, served));
+        Err(failure.hint("close what uses it, or end it with `layerctl daemon stop --force`"))
+    }
+
+    /// Ends a mount that is in use or has copies, now and with all saved if that can be had, else with this process.
+    fn end(&self, served: &Served, options: &UnmountOptions) {
+        self.let_go(served);
+        let ended = served.mount.unmount(&UnmountOptions { lazy: true, everywhere: true, ..*options });
+        if let Err(error) = ended {
+            let (dir, why) = (served.mount.record().dir.display(), crate::failure::describe(&error));
+            tracing::warn!("the mount on {dir} ends with the daemon: {why}");
         }
     }
+
+    /// Mounts what a stop has unmounted that was refused then.
+    fn mount_again(&self, store: &Arc<Store>, served: &Served) {
+        let record = MountRecord { flags: served.mount.flags(), ..served.mount.record().clone() };
+        match Mount::start_again(store, &record) {
+            Ok(mount) => self.serve_unasked(&mount, None, served.is_unclaimed),
+            Err(error) => {
+                let (dir, why) = (record.dir.display(), crate::failure::describe(&error));
+                tracing::error!("{} cannot be mounted on {dir} again: {why}", record.source);
+            }
+        }
+    }
+}
+
+/// Why a daemon can't stop.
+fn goes_on(mount: &Arc<Mount>) -> Failure {
+    let dir = mount.record().dir.display();
+    let text = format!("the mount on {dir} was unmounted there, but goes on {}", copies(mount, &mount.places()));
+    Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir} --everywhere` ends it for good"))
 }
 
 /// `/v1/mount`.
@@ -286,12 +362,19 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
     }
     refuse_own(&daemon.settings.store, &request.dir)?;
     let upper = upper_choice(context, &request)?;
-    let options =
-        MountOptions { upper, transport: request.transport, writeback: request.writeback, ..MountOptions::default() };
+    let options = MountOptions {
+        upper,
+        transport: request.transport,
+        writeback: request.writeback,
+        flags: request.options,
+        ..MountOptions::default()
+    };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
     let mount = started.map_err(|error| with_ways_out(error.into(), &request));
     let mount = mount.map_err(|failure| with_upper_in_use(context, failure, &request))?;
-    daemon.mounts.serve(mount.clone(), None, false);
+    if let Some(warning) = daemon.mounts.serve(&mount, None, false) {
+        context.reporter.warn(&warning);
+    }
     describe(context, &Catalog::read(&daemon.store)?, &mount)
 }
 
@@ -322,6 +405,9 @@ fn claim(context: &Context, request: &MountRequest, layer: LayerId) -> Result<Op
     let is_same = known.record.source == request.layer || known.base == Some(layer);
     if !is_same || upper != request.upper.as_deref() || known.record.upper.is_none() != request.read_only {
         return Ok(None);
+    }
+    if known.record.flags != request.options {
+        served.mount.set_flags(request.options)?;
     }
     if let Some(served) = mounts.table.lock().get_mut(&request.dir) {
         served.is_unclaimed = false;
@@ -419,6 +505,7 @@ fn describe(context: &Context, catalog: &Catalog, mount: &Mount) -> Result<Mount
         transport: info.serves_by,
         writeback: info.has_writeback,
         warm_bytes: info.warm_bytes,
+        options: info.record.flags,
         partial,
     })
 }
@@ -429,6 +516,13 @@ pub fn list(context: &Context, _: Empty) -> Result<MountList> {
     let mounts = context.daemon.mounts.all();
     // One that ends just now is no mount.
     Ok(MountList { mounts: mounts.iter().filter_map(|mount| describe(context, &catalog, mount).ok()).collect() })
+}
+
+/// `/v1/remount`.
+pub fn remount(context: &Context, request: RemountRequest) -> Result<MountInfo> {
+    let mount = context.daemon.mounts.get(&request.dir)?;
+    mount.set_flags(request.options)?;
+    describe(context, &Catalog::read(&context.daemon.store)?, &mount)
 }
 
 /// `/v1/umount`.
