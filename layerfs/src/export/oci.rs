@@ -2,7 +2,7 @@
 //!
 //! Invariants: all blobs depend on the stack alone, so that the same stack gives the same digests everywhere; a
 //! layout that is there already keeps what it holds, tags that name other images included, and gets the new image by one
-//! replacement of its index; a new layout appears at once.
+//! replacement of its index, also when several are written to it at a time; a new layout appears at once.
 
 mod changes;
 
@@ -11,6 +11,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -52,10 +54,14 @@ pub fn export(
     };
     check_tag(tag)?;
     match existing_index(destination)? {
-        Some(mut index) => {
+        Some(_) => {
             let scratch = Scratch::inside(destination)?;
             let blobs = scratch.path().join("blobs");
             let image = Image::write(view, &blobs, media_type, compression, monitor)?;
+            let _lock = lock(destination)?;
+            // Others may have added theirs while this one was written.
+            let gone = || Error::NotFound { what: "layout", name: destination.display().to_string() };
+            let mut index = existing_index(destination)?.ok_or_else(gone)?;
             add_to_index(&mut index, &image, tag)?;
             let final_blobs = destination.join("blobs/sha256");
             fs::create_dir_all(&final_blobs).map_err(|e| Error::file("create folder", &final_blobs, e))?;
@@ -77,6 +83,17 @@ pub fn export(
             set.map_err(|e| Error::file("set the mode of", destination, e))?;
             Ok(image.report)
         }
+    }
+}
+
+/// Keeps others from changing the layout's index until what is returned is dropped. The folder itself is locked: other tools
+/// take a file that they don't know for a mistake.
+fn lock(layout: &Path) -> Result<File> {
+    let folder = File::open(layout).map_err(|e| Error::file("open", layout, e))?;
+    match rustix::fs::flock(&folder, FlockOperation::LockExclusive) {
+        // There are filesystems that lock no folders, such as NFS: there it is one after another that must be seen to.
+        Ok(()) | Err(Errno::BADF | Errno::INVAL | Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(folder),
+        Err(errno) => Err(Error::file("lock", layout, errno)),
     }
 }
 

@@ -1,7 +1,7 @@
-//! Images of stacks that a mount has changed, imported again.
+//! Images of stacks that a mount has changed, imported again; and several exports into one layout.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use super::*;
 use crate::attr::FileKind;
@@ -96,4 +96,32 @@ fn a_socket_hides_what_it_has_replaced() {
     let again = by_image(seal_fs(store(), &fs).layer, "sockets-again");
     let names: Vec<_> = inodes(&again).into_iter().flat_map(|(names, ..)| names).collect();
     assert_eq!(names, ["kept"]);
+}
+
+/// Does something at the first sign of progress, while the export waits.
+struct Meanwhile<F: Fn() + Send + Sync>(F, Once);
+
+impl<F: Fn() + Send + Sync> Monitor for Meanwhile<F> {
+    fn phase(&self, _: &str, _: Option<u64>) {}
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {
+        self.1.call_once(&self.0);
+    }
+    fn warn(&self, _: &str) {}
+}
+
+#[test]
+fn exports_at_a_time_lose_no_tag() {
+    let folder = tempfile::Builder::new().prefix("layerfs-oci-").tempdir().unwrap();
+    let fs = empty_fs(store());
+    file(&fs, Ino::ROOT, "file", "bytes");
+    let layer = seal_fs(store(), &fs).layer;
+    let to = |tag: &str| layout_in(folder.path(), tag);
+    export(store(), layer, &to("before"), &Silent).unwrap();
+    let second = || drop(export(store(), layer, &to("second"), &Silent).unwrap());
+    export(store(), layer, &to("first"), &Meanwhile(second, Once::new())).unwrap();
+    let index = existing_index(&folder.path().join("layout")).unwrap().unwrap();
+    let tags: Vec<_> =
+        index["manifests"].as_array().unwrap().iter().map(|m| m["annotations"][TAG_KEY].clone()).collect();
+    assert_eq!(tags, ["before", "second", "first"]);
 }
