@@ -12,7 +12,7 @@ fn kill(pid: i32, signal: &str) {
 }
 
 /// Whether process `pid` is there and more than waited for.
-fn is_alive(pid: i32) -> bool {
+pub fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }

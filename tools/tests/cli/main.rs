@@ -10,3 +10,4 @@ mod failures;
 mod life;
 mod mounts;
 mod peers;
+mod supervised;

@@ -6,7 +6,7 @@ use crate::hold;
 use crate::host::Host;
 
 /// Whether mounts can be made here; says so if not.
-fn can_mount() -> bool {
+pub fn can_mount() -> bool {
     let is_root =
         std::fs::metadata("/proc/self").is_ok_and(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata) == 0);
     let can = is_root && Path::new("/dev/fuse").exists();
@@ -17,7 +17,7 @@ fn can_mount() -> bool {
     can
 }
 
-fn mounted_base() -> Host {
+pub fn mounted_base() -> Host {
     let host = Host::new();
     host.make_tree("tree");
     host.json(&["import", "tree", "base"]);
