@@ -114,7 +114,8 @@ pub fn diff<'v>(old: &'v View, new: &'v View) -> Diff<'v> {
 
 /// What turns the tree `parent` into the tree `view`, for exporters: as [`diff`], but of a removed folder, or one
 /// that something else has replaced, only the folder itself is told, not what was in it. A removed path is a
-/// whiteout. If a hard link is added or lost, all paths of that inode are among the changes.
+/// whiteout. If an inode has more or fewer hard links than before, all its paths are among the changes; if only their
+/// names differ, just those.
 pub fn layer_changes<'v>(parent: &'v View, view: &'v View) -> Diff<'v> {
     Diff::new(parent, view, false)
 }

@@ -506,6 +506,11 @@ fn change(zoo: &Path) -> anyhow::Result<()> {
     fs::rename(zoo.join("deep"), zoo.join("deeper"))?;
     fs::remove_file(zoo.join("links/far/empty-too"))?;
     fs::hard_link(zoo.join("links/one"), zoo.join("links/five"))?;
+    // As many names as before, but not the same.
+    fs::rename(zoo.join("moving/one"), zoo.join("moving/three"))?;
+    fs::rename(zoo.join("moving/swapped-one"), zoo.join("moving/between"))?;
+    fs::rename(zoo.join("moving/swapped-two"), zoo.join("moving/swapped-one"))?;
+    fs::rename(zoo.join("moving/between"), zoo.join("moving/swapped-two"))?;
     // A file becomes a folder, a folder a file, a link a device.
     fs::remove_file(zoo.join("contents/random-1"))?;
     fs::create_dir(zoo.join("contents/random-1"))?;
@@ -524,6 +529,11 @@ fn stacks_survive_oci() -> anyhow::Result<()> {
     fixture.without_sockets()?;
     rustix::fs::removexattr(fixture.source.join("zoo/attributes/xattrs"), "user.empty")?;
     let zoo = fixture.source.join("zoo");
+    fs::create_dir_all(zoo.join("moving/folder"))?;
+    for (name, link) in [("one", "two"), ("swapped-one", "folder/its-link"), ("swapped-two", "folder/other-link")] {
+        fs::write(zoo.join("moving").join(name), name)?;
+        fs::hard_link(zoo.join("moving").join(name), zoo.join("moving").join(link))?;
+    }
     let middle = imported(&fixture.store, &fixture.source, "middle", Some(fixture.layer))?;
     change(&zoo)?;
     let upper = imported(&fixture.store, &fixture.source, "upper", Some(middle))?;

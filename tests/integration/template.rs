@@ -1,5 +1,6 @@
 //! LXC's own tools with containers on layers, by the template that `make install` brings.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -63,9 +64,27 @@ impl Lxc<'_> {
         Ok(mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at) == self.root())))
     }
 
-    fn uppers(&self) -> anyhow::Result<usize> {
+    /// The names of the uppers in the store.
+    fn uppers(&self) -> anyhow::Result<Vec<String>> {
         let uppers = self.host.ctl.json(["uppers"])?;
-        Ok(uppers["uppers"].as_array().with_context(|| format!("no uppers in {uppers}"))?.len())
+        let list = uppers["uppers"].as_array().with_context(|| format!("no uppers in {uppers}"))?;
+        Ok(list.iter().map(|upper| upper["name"].as_str().unwrap_or_default().to_owned()).collect())
+    }
+
+    /// Destroys the container while `held` is a file of its root that is open. It waits for that.
+    fn destroy_while(&self, held: std::fs::File, calls: &Path) -> anyhow::Result<()> {
+        let mut destroying = self.command("lxc-destroy", &[]).spawn()?;
+        let tries = || std::fs::read_to_string(calls).map(|calls| calls.matches("uppers remove").count());
+        let began = Instant::now();
+        while tries()? < 2 {
+            ensure!(destroying.try_wait()?.is_none(), "it doesn't wait for what uses the upper");
+            ensure!(began.elapsed() < PATIENCE, "the upper isn't removed");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(held);
+        let status = destroying.wait()?;
+        ensure!(status.success(), "lxc-destroy: {status}");
+        Ok(())
     }
 }
 
@@ -77,6 +96,12 @@ fn tools() -> anyhow::Result<()> {
     let lxc = Lxc { path: host.new_folder("lxc")?, host: &host };
     let config = host.path("lxc.conf");
     std::fs::write(&config, "lxc.net.0.type = empty\n")?;
+    // layerctl, and what it was asked.
+    let (program, calls) = (host.path("called-by-lxc"), host.path("calls"));
+    let script =
+        format!("#!/bin/sh\necho \"$@\" >>'{}'\nexec '{}' \"$@\"\n", calls.display(), ctl::binary()?.display());
+    std::fs::write(&program, script)?;
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
     let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/lxc-layerfs");
     let create = |layer: &str| {
         let words = ["-f", &config.to_string_lossy(), "-t", &template.to_string_lossy(), "--"].map(str::to_owned);
@@ -84,7 +109,7 @@ fn tools() -> anyhow::Result<()> {
         let more = ["--layer", layer, "--store", &store, "--command", "/bin/zoo /zoo-says 8 0", "--checkpoints"];
         let words: Vec<String> = words.into_iter().chain(more.map(str::to_owned)).collect();
         let mut command = lxc.command("lxc-create", &words.iter().map(String::as_str).collect::<Vec<_>>());
-        command.env("LAYERCTL", ctl::binary()?);
+        command.env("LAYERCTL", &program);
         case::output_of(&mut command)
     };
     // A layer that isn't there is told when it is named, not at the first start.
@@ -108,9 +133,21 @@ fn tools() -> anyhow::Result<()> {
 
     lxc.ok("lxc-start", &["-d"])?;
     ensure!(std::fs::read_to_string(lxc.root().join("kept"))? == "until it is destroyed", "a change is lost");
+    // Somebody looks at it still when it stops: the mount goes when that is over, and so does the upper.
+    let held = std::fs::File::open(lxc.root().join("kept"))?;
     lxc.ok("lxc-stop", &["-k"])?;
-    ensure!(lxc.uppers()? == 1, "it has not one upper");
-    lxc.ok("lxc-destroy", &[])?;
-    ensure!(lxc.uppers()? == 0 && !lxc.path.join(NAME).exists(), "something of it is left");
+    let uppers = lxc.uppers()?;
+    ensure!(uppers.len() == 1, "it has not one upper: {uppers:?}");
+    lxc.destroy_while(held, &calls)?;
+    ensure!(lxc.uppers()?.is_empty() && !lxc.path.join(NAME).exists(), "something of it is left");
+
+    // Where something of another container of that name is left all the same, there is no new one on it.
+    let other = host.mount("app", "other", &["--upper", uppers[0].as_str()])?;
+    std::fs::write(other.join("old"), "another one's")?;
+    host.umount(&other)?;
+    let refused = create("app").err().context("a container with another one's files")?;
+    ensure!(format!("{refused:#}").contains(&format!("there is an upper {}", uppers[0])), "{refused:#}");
+    ensure!(lxc.uppers()? == uppers, "what was another one's is gone");
+    host.ctl.json(["uppers", "remove", uppers[0].as_str()])?;
     host.fsck()
 }

@@ -138,7 +138,8 @@ pub fn start(settings: &Settings, how: &DaemonStart) -> Result<()> {
             command.arg(option).arg(value);
         }
     }
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    // systemd may have started whoever runs this command; not the daemon.
+    command.env_remove("NOTIFY_SOCKET").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     let mut child = command.spawn().map_err(|e| Failure::from(layerfs::Error::io("starting the daemon", e)))?;
     let mut line = String::new();
     if let Some(stdout) = child.stdout.take() {

@@ -423,15 +423,24 @@ fn wrong_request(error: &hyper::http::Error) -> Failure {
 }
 
 /// Asks the daemon to leave its mounts to a successor, and waits until that one answers. Returns what it says of itself.
+///
+/// # Errors
+/// [`Class::Failure`] if none does, or if systemd will start it only after this, the command of its reload, has ended.
 pub fn restart(client: &Client, force: bool) -> Result<api::Status> {
     let before: api::Status = client.call("status", &Empty {})?;
-    let _: Empty = client.call("stop", &api::Stop { force, hand_over: true })?;
+    let process = if is_systemds_reload(before.pid) { client.process() } else { None };
+    let _: Empty = client.call("stop", &api::Stop { force, hand_over: true, to_caller: false })?;
     let began = Instant::now();
     loop {
         if let Ok(after) = client.call::<_, api::Status>("status", &Empty {})
-            && after.pid != before.pid
+            && (after.pid, after.instance) != (before.pid, before.instance)
         {
             return Ok(after);
+        }
+        if process.as_ref().is_some_and(|process| has_ended(process, Duration::ZERO).unwrap_or(false)) {
+            let text =
+                "the daemon could not become the one that is installed now, and has ended; systemd starts another";
+            return Err(Failure::new(Class::Failure, text).hint("its log tells why"));
         }
         if began.elapsed() > SUCCESSOR {
             let text = "the daemon has left, but no other answers; daemon.log in the store says why";
@@ -441,11 +450,16 @@ pub fn restart(client: &Client, force: bool) -> Result<api::Status> {
     }
 }
 
+/// Whether systemd runs this command to reload the daemon `pid`.
+fn is_systemds_reload(pid: u32) -> bool {
+    std::env::var("MAINPID").is_ok_and(|main| main == pid.to_string())
+}
+
 /// Asks the daemon on `socket` to stop, whatever its version, and waits until its process has ended: it holds the store
 /// for a moment after its last answer.
-pub fn stop(client: &Client, force: bool) -> Result<()> {
+pub fn stop(client: &Client, how: api::Stop) -> Result<()> {
     let process = client.process();
-    let _: Empty = client.call("stop", &api::Stop { force, hand_over: false })?;
+    let _: Empty = client.call("stop", &how)?;
     match process {
         Some(process) => wait_for_end(&process),
         None => {
@@ -460,18 +474,23 @@ pub fn stop(client: &Client, force: bool) -> Result<()> {
 /// Waits until a process has ended.
 fn wait_for_end(process: &OwnedFd) -> Result<()> {
     let began = Instant::now();
-    let look = Timespec { tv_sec: 1, tv_nsec: 0 };
     while began.elapsed() < LEAVING {
-        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&look)) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(error) => {
-                return Err(layerfs::Error::io("waiting for the daemon's end", std::io::Error::from(error)).into());
-            }
+        if has_ended(process, Duration::from_secs(1))? {
+            return Ok(());
         }
     }
     let text = format!("the daemon has stopped, but its process is there still after {} s", LEAVING.as_secs());
     Err(Failure::new(Class::Busy, text).hint("its log tells what it does: daemon.log in the store's folder"))
+}
+
+/// Whether a process has ended, or does within `wait`.
+fn has_ended(process: &OwnedFd, wait: Duration) -> Result<bool> {
+    let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
+    match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&wait)) {
+        Ok(0) | Err(Errno::INTR) => Ok(false),
+        Ok(_) => Ok(true),
+        Err(error) => Err(layerfs::Error::io("waiting for the daemon's end", std::io::Error::from(error)).into()),
+    }
 }
 
 #[cfg(test)]

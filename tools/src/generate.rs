@@ -146,7 +146,7 @@ are ignored.
 mount \-t layerfs debian /mnt \-o ro
 
 # /etc/fstab
-app  /srv/web  layerfs  upper=web,nofail  0  0
+app  /srv/web  layerfs  upper=web,nofail,x-systemd.requires=layerfs.service  0  0
 .fi
 .SH "EXIT CODES"
 Those of

@@ -2,13 +2,17 @@
 //!
 //! Invariants: all blobs depend on the stack alone, so that the same stack gives the same digests everywhere; a
 //! layout that is there already keeps what it holds, tags that name other images included, and gets the new image by one
-//! replacement of its index; a new layout appears at once.
+//! replacement of its index, also when several are written to it at a time; a new layout appears at once.
+
+mod changes;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -17,11 +21,8 @@ use super::compress::{Compression, Compressor};
 use super::place::{Scratch, Workspace};
 use super::tar::{Style, TarWriter};
 use super::{ExportReport, feed};
-use crate::attr::FileKind;
-use crate::diff::{What, layer_changes};
 use crate::durable;
 use crate::error::{Error, Result};
-use crate::id::Ino;
 use crate::image_config::ImageConfig;
 use crate::manifest::Manifest;
 use crate::monitor::Monitor;
@@ -53,10 +54,14 @@ pub fn export(
     };
     check_tag(tag)?;
     match existing_index(destination)? {
-        Some(mut index) => {
+        Some(_) => {
             let scratch = Scratch::inside(destination)?;
             let blobs = scratch.path().join("blobs");
             let image = Image::write(view, &blobs, media_type, compression, monitor)?;
+            let _lock = lock(destination)?;
+            // Others may have added theirs while this one was written.
+            let gone = || Error::NotFound { what: "layout", name: destination.display().to_string() };
+            let mut index = existing_index(destination)?.ok_or_else(gone)?;
             add_to_index(&mut index, &image, tag)?;
             let final_blobs = destination.join("blobs/sha256");
             fs::create_dir_all(&final_blobs).map_err(|e| Error::file("create folder", &final_blobs, e))?;
@@ -78,6 +83,17 @@ pub fn export(
             set.map_err(|e| Error::file("set the mode of", destination, e))?;
             Ok(image.report)
         }
+    }
+}
+
+/// Keeps others from changing the layout's index until what is returned is dropped. The folder itself is locked: other tools
+/// take a file that they don't know for a mistake.
+fn lock(layout: &Path) -> Result<File> {
+    let folder = File::open(layout).map_err(|e| Error::file("open", layout, e))?;
+    match rustix::fs::flock(&folder, FlockOperation::LockExclusive) {
+        // There are filesystems that lock no folders, such as NFS: there it is one after another that must be seen to.
+        Ok(()) | Err(Errno::BADF | Errno::INVAL | Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(folder),
+        Err(errno) => Err(Error::file("lock", layout, errno)),
     }
 }
 
@@ -242,7 +258,7 @@ fn write_layer(
         monitor,
         |feed| {
             let mut tar = TarWriter::new(chunks, feed, losses, monitor, Style::Oci);
-            write_changes(view, &mut tar)?;
+            changes::write_changes(view, &mut tar)?;
             tar.finish()
         },
         |piece| {
@@ -258,56 +274,6 @@ fn write_layer(
     let path = blobs.join(&sha256);
     durable::move_synced(&temporary, &path)?;
     Ok((Blob { sha256, bytes }, hex(&plain_hash.finalize())))
-}
-
-/// Writes what the top layer of `view` changes. A folder above a change is written too: extractors give a folder
-/// that a layer doesn't hold attributes of their own.
-fn write_changes(view: &View, tar: &mut TarWriter<'_, '_>) -> Result<()> {
-    let below = view.below();
-    // The folders that lead to the last change and are written: where each one's path ends, and its inode.
-    let mut trail: Vec<(usize, Ino)> = Vec::new();
-    let mut last: Vec<u8> = Vec::new();
-    for change in layer_changes(&below, view) {
-        let change = change?;
-        let path = checked(&change.path)?;
-        trail.retain(|(end, _)| path.get(*end) == Some(&b'/') && path[..*end] == last[..*end]);
-        let mut start = trail.last().map_or(0, |(end, _)| end + 1);
-        while let Some(slash) = path[start..].iter().position(|byte| *byte == b'/') {
-            let (folder, end) = (trail.last().map_or(Ino::ROOT, |(_, ino)| *ino), start + slash);
-            let found = view.lookup(folder, &path[start..end])?;
-            let (ino, _) = found.ok_or_else(|| Error::corrupt("layer", "a changed path leads nowhere"))?;
-            tar.inode(&path[..end], &view.expect_inode(ino)?)?;
-            trail.push((end, ino));
-            start = end + 1;
-        }
-        match (change.what, &change.new) {
-            (What::Removed, _) | (_, None) => tar.marker(&whiteout(path))?,
-            (_, Some(inode)) => {
-                tar.inode(path, inode)?;
-                if inode.kind() == FileKind::Folder && !path.is_empty() {
-                    trail.push((path.len(), inode.ino));
-                }
-            }
-        }
-        last = change.path;
-    }
-    Ok(())
-}
-
-/// Fails if OCI layers cannot hold `path`, because its last part would be taken for a whiteout.
-fn checked(path: &[u8]) -> Result<&[u8]> {
-    let name = path.rsplit(|b| *b == b'/').next().unwrap_or(path);
-    if name.starts_with(b".wh.") {
-        let path = path.escape_ascii();
-        return Err(Error::invalid(format!("OCI layers cannot hold \"{path}\": .wh. marks whiteouts; export a tar")));
-    }
-    Ok(path)
-}
-
-/// The path of the whiteout of `path`.
-fn whiteout(path: &[u8]) -> Vec<u8> {
-    let name_at = path.iter().rposition(|b| *b == b'/').map_or(0, |slash| slash + 1);
-    [&path[..name_at], b".wh.", &path[name_at..]].concat()
 }
 
 fn write_blob(blobs: &Path, bytes: &[u8]) -> Result<Blob> {
@@ -373,3 +339,6 @@ impl<W: Write> Write for Hashing<W> {
         self.inner.flush()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -808,4 +808,4 @@ fn open_fs(store: &Arc<Store>, layer: Option<LayerId>, choice: &UpperChoice) -> 
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

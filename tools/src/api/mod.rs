@@ -204,6 +204,9 @@ pub struct Status {
     pub api: u32,
     /// Its process.
     pub pid: u32,
+    /// A number that no other daemon of this store has had: one may become the next in the same process. 0 of older ones.
+    #[serde(default)]
+    pub instance: u64,
     /// The store's folder.
     pub store: PathBuf,
     /// When it started.
@@ -259,6 +262,9 @@ pub struct Stop {
     /// Leave the mounts to a successor, which is started. Not sent unless wanted: older daemons don't know it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hand_over: bool,
+    /// With `hand_over`: whoever asks is the successor, and none is started. Not sent unless wanted either.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub to_caller: bool,
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! daemon, generate, version.
 
 use super::Session;
-use crate::api::{Empty, Status};
+use crate::api::{Empty, Status, Stop};
 use crate::autostart;
 use crate::cli::{Command, system as args};
 use crate::failure::{Class, Failure, Result};
@@ -124,7 +124,7 @@ fn status_text(status: &Status, paint: Paint) -> String {
 fn stop(session: &Session, force: bool) -> Result<()> {
     let found = autostart::find(&session.settings)?;
     if let Some(client) = &found {
-        client::stop(client, force)?;
+        client::stop(client, Stop { force, ..Stop::default() })?;
     }
     let answer = serde_json::json!({ "stopped": found.is_some() });
     session.output.answer(&answer, |_| {

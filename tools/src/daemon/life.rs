@@ -27,6 +27,8 @@ pub struct Life {
     is_over: Notify,
     /// Another daemon takes over the mounts.
     is_handed_over: AtomicBool,
+    /// It is the one that asked for that.
+    is_for_caller: AtomicBool,
 }
 
 impl Life {
@@ -38,6 +40,11 @@ impl Life {
     /// Whether the mounts are left to another daemon.
     pub fn is_handed_over(&self) -> bool {
         self.is_handed_over.load(Ordering::SeqCst)
+    }
+
+    /// Whether the other daemon is the one that asked for the mounts.
+    pub fn is_for_caller(&self) -> bool {
+        self.is_for_caller.load(Ordering::SeqCst)
     }
 }
 
@@ -112,6 +119,9 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
         let text = format!("the daemon is at work: {}", under_way.join(", "));
         return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));
     }
+    if request.to_caller && super::supervised::is_supervised() {
+        return Err(Failure::new(Class::Busy, "systemd started the daemon that runs, and would start it again"));
+    }
     // Each of two would wait for the other's end.
     if !daemon.works.close() {
         return Err(Failure::new(Class::Busy, "the daemon is being stopped already; try again in a moment"));
@@ -132,6 +142,7 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
                 "unmount it; or have it end and be mounted again, with `layerctl daemon restart --force`. daemon.log says why",
             ));
         }
+        daemon.life.is_for_caller.store(request.to_caller, Ordering::SeqCst);
         daemon.life.is_handed_over.store(true, Ordering::SeqCst);
     } else {
         if let Err(failure) = daemon.mounts.unmount_all(&daemon.store, request.force) {

@@ -9,6 +9,7 @@ pub mod log;
 pub mod memory;
 pub mod ops;
 pub mod streams;
+pub mod supervised;
 pub mod work;
 
 use std::io::Write;
@@ -68,6 +69,7 @@ pub struct Daemon {
     /// When it was started.
     pub started: Instant,
     started_at: i64,
+    instance: u64,
     is_autostarted: bool,
 }
 
@@ -79,6 +81,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             api: crate::api::API_VERSION,
             pid: std::process::id(),
+            instance: self.instance,
             store: self.settings.store.clone(),
             started: crate::api::Timestamp(self.started_at),
             uptime_seconds: units::seconds(self.started.elapsed()),
@@ -108,6 +111,7 @@ pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
     if start.detached {
         life::leave_terminal();
     }
+    supervised::reap_inherited();
     life::raise_descriptor_limit();
     let log = log::start(&settings, !start.detached);
     layerfs::mount::watch::set_slow(settings.slow_request);
@@ -134,14 +138,19 @@ fn prepare_and_serve(settings: Settings, start: &DaemonStart) -> Result<()> {
     if let Some(missing) = settings.missing_credentials() {
         tracing::warn!("{missing}");
     }
-    let Some(store) = open_store(&settings)? else {
+    let mut opened = open_store(&settings)?;
+    if opened.is_none() && supervised::is_supervised() {
+        let still_there = |failure: Failure| supervised::runs_already(&settings).hint(failure.message);
+        supervised::take_over(&settings).map_err(still_there)?;
+        opened = open_store(&settings)?;
+    }
+    let Some(store) = opened else {
         // Another one was faster; whoever started this one can talk to that.
         if start.detached {
             announce(&autostart::Announcement::Ready);
             return Ok(());
         }
-        let text = format!("a daemon runs already for the store {}", settings.store.display());
-        return Err(Failure::new(Class::Busy, text).hint("`layerctl daemon status` tells about it"));
+        return Err(supervised::runs_already(&settings));
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -218,6 +227,7 @@ async fn serve(store: Arc<Store>, given: Settings, listen: Listen, start: &Daemo
         life: Life::default(),
         started: Instant::now(),
         started_at: units::now(),
+        instance: std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_micros() as u64,
         is_autostarted: start.autostarted,
         store,
         settings,
@@ -261,11 +271,18 @@ async fn serve(store: Arc<Store>, given: Settings, listen: Listen, start: &Daemo
     Ok(())
 }
 
-/// Ends this process at once, as a crash would but with everything saved: the mounts' threads must not be seen to end.
+/// Ends this program at once, as a crash would but with everything saved: the mounts' threads must not be seen to end.
 fn hand_over(daemon: &Daemon) -> ! {
-    let status = match daemon.mounts.keeping().start_successor() {
+    let keeping = daemon.mounts.keeping();
+    let started = if daemon.life.is_for_caller() { keeping.leave_to_caller() } else { keeping.start_successor() };
+    let status = match started {
         Ok(true) => 0,
-        Ok(false) => EXIT_HANDED_OVER,
+        Ok(false) => {
+            tracing::info!("becomes the daemon that is installed now");
+            let error = supervised::become_successor();
+            tracing::error!("that can't be run: {error}; ends, so that systemd starts another daemon");
+            EXIT_HANDED_OVER
+        }
         Err(failure) => {
             tracing::error!("{failure}; the keeper starts a daemon");
             EXIT_HANDED_OVER

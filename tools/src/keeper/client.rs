@@ -266,13 +266,27 @@ impl Keeping {
         Ok(true)
     }
 
+    /// Has the keeper wait for the daemon that takes over, and start none. True: there is one.
+    ///
+    /// # Errors
+    /// Those of talking to the keeper.
+    pub fn leave_to_caller(&self) -> Result<bool> {
+        if let Some(keeper) = &*self.keeper.lock() {
+            let hello = Message::Hello { protocol: PROTOCOL, pid: std::process::id(), restart: None };
+            let failed = |e| Failure::from(layerfs::Error::io("telling the keeper of the next daemon", e));
+            send(keeper.as_fd(), &hello, &[]).map_err(failed)?;
+        }
+        Ok(true)
+    }
+
     /// Starts a keeper and connects to it.
     fn start(&self) -> Result<OwnedFd> {
         let failed = |e: std::io::Error| Failure::from(layerfs::Error::io("starting the keeper", e));
         // This very program: that of its path may have been replaced, or be gone. What the keeper starts is what is there then.
         let mut command = Command::new("/proc/self/exe");
         command.arg("--store").arg(&self.settings.store).args(["daemon", "keep"]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        // The daemons that the keeper starts are not systemd's, though this one may be.
+        command.env_remove("NOTIFY_SOCKET").stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(failed)?;
         let mut line = String::new();
         if let Some(stdout) = child.stdout.take() {
@@ -322,7 +336,7 @@ fn is_hung_up(socket: &OwnedFd) -> bool {
 /// How to start a daemon like this one; nothing if systemd does it. A detached one is none of systemd's, even if whoever started it
 /// was, and has left it the variable.
 fn restart(settings: &Settings, start: &DaemonStart) -> Option<Restart> {
-    if !start.detached && std::env::var_os("NOTIFY_SOCKET").is_some() {
+    if !start.detached && crate::daemon::supervised::is_supervised() {
         return None;
     }
     let program = std::env::current_exe().ok()?;

@@ -15,4 +15,5 @@ mod keeper;
 mod life;
 mod mounts;
 mod peers;
+mod supervised;
 mod tier;

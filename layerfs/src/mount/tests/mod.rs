@@ -62,7 +62,7 @@ fn within_seconds(seconds: u64, is_so: impl Fn() -> bool) -> bool {
     false
 }
 
-pub(super) fn store() -> &'static Arc<Store> {
+pub(crate) fn store() -> &'static Arc<Store> {
     &STORE.1
 }
 
@@ -72,7 +72,7 @@ fn unique_name(prefix: &str) -> LayerName {
     LayerName::new(&format!("{prefix}-{number}")).unwrap()
 }
 
-pub(super) fn empty_fs(store: &Arc<Store>) -> Fs {
+pub(crate) fn empty_fs(store: &Arc<Store>) -> Fs {
     let view = Arc::new(View::empty(store.clone()));
     let (upper, tables) = Upper::create(store, &view, None).unwrap();
     Fs::writable(view, upper, tables)
@@ -87,7 +87,7 @@ fn reopen(store: &Arc<Store>, id: UpperId) -> Fs {
     Fs::writable(view, upper, tables)
 }
 
-pub(super) fn seal_fs(store: &Arc<Store>, fs: &Fs) -> SealReport {
+pub(crate) fn seal_fs(store: &Arc<Store>, fs: &Fs) -> SealReport {
     let options = SealOptions { name: unique_name("sealed"), expect: Expect::Absent, kind: LayerKind::Instance };
     seal(store, fs, &options, &Silent).unwrap()
 }
