@@ -98,6 +98,9 @@ impl Mounts {
         match kept {
             Ok(None) => {}
             Ok(Some(kept)) => {
+                if let Some(keeper) = self.keeping.pid() {
+                    mount.is_kept_by(keeper);
+                }
                 let (keeping, table) = (self.keeping.clone(), self.table.clone());
                 let at_end = move || {
                     mount.wait();
