@@ -62,14 +62,19 @@ pub(super) fn replace(session: BorrowedFd<'_>, greeted: OwnedFd, device: &OwnedF
 /// Makes the descriptor number of `session` refer to what was hung up, if its connection has ended. The library takes a connection that has
 /// ended for one that is mounted (it looks for POLLERR), and would unmount what lies on the folder now, whosever it is.
 pub(super) fn hang_up(session: BorrowedFd<'_>) -> std::io::Result<()> {
-    let mut polled = [PollFd::new(&session, PollFlags::empty())];
-    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-    if polled[0].revents().contains(PollFlags::ERR) {
+    if has_ended(session)? {
         let (read, write) = std::io::pipe()?;
         drop(write);
         put_over(session, &read.into())?;
     }
     Ok(())
+}
+
+/// Whether the connection of `device` has ended.
+pub(super) fn has_ended(device: BorrowedFd<'_>) -> std::io::Result<bool> {
+    let mut polled = [PollFd::new(&device, PollFlags::empty())];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    Ok(polled[0].revents().contains(PollFlags::ERR))
 }
 
 fn put_over(session: BorrowedFd<'_>, other: &OwnedFd) -> std::io::Result<()> {

@@ -31,6 +31,8 @@ use crate::patience;
 pub(super) const DATA_BYTES: usize = 1 << 20;
 /// The headers of a request and of what it asks for have more than enough room in it.
 const HEADERS_BYTES: usize = 4096;
+/// The largest request.
+pub(super) const REQUEST_BYTES: usize = DATA_BYTES + HEADERS_BYTES;
 const PAGE_BYTES: usize = 4096;
 /// Another reads on if so many requests were there as soon as they were asked for.
 const BACKLOG: u32 = 4;
@@ -130,7 +132,7 @@ impl Served {
     }
 
     fn take_turns(self: &Arc<Served>) {
-        let request = vec![0; DATA_BYTES + HEADERS_BYTES];
+        let request = vec![0; REQUEST_BYTES];
         let mut hands = Hands { request, answer: Room::new(), turn: Rc::default() };
         let (served, turn) = (self.clone(), hands.turn.clone());
         patience::before_waits(move || {

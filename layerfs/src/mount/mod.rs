@@ -16,8 +16,10 @@ mod flags;
 mod front;
 pub mod fs;
 mod fuse;
+pub mod helper;
 mod hidden;
 mod leader;
+mod notifier;
 mod point;
 pub mod registry;
 mod requests;
@@ -25,16 +27,16 @@ mod uring;
 pub mod watch;
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 pub use flags::Flags;
-pub use hidden::hand;
 pub use point::unescape;
 pub use registry::MountRecord;
 
@@ -53,6 +55,7 @@ use backing::Device;
 use fs::Fs;
 use fuse::{FuseOptions, Kernel, Session};
 use hidden::Hidden;
+use notifier::Target;
 
 /// Which upper a mount gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,6 +171,8 @@ pub struct Mount {
     turned: Condvar,
     /// Held by a seal until the kernel has been told of it.
     sealing: Mutex<()>,
+    /// Stands for the process that keeps the descriptors beyond this one's end.
+    keeper: Mutex<Option<OwnedFd>>,
 }
 
 /// How far a mount's life is.
@@ -215,7 +220,15 @@ pub fn restore(
     let mut restored = Vec::new();
     for record in registry::list(store.db())? {
         let mount = match kept.remove(&record.dir) {
-            Some(descriptors) => Mount::resume(store, &record, descriptors),
+            Some(descriptors) => {
+                let device = descriptors.first().and_then(|device| device.try_clone().ok());
+                Mount::resume(store, &record, descriptors).inspect_err(|_| {
+                    // Nobody will answer it: whoever has a descriptor of it yet must not keep those waiting who use it.
+                    if let (Some(device), Some(number)) = (device, record.device) {
+                        point::cut(device.as_fd(), number);
+                    }
+                })
+            }
             None => Mount::start_again(store, &record),
         };
         restored.push((record, mount));
@@ -392,6 +405,7 @@ impl Mount {
             phase: Mutex::new(Phase::Served),
             turned: Condvar::new(),
             sealing: Mutex::new(()),
+            keeper: Mutex::new(None),
         });
         let _ = send.send(mount.clone());
         Ok(mount)
@@ -406,6 +420,12 @@ impl Mount {
     pub fn descriptors(&self) -> Result<Vec<OwnedFd>> {
         let copies: std::io::Result<Vec<_>> = self.descriptors.lock().iter().map(OwnedFd::try_clone).collect();
         copies.map_err(|e| Error::io("duplicating a descriptor", e))
+    }
+
+    /// Process `keeper` has what [`Mount::descriptors`] gave, and will give it to the next who serves the mount.
+    pub fn is_kept_by(&self, keeper: u32) {
+        let process = i32::try_from(keeper).ok().and_then(Pid::from_raw);
+        *self.keeper.lock() = process.and_then(|process| pidfd_open(process, PidfdFlags::empty()).ok());
     }
 
     /// Its record.
@@ -477,9 +497,7 @@ impl Mount {
         let fs = self.fs().ok_or_else(|| self.gone())?;
         let _sealing = self.sealing.lock();
         if fs.is_writable() {
-            // All at once, without waiting (the kernel doesn't wait for FUSE here), then each.
-            point::sync(&self.record.dir, self.record.device);
-            self.fetch_mapped(&fs);
+            self.fetch_mapped(&fs).map_err(|e| Error::io("fetching what was written to mapped files", e))?;
             fs.write_back_hidden();
         }
         let report = seal::seal(&self.store, &fs, options, monitor)?;
@@ -496,9 +514,25 @@ impl Mount {
         Ok(report)
     }
 
-    /// Has the kernel send what programs wrote through mappings of files that aren't passed through.
-    fn fetch_mapped(&self, fs: &Fs) {
-        fs.mappable().into_iter().for_each(|ino| self.kernel.fetch_written(ino));
+    /// Has the kernel send what programs wrote through mappings of files that aren't passed through. No thread of this process waits for
+    /// that where another can.
+    fn fetch_mapped(&self, fs: &Fs) -> std::io::Result<()> {
+        let files = fs.mappable();
+        if files.is_empty() {
+            return Ok(());
+        }
+        let (dir, number) = (&self.record.dir, self.record.device);
+        if !helper::is_possible() {
+            if let Err(error) = point::sync(dir, number) {
+                tracing::warn!(dir = %dir.display(), %error, "cannot sync a mount");
+            }
+            files.into_iter().for_each(|ino| self.kernel.fetch_written(ino));
+            return Ok(());
+        }
+        let device = self.descriptors.lock().first().map(OwnedFd::try_clone).transpose()?;
+        let keeper = self.keeper.lock().as_ref().map(OwnedFd::try_clone).transpose()?;
+        // Else it has ended.
+        device.map_or(Ok(()), |device| Target::new(dir, number, device, keeper).fetch_written(&files))
     }
 
     /// Squashes the layers that are of the top one's kind, if they are more than `past`, and goes on over the one that
@@ -581,7 +615,9 @@ impl Mount {
         tracing::warn!(dir = %self.record.dir.display(), "ends a mount where there are copies of it too");
         if let Some(fs) = self.fs() {
             // It isn't with us yet, and is lost with the connection.
-            self.fetch_mapped(&fs);
+            if let Err(error) = self.fetch_mapped(&fs) {
+                tracing::error!(%error, "what programs wrote through mappings can't be fetched, and is lost");
+            }
         }
         let was_there = point::end_everywhere(device)?;
         if !self.is_let_go() {

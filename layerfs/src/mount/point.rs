@@ -1,7 +1,7 @@
 //! Mount points on the host: making sure that one is fit, unmounting, syncing.
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, fsconfig_create, fsmount, fsopen,
 };
 
+use super::descriptor;
 use crate::error::{Error, Result};
 
 /// The absolute path of the folder `dir`. Mounts on it whose daemon is gone are taken away first.
@@ -115,6 +116,17 @@ pub(super) fn processes(device: u64) -> Vec<u32> {
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let is_there = |table: Vec<u8>| list(&table).iter().any(|mount| mount.is_of(device));
     pids.filter(|pid| std::fs::read(format!("/proc/{pid}/mountinfo")).is_ok_and(is_there)).collect()
+}
+
+/// Ends the connection of `device`, which has this device number, as [`end_everywhere`] does; also for the user who mounted it, where the
+/// system shows connections. Returns whether it has ended.
+pub(super) fn cut(device: BorrowedFd<'_>, number: u64) -> bool {
+    // While it has not, nothing else has the number.
+    if descriptor::has_ended(device).unwrap_or(false) {
+        return true;
+    }
+    let abort = format!("/sys/fs/fuse/connections/{}/abort", libc::minor(number));
+    end_everywhere(number).is_ok() || std::fs::write(abort, "1").is_ok()
 }
 
 /// Ends the kernel's connection for the filesystem with this device number, wherever it is mounted. False if there is no such
@@ -227,14 +239,13 @@ pub(super) fn set_flags(dir: &Path, device: Option<u64>, flags: MountFlags) -> R
 }
 
 /// Makes the kernel begin to send what programs wrote through mappings. A mount that can't be reached by its path any more
-/// has been left by them.
-pub(super) fn sync(dir: &Path, device: Option<u64>) {
-    let Ok(folder) = std::fs::File::open(dir) else { return };
-    if folder.metadata().ok().map(|found| found.dev()) == device
-        && let Err(errno) = rustix::fs::syncfs(&folder)
-    {
-        tracing::warn!(dir = %dir.display(), %errno, "cannot sync a mount");
-    }
+/// has been left by them. Asks the filesystem, and may wait until it has answered all of that.
+pub(super) fn sync(dir: &Path, device: Option<u64>) -> std::io::Result<()> {
+    let folder = match std::fs::File::open(dir) {
+        Ok(folder) if folder.metadata().ok().map(|found| found.dev()) == device => folder,
+        _ => return Ok(()),
+    };
+    Ok(rustix::fs::syncfs(&folder)?)
 }
 
 /// How far ahead the kernel reads, in KiB: cold data should come in large pieces. Only the superuser may set it.

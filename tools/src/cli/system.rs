@@ -57,7 +57,7 @@ pub enum DaemonAction {
     /// Hold the descriptors of mounts, and start a daemon when there is none
     #[command(hide = true)]
     Keep,
-    /// Ask a hidden mount what the daemon may not ask itself
+    /// Wait for a mount in the daemon's place
     #[command(hide = true)]
     Hand,
     /// Finish or cancel the work, unmount, exit

@@ -40,7 +40,7 @@ pub fn keeps_mounts(command: &Command) -> bool {
 pub fn hand() -> Result<()> {
     let failed = |e| Failure::from(layerfs::Error::io("obeying the daemon", e));
     let socket = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned().map_err(failed)?;
-    layerfs::mount::hand::run(socket).map_err(failed)
+    layerfs::mount::helper::run(socket).map_err(failed)
 }
 
 fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {

@@ -115,7 +115,7 @@ pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
     life::raise_descriptor_limit();
     let log = log::start(&settings, !start.detached);
     layerfs::mount::watch::set_slow(settings.slow_request);
-    layerfs::mount::hand::is_started_by(["daemon", "hand"].map(Into::into).to_vec());
+    layerfs::mount::helper::is_started_by(["daemon", "hand"].map(Into::into).to_vec());
     let outcome = log.and_then(|()| prepare_and_serve(settings, start));
     if let (true, Err(failure)) = (start.detached, &outcome) {
         tracing::error!("{failure}");

@@ -164,18 +164,29 @@ impl Keeping {
     fn give(&self, id: KeptId, mount: &Mount) -> Result<bool> {
         let Some(socket) = self.socket() else { return Ok(false) };
         if self.has(id) {
+            self.tell(mount);
             return Ok(true);
         }
         let descriptors = mount.descriptors()?;
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         let message = Message::Keep { id: id.0, dir: Bytes::from(&mount.record().dir) };
         match send(socket.as_fd(), &message, &descriptors) {
-            Ok(()) => Ok(self.with(&socket, |keeper| keeper.has.insert(id)).is_some()),
+            Ok(()) => {
+                self.tell(mount);
+                Ok(self.with(&socket, |keeper| keeper.has.insert(id)).is_some())
+            }
             Err(error) if is_end(&error) => {
                 self.forget(&socket);
                 Ok(false)
             }
             Err(error) => Err(layerfs::Error::io("giving a mount to the keeper", error).into()),
+        }
+    }
+
+    /// Tells a mount who keeps it.
+    fn tell(&self, mount: &Mount) {
+        if let Some(keeper) = self.pid() {
+            mount.is_kept_by(keeper);
         }
     }
 

@@ -1,30 +1,27 @@
 //! The hand: a process of its own that asks the hidden mount what the daemon may not ask itself.
 //!
-//! Who waits for a FUSE filesystem that has read his request can't be killed. A daemon that waits for a filesystem that it serves
-//! itself would, killed then, hold its store and its descriptors for ever. So what makes the kernel ask (opening, truncating, syncing)
-//! is done by a process that has nothing but the mount's root: if the daemon dies, the next answers what the hand waits for; then it
-//! finds that nobody is there any more, and ends. Invariants: the hand has no descriptor of the device; what it is told may be done
-//! twice, since a hand that died is replaced by another, which is told again; but nothing that changes a file is done late, for a daemon
-//! that died: who serves the hidden mount takes that of its own hand only ([`Hand::process`]).
+//! What makes the kernel ask (opening, truncating, syncing) is done by a [`helper`] that has nothing but the mount's root: if the
+//! daemon dies, the next answers what the hand waits for; then it finds that nobody is there any more, and ends. Invariants: the hand has
+//! no descriptor of the device; what it is told may be done twice, since a hand that died is replaced by another, which is told again; but
+//! nothing that changes a file is done late, for a daemon that died: who serves the hidden mount takes that of its own hand only
+//! ([`Hand::process`]).
 
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use crossbeam::sync::WaitGroup;
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, Mode, OFlags, XattrFlags};
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socketpair};
+use rustix::net::Shutdown;
 use serde::{Deserialize, Serialize};
 
 use crate::error::io_errno;
+use crate::mount::helper::{self, Part};
 use crate::packets::{receive, send};
 use crate::patience;
 
@@ -55,7 +52,7 @@ pub(in crate::mount) enum Order {
     Hold,
 }
 
-/// What the hand is told: to do `order` to `node`. The first one has the mount's root along, and asks for nothing.
+/// What the hand is told: to do `order` to `node`.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Told {
     id: u64,
@@ -77,13 +74,13 @@ struct Grip {
     files: Mutex<HashMap<u64, Arc<File>>>,
 }
 
-/// The hand's process: does what it is told through `socket` until nobody is at the other end.
+/// The hand's process: does what it is told through `socket` until nobody is at the other end. The mount's root is handed to it.
 ///
 /// # Errors
-/// If it isn't told first where the mount is.
-pub fn run(socket: OwnedFd) -> Result<()> {
-    let root = receive::<Told>(socket.as_fd())?.and_then(|(_, descriptors)| descriptors.into_iter().next());
-    let grip = Arc::new(Grip { root: root.ok_or(ErrorKind::InvalidData)?, socket, files: Mutex::default() });
+/// If it isn't.
+pub(in crate::mount) fn run(socket: OwnedFd, descriptors: Vec<OwnedFd>) -> Result<()> {
+    let root = descriptors.into_iter().next().ok_or(ErrorKind::InvalidData)?;
+    let grip = Arc::new(Grip { root, socket, files: Mutex::default() });
     let all = WaitGroup::new();
     while let Ok(Some((told, _))) = receive::<Told>(grip.socket.as_fd()) {
         let (doing, working) = (grip.clone(), all.clone());
@@ -182,19 +179,6 @@ fn flush(file: &File) -> Result<()> {
     if result == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
-static ARGUMENTS: OnceLock<Vec<OsString>> = OnceLock::new();
-
-/// This program, started with `arguments`, is a hand: it calls [`run`] with its standard input. Without such a program files that are
-/// copied up by range have no writeback cache. Once for a process.
-pub fn is_started_by(arguments: Vec<OsString>) {
-    let _ = ARGUMENTS.set(arguments);
-}
-
-/// Whether a hand can be started.
-pub(super) fn is_possible() -> bool {
-    ARGUMENTS.get().is_some()
-}
-
 type Answer = Result<Option<OwnedFd>>;
 
 /// The connection to one hand.
@@ -291,16 +275,8 @@ impl Link {
 
 /// Starts a hand for the mount whose root is `root`.
 fn start(root: &OwnedFd, process: &AtomicU32) -> Result<Arc<Link>> {
-    let arguments = ARGUMENTS.get().ok_or(ErrorKind::Unsupported)?;
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    // The program as it runs, even if its file was replaced since.
-    let mut command = Command::new("/proc/self/exe");
-    command.args(arguments).current_dir("/").process_group(0);
-    let mut child = command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let (ours, mut child) = helper::start(&Part::Hand, &[root.as_fd()])?;
     process.store(child.id(), Ordering::Release);
-    // It holds the other end.
-    drop(command);
-    send(ours.as_fd(), &Told { id: 0, node: 0, order: Order::Open }, &[root.as_fd()])?;
     let link = Arc::new(Link { socket: ours, next: AtomicU64::new(1), waiting: Mutex::new(Some(HashMap::new())) });
     let reading = link.clone();
     std::thread::Builder::new().name("hidden-hand".to_owned()).spawn(move || {

@@ -11,9 +11,9 @@
 //!   mapped and all of it is written back. While it is there, the inode is opened in no other way.
 //! - A node's number is not used again.
 
-pub mod hand;
+pub(super) mod hand;
 mod nodes;
-mod place;
+pub(super) mod place;
 mod serve;
 
 use std::collections::HashSet;
@@ -28,6 +28,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, StatxFlags};
 
 use super::fs::Fs;
+use super::helper;
 use crate::attr::Time;
 use crate::id::Ino;
 use crate::patience;
@@ -98,7 +99,7 @@ impl Hidden {
     /// # Errors
     /// Where such a mount can't be had, or no hand.
     pub fn new() -> Result<Arc<Hidden>> {
-        if !hand::is_possible() {
+        if !helper::is_possible() {
             return Err(std::io::ErrorKind::Unsupported.into());
         }
         let Place { device, root } = Place::make()?;

@@ -33,7 +33,7 @@ const READ_AHEAD: &str = "1024";
 
 /// The two ends of a hidden mount.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(in crate::mount) struct Place {
     pub device: OwnedFd,
     pub root: OwnedFd,
 }

@@ -220,7 +220,7 @@ fn a_warm_mount_is_asked_only_what_it_must_be() {
 
 /// Another process that has a file mapped. It can't be this one: a page fault there may wait for the mount while it
 /// holds the lock that the mount's threads need for their own memory.
-struct Mapper {
+pub(super) struct Mapper {
     child: std::process::Child,
     input: std::process::ChildStdin,
     output: BufReader<std::process::ChildStdout>,
@@ -255,7 +255,7 @@ fn map_a_file() {
 }
 
 impl Mapper {
-    fn start(path: &Path) -> Mapper {
+    pub fn start(path: &Path) -> Mapper {
         Mapper::start_by(Command::new(std::env::current_exe().unwrap()), path)
     }
 
@@ -273,12 +273,12 @@ impl Mapper {
         Mapper { child, input, output }
     }
 
-    fn tell(&mut self, line: &str) {
+    pub fn tell(&mut self, line: &str) {
         writeln!(self.input, "{line}").unwrap();
         assert!((&mut self.output).lines().any(|line| line.unwrap() == "done"));
     }
 
-    fn end(mut self) {
+    pub fn end(mut self) {
         drop(self.input);
         // What it says of itself: a pipe that nobody reads were an error.
         self.output.read_to_end(&mut Vec::new()).unwrap();
