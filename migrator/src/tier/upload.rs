@@ -154,7 +154,7 @@ impl Upload {
         let mut left = read.map_err(|e| Fault::File(Error::file("read", &self.from, e)))?;
         // In small pieces, so that others who may go first can go between them.
         while left > 0 {
-            let piece = left.min(self.gate.piece_bytes());
+            let piece = left.min(self.gate.piece_bytes(Way::Out));
             drop(self.gate.ready(Way::Out, piece).await);
             left -= piece;
         }
