@@ -451,7 +451,9 @@ fn wait_for_end(process: &OwnedFd) -> Result<()> {
         match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&look)) {
             Ok(0) | Err(Errno::INTR) => {}
             Ok(_) => return Ok(()),
-            Err(error) => return Err(layerfs::Error::io("waiting for the daemon's end", error.into()).into()),
+            Err(error) => {
+                return Err(layerfs::Error::io("waiting for the daemon's end", std::io::Error::from(error)).into());
+            }
         }
     }
     let text = format!("the daemon has stopped, but its process is there still after {} s", LEAVING.as_secs());

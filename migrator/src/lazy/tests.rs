@@ -101,7 +101,7 @@ async fn a_lazy_pull_brings_the_structure_then_what_is_read_then_the_rest() {
 async fn a_dry_run_of_a_lazy_transfer_is_one_of_all_that_it_would_bring() {
     let pair = Pair::new().await;
     add_layer(pair.there.store(), "app", &tree(30, 2 << 20));
-    add_layer(pair.here.store(), "mine", &tree(30, 2 << 20));
+    add_layer(pair.here.store(), "mine", &[("large".to_owned(), noise(9, 2 << 20))].into());
     let mut costs = Vec::new();
     for lazy in [false, true] {
         let pull = PullOptions { lazy, dry_run: true, ..PullOptions::default() };

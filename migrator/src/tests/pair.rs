@@ -126,8 +126,14 @@ impl Host {
     }
 
     fn in_folder(folder: tempfile::TempDir, options: NodeOptions) -> Host {
-        let store =
-            Store::open(&folder.path().join("store"), StoreOptions { create: true, ..Default::default() }).unwrap();
+        let store = loop {
+            let options = StoreOptions { create: true, ..Default::default() };
+            match Store::open(&folder.path().join("store"), options) {
+                // Of a node that was dropped some tasks are just ending.
+                Err(layerfs::Error::Busy(_)) => std::thread::sleep(std::time::Duration::from_millis(10)),
+                opened => break opened.unwrap(),
+            }
+        };
         Host { node: Node::open(store, options).unwrap(), _folder: folder }
     }
 
