@@ -1,5 +1,5 @@
 //! What was pushed lazily and isn't all there yet: sent in the background, tried again until it is, also by the next
-//! daemon. FORMAT.md, "Pushes under way".
+//! daemon. FORMAT.md, "Index database".
 //!
 //! Invariant: a layer that is still to be sent isn't collected here, whatever becomes of its name.
 
@@ -24,10 +24,37 @@ fn key(layer: LayerId, peer: &str) -> Vec<u8> {
 }
 
 /// Remembers that `layers` are to be sent to `peer`. Blocks.
-pub(super) fn add(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
+fn add(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
     let mut batch = Batch::new();
     layers.iter().for_each(|layer| batch.put(Cf::Transfers, key(*layer, peer), [VERSION]));
     Ok(store.db().write(batch, Sync::Yes)?)
+}
+
+/// What is to be sent once a lazy push has succeeded.
+pub(crate) struct Noted {
+    layers: Vec<LayerId>,
+    /// Of these, what wasn't to be sent anyway.
+    new: Vec<LayerId>,
+    peer: String,
+}
+
+impl Noted {
+    /// Remembers that `layers`, which are about to be offered, are to be sent to `peer`. Blocks.
+    pub fn new(store: &Store, layers: Vec<LayerId>, peer: &str) -> Result<Noted> {
+        let known = list(store)?.remove(peer).unwrap_or_default();
+        let new = layers.iter().copied().filter(|layer| !known.contains(layer)).collect();
+        add(store, &layers, peer)?;
+        Ok(Noted { layers, new, peer: peer.to_owned() })
+    }
+
+    /// The offer was taken, or may have been; or it is known that it was not. Blocks.
+    pub fn settle(self, store: &Store, is_refused: bool) -> Result<()> {
+        if is_refused {
+            return forget(store, &self.new, &self.peer);
+        }
+        // The rest may have been tried and found to be nobody's before the offer was taken.
+        add(store, &self.layers, &self.peer)
+    }
 }
 
 fn forget(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
@@ -37,7 +64,7 @@ fn forget(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
 }
 
 /// All that is still to be sent, by peer. Blocks.
-pub(super) fn list(store: &Store) -> Result<BTreeMap<String, Vec<LayerId>>> {
+pub(crate) fn list(store: &Store) -> Result<BTreeMap<String, Vec<LayerId>>> {
     let mut all: BTreeMap<String, Vec<LayerId>> = BTreeMap::new();
     for entry in store.db().iter(Cf::Transfers, PREFIX)? {
         let (key, _) = entry?;
