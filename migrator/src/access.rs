@@ -189,7 +189,9 @@ fn reachable(
             Err(_) if is_full => {
                 let left = layers.len() - at;
                 tracing::warn!(layers = left, "a restricted peer sees more than {most} chunks; the rest comes again");
-                layers[at..].iter().for_each(|layer| drop(held.remove(layer)));
+                for beyond in &layers[at..] {
+                    held.remove(beyond);
+                }
                 break;
             }
             Err(layerfs::Error::Cancelled) => return Err(layerfs::Error::Cancelled),

@@ -19,10 +19,11 @@ use crate::attempt::{self, Job, finish};
 use crate::dial::{Dialer, Route};
 use crate::error::{Error, Result};
 use crate::get;
-use crate::governor::{Controls, Priority, Rate};
+use crate::governor::{Controls, Priority, Rate, Way};
 use crate::grants::Grants;
 use crate::group::Groups;
 use crate::identity::{Fingerprint, Identity, PublicKey};
+use crate::lazy::pushes::Noted;
 use crate::link::{Link, Patience};
 use crate::listener::{self, Listener};
 use crate::measured::{self, Measured};
@@ -31,6 +32,7 @@ use crate::paths::{Connections, PathOptions};
 use crate::peers::{Peer, Peers, Visible, normalize_address};
 use crate::progress::TransferReport;
 use crate::receive::Terms;
+use crate::retry::is_transient;
 use crate::send::{self, joined};
 use crate::similar::Similar;
 use crate::streams::{self, Streams, TRUSTED_KEY};
@@ -61,6 +63,8 @@ pub(crate) struct Knowing {
     pub known: Option<Arc<Similar>>,
     /// What the stacks of these layers were read of: goes in front of the offer.
     pub traces: Vec<(LayerId, Vec<ChunkId>)>,
+    /// What a lazy push leaves is noted, to be sent later.
+    pub rest_later: bool,
 }
 
 /// How layers are pushed.
@@ -307,12 +311,16 @@ impl Node {
         entry: &Entry,
     ) -> Result<TransferReport> {
         entry.transfer().set_dry(options.dry_run);
-        let (store, wanted) = (self.store().clone(), names.to_vec());
+        let (store, wanted, to) = (self.store().clone(), names.to_vec(), peer.name.to_string());
+        let leaves_rest = knowing.rest_later && options.lazy && !options.dry_run;
+        let limit = options.manner.limit;
         let prepare = move || {
             let prepared = send::prepare(&store, &wanted, &Visible::All, options.force)?;
-            Ok(prepared.dry_run(options.dry_run))
+            // Before anything is named there: whatever ends this process, and becomes of the names here, the rest goes.
+            let noted = if leaves_rest { Some(Noted::new(&store, prepared.tops(), &to, limit)?) } else { None };
+            Ok((prepared.dry_run(options.dry_run), noted))
         };
-        let prepared = joined(spawn_blocking(prepare).await)?;
+        let (prepared, noted) = joined(spawn_blocking(prepare).await)?;
         // As of a pull, what would have to go is all of it.
         let prepared = if options.lazy && !options.dry_run { prepared.lazily() } else { prepared };
         let prepared = if options.hurry { prepared.in_a_hurry() } else { prepared };
@@ -322,7 +330,16 @@ impl Node {
             ids.chunks(MAX_ASK).map(|ids| Message::Traced { layer, ids: ids.to_vec() }).collect::<Vec<_>>()
         };
         let job = Job::Push(&prepared, names, knowing.traces.iter().flat_map(told).collect());
-        attempt::transfer(self, peer, job, options.paths, entry).await
+        let result = attempt::transfer(self, peer, job, options.paths, entry).await;
+        if let Some(noted) = noted {
+            // Nobody can have taken an offer that didn't go out.
+            let went_out = entry.transfer().gate().meter(Way::Out).total() > 0;
+            let is_known = |error: &Error| !went_out || !is_transient(error) && error.class() != ErrorClass::Busy;
+            let is_refused = result.as_ref().is_err_and(is_known);
+            let store = self.store().clone();
+            joined(spawn_blocking(move || noted.settle(&store, is_refused)).await)?;
+        }
+        result
     }
 
     /// Brings `names`, with all layers of their stacks, from the peer called `peer`. What is here already isn't sent.

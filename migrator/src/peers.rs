@@ -387,6 +387,28 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_is_replaced_whole_or_stays() {
+        let host = crate::tests::pair::Host::new();
+        let peers = host.node.peers();
+        let peer = |called: &str, key| Peer {
+            name: PeerName::new(called).unwrap(),
+            address: Some("10.0.0.1:7440".to_owned()),
+            key: PublicKey([key; 32]),
+            rights: Rights::default(),
+        };
+        let old = peers.add(peer("edge", 7)).unwrap();
+        peers.add(peer("other", 8)).unwrap();
+        assert!(matches!(peers.add(peer("edge", 9)), Err(Error::Exists { .. })));
+        assert!(matches!(peers.replace(peer("edge", 8)), Err(Error::Exists { .. })), "the other's key");
+        let nowhere = Peer { address: Some("a b".to_owned()), ..peer("edge", 9) };
+        assert!(peers.replace(nowhere).is_err());
+        assert_eq!(peers.get("edge").unwrap(), old);
+        assert_eq!(peers.replace(peer("edge", 9)).unwrap().key, PublicKey([9; 32]));
+        assert_eq!(peers.replace(peer("new", 7)).unwrap().name.as_str(), "new");
+        assert_eq!(peers.list().unwrap().len(), 3);
+    }
+
+    #[test]
     fn records_round_trip_and_are_pinned() {
         let peer = Peer {
             name: PeerName::new("edge").unwrap(),

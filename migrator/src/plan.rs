@@ -369,6 +369,12 @@ mod tests {
                 Ok(())
             };
             candidates(&chunks, &[layer], &[], &mut add).unwrap();
+            let manifest = Manifest::load(&chunks, layer).unwrap();
+            walk_content(&chunks, &manifest.inodes, &mut |part| {
+                found.remove(&part.id());
+                Ok(true)
+            })
+            .unwrap();
             assert_eq!(found.len(), count);
             // What it is compared with may repeat its nodes as well.
             let twin = files_of_tree(&chunks, 2, root, depth);

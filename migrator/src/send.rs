@@ -66,6 +66,15 @@ impl Prepared {
         self
     }
 
+    /// The layers that the names refer to.
+    pub fn tops(&self) -> Vec<LayerId> {
+        let mut tops: Vec<LayerId> =
+            self.offer.names.iter().map(|(_, top)| self.offer.layers[usize::from(*top)].id).collect();
+        tops.sort_unstable();
+        tops.dedup();
+        tops
+    }
+
     /// How many names it has.
     pub fn names(&self) -> usize {
         self.offer.names.len()

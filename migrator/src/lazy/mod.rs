@@ -14,7 +14,7 @@
 
 mod flights;
 mod order;
-mod pushes;
+pub(crate) mod pushes;
 mod rest;
 mod source;
 #[cfg(test)]
@@ -32,7 +32,7 @@ use layerfs::manifest::Manifest;
 use layerfs::monitor::Monitor;
 use layerfs::patience;
 use layerfs::store::{ChunkFetcher, PartialLayer};
-use layerfs::{ChunkId, LayerId};
+use layerfs::{ChunkId, LayerId, LayerName};
 use parking_lot::{Mutex, RwLock};
 use serde::Serialize;
 use tokio::sync::watch;
@@ -41,7 +41,8 @@ use tokio::task::spawn_blocking;
 use crate::error::{Error, Result};
 use crate::governor::Rate;
 use crate::guest::{GuestState, Guests};
-use crate::node::Node;
+use crate::node::{Knowing, Node, PushOptions};
+use crate::progress::TransferReport;
 use crate::send::joined;
 use flights::Flights;
 use order::Order;
@@ -182,22 +183,23 @@ impl Lazy {
         self.0.known.read().sources.values().for_each(|source| source.wake.notify_one());
     }
 
-    /// Sends in the background, within `limit`, what `layers`, which have just been pushed lazily to the peer called `peer`, lack there.
+    /// [`Node::push`]; if that is lazy, what is lacking then goes in the background, also by the next daemon.
     ///
     /// # Errors
-    /// Those of the database.
-    pub fn push_rest_later(
+    /// As [`Node::push`]; those of the database.
+    pub fn push(
         &self,
-        layers: &[LayerId],
+        names: &[LayerName],
         peer: &str,
-        limit: Option<Rate>,
-    ) -> impl Future<Output = Result<()>> + use<> {
-        let (inner, layers, to) = (self.0.clone(), layers.to_vec(), peer.to_owned());
+        options: PushOptions,
+        monitor: Arc<dyn Monitor>,
+    ) -> impl Future<Output = Result<TransferReport>> + Send + use<> {
+        let (inner, names, peer) = (self.0.clone(), names.to_vec(), peer.to_owned());
         async move {
-            let store = inner.node.store().clone();
-            joined(spawn_blocking(move || pushes::add(&store, &layers, &to, limit)).await)?;
+            let knowing = Knowing { rest_later: true, ..Knowing::default() };
+            let result = inner.node.push_knowing(&names, &peer, options, knowing, monitor).await;
             inner.changed.notify_one();
-            Ok(())
+            result
         }
     }
 
@@ -615,7 +617,7 @@ async fn complete(inner: Arc<Inner>, peer: String) {
 }
 
 /// One transfer, given up when nothing needs the layers any more.
-async fn attempt(inner: &Arc<Inner>, peer: &str, layers: &[LayerId]) -> Result<crate::TransferReport> {
+async fn attempt(inner: &Arc<Inner>, peer: &str, layers: &[LayerId]) -> Result<TransferReport> {
     let watched = Arc::new(Watched::default());
     let transfer = inner.node.complete(layers, peer, watched.clone());
     tokio::pin!(transfer);

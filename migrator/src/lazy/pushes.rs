@@ -1,5 +1,5 @@
 //! What was pushed lazily and isn't all there yet: sent in the background, tried again until it is, also by the next
-//! daemon. FORMAT.md, "Pushes under way".
+//! daemon. FORMAT.md, "Index database".
 //!
 //! Invariant: a layer that is still to be sent isn't collected here, whatever becomes of its name.
 
@@ -27,7 +27,7 @@ fn key(layer: LayerId, peer: &str) -> Vec<u8> {
 
 /// A layer that is still to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rest {
+pub(crate) struct Rest {
     layer: LayerId,
     /// Within this.
     limit: Option<Rate>,
@@ -48,10 +48,39 @@ fn decode(value: &[u8]) -> Option<Rate> {
 }
 
 /// Remembers that `layers` are to be sent to `peer`, within `limit`. Blocks.
-pub(super) fn add(store: &Store, layers: &[LayerId], peer: &str, limit: Option<Rate>) -> Result<()> {
+fn add(store: &Store, layers: &[LayerId], peer: &str, limit: Option<Rate>) -> Result<()> {
     let mut batch = Batch::new();
     layers.iter().for_each(|layer| batch.put(Cf::Transfers, key(*layer, peer), encode(limit)));
     Ok(store.db().write(batch, Sync::Yes)?)
+}
+
+/// What is to be sent once a lazy push has succeeded.
+pub(crate) struct Noted {
+    layers: Vec<LayerId>,
+    /// Of these, what wasn't to be sent anyway.
+    new: Vec<LayerId>,
+    peer: String,
+    limit: Option<Rate>,
+}
+
+impl Noted {
+    /// Remembers that `layers`, which are about to be offered, are to be sent to `peer`, within `limit`. Blocks.
+    pub fn new(store: &Store, layers: Vec<LayerId>, peer: &str, limit: Option<Rate>) -> Result<Noted> {
+        let known = list(store)?.remove(peer).unwrap_or_default();
+        let is_known = |layer: &LayerId| known.iter().any(|rest| rest.layer == *layer);
+        let new: Vec<LayerId> = layers.iter().copied().filter(|layer| !is_known(layer)).collect();
+        add(store, &new, peer, limit)?;
+        Ok(Noted { layers, new, peer: peer.to_owned(), limit })
+    }
+
+    /// The offer was taken, or may have been; or it is known that it was not. Blocks.
+    pub fn settle(self, store: &Store, is_refused: bool) -> Result<()> {
+        if is_refused {
+            return forget(store, &self.new, &self.peer);
+        }
+        // The rest may have been tried and found to be nobody's before the offer was taken.
+        add(store, &self.layers, &self.peer, self.limit)
+    }
 }
 
 fn forget(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
@@ -61,7 +90,7 @@ fn forget(store: &Store, layers: &[LayerId], peer: &str) -> Result<()> {
 }
 
 /// All that is still to be sent, by peer. Blocks.
-pub(super) fn list(store: &Store) -> Result<BTreeMap<String, Vec<Rest>>> {
+pub(crate) fn list(store: &Store) -> Result<BTreeMap<String, Vec<Rest>>> {
     let mut all: BTreeMap<String, Vec<Rest>> = BTreeMap::new();
     for entry in store.db().iter(Cf::Transfers, PREFIX)? {
         let (key, value) = entry?;

@@ -110,13 +110,12 @@ async fn the_rest_keeps_to_the_limit_that_was_asked_for() {
     let lazily = PullOptions { lazy: true, manner, ..PullOptions::default() };
     pair.here.node.pull(&[name("app")], "there", lazily, silent()).await.unwrap();
     assert_eq!(pair.here.store().partial(layer).unwrap().limit, 64 << 10);
-    let pushed = add_layer(pair.here.store(), "mine", &[("other".to_owned(), noise(1, 8 << 20))].into());
+    add_layer(pair.here.store(), "mine", &[("other".to_owned(), noise(1, 8 << 20))].into());
     let options = PushOptions { manner, ..push_options() };
-    pair.here.node.push(&[name("mine")], "there", options, silent()).await.unwrap();
     for is_first in [true, false] {
         let lazy = Lazy::start(&pair.here.node, patient(30_000));
         if is_first {
-            lazy.push_rest_later(&[pushed], "there", limit).await.unwrap();
+            lazy.push(&[name("mine")], "there", options, silent()).await.unwrap();
         }
         let found = |role| {
             let mut all = pair.here.node.transfers().list().into_iter();
@@ -136,7 +135,7 @@ async fn the_rest_keeps_to_the_limit_that_was_asked_for() {
 async fn a_dry_run_of_a_lazy_transfer_is_one_of_all_that_it_would_bring() {
     let pair = Pair::new().await;
     add_layer(pair.there.store(), "app", &tree(30, 2 << 20));
-    add_layer(pair.here.store(), "mine", &tree(30, 2 << 20));
+    add_layer(pair.here.store(), "mine", &[("large".to_owned(), noise(9, 2 << 20))].into());
     let mut costs = Vec::new();
     for lazy in [false, true] {
         let pull = PullOptions { lazy, dry_run: true, ..PullOptions::default() };
@@ -353,6 +352,56 @@ async fn what_is_pushed_lazily_waits_for_the_stream_or_asks_back() {
         assert_eq!(again.class(), ErrorClass::NotFound, "{again}");
         drop(lazy);
     }
+}
+
+/// Looks whether anything is noted when the first attempt begins.
+struct Looks {
+    store: Arc<Store>,
+    noted: AtomicBool,
+}
+
+impl layerfs::monitor::Monitor for Looks {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        if name == "connecting" {
+            self.noted.store(!super::pushes::list(&self.store).unwrap().is_empty(), Ordering::SeqCst);
+        }
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_a_lazy_push_is_noted_before_it_is_offered_and_only_if_it_may_have_been_taken() {
+    let visible = Visible::Matching(vec!["mine/*".to_owned()]);
+    let mut pair = Pair::new().await;
+    let store = pair.here.store().clone();
+    let layer = add_layer(&store, "app", &tree(20, 3 << 20));
+    let lazy = Lazy::start(&pair.here.node, patient(30_000));
+    let looks = Arc::new(Looks { store: store.clone(), noted: AtomicBool::new(false) });
+    let push = lazy.push(&[name("app")], "there", push_options(), looks.clone());
+    let pushed = push.await.unwrap();
+    assert!(looks.noted.load(Ordering::SeqCst) && pushed.names_changed == 1);
+    // The name goes on to something else: what was pushed under it goes all the same.
+    let other = add_layer(&store, "other", &tree(3, 30_000));
+    store.set_name(&name("app"), other, layerfs::store::Expect::Any).unwrap();
+    until("the rest", || !pair.there.store().has_partials()).await;
+    assert!(pair.there.has_whole("app", layer));
+    until("the note going", || super::pushes::list(&store).unwrap().is_empty()).await;
+
+    // A dry run notes nothing, and neither stays what is refused, or doesn't get there.
+    let dry = PushOptions { dry_run: true, ..push_options() };
+    let looks = Arc::new(Looks { store: store.clone(), noted: AtomicBool::new(false) });
+    lazy.push(&[name("other")], "there", dry, looks.clone()).await.unwrap();
+    assert!(!looks.noted.load(Ordering::SeqCst));
+    pair.there.node.peers().change("here", |peer| peer.rights.visible = visible).unwrap();
+    let refused = lazy.push(&[name("other")], "there", push_options(), silent()).await.unwrap_err();
+    assert_eq!(refused.class(), ErrorClass::Denied, "{refused}");
+    assert!(super::pushes::list(&store).unwrap().is_empty());
+    let elsewhere = pair.there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+    std::mem::replace(&mut pair.listener, elsewhere).close().await;
+    lazy.push(&[name("other")], "there", push_options(), silent()).await.unwrap_err();
+    assert!(super::pushes::list(&store).unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

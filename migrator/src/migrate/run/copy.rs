@@ -97,7 +97,8 @@ impl Run<'_> {
         let options = PushOptions { force, lazy, hurry: is_down || is_little, paths, manner, dry_run: false };
         let monitor = self.part(label);
         let began = Instant::now();
-        let knowing = Knowing { known: self.known.clone(), traces: std::mem::take(&mut self.traces) };
+        let knowing =
+            Knowing { known: self.known.clone(), traces: std::mem::take(&mut self.traces), rest_later: false };
         let push = self.me.0.node.push_knowing(names, self.peer.name.as_str(), options, knowing, monitor);
         let pushed = self.me.0.runtime.block_on(push)?;
         let seconds = began.elapsed().as_secs_f64();

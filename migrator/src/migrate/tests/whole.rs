@@ -61,7 +61,7 @@ async fn what_a_guest_has_read_goes_along_with_it() {
     // Of a peer that may not move guests here nothing is kept.
     two.a.node.peers().change("b", |peer| peer.rights.guests = false).unwrap();
     let planted = vec![(app, read)];
-    let (knowing, names) = (Knowing { known: None, traces: planted }, [layer_name("app")]);
+    let (knowing, names) = (Knowing { traces: planted, ..Knowing::default() }, [layer_name("app")]);
     let pushed = two.b.node.push_knowing(&names, "a", PushOptions::default(), knowing, Arc::new(Silent));
     pushed.await.unwrap();
     assert!(two.a.store.trace(app).unwrap().is_empty());

@@ -7,9 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use layerfs::LayerName;
 use layerfs::monitor::Monitor;
 use layerfs::store::Store;
-use layerfs::{LayerId, LayerName};
 use migrator::TransferReport;
 use migrator::governor::Way;
 use migrator::lazy::SourceStatus;
@@ -152,11 +152,20 @@ impl Peering {
         self.lazy.lock().as_ref().map(Lazy::sources).unwrap_or_default()
     }
 
-    /// Sends what was pushed lazily in the background, within `limit`.
-    pub async fn push_rest(&self, layers: Vec<LayerId>, peer: String, limit: Option<Rate>) -> migrator::Result<()> {
-        let rest = self.lazy.lock().as_ref().map(|lazy| lazy.push_rest_later(&layers, &peer, limit));
-        match rest {
-            Some(rest) => rest.await,
+    /// Pushes; what a lazy push leaves goes in the background.
+    async fn push(
+        &self,
+        names: &[LayerName],
+        peer: &str,
+        options: PushOptions,
+        monitor: Arc<dyn Monitor>,
+    ) -> migrator::Result<TransferReport> {
+        if !options.lazy {
+            return self.node.push(names, peer, options, monitor).await;
+        }
+        let push = self.lazy.lock().as_ref().map(|lazy| lazy.push(names, peer, options, monitor));
+        match push {
+            Some(push) => push.await,
             None => Err(layerfs::Error::Busy("the daemon is about to exit; try again in a moment".to_owned()).into()),
         }
     }
@@ -195,14 +204,7 @@ pub fn push(context: &Context, request: TransferRequest) -> Result<TransferResul
         paths: paths(&request.network)?,
     };
     let (peer, daemon) = (request.peer.clone(), context.daemon.clone());
-    let push = |monitor| async move {
-        let report = node.push(&names, &peer, options, monitor).await?;
-        if options.lazy && !options.dry_run {
-            let layers = names.iter().filter_map(|name| Some(daemon.store.name(name).ok()??.layer)).collect();
-            daemon.peering.push_rest(layers, peer, options.manner.limit).await?;
-        }
-        Ok(report)
-    };
+    let push = |monitor| async move { daemon.peering.push(&names, &peer, options, monitor).await };
     run(context, label, &request, options.manner, "--force replaces it there", push)
         .and_then(|done| estimate(context, done, Way::Out, &request))
 }
