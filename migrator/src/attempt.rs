@@ -32,7 +32,7 @@ pub(crate) enum Job<'a> {
     /// These names go to the peer; what stands in front of the offer goes first.
     Push(&'a Prepared, &'a [LayerName], Vec<Message>),
     /// What this message asks for comes from the peer, on these terms.
-    Pull(Message, Terms),
+    Pull(Message, Box<Terms>),
 }
 
 impl Job<'_> {
@@ -187,7 +187,7 @@ impl Call<'_> {
             }
             Job::Pull(request, terms) => {
                 link.send(request.clone()).await?;
-                let terms = terms.clone();
+                let terms = (**terms).clone();
                 receive::run(link, store, terms, None, &self.tally, &self.monitor).await
             }
         }

@@ -380,7 +380,7 @@ impl Node {
         };
         let (lazy, limit) = (is_lazy, options.manner.limit);
         let terms = Terms { lazy, limit, ..Terms::of_pull(self, peer, names, options.force) };
-        let job = Job::Pull(request, terms);
+        let job = Job::Pull(request, Box::new(terms));
         attempt::transfer(self, peer, job, options.paths, entry).await
     }
 

@@ -39,7 +39,6 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use crate::error::{Error, Result};
-use crate::governor::Rate;
 use crate::guest::{GuestState, Guests};
 use crate::node::{Knowing, Node, PushOptions};
 use crate::progress::TransferReport;

@@ -43,7 +43,7 @@ impl Node {
         let entry = self.begin(Role::Receiving, &[], &peer, Manner { limit, ..BACKGROUND }, monitor)?;
         self.name_layers(&entry, layers);
         let terms = Terms { completes: layers.to_vec(), ..Terms::of_pull(self, &peer, &[], false) };
-        let job = Job::Pull(Message::Look { names: Vec::new(), layers: layers.to_vec() }, terms);
+        let job = Job::Pull(Message::Look { names: Vec::new(), layers: layers.to_vec() }, Box::new(terms));
         let result = attempt::transfer(self, &peer, job, paths(), &entry).await;
         entry.end(result)
     }

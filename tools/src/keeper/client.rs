@@ -285,7 +285,7 @@ impl Keeping {
         if let Some(keeper) = &*self.keeper.lock() {
             let hello = Message::Hello { protocol: PROTOCOL, pid: std::process::id(), restart: None };
             let failed = |e| Failure::from(layerfs::Error::io("telling the keeper of the next daemon", e));
-            send(keeper.as_fd(), &hello, &[]).map_err(failed)?;
+            send(keeper.socket.as_fd(), &hello, &[]).map_err(failed)?;
         }
         Ok(true)
     }

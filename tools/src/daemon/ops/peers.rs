@@ -19,7 +19,7 @@ use migrator::node::Manner;
 use migrator::peers::{Visible, normalize_address};
 use migrator::{
     Connections, Fingerprint, Lazy, LazyOptions, Listener, Node, NodeOptions, PathOptions, Peer, PeerName, PublicKey,
-    PullOptions, PushOptions, Rate, RetryFor, Rights, Transport,
+    PullOptions, PushOptions, RetryFor, Rights, Transport,
 };
 use tokio::sync::Mutex;
 
