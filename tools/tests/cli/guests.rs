@@ -26,7 +26,17 @@ struct WithGuest(Host);
 
 impl Drop for WithGuest {
     fn drop(&mut self) {
+        let pid = self.0.daemon_pid();
         let _ = self.0.output(&["guest", "remove", "web", "--force"]);
+        // Its mount ends with the last of its processes. A daemon that left before would be followed by another.
+        let has_mount = || {
+            let open = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            open.filter_map(|entry| std::fs::read_link(entry.path()).ok()).any(|file| file == Path::new("/dev/fuse"))
+        };
+        let began = std::time::Instant::now();
+        while has_mount() && began.elapsed().as_secs() < 10 {
+            std::thread::yield_now();
+        }
     }
 }
 
