@@ -14,14 +14,17 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use super::real::Mapper;
 use super::*;
 use crate::failpoint;
+use crate::mount::hidden::place::Place;
 use crate::mount::{Mount, MountOptions, helper, point};
 use crate::packets::{receive, send};
 use crate::testing::noise;
 
-/// Where the served process finds its folder, at which step of a seal it dies, and whether it goes on with what is kept.
+/// Where the served process finds its folder, at which step of a seal it dies, whether it goes on with what is kept, and whether it
+/// has a hidden mount.
 const FOLDER: &str = "LAYERFS_TEST_FOLDER";
 const DIES_AT: &str = "LAYERFS_TEST_DIES_AT";
 const GOES_ON: &str = "LAYERFS_TEST_GOES_ON";
+const WRITEBACK: &str = "LAYERFS_TEST_WRITEBACK";
 
 /// Where the test listens that keeps a mount.
 const KEEPER: &str = "keeper.sock";
@@ -40,7 +43,7 @@ fn serve() {
         let keeper = UnixStream::connect(folder.join(KEEPER)).unwrap();
         kept.insert(folder.join("mnt"), receive::<()>(keeper.as_fd()).unwrap().unwrap().1);
     }
-    let options = MountOptions { writeback: false, ..Default::default() };
+    let options = MountOptions { writeback: std::env::var_os(WRITEBACK).is_some(), ..Default::default() };
     let mount = match crate::mount::restore(&store, &mut kept).unwrap().pop() {
         Some((_, mount)) => mount.unwrap(),
         None => Mount::start(&store, None, "test", &folder.join("mnt"), &options).unwrap(),
@@ -117,7 +120,10 @@ impl Server {
 
     fn begin(folder: &Path, variable: Option<(&str, &str)>) -> Server {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(arguments_for("serve")).env(FOLDER, folder).env_remove(DIES_AT).env_remove(GOES_ON);
+        command.args(arguments_for("serve")).env(FOLDER, folder);
+        for name in [DIES_AT, GOES_ON, WRITEBACK] {
+            command.env_remove(name);
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).envs(variable);
         let mut child = command.spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
@@ -294,22 +300,29 @@ impl Drop for Rescue {
     }
 }
 
+/// The folders below `dir` that are numbers: processes, or threads.
+fn numbered(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_number = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().parse::<u32>().is_ok();
+    entries.filter(is_number).map(|entry| entry.path()).collect()
+}
+
+/// The state of a process or a thread, and its parent.
+fn state(task: &Path) -> Option<(char, u32)> {
+    let text = fs::read_to_string(task.join("stat")).ok()?;
+    // They follow the name, which may have anything in it.
+    let mut fields = text.rsplit(") ").next()?.split(' ');
+    Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+}
+
+fn children(of: u32) -> Vec<PathBuf> {
+    let is_child = |process: &PathBuf| state(process).is_some_and(|(_, parent)| parent == of);
+    numbered(Path::new("/proc")).into_iter().filter(is_child).collect()
+}
+
 /// The thread of process `of` or of one of its children that waits for something and can't be killed, if there is one.
 fn unkillable(of: u32) -> Option<PathBuf> {
-    let numbered = |dir: &Path| -> Vec<PathBuf> {
-        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-        let is_number = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().parse::<u32>().is_ok();
-        entries.filter(is_number).map(|entry| entry.path()).collect()
-    };
-    // The fields after the name: state, parent.
-    let state = |dir: &Path| -> Option<(char, u32)> {
-        let text = fs::read_to_string(dir.join("stat")).ok()?;
-        let mut fields = text.rsplit(") ").next()?.split(' ');
-        Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
-    };
-    let is_meant =
-        |process: &Path| process.ends_with(of.to_string()) || state(process).is_some_and(|(_, parent)| parent == of);
-    let processes = numbered(Path::new("/proc")).into_iter().filter(|process| is_meant(process));
+    let processes = children(of).into_iter().chain([PathBuf::from(format!("/proc/{of}"))]);
     let mut threads = processes.flat_map(|process| numbered(&process.join("task")));
     threads.find(|thread| state(thread).is_some_and(|(state, _)| state == 'D'))
 }
@@ -384,10 +397,7 @@ impl Fetching {
 
     /// Whether the thread that waited has gone, but for whoever may have to reap it.
     fn has_waited(&self) -> bool {
-        within_seconds(30, || {
-            let text = fs::read_to_string(self.waits.join("stat")).unwrap_or_default();
-            text.is_empty() || text.rsplit(") ").next().is_some_and(|fields| fields.starts_with('Z'))
-        })
+        within_seconds(30, || state(&self.waits).is_none_or(|(state, _)| state == 'Z'))
     }
 }
 
@@ -422,4 +432,26 @@ fn who_is_killed_while_a_seal_fetches_pages_leaves_the_mount_to_the_next() {
     assert_eq!((&sealed[5000..5007], &sealed[9000..9004]), (&b"written"[..], &b"more"[..]));
     fetching.mapper.end();
     next.kill();
+}
+
+#[test]
+fn a_helper_serves_as_hand() {
+    let Some(folder) = folder() else { return };
+    if Place::make().is_err() {
+        eprintln!("NOT RUN: a hidden mount can't be had");
+        return;
+    }
+    let mut server = Server::begin(folder.path(), Some((WRITEBACK, "1")));
+    assert!(server.hears("ready"));
+    let _rescue = Rescue::new(&server.dir);
+    fs::write(server.path("large"), noise(2 << 20, 2)).unwrap();
+    assert!(server.seal("below") && children(server.child.id()).is_empty());
+    let large = OpenOptions::new().read(true).write(true).open(server.path("large")).unwrap();
+    assert_eq!(children(server.child.id()).len(), 1, "no hand was started");
+    large.write_all_at(b"written", 5000).unwrap();
+    large.sync_all().unwrap();
+    assert!(server.seal("above"));
+    drop(large);
+    assert_eq!(fs::read(server.path("large")).unwrap()[5000..5007], *b"written");
+    server.kill();
 }
