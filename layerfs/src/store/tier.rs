@@ -2,8 +2,8 @@
 //!
 //! It hides which packs are there, and reading from them by ranges. Invariants: a pack counts as stored there only
 //! after its upload was confirmed, and its file goes only then; an object is named by its content and never changed; a
-//! read from there is verified like every other, and ends in bounded time, what a limit holds it up for not counted, with an error at worst. Memory:
-//! [`WINDOWS`] windows of [`WINDOW_BYTES`], and a record for each pack.
+//! read from there is verified like every other, and ends with an error at worst, in bounded time, not counting for how
+//! long a limit holds it up. Memory: [`WINDOWS`] windows of [`WINDOW_BYTES`], and a record for each pack.
 
 use std::collections::BTreeMap;
 use std::fmt;
