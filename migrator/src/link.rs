@@ -32,6 +32,8 @@ use crate::wire::{self, FrameHeader, HEADER_BYTES, Hello, Message};
 const INCOMING: usize = 4;
 /// Messages that are taken before it's their turn, while the other side is to wait for an answer.
 const MAX_EARLY: usize = 4;
+/// How often it is looked whether a link that isn't read still takes what is written.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Small messages are collected up to so many bytes before they are written.
 const COALESCE_BYTES: usize = 32 * 1024;
 /// How much is read from a socket at once, as TLS asks for 4 KiB at a time.
@@ -206,6 +208,8 @@ pub struct Link {
     incoming: mpsc::Receiver<Result<Message>>,
     /// What came while an answer was worked out.
     early: VecDeque<Message>,
+    /// What ended the link then.
+    last_word: Option<Error>,
     group: Option<OpenGroup>,
     was_grouped: bool,
     /// The number of the frame that comes next, if it has one.
@@ -265,6 +269,7 @@ impl Link {
             outbox: Some(out_sender),
             incoming: in_receiver,
             early: VecDeque::new(),
+            last_word: None,
             group: None,
             was_grouped: false,
             part: None,
@@ -352,26 +357,36 @@ impl Link {
 
     /// The next message other than Alive; `None` if the peer has closed the link between messages.
     pub async fn recv_or_end(&mut self) -> Result<Option<Message>> {
-        match self.early.pop_front() {
-            Some(message) => Ok(Some(message)),
-            None => self.recv_new().await,
+        match (self.early.pop_front(), self.last_word.take()) {
+            (Some(message), last_word) => {
+                self.last_word = last_word;
+                Ok(Some(message))
+            }
+            (None, Some(error)) => Err(error),
+            (None, None) => self.recv_new().await,
         }
     }
 
     /// Waits for `job`, a thread that works out what the other side waits for. If the link goes meanwhile, the job is not
     /// `wanted` any more.
     pub(crate) async fn wait_for<T>(&mut self, mut job: JoinHandle<Result<T>>, wanted: &Wanted) -> Result<T> {
+        let outbox = self.outbox()?;
         let why = loop {
+            let has_room = self.early.len() < MAX_EARLY;
             let next = tokio::select! {
                 biased;
                 done = &mut job => return joined(done),
-                next = self.recv_new() => next,
+                next = self.recv_new(), if has_room => next,
+                // Who has said so much already isn't heard; but a link that is gone takes nothing either.
+                () = tokio::time::sleep(LOOK_EVERY), if !has_room => {
+                    if outbox.is_gone() {
+                        break Error::Closed { peer: self.peer.clone() };
+                    }
+                    continue;
+                }
             };
             match next {
-                Ok(Some(message)) if self.early.len() < MAX_EARLY => self.early.push_back(message),
-                Ok(Some(message)) => {
-                    break Error::protocol(&self.peer, format!("{} while an answer is due", message.kind()));
-                }
+                Ok(Some(message)) => self.early.push_back(message),
                 Ok(None) => break Error::Closed { peer: self.peer.clone() },
                 Err(error) => break error,
             }
@@ -379,7 +394,11 @@ impl Link {
         wanted.end();
         match joined(job.await) {
             Err(Error::Store(layerfs::Error::Cancelled)) => Err(why),
-            done => done,
+            done => {
+                // An end is seen again.
+                self.last_word = Some(why).filter(|why| !matches!(why, Error::Closed { .. }));
+                done
+            }
         }
     }
 

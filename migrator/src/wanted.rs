@@ -75,3 +75,35 @@ impl ChunkRead for Polled<'_> {
         self.chunks.soon(ids);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::link::{Link, Patience};
+    use crate::wire::Message;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_leaves_ends_what_is_worked_out_for_him() {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let mut link = Link::start(near, "there", Patience::default());
+        let mut other = Link::start(far, "here", Patience::default());
+        other.send(Message::End { chunks: 3 }).await.unwrap();
+        let done = link.wait_for(tokio::task::spawn_blocking(|| Ok(7)), &Wanted::default()).await.unwrap();
+        // What came meanwhile isn't lost.
+        assert_eq!((done, link.recv().await.unwrap()), (7, Message::End { chunks: 3 }));
+
+        let wanted = Wanted::default();
+        let is_wanted = wanted.clone();
+        let endless = tokio::task::spawn_blocking(move || -> crate::Result<()> {
+            loop {
+                is_wanted.check()?;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        drop(other);
+        let error = link.wait_for(endless, &wanted).await.unwrap_err();
+        assert!(matches!(error, crate::Error::Closed { .. } | crate::Error::Link { .. }), "{error}");
+    }
+}
