@@ -11,7 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use super::*;
 use crate::failpoint;
 use crate::mount::{Mount, MountOptions};
-use crate::testing::noise;
+use crate::testing::{Spawn, noise};
 
 /// Where the served process finds its folder, and at which step of a seal it dies.
 const FOLDER: &str = "LAYERFS_TEST_FOLDER";
@@ -61,7 +61,7 @@ impl Server {
         command.args(["mount::tests::killed::serve", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
         command.env(FOLDER, folder).env_remove(DIES_AT).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.envs(dies_at.map(|step| (DIES_AT, step)));
-        let mut child = command.spawn().unwrap();
+        let mut child = command.spawn_locked().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         let mut server = Server { child, input, output, dir: folder.join("mnt") };
         assert!(server.hears("ready"), "the process that serves the mount didn't start");
