@@ -8,7 +8,7 @@ pub mod pair;
 mod paths;
 mod recorded;
 mod refusals;
-mod relay;
+pub mod relay;
 mod speed;
 mod tenants;
 mod transfers;
