@@ -89,10 +89,11 @@ fn is_dying(thread: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::Spawn;
 
     #[test]
     fn a_thread_that_has_gone_waits_for_nothing() {
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn_locked().unwrap();
         let asked = || on_behalf_of(child.id(), is_given_up);
         assert!(!asked());
         assert!(!is_given_up());

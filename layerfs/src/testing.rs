@@ -1,7 +1,45 @@
 //! What tests of several modules make.
 
+use std::io::Result;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+
+use parking_lot::{RwLock, RwLockReadGuard};
+
 /// See there: runs a command in a mount namespace of its own.
 pub const ELSEWHERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/elsewhere");
+
+/// A child has copies of all descriptors of this process until its own program runs: what a test closes then is still open for a
+/// while. Whoever starts a program holds this for writing until that runs.
+static SPAWNING: RwLock<()> = RwLock::new(());
+
+/// While this is held, no child has copies of this process's descriptors: for whoever counts on it that what was closed is closed.
+/// Whoever holds it starts no program.
+pub fn nobody_spawns() -> RwLockReadGuard<'static, ()> {
+    SPAWNING.read_recursive()
+}
+
+/// As the methods of [`Command`], but not while [`nobody_spawns`].
+pub trait Spawn {
+    fn spawn_locked(&mut self) -> Result<Child>;
+    fn status_locked(&mut self) -> Result<ExitStatus>;
+    fn output_locked(&mut self) -> Result<Output>;
+}
+
+impl Spawn for Command {
+    fn spawn_locked(&mut self) -> Result<Child> {
+        let _spawning = SPAWNING.write();
+        self.spawn()
+    }
+
+    fn status_locked(&mut self) -> Result<ExitStatus> {
+        self.spawn_locked()?.wait()
+    }
+
+    fn output_locked(&mut self) -> Result<Output> {
+        self.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.spawn_locked()?.wait_with_output()
+    }
+}
 
 /// Bytes that don't compress.
 pub fn noise(count: usize, seed: u64) -> Vec<u8> {

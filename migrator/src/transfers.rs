@@ -14,6 +14,7 @@ use layerfs::error::ErrorClass;
 use layerfs::monitor::Monitor;
 use parking_lot::Mutex;
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::error::{Error, Result};
 use crate::governor::{Controls, Gate, Governor, Way};
@@ -326,6 +327,8 @@ struct Inner {
     governor: Governor,
     last_id: AtomicU64,
     register: Mutex<Register>,
+    /// Told whenever a transfer has begun.
+    has_begun: Notify,
 }
 
 impl Transfers {
@@ -344,6 +347,20 @@ impl Transfers {
         let mut register = self.0.register.lock();
         register.forget_old();
         register.ended.iter().chain(register.running.values()).map(|transfer| transfer.info()).collect()
+    }
+
+    /// Waits until the transfer with this number has begun, from when on it is listed.
+    pub async fn begun(&self, id: u64) {
+        loop {
+            let told = self.0.has_begun.notified();
+            let mut told = std::pin::pin!(told);
+            // What begins from here on is told.
+            told.as_mut().enable();
+            if self.list().iter().any(|transfer| transfer.id == id) {
+                return;
+            }
+            told.await;
+        }
     }
 
     /// The running transfer with this number.
@@ -392,6 +409,8 @@ impl Transfers {
             return Err(Error::refused(ErrorClass::Busy, message));
         }
         register.running.insert(id, transfer.clone());
+        drop(register);
+        self.0.has_begun.notify_waiters();
         Ok(Entry { transfers: self.clone(), transfer })
     }
 }

@@ -59,11 +59,19 @@ pub fn hard_link_sets(root: &Path) -> anyhow::Result<BTreeSet<LinkSet>> {
     Ok(files.into_values().collect())
 }
 
+/// Blocks are counted when they are written. Only the filesystem that `root` lies on: another test may have stopped what serves another
+/// one, or look at what it hasn't written yet.
+fn sync(root: &Path) -> anyhow::Result<()> {
+    let opened = std::fs::File::open(root).with_context(|| format!("cannot open {}", root.display()))?;
+    Ok(rustix::fs::syncfs(opened)?)
+}
+
 /// Fails if any file of `copy` allocates more than its original in `source`, one block for the filesystem's own map of
 /// a large file aside.
 pub fn no_more_allocated(source: &Path, copy: &Path) -> anyhow::Result<()> {
-    // Blocks are counted when they are written.
-    rustix::fs::sync();
+    // What is mounted may be kept on the other's filesystem.
+    sync(copy)?;
+    sync(source)?;
     walk(source, &mut |path, metadata| {
         let relative = path.strip_prefix(source).unwrap_or(path);
         if metadata.is_file() {
@@ -83,7 +91,7 @@ pub const MAP_BLOCK_BYTES: u64 = 4096;
 
 /// Bytes that `du` counts as allocated under `root`.
 pub fn allocated_bytes(root: &Path) -> anyhow::Result<u64> {
-    rustix::fs::sync();
+    sync(root)?;
     let text = output_of(Command::new("du").args(["-s", "--block-size=1"]).arg(root))?;
     text.split_whitespace().next().and_then(|number| number.parse().ok()).with_context(|| format!("du said {text:?}"))
 }

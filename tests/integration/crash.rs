@@ -284,6 +284,8 @@ fn receive() -> anyhow::Result<()> {
 fn sender() -> anyhow::Result<()> {
     let mut hosts = TwoHosts::new()?;
     let tree = source(&hosts.a, "tree", 600)?;
+    // So much that it takes many seconds longer than what is waited for below.
+    tree::big_file(&tree.join("more"), 602, 20_000_000)?;
     hosts.a.import(&tree, "tree", &[])?;
     hosts.link.shape(8)?;
     for after in [3_000, 200_000, 2_000_000] {
@@ -293,13 +295,17 @@ fn sender() -> anyhow::Result<()> {
         while hosts.link.a.sent_bytes()? - base < after && child.try_wait()?.is_none() {
             std::thread::sleep(Duration::from_millis(3));
         }
+        // What is left can't be sent before the kill, though that may take its time to come.
+        hosts.link.shape(1)?;
         hosts.a.kill()?;
+        hosts.link.shape(8)?;
         ensure!(!child.wait()?.success(), "the push succeeded without its daemon");
         hosts.a.start(&[])?;
         whole(&hosts.a, &one("tree", &tree), &Contents::new())?;
         // On a machine that is slow just now, all may have been sent before the kill.
         whole(&hosts.b, &Contents::new(), &one("tree", &tree))?;
     }
+    hosts.link.shape(200)?;
     hosts.push(&["tree"])?;
     whole(&hosts.b, &one("tree", &tree), &Contents::new())
 }

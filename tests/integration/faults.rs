@@ -26,6 +26,9 @@ const BYTES: u64 = 16 << 20;
 /// What may be under way at a fault and come again: queues and buffers of both sides and of the relay, on each of several
 /// connections, frames that aren't confirmed, chunks that are being verified or lie in a pack's buffer.
 const IN_FLIGHT_BYTES: u64 = 6 << 20;
+/// The most that the receiver's kernel keeps for each connection, and the relay's sockets. What they take by themselves on a fast
+/// machine whose programs don't run for a while would be several times [`IN_FLIGHT_BYTES`].
+const SOCKET_BYTES: usize = 256 << 10;
 const RELAY_PORT: u16 = 7500;
 const LONGEST_STALL: Duration = Duration::from_millis(700);
 
@@ -62,6 +65,7 @@ struct Relay {
 
 impl Relay {
     /// A relay in the sender's network, and what tells of faults that have struck.
+    #[allow(clippy::print_stderr)] // It tells why more is under way.
     fn start(from: &End, to: &End) -> anyhow::Result<(Arc<Relay>, Receiver<Fault>)> {
         let (struck, tells) = channel();
         let relay = Relay { passed: AtomicU64::new(0), armed: Mutex::new(None), struck: Mutex::new(struck) };
@@ -72,6 +76,14 @@ impl Relay {
             for near in listener.incoming().flatten() {
                 // While the receiver's daemon is dead nobody answers, as without a relay.
                 let Ok(far) = inside(&from, || TcpStream::connect((to.0.as_str(), to.1))) else { continue };
+                for stream in [&near, &far] {
+                    // The kernel takes twice as much.
+                    let bounded = rustix::net::sockopt::set_socket_send_buffer_size(stream, SOCKET_BYTES / 2)
+                        .and_then(|()| rustix::net::sockopt::set_socket_recv_buffer_size(stream, SOCKET_BYTES / 2));
+                    if let Err(error) = bounded {
+                        eprintln!("the relay's buffers are as large as they are: {error}");
+                    }
+                }
                 shared.join(near, far);
             }
         });
@@ -139,6 +151,9 @@ fn faults() -> anyhow::Result<()> {
     let pushes = std::env::var("LAYERFS_FAULT_PUSHES").ok().and_then(|text| text.parse().ok()).unwrap_or(PUSHES);
     let link = Link::new()?;
     link.shape(MEGABITS)?;
+    let buffers = format!("4096 {} {SOCKET_BYTES}", SOCKET_BYTES / 2);
+    // That file is of the network namespace of whoever opens it.
+    inside(&link.b, || std::fs::write("/proc/sys/net/ipv4/tcp_rmem", buffers))?;
     let mut hosts = TwoHosts::on(link)?;
     let (relay, struck) = Relay::start(&hosts.link.a, &hosts.link.b)?;
     let by_relay = format!("{}:{RELAY_PORT}", hosts.link.a.address);

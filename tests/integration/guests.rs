@@ -33,7 +33,7 @@ fn lxc() -> anyhow::Result<()> {
     );
     fs::write(&config, text)?;
     let name = format!("lfst{}", std::process::id());
-    let script = "id -u > /root/ran && cat /etc/debian_version >> /root/ran && mknod /root/null c 1 3 && echo quiet > /root/null && ln /root/ran /root/linked && sync";
+    let script = "id -u > /root/ran && cat /etc/debian_version >> /root/ran && mknod /root/null c 1 3 && echo quiet > /root/null && ln /root/ran /root/linked && sync -f /root/ran";
     let mut start = Command::new("lxc-start");
     start
         .args(["--foreground", "--name", &name, "--lxcpath"])

@@ -6,11 +6,13 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Case;
 use layerfs_tests::case::Need::{self, Containers, Criu, Fuse, GuestTool, Kernel, Namespaces, Root, Tool};
+use layerfs_tests::ctl::{Answer, Ctl};
 use layerfs_tests::host::{Host, TwoHosts, run_in};
 use layerfs_tests::network::inside;
 use layerfs_tests::{case, fixtures};
@@ -22,7 +24,15 @@ use crate::moves::Ledger;
 /// The longest that anything may take: on a busy machine a guest may stand still for many seconds, and its client's next try
 /// comes as much later.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-pub const GUEST: &str = "zoo";
+
+/// The name of a guest, which is another one in each test that runs at a time: runtimes call what they make on this machine after it.
+/// What a test starts beside itself has to be given it.
+pub fn guest() -> &'static str {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    thread_local!(static NAME: &'static str = format!("zoo{}", NEXT.fetch_add(1, SeqCst)).leak());
+    NAME.with(|name| *name)
+}
+
 /// How often it goes to and fro, unless `LAYERFS_MIGRATIONS` says otherwise.
 const TURNS: usize = 4;
 
@@ -88,7 +98,7 @@ pub struct Moving {
 impl Drop for Moving {
     fn drop(&mut self) {
         for host in [&self.hosts.a, &self.hosts.b] {
-            let _ = host.ctl.run(["guest", "remove", GUEST, "--force"]);
+            let _ = host.ctl.run(["guest", "remove", guest(), "--force"]);
         }
     }
 }
@@ -127,9 +137,9 @@ impl Moving {
             fixtures::build(program, &a.path("tree/bin").join(program))?;
         }
         a.import(&a.path("tree"), "app", &["--kind", "base"])?;
-        let create = ["guest", "create", GUEST, "--driver", driver, "--on", "app"];
+        let create = ["guest", "create", guest(), "--driver", driver, "--on", "app"];
         a.ctl.ok(create.iter().chain(options))?;
-        a.ctl.ok(["guest", "start", GUEST])?;
+        a.ctl.ok(["guest", "start", guest()])?;
         Ok(())
     }
 
@@ -140,11 +150,11 @@ impl Moving {
     /// Moves it away from the first host, or back to it.
     pub fn migrate(&self, to_first: bool, options: &[&str]) -> anyhow::Result<Value> {
         let peer = if to_first { "a" } else { "b" };
-        self.host(!to_first).ctl.json(["migrate", GUEST, peer].iter().chain(options))
+        self.host(!to_first).ctl.json(["migrate", guest(), peer].iter().chain(options))
     }
 
     pub fn show(&self, is_first: bool) -> anyhow::Result<Value> {
-        self.host(is_first).ctl.json(["guest", "show", GUEST])
+        self.host(is_first).ctl.json(["guest", "show", guest()])
     }
 
     /// What the zoo counts to there, if it has lost nothing.
@@ -173,7 +183,7 @@ impl Moving {
     /// Removes the guest from both hosts, on which nothing of it stays.
     pub fn end(&self) -> anyhow::Result<()> {
         for is_first in [true, false] {
-            let removed = self.host(is_first).ctl.run(["guest", "remove", GUEST, "--force"])?;
+            let removed = self.host(is_first).ctl.run(["guest", "remove", guest(), "--force"])?;
             // It may never have come there.
             ensure!(matches!(removed.code, 0 | 3), "it isn't removed: {removed:?}");
             left_nothing(self, is_first)?;
@@ -191,8 +201,8 @@ impl Moving {
             let mut is_open = false;
             for is_first in [true, false] {
                 let ctl = &self.host(is_first).ctl;
-                is_open |= ctl.run(["guest", "resolve", GUEST])?.code == 0;
-                let shown = ctl.run(["guest", "show", GUEST, "--json"])?;
+                is_open |= ctl.run(["guest", "resolve", guest()])?.code == 0;
+                let shown = ctl.run(["guest", "show", guest(), "--json"])?;
                 let info: Value = serde_json::from_slice(&shown.stdout).unwrap_or_default();
                 if info["activity"] == "running" {
                     runs.push(is_first);
@@ -210,7 +220,7 @@ impl Moving {
 
 /// Where `host` keeps what belongs to the guest: its root, and what its runtime leaves.
 pub fn folder(host: &Host) -> PathBuf {
-    host.ctl.store().join("guests").join(GUEST)
+    host.ctl.store().join("guests").join(guest())
 }
 
 /// Where `host` keeps states that are being written, as long as there are any.
@@ -290,7 +300,7 @@ fn restore_fails() -> anyhow::Result<()> {
     let count = moving.passes(true, 3)?;
     let program = folder(&moving.hosts.b).join("root/bin/zoo");
     hook(&moving.hosts.b, "before-restore", &format!("rm {}", program.display()))?;
-    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+    let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?.failed_with(1)?;
     ensure!(said.contains("gave it back") && said.contains("zoo"), "{said}");
     ensure!(moving.settled()?, "it runs elsewhere");
     let count = moving.passes(true, count)?;
@@ -306,7 +316,7 @@ fn container_goes_back() -> anyhow::Result<()> {
     moving.start("oci", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
     let count = moving.passes(true, 0)?;
     hook(&moving.hosts.b, "before-restore", "exit 3")?;
-    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+    let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?.failed_with(1)?;
     ensure!(said.contains("before-restore") && said.contains("runs on here"), "{said}");
     moving.passes(true, count)?;
     moving.end()
@@ -318,7 +328,7 @@ fn dump_fails() -> anyhow::Result<()> {
     let count = moving.passes(true, 3)?;
     let log = folder(&moving.hosts.a).join("run/dump.log");
     fs::create_dir(&log)?;
-    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+    let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?.failed_with(1)?;
     ensure!(said.contains("dump") && said.contains("runs on here"), "{said}");
     let count = moving.passes(true, count)?;
     fs::remove_dir(&log)?;
@@ -342,7 +352,7 @@ fn disk_full() -> anyhow::Result<()> {
     b.start(&[])?;
     moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "96", "0"])?;
     let count = moving.passes(true, 0)?;
-    let refused = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?;
+    let refused = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?;
     ensure!(refused.code != 0, "it went to a full disk: {refused:?}");
     ensure!(moving.settled()?, "it doesn't run here");
     let count = moving.passes(true, count)?;
@@ -367,9 +377,9 @@ fn behind_a_link() -> anyhow::Result<()> {
     ensure!(answer["unmounted"].as_array().is_some_and(Vec::is_empty), "the guest lost its root: {answer}");
     moving.passes(true, count)?;
     ensure!(moving.show(true)?["root"].is_string(), "its root isn't known: {}", moving.show(true)?);
-    moving.hosts.a.ctl.ok(["guest", "stop", GUEST])?;
+    moving.hosts.a.ctl.ok(["guest", "stop", guest()])?;
     ensure!(!fs::read_to_string("/proc/self/mountinfo")?.contains(&*place.to_string_lossy()), "its root stays mounted");
-    moving.hosts.a.ctl.ok(["guest", "start", GUEST])?;
+    moving.hosts.a.ctl.ok(["guest", "start", guest()])?;
     moving.passes(true, 0)?;
     Ok(())
 }
@@ -386,7 +396,7 @@ fn cut_before() -> anyhow::Result<()> {
     let count = moving.passes(true, 3)?;
     let end = &moving.hosts.link.b;
     cut_at(&moving, "before-restore")?;
-    let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?;
+    let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?;
     ensure!(said.code != 0, "{said:?}");
     let count = moving.passes(true, count)?;
     fs::remove_file(moving.hosts.b.ctl.store().join("hooks/before-restore"))?;
@@ -404,7 +414,7 @@ fn cut_after() -> anyhow::Result<()> {
     let end = &moving.hosts.link.b;
     cut_at(&moving, "after-restore")?;
     let ctl = moving.hosts.a.ctl.clone();
-    let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+    let asking = asking(ctl, ["migrate", guest(), "b"]);
     let count = moving.passes(false, count)?;
     ensure!(moving.show(true)?["activity"] != "running", "it runs on both");
     ensure!(moving.show(true)?["state"] == "away", "the source takes it for its own");
@@ -432,7 +442,7 @@ fn source_dies() -> anyhow::Result<()> {
         moving.start("process", &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
         let count = moving.passes(true, 3)?;
         let ctl = moving.hosts.a.ctl.clone();
-        let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+        let asking = asking(ctl, ["migrate", guest(), "b"]);
         moving.hosts.a.wait_for_crash()?;
         // Its keeper starts another.
         let is_first = moving.settled().with_context(|| format!("step {step}"))?;
@@ -591,7 +601,7 @@ fn ahead_of_memory(driver: &str) -> anyhow::Result<()> {
     // Ended where its state is still open.
     moving.migrate(false, POST_COPY)?;
     moving.passes(false, count)?;
-    moving.hosts.b.ctl.ok(["guest", "stop", GUEST])?;
+    moving.hosts.b.ctl.ok(["guest", "stop", guest()])?;
     left_nothing(&moving, false)?;
     moving.end()
 }
@@ -650,7 +660,7 @@ fn dies() -> anyhow::Result<()> {
         moving.hosts.b.stop()?;
         moving.hosts.b.start(&["--crash-at", step])?;
         let ctl = moving.hosts.a.ctl.clone();
-        let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
+        let asking = asking(ctl, ["migrate", guest(), "b"]);
         moving.hosts.b.wait_for_crash()?;
         moving.hosts.b.start(&[])?;
         let ended = asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
@@ -666,12 +676,49 @@ fn dies() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts a daemon on `host`, with a keeper, for which `program` takes some seconds longer when it is told `word`. Returns the file that it
-/// makes then.
-fn slow_down(host: &mut Host, program: &str, word: &str) -> anyhow::Result<PathBuf> {
-    let begun = host.path("begun");
-    put_before(host, program, word, &format!(": >{}; sleep 4", begun.display()))?;
-    Ok(begun)
+/// A program that stands still as soon as it has begun.
+struct Slow {
+    /// It makes this then,
+    begun: PathBuf,
+    /// and goes on once this is there.
+    go: PathBuf,
+}
+
+impl Slow {
+    /// Kills the daemon that serves `host`. The program goes on when the next one answers, which finds it at work.
+    fn outlives_daemon(&self, host: &Host) -> anyhow::Result<()> {
+        let killed = self.kills_daemon(host)?;
+        self.goes_on_after(host, killed)
+    }
+
+    /// The first half: returns which daemon was killed.
+    fn kills_daemon(&self, host: &Host) -> anyhow::Result<i32> {
+        wait_for(&self.begun)?;
+        let killed = host.serving_pid()?;
+        host.kill_serving()?;
+        Ok(killed)
+    }
+
+    fn goes_on_after(&self, host: &Host, killed: i32) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while host.serving_pid()? == killed {
+            ensure!(began.elapsed() < PATIENCE, "no other daemon answers");
+        }
+        Ok(fs::write(&self.go, "")?)
+    }
+}
+
+/// Starts a daemon on `host`, with a keeper, for which `program` stands still when it is told `word`.
+fn slow_down(host: &mut Host, program: &str, word: &str) -> anyhow::Result<Slow> {
+    let (begun, go) = (host.path("begun"), host.path("go"));
+    // A test that has failed removes the first file without having made the second.
+    let lines = format!(
+        ": >{begun}; while [ -e {begun} ] && ! [ -e {go} ]; do sleep 0.05; done",
+        begun = begun.display(),
+        go = go.display()
+    );
+    put_before(host, program, word, &lines)?;
+    Ok(Slow { begun, go })
 }
 
 /// Starts a daemon on `host`, with a keeper, for which `program` does what a shell's `lines` say first when it is told `word`.
@@ -694,6 +741,11 @@ fn real(program: &str) -> anyhow::Result<PathBuf> {
     let folder = std::env::var_os("LAYERFS_GUEST_TOOLS").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from);
     let found = Programs::new(folder, "layerctl".into(), std::env::var_os("PATH")).find(program);
     found.context("no such program")
+}
+
+/// Runs a command beside the test.
+fn asking(ctl: Ctl, words: [&'static str; 3]) -> JoinHandle<anyhow::Result<Answer>> {
+    std::thread::spawn(move || ctl.run(words))
 }
 
 fn wait_for(file: &std::path::Path) -> anyhow::Result<()> {
@@ -721,16 +773,16 @@ fn copies(host: &Host) -> anyhow::Result<usize> {
 /// The destination's program is killed while CRIU restores, which goes on without it: the next one takes over what that has made.
 fn dies_restoring(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
     let mut moving = Moving::new()?;
-    let begun = slow_down(&mut moving.hosts.b, program, word)?;
+    let slow = slow_down(&mut moving.hosts.b, program, word)?;
     moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
     let count = moving.passes(true, 3)?;
     ensure!(copies(&moving.hosts.a)? == 1, "copies aren't counted");
     let ctl = moving.hosts.a.ctl.clone();
-    let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
-    wait_for(&begun)?;
+    let asking = asking(ctl, ["migrate", guest(), "b"]);
+    wait_for(&slow.begun)?;
     let said = moving.hosts.b.ctl.run(["daemon", "restart"])?.failed_with(5)?;
     ensure!(said.contains("hand over guest"), "{said}");
-    moving.hosts.b.kill_serving()?;
+    slow.outlives_daemon(&moving.hosts.b)?;
     ensure!(!moving.settled()?, "it runs at the source");
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     let count = moving.passes(false, count)?;
@@ -741,38 +793,42 @@ fn dies_restoring(driver: &str, program: &str, word: &str) -> anyhow::Result<()>
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let state = folder(&moving.hosts.b).join("state");
     ensure!(!mounts.contains(&*state.to_string_lossy()), "what it was restored from is still open");
-    moving.hosts.b.ctl.ok(["guest", "stop", GUEST])?;
+    moving.hosts.b.ctl.ok(["guest", "stop", guest()])?;
     moving.end()
 }
 
 /// The program is killed while the runtime dumps for a checkpoint, and the checkpoint is asked for again at once.
 fn checkpoint_is_repeated(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
     let mut moving = Moving::new()?;
-    let begun = slow_down(&mut moving.hosts.a, program, word)?;
+    let slow = slow_down(&mut moving.hosts.a, program, word)?;
     moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
     let count = moving.passes(true, 3)?;
     let ctl = moving.hosts.a.ctl.clone();
-    let asking = std::thread::spawn(move || ctl.run(["guest", "checkpoint", GUEST]));
-    wait_for(&begun)?;
-    moving.hosts.a.kill_serving()?;
-    let began = Instant::now();
-    loop {
-        let again = moving.hosts.a.ctl.run(["guest", "checkpoint", GUEST])?;
-        match again.code {
-            0 => break,
-            // The next daemon comes up, or lets it go on.
-            3 | 5 | 10 => ensure!(began.elapsed() < PATIENCE, "{again:?}"),
-            _ => anyhow::bail!("{again:?}"),
+    let asking = asking(ctl, ["guest", "checkpoint", guest()]);
+    let a = &moving.hosts.a;
+    let killed = slow.kills_daemon(a)?;
+    std::thread::scope(|scope| {
+        let goes_on = scope.spawn(|| slow.goes_on_after(a, killed));
+        let began = Instant::now();
+        loop {
+            let again = a.ctl.run(["guest", "checkpoint", guest()])?;
+            match again.code {
+                0 => break,
+                // The next daemon comes up, or lets it go on.
+                3 | 5 | 10 => ensure!(began.elapsed() < PATIENCE, "{again:?}"),
+                _ => anyhow::bail!("{again:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        goes_on.join().map_err(|_| anyhow::anyhow!("waiting for the next daemon panicked"))?
+    })?;
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     let count = moving.passes(true, count)?;
     ensure!(copies(&moving.hosts.a)? == 1, "{} copies run", copies(&moving.hosts.a)?);
     leaves_memory(&moving.hosts.a)?;
     ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
-    moving.hosts.a.ctl.ok(["guest", "checkpoint", GUEST, "--stop"])?;
-    moving.hosts.a.ctl.ok(["guest", "restore", GUEST])?;
+    moving.hosts.a.ctl.ok(["guest", "checkpoint", guest(), "--stop"])?;
+    moving.hosts.a.ctl.ok(["guest", "restore", guest()])?;
     moving.passes(true, count)?;
     moving.end()
 }
@@ -890,15 +946,15 @@ fn start_is_cut_off(driver: &str) -> anyhow::Result<()> {
         }
     };
     a.import(&a.path("tree"), "app", &["--kind", "base"])?;
-    a.ctl.ok(["guest", "create", GUEST, "--driver", driver, "--on", "app"].iter().chain(options))?;
+    a.ctl.ok(["guest", "create", guest(), "--driver", driver, "--on", "app"].iter().chain(options))?;
     // Its command may or may not hear of the next daemon.
-    a.ctl.run(["guest", "start", GUEST])?;
+    a.ctl.run(["guest", "start", guest()])?;
     a.wait_for_crash()?;
     // Its keeper starts another.
     a.serving_pid()?;
     let found = moving.show(true)?;
     ensure!(found["activity"] == "running", "it isn't known: {found}");
-    let again = moving.hosts.a.ctl.run(["guest", "start", GUEST])?;
+    let again = moving.hosts.a.ctl.run(["guest", "start", guest()])?;
     ensure!(matches!(again.code, 0 | 5), "{again:?}");
     let now = moving.show(true)?;
     ensure!(now["pid"] == found["pid"] && now["state"] == "running", "another one was started: {found}, then {now}");
@@ -906,7 +962,7 @@ fn start_is_cut_off(driver: &str) -> anyhow::Result<()> {
         moving.passes(true, 0)?;
         ensure!(copies(&moving.hosts.a)? == 1, "{} copies run", copies(&moving.hosts.a)?);
     }
-    moving.hosts.a.ctl.ok(["guest", "stop", GUEST])?;
+    moving.hosts.a.ctl.ok(["guest", "stop", guest()])?;
     ensure!(moving.show(true)?["activity"] == "absent", "the one that was found did not end");
     moving.end()
 }
@@ -915,13 +971,12 @@ fn start_is_cut_off(driver: &str) -> anyhow::Result<()> {
 /// was written.
 fn dies_dumping(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
     let mut moving = Moving::new()?;
-    let begun = slow_down(&mut moving.hosts.a, program, word)?;
+    let slow = slow_down(&mut moving.hosts.a, program, word)?;
     moving.start(driver, &["zoo"], &["--", "/bin/zoo", "/zoo-says", "8", "0"])?;
     let count = moving.passes(true, 3)?;
     let ctl = moving.hosts.a.ctl.clone();
-    let asking = std::thread::spawn(move || ctl.run(["migrate", GUEST, "b"]));
-    wait_for(&begun)?;
-    moving.hosts.a.kill_serving()?;
+    let asking = asking(ctl, ["migrate", guest(), "b"]);
+    slow.outlives_daemon(&moving.hosts.a)?;
     ensure!(moving.settled()?, "it runs elsewhere");
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     let count = moving.passes(true, count)?;
@@ -941,15 +996,15 @@ fn mistakes() -> anyhow::Result<()> {
     ensure!(said.contains("nobody"), "{said}");
     fixtures::build("zoo", &a.path("tree/bin/zoo"))?;
     a.import(&a.path("tree"), "app", &[])?;
-    a.ctl.ok(["guest", "create", GUEST, "--on", "app", "--", "/bin/zoo", "/zoo-says", "1", "0"])?;
-    let said = a.ctl.run(["migrate", GUEST, "b"])?.failed_with(5)?;
+    a.ctl.ok(["guest", "create", guest(), "--on", "app", "--", "/bin/zoo", "/zoo-says", "1", "0"])?;
+    let said = a.ctl.run(["migrate", guest(), "b"])?.failed_with(5)?;
     ensure!(said.contains("only a running one"), "{said}");
-    let said = a.ctl.run(["guest", "resolve", GUEST])?.failed_with(3)?;
+    let said = a.ctl.run(["guest", "resolve", guest()])?.failed_with(3)?;
     ensure!(said.contains("unfinished move"), "{said}");
-    a.ctl.ok(["guest", "start", GUEST])?;
-    let said = a.ctl.run(["migrate", GUEST, "nowhere"])?.failed_with(3)?;
+    a.ctl.ok(["guest", "start", guest()])?;
+    let said = a.ctl.run(["migrate", guest(), "nowhere"])?.failed_with(3)?;
     ensure!(said.contains("nowhere"), "{said}");
-    let refused = a.ctl.run(["migrate", GUEST, "b"])?;
+    let refused = a.ctl.run(["migrate", guest(), "b"])?;
     ensure!(refused.code != 0 && refused.text().is_empty(), "a peer without the right to took it");
     ensure!(moving.show(true)?["activity"] == "running", "it doesn't run on");
     Ok(())

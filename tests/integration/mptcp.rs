@@ -19,7 +19,7 @@ use layerfs_tests::network::{End, Link, inside};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto};
 
 use crate::follow::{self, Router};
-use crate::migrate::{GUEST, Moving, PATIENCE, QEMU};
+use crate::migrate::{Moving, PATIENCE, QEMU, guest};
 use crate::rollback::Stream;
 
 const FIRST: Ipv4Addr = Ipv4Addr::new(10, 88, 1, 2);
@@ -63,7 +63,7 @@ fn across() -> anyhow::Result<()> {
     ensure!(!second.is_empty(), "the way to the new address is closed again");
     // From now on nothing leads to the first address.
     for host in [&moving.hosts.a, &moving.hosts.b] {
-        run_in(host, &follow::hook()?.to_string_lossy(), &["remove", GUEST])?;
+        run_in(host, &follow::hook()?.to_string_lossy(), &["remove", guest()])?;
         ensure!(follow::tunnels(host)? == 0, "there is a tunnel");
     }
     run_in(&moving.hosts.a, "ip", &["link", "set", "uplink", "down"])?;

@@ -259,14 +259,17 @@ fn cut_link() -> anyhow::Result<()> {
     let mut hosts = TwoHosts::new()?;
     tree::fill(&hosts.a.path("tree"), 61, 400, 50_000)?;
     hosts.a.import(&hosts.a.path("tree"), "tree", &[])?;
-    hosts.link.shape(40)?;
+    // So slow that what is left takes many seconds when it is time.
+    hosts.link.shape(10)?;
     let mut pushing = hosts.a.ctl.command(["push", "tree", "b"]);
     let mut child = pushing.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn()?;
     while hosts.link.a.sent_bytes()? < 3_000_000 && child.try_wait()?.is_none() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    // The other side goes away in the middle.
+    // The other side goes away in the middle: what is left can't be sent before that, though it may take its time to come.
+    hosts.link.shape(1)?;
     hosts.b.kill()?;
+    hosts.link.shape(200)?;
     ensure!(!child.wait()?.success(), "the push succeeded though the other side had gone");
     hosts.b.start(&[])?;
     ensure!(hosts.b.names()?.is_empty(), "half a push has a name");

@@ -9,7 +9,7 @@ use layerfs_tests::case::Need::{Root, Tool};
 use layerfs_tests::case::{Case, output_of};
 use layerfs_tests::ctl::number;
 use layerfs_tests::host::Host;
-use layerfs_tests::servers::{Registry, free_port};
+use layerfs_tests::servers::{Registry, silent_port};
 use layerfs_tests::{compare, tree, zoo};
 use serde_json::{Value, json};
 
@@ -382,7 +382,8 @@ fn failures() -> anyhow::Result<()> {
     ensure!(said.contains("layerctl pull x"), "{said}");
     host.ctl.ok(["push", "small", &format!("{place}:1"), "--plain-http"])?;
     code(&["pull", "small", &format!("{place}:1"), "--plain-http"], 4)?;
-    let nobody = format!("oci://127.0.0.1:{}/small:1", free_port()?);
+    let (_taken, silent) = silent_port()?;
+    let nobody = format!("oci://127.0.0.1:{silent}/small:1");
     code(&["pull", "x", &nobody, "--plain-http"], 10)?;
     // A blob that isn't what it should be: the layer's, the largest.
     let blobs =

@@ -13,7 +13,7 @@ use layerfs_tests::case::Case;
 use layerfs_tests::host::Host;
 
 use crate::migrate::{
-    ADDRESS, GUEST, LXC, Moving, NETWORK, OCI, PATIENCE, PROCESS, QEMU, connect, connect_bridges, folder, hook,
+    ADDRESS, LXC, Moving, NETWORK, OCI, PATIENCE, PROCESS, QEMU, connect, connect_bridges, folder, guest, hook,
 };
 
 /// The cases.
@@ -139,7 +139,7 @@ fn goes_back(moving: &Moving, needed: &Path) -> anyhow::Result<()> {
         [(a, "after-stop", "exit 3"), (b, "before-restore", "exit 3"), (b, "before-restore", &remove)]
     {
         hook(host, point, script)?;
-        let said = moving.hosts.a.ctl.run(["migrate", GUEST, "b"])?.failed_with(1)?;
+        let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?.failed_with(1)?;
         ensure!(said.contains("runs on here") || said.contains("runs here again"), "{script}: {said}");
         client.hears(1000).with_context(|| format!("after {script}"))?;
         // From what is there, not from what was stored.

@@ -1,9 +1,7 @@
 //! Transfers through ssh, with a real sshd that the test starts on loopback with its own configuration and keys.
 
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use anyhow::ensure;
 use layerfs_tests::case::Case;
@@ -11,6 +9,7 @@ use layerfs_tests::case::Need::{Root, Tool};
 use layerfs_tests::case::output_of;
 use layerfs_tests::ctl::{Answer, binary};
 use layerfs_tests::host::Host;
+use layerfs_tests::servers::Server;
 use layerfs_tests::tree;
 
 /// The cases.
@@ -22,60 +21,34 @@ pub fn cases() -> Vec<Case> {
     )]
 }
 
-/// An sshd with keys of its own. Ended when dropped.
-struct Sshd {
-    child: Child,
-    port: u16,
-}
-
-impl Drop for Sshd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn keygen(path: &Path) -> anyhow::Result<()> {
     output_of(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path)).map(drop)
 }
 
-impl Sshd {
-    /// Starts it with its files, and a client's configuration `client`, in `folder`.
-    fn start(folder: &Path) -> anyhow::Result<Sshd> {
-        keygen(&folder.join("host"))?;
-        keygen(&folder.join("user"))?;
-        std::fs::copy(folder.join("user.pub"), folder.join("authorized"))?;
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let at = folder.display();
+/// Starts an sshd with keys of its own: with its files, and a client's configuration `client`, in `folder`.
+fn start_sshd(folder: &Path) -> anyhow::Result<Server> {
+    keygen(&folder.join("host"))?;
+    keygen(&folder.join("user"))?;
+    std::fs::copy(folder.join("user.pub"), folder.join("authorized"))?;
+    let at = folder.display();
+    let client = format!(
+        "Host *\n IdentityFile {at}/user\n IdentitiesOnly yes\n IdentityAgent none\n UserKnownHostsFile {at}/known\n \
+         StrictHostKeyChecking yes\n BatchMode yes\n"
+    );
+    std::fs::write(folder.join("client"), client)?;
+    std::fs::create_dir_all("/run/sshd")?;
+    let host_key = std::fs::read_to_string(folder.join("host.pub"))?;
+    Server::start(&folder.join("sshd.log"), |port| {
         let server = format!(
             "Port {port}\nListenAddress 127.0.0.1\nHostKey {at}/host\nAuthorizedKeysFile {at}/authorized\nStrictModes no\n\
              UsePAM no\nPidFile none\nPermitRootLogin yes\nPasswordAuthentication no\n"
         );
         std::fs::write(folder.join("server"), server)?;
-        let host_key = std::fs::read_to_string(folder.join("host.pub"))?;
         std::fs::write(folder.join("known"), format!("[127.0.0.1]:{port} {host_key}"))?;
-        let client = format!(
-            "Host *\n IdentityFile {at}/user\n IdentitiesOnly yes\n IdentityAgent none\n UserKnownHostsFile {at}/known\n \
-             StrictHostKeyChecking yes\n BatchMode yes\n"
-        );
-        std::fs::write(folder.join("client"), client)?;
-        std::fs::create_dir_all("/run/sshd")?;
-        let log = std::fs::File::create(folder.join("sshd.log"))?;
-        let child = Command::new("/usr/sbin/sshd")
-            .args(["-D", "-e", "-f"])
-            .arg(folder.join("server"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()?;
-        let sshd = Sshd { child, port };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            ensure!(Instant::now() < deadline, "sshd does not answer");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(sshd)
-    }
+        let mut command = Command::new("/usr/sbin/sshd");
+        command.args(["-D", "-e", "-f"]).arg(folder.join("server"));
+        Ok(command)
+    })
 }
 
 fn layerctl(host: &Host, folder: &Path, args: &[&str]) -> anyhow::Result<Answer> {
@@ -93,11 +66,11 @@ fn layerctl(host: &Host, folder: &Path, args: &[&str]) -> anyhow::Result<Answer>
 fn push_and_pull() -> anyhow::Result<()> {
     let (here, there) = (Host::new()?, Host::cold()?);
     let folder = here.new_folder("ssh")?;
-    let sshd = Sshd::start(&folder)?;
+    let sshd = start_sshd(&folder)?;
     tree::fill(&here.path("tree"), 3, 500, 20_000)?;
     here.import(&here.path("tree"), "app", &[])?;
     let program = binary()?.display().to_string();
-    let url = format!("ssh://root@127.0.0.1:{}{}", sshd.port, there.ctl.store().display());
+    let url = format!("ssh://root@127.0.0.1:{}{}", sshd.port(), there.ctl.store().display());
     let remote = ["--remote-layerctl", program.as_str()];
 
     let push = |name: &str| layerctl(&here, &folder, &["push", name, &url, remote[0], remote[1]]);

@@ -50,9 +50,10 @@ fn source(host: &Host, name: &str, seed: u64) -> anyhow::Result<PathBuf> {
     Ok(source)
 }
 
-fn add(host: &Host, s3: &S3, folder: &str) -> anyhow::Result<()> {
+fn add(host: &Host, s3: &S3, folder: &str, further: &[&str]) -> anyhow::Result<()> {
     let url = format!("s3://bucket/{folder}");
-    host.ctl.ok(["tier", "add", &url, "--endpoint", &s3.endpoint(), "--timeout", "2"])?;
+    let endpoint = s3.endpoint();
+    host.ctl.ok(["tier", "add", &url, "--endpoint", &endpoint].iter().chain(further))?;
     Ok(())
 }
 
@@ -69,7 +70,7 @@ fn evicted() -> anyhow::Result<()> {
     host.start(&[])?;
     let tree = source(&host, "tree", 91)?;
     host.import(&tree, "app", &[])?;
-    add(&host, &s3, "one/store")?;
+    add(&host, &s3, "one/store", &[])?;
     offload(&host)?;
     let status = host.ctl.json(["tier", "status"])?;
     ensure!(number(&status, "remote_packs")? >= 1 && number(&status, "local_packs")? == 0, "{status}");
@@ -87,7 +88,7 @@ fn evicted() -> anyhow::Result<()> {
     let refused =
         other.ctl.run(["tier", "add", "s3://bucket/one/store", "--endpoint", &s3.endpoint()])?.failed_with(5)?;
     ensure!(refused.contains("belongs to another store"), "{refused}");
-    add(&other, &s3, "other")?;
+    add(&other, &s3, "other", &[])?;
     host.ctl.run(["tier", "remove"])?.failed_with(5)?;
     // What is dead goes there too.
     let before = s3.keys()?.len();
@@ -111,7 +112,7 @@ fn silent() -> anyhow::Result<()> {
     host.start(&[])?;
     let tree = source(&host, "tree", 92)?;
     host.import(&tree, "app", &[])?;
-    add(&host, &s3, "store")?;
+    add(&host, &s3, "store", &["--timeout", "2"])?;
     offload(&host)?;
     let local = source(&host, "local", 93)?;
     host.import(&local, "local", &[])?;
@@ -148,7 +149,7 @@ fn lost() -> anyhow::Result<()> {
     host.start(&[])?;
     let (one, two) = (source(&host, "one", 94)?, source(&host, "two", 95)?);
     host.import(&one, "one", &[])?;
-    add(&host, &s3, "store")?;
+    add(&host, &s3, "store", &[])?;
     host.ctl.ok(["tier", "sync"])?;
     host.import(&two, "two", &[])?;
     offload(&host)?;
@@ -182,7 +183,7 @@ fn each_step() -> anyhow::Result<()> {
     host.start(&[])?;
     let tree = source(&host, "tree", 96)?;
     host.import(&tree, "kept", &[])?;
-    add(&host, &s3, "store")?;
+    add(&host, &s3, "store", &[])?;
     host.stop()?;
     for (round, step) in STEPS.iter().enumerate() {
         host.start(&[])?;

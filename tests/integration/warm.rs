@@ -91,6 +91,11 @@ impl Warm {
     /// The same, and waits until nobody has it open. The daemon looks at what was closed whenever it is asked something.
     fn warm_and_idle(&self, name: &str) -> anyhow::Result<()> {
         self.warm(name)?;
+        self.is_closed(name)
+    }
+
+    /// Waits until nobody has a file open: another test's child has copies of this process's descriptors until its program runs.
+    fn is_closed(&self, name: &str) -> anyhow::Result<()> {
         until("the closing of a file", || Ok(free_bytes(&self.mnt)? > 0 && self.how_open(name)? == 0))
     }
 
@@ -170,6 +175,7 @@ fn without_the_daemon() -> anyhow::Result<()> {
     let shown = scene.host.ctl.json(["mounts"])?["mounts"][0]["warm_bytes"].as_u64();
     ensure!(shown == Some(BYTES + FENCE_BYTES), "`mounts` says {shown:?}");
     drop(reader);
+    scene.is_closed("one")?;
     // Who writes when nobody reads copies up by range, and there is no copy any more.
     for file in scene.both("one")? {
         file.write_all_at(b"new", 5_000_000)?;

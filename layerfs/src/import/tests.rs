@@ -22,6 +22,7 @@ use crate::error::ErrorClass;
 use crate::inode::Node;
 use crate::monitor::{Counting, Silent};
 use crate::store::StoreOptions;
+use crate::testing::Spawn;
 use crate::walk::Walker;
 
 /// A store and a place for sources.
@@ -221,7 +222,7 @@ fn is_root() -> bool {
 
 /// Runs a program; panics with its output if it fails.
 fn run(program: &str, arguments: &[&OsStr], folder: &Path) -> Vec<u8> {
-    let output = Command::new(program).args(arguments).current_dir(folder).output();
+    let output = Command::new(program).args(arguments).current_dir(folder).output_locked();
     let output = output.unwrap_or_else(|e| panic!("{program} is needed for this test: {e}"));
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
     output.stdout

@@ -76,6 +76,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+    use crate::testing::Spawn;
 
     #[test]
     fn groups_are_known_when_the_kernel_tells_none() {
@@ -85,7 +86,7 @@ mod tests {
         }
         let mut program = Command::new("cat");
         program.uid(1234).gid(5678).stdin(Stdio::piped()).stdout(Stdio::null());
-        let mut running = program.spawn().unwrap();
+        let mut running = program.spawn_locked().unwrap();
         let caller = Caller { uid: u32::MAX, gid: u32::MAX, pid: running.id() };
         let belongs = [5678, 5679, 1234].map(|group| caller.is_in_group(group));
         drop(running.stdin.take());

@@ -16,19 +16,21 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::ReadWriteFlags;
+use rustix::process::Pid;
 
 const PAGE: usize = 4096;
 /// How long a writer may keep its file's lock before a seal gives up.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a held file is read on trial, where it can't be asked whether reading waits.
-const TRIAL_PATIENCE: Duration = Duration::from_millis(300);
+/// How often a held file's reader has to be found asleep, one look after the other, where it can't be asked whether reading waits.
+const TRIAL_LOOKS: u32 = 30;
+const TRIAL_LOOK: Duration = Duration::from_millis(10);
 const STACK_BYTES: usize = 64 * 1024;
 
 const UFFD_API: u64 = 0xaa;
@@ -175,15 +177,44 @@ fn is_read_while_held(folder: &Path) -> Result<bool> {
         return Ok(true);
     }
     // Not every filesystem can be asked so.
+    let (begin, has_begun) = channel();
     let (send, is_read) = channel();
     let reader = std::thread::Builder::new().name("layerfs-trial".to_owned()).stack_size(STACK_BYTES);
     let reader = reader.spawn(move || {
+        let _ = begin.send(rustix::thread::gettid());
         let _ = send.send(file.read_at(&mut [0], 0).is_ok_and(|count| count == 1));
     })?;
-    let is_read = is_read.recv_timeout(TRIAL_PATIENCE).unwrap_or(false);
+    let is_read = match has_begun.recv() {
+        Ok(thread) => is_read_in_time(&is_read, || is_asleep(thread)),
+        Err(_) => false,
+    };
     drop(hold);
     let _ = reader.join();
     Ok(is_read)
+}
+
+/// What comes of a trial, false if it waits. One that could go on, if only it were given a processor, isn't waiting, however long it takes.
+fn is_read_in_time(is_read: &Receiver<bool>, is_asleep: impl Fn() -> bool) -> bool {
+    let mut asleep = 0;
+    loop {
+        match is_read.recv_timeout(TRIAL_LOOK) {
+            Ok(is_read) => return is_read,
+            Err(RecvTimeoutError::Disconnected) => return false,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        asleep = if is_asleep() { asleep + 1 } else { 0 };
+        if asleep == TRIAL_LOOKS {
+            return false;
+        }
+    }
+}
+
+/// Whether a thread of this process waits for something, by the kernel's word.
+fn is_asleep(thread: Pid) -> bool {
+    let about = std::fs::read_to_string(format!("/proc/self/task/{}/stat", thread.as_raw_nonzero()));
+    // The name before it may have any characters.
+    let state = about.ok().and_then(|about| about.rsplit_once(") ")?.1.chars().next());
+    state != Some('R')
 }
 
 /// A descriptor for faults of this process.
@@ -243,9 +274,24 @@ fn write_nothing(file: &File, at: u64, page: usize) -> Result<()> {
 mod tests {
     #![allow(clippy::print_stderr)] // a test that can't run says so
 
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     use super::*;
+
+    #[test]
+    fn a_trial_that_is_not_run_is_waited_for_and_one_that_sleeps_is_not() {
+        let (send, is_read) = channel();
+        let looks = AtomicU32::new(0);
+        let runs_late = || {
+            if looks.fetch_add(1, Ordering::Relaxed) > TRIAL_LOOKS {
+                send.send(true).unwrap();
+            }
+            false
+        };
+        assert!(is_read_in_time(&is_read, runs_late));
+        let (_send, is_read) = channel();
+        assert!(!is_read_in_time(&is_read, || true));
+    }
 
     #[test]
     fn writers_wait_and_readers_do_not() {

@@ -302,12 +302,16 @@ mod tests {
     fn one_is_an_orphan_when_its_beginner_is_gone_and_can_be_waited_for() {
         let folder = tempfile::tempdir().unwrap();
         let note = Note { file: folder.path().join("note"), into: Some(folder.path()), root: None };
-        let mut child = note.begin(&mut waits("exec sleep 0.2"), b"\n").unwrap();
+        // Until it is told: it has to be alive while it is looked at, however long that takes.
+        let go = folder.path().join("go");
+        let until = format!("until [ -e {} ]; do sleep 0.02; done", go.display());
+        let mut child = note.begin(&mut waits(&until), b"\n").unwrap();
         assert_eq!(Errand::orphaned(&note.file), None);
         orphan(&note.file);
         let errand = Errand::orphaned(&note.file).unwrap();
         assert_eq!(errand.folder(), Some(folder.path()));
         assert!(errand.program().is_alive());
+        fs::write(go, "").unwrap();
         errand.wait().unwrap();
         assert!(!errand.program().is_alive());
         child.wait().unwrap();

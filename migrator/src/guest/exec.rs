@@ -373,7 +373,9 @@ mod tests {
         let file = folder.path().join("pid");
         let script = format!("sleep 600 & echo $! >{}; wait", file.display());
         let mut command = Command::new("/bin/sh");
-        let error = status(command.args(["-c", &script]), Duration::from_secs(1)).unwrap_err();
+        let child = start(command.args(["-c", &script])).unwrap();
+        assert!(wait_until(ANSWER_PATIENCE, || fs::read_to_string(&file).is_ok_and(|pid| pid.ends_with('\n'))));
+        let error = ended(child, Duration::from_secs(1)).unwrap_err();
         assert!(error.contains("after 1s, and was killed"), "{error}");
         let left = Process::of(fs::read_to_string(file).unwrap().trim().parse().unwrap());
         assert!(left.is_none_or(|left| !left.is_alive()));

@@ -1,6 +1,6 @@
 //! Two hosts: what is read before it has come, who brings it, and what happens when nobody can.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use crate::guest::{GuestName, GuestRecord, GuestSpec, GuestState, Guests};
 use crate::node::Manner;
 use crate::peers::{Rights, Visible};
 use crate::tests::pair::{Host, Pair, add_layer, add_layer_over, name, noise, silent, tree};
+use crate::tests::relay::Relay;
 use crate::transfers::{Role, State};
 use crate::wanted::Wanted;
 use crate::{PullOptions, PushOptions};
@@ -58,6 +59,13 @@ async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 fn patient(milliseconds: u64) -> LazyOptions {
     LazyOptions { timeout: Duration::from_millis(milliseconds) }
+}
+
+/// From now on `here` reaches `there` by a path that can be shut. (A listener's port, once closed, may be another test's.)
+async fn by_relay(pair: &Pair) -> Relay {
+    let relay = Relay::to(pair.listens()).await;
+    pair.here.node.peers().change("there", |peer| peer.address = Some(relay.address())).unwrap();
+    relay
 }
 
 fn assert_clean(host: &Host) {
@@ -176,14 +184,13 @@ async fn what_others_have_brought_does_not_come_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
-    let mut pair = Pair::new().await;
+    let pair = Pair::new().await;
+    let relay = by_relay(&pair).await;
     let layer = add_layer(pair.there.store(), "app", &tree(10, 4 << 20));
     pull_lazily(&pair, "app").await.unwrap();
     let store = pair.here.store().clone();
     let ids = data(&store, layer);
-    let address: SocketAddr = pair.listens();
-    let elsewhere = pair.there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
-    std::mem::replace(&mut pair.listener, elsewhere).close().await;
+    relay.shut();
 
     let lazy = Lazy::start(&pair.here.node, patient(400));
     for _ in 0..2 {
@@ -196,7 +203,7 @@ async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
     let error = read(&store, ChunkId::of(b"nowhere")).await.unwrap_err();
     assert!(matches!(error, layerfs::Error::ChunkMissing(_)), "{error}");
 
-    let back = pair.there.node.listen(address).await.unwrap();
+    relay.mend();
     let mut outcome = read(&store, ids[3]).await;
     while outcome.is_err() {
         outcome = read(&store, ids[3]).await;
@@ -205,7 +212,6 @@ async fn a_source_that_goes_costs_its_readers_the_stated_time_and_returns() {
     until("the rest", || !store.has_partials()).await;
     assert!(pair.here.has_whole("app", layer));
     drop(lazy);
-    back.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -269,7 +275,8 @@ async fn an_unreadable_layer_keeps_no_other_from_its_source() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_waits_for_its_state_as_long_as_it_takes() {
-    let mut pair = Pair::new().await;
+    let pair = Pair::new().await;
+    let relay = by_relay(&pair).await;
     let layer = add_layer(pair.there.store(), "guest/web/state", &tree(10, 4 << 20));
     let mut other = tree(0, 0);
     other.insert("other".to_owned(), noise(1, 1 << 20));
@@ -279,9 +286,7 @@ async fn a_guest_waits_for_its_state_as_long_as_it_takes() {
     let store = pair.here.store().clone();
     let state_ids = data(&store, layer);
     let others = data(&store, other);
-    let address: SocketAddr = pair.listens();
-    let elsewhere = pair.there.node.listen((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
-    std::mem::replace(&mut pair.listener, elsewhere).close().await;
+    relay.shut();
     let guest = GuestName::new("web").unwrap();
     let spec = GuestSpec {
         name: guest.clone(),
@@ -318,10 +323,9 @@ async fn a_guest_waits_for_its_state_as_long_as_it_takes() {
     let error = read(&store, others[0]).await.unwrap_err();
     assert!(matches!(error, layerfs::Error::Absent { .. }), "nothing runs on that: {error}");
 
-    let back = pair.there.node.listen(address).await.unwrap();
+    relay.mend();
     assert!(waits.await.unwrap().unwrap() > 0);
     drop(lazy);
-    back.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -109,8 +109,6 @@ fn run(program: &Path, store: &Path, point: HookPoint, row: &Row) -> Result<()> 
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
     use crate::guest::{GuestName, GuestRecord, GuestSpec};
     use crate::handover::MoveId;
@@ -125,10 +123,13 @@ mod tests {
         let (key, rights) = (PublicKey([7; 32]), Rights::default());
         let peer = Peer { name: PeerName::new("edge").unwrap(), address: None, key, rights };
         let row = Row::source(MoveId([1; 16]), &GuestRecord::new(spec), &peer).unwrap();
+        // Not by this process: a child of another test would hold a copy of the descriptor for a moment, and a file that somebody writes
+        // to can't be run.
         let write = |path: PathBuf, text: &str| {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(&path, text).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let mut shell = Command::new("sh");
+            shell.args(["-euc", "printf %s \"$0\" >\"$1\"; chmod 755 \"$1\"", text]).arg(&path);
+            assert!(shell.status().unwrap().success());
         };
         let said = folder.path().join("said");
         let say = format!("#!/bin/sh\ncat >/dev/null\necho $LAYERFS_GUEST $LAYERFS_PEER >> {}\n", said.display());

@@ -8,7 +8,7 @@ pub mod pair;
 mod paths;
 mod recorded;
 mod refusals;
-mod relay;
+pub mod relay;
 pub mod s3;
 mod speed;
 mod tenants;

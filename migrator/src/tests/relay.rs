@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -12,9 +13,11 @@ use tokio::task::JoinHandle;
 #[derive(Default)]
 struct Counts {
     connections: AtomicUsize,
+    /// Those that didn't get through.
+    turned_away: AtomicUsize,
     bytes: AtomicU64,
-    /// Cut by itself after so many bytes, once.
-    cut_at: AtomicU64,
+    /// What becomes of it by itself after so many bytes, once.
+    then: Mutex<Option<(u64, State)>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -52,6 +55,7 @@ impl Relay {
             while let Ok((near, _)) = listener.accept().await {
                 let (all, states) = (all.clone(), states.clone());
                 if states.borrow().0 == State::Shut {
+                    all.turned_away.fetch_add(1, SeqCst);
                     continue;
                 }
                 all.connections.fetch_add(1, SeqCst);
@@ -61,8 +65,8 @@ impl Relay {
                     let mut watched = states.subscribe();
                     let (near, far) = (near.into_split(), far.into_split());
                     tokio::select! {
-                        () = forward(near.0, far.1, &all, &states) => {}
-                        () = forward(far.0, near.1, &all, &states) => {}
+                        () = forward(near.0, far.1, &all, &states, generation) => {}
+                        () = forward(far.0, near.1, &all, &states, generation) => {}
                         _ = watched.wait_for(|(_, now)| *now != generation) => {}
                     }
                 });
@@ -85,30 +89,47 @@ impl Relay {
         self.counts.bytes.load(SeqCst)
     }
 
-    /// Ends all connections; new ones get through.
-    pub fn cut(&self) {
-        self.state.send_modify(|(_, generation)| *generation += 1);
+    /// Connections so far that came while it was shut.
+    pub fn turned_away(&self) -> usize {
+        self.counts.turned_away.load(SeqCst)
     }
 
-    /// Ends all connections once so many bytes have passed.
-    pub fn cut_at(&self, bytes: u64) {
-        self.counts.cut_at.store(bytes, SeqCst);
+    /// Ends all connections; new ones get through. What was held does not.
+    pub fn cut(&self) {
+        self.state.send_modify(|(state, generation)| (*state, *generation) = (State::Open, *generation + 1));
     }
 
     /// Ends all connections, and no new one gets through.
     pub fn shut(&self) {
-        self.state.send_modify(|(state, generation)| (*state, *generation) = (State::Shut, *generation + 1));
+        set(&self.state, State::Shut);
+    }
+
+    /// The same once so many bytes have passed.
+    pub fn shut_at(&self, bytes: u64) {
+        *self.counts.then.lock() = Some((bytes, State::Shut));
     }
 
     /// Nothing gets through, and nobody is told.
     pub fn hold(&self) {
-        self.state.send_modify(|(state, _)| *state = State::Held);
+        set(&self.state, State::Held);
+    }
+
+    /// The same once so many bytes have passed.
+    pub fn hold_at(&self, bytes: u64) {
+        *self.counts.then.lock() = Some((bytes, State::Held));
     }
 
     /// All is as it was.
     pub fn mend(&self) {
-        self.state.send_modify(|(state, _)| *state = State::Open);
+        set(&self.state, State::Open);
     }
+}
+
+fn set(watched: &watch::Sender<(State, u64)>, to: State) {
+    watched.send_modify(|(state, generation)| {
+        *generation += u64::from(to == State::Shut);
+        *state = to;
+    });
 }
 
 async fn forward(
@@ -116,20 +137,22 @@ async fn forward(
     mut to: tokio::net::tcp::OwnedWriteHalf,
     counts: &Counts,
     state: &watch::Sender<(State, u64)>,
+    generation: u64,
 ) {
     let mut buffer = vec![0; 64 * 1024];
     let mut held = state.subscribe();
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        if held.wait_for(|(state, _)| *state != State::Held).await.is_err() {
+        let is_gone = held.wait_for(|(state, _)| *state != State::Held).await.is_err();
+        if is_gone || held.borrow().1 != generation {
             return;
         }
         if to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
         let bytes = counts.bytes.fetch_add(count as u64, SeqCst) + count as u64;
-        let at = counts.cut_at.load(SeqCst);
-        if at > 0 && bytes >= at && counts.cut_at.swap(0, SeqCst) > 0 {
-            state.send_modify(|(_, generation)| *generation += 1);
+        let then = counts.then.lock().take_if(|(at, _)| *at <= bytes);
+        if let Some((_, then)) = then {
+            set(state, then);
         }
     }
     let _ = to.shutdown().await;

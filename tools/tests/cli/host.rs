@@ -159,7 +159,9 @@ pub fn filters() -> Vec<(&'static str, &'static str)> {
         (r"DIR {2,}LAYER", "DIR  LAYER"),
         (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "[time]"),
         (r"\d+(\.\d+)? [KMG]?i?B/s", "[rate]"),
-        (r"\b\d+\.\d s\b", "[seconds]"),
+        // As long as it takes on a machine that is busy.
+        (r"\b(\d+ min \d+ s|\d+\.\d s|\d\d s)\b", "[seconds]"),
+        (r"\b\d+ min ago\b", "just now"),
         (r#""(seconds|uptime_seconds)": [0-9.]+"#, r#""$1": [seconds]"#),
         (r"pid +\d+", "pid [pid]"),
         (r"owner( +)\d+:\d+", "owner$1[owner]"),

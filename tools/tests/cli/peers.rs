@@ -45,6 +45,18 @@ fn transfer(host: &Host, id: u64, state: &str) -> serde_json::Value {
     }
 }
 
+/// The transfer of `host` with this number, once the peer that began it has made itself heard: at the peer it runs from before
+/// its first message.
+fn arrived(host: &Host, id: u64) -> serde_json::Value {
+    loop {
+        let list = host.json(&["transfers"]);
+        let found = list["transfers"].as_array().unwrap().iter().find(|transfer| transfer["id"] == id);
+        if let Some(transfer) = found {
+            return transfer.clone();
+        }
+    }
+}
+
 #[test]
 fn transfers_are_watched_and_changed() {
     let (central, edge) = acquainted();
@@ -62,7 +74,7 @@ fn transfers_are_watched_and_changed() {
         (&running["role"], &running["origin"], &running["limit"]),
         (&"sending".into(), &"here".into(), &1024.into())
     );
-    assert_eq!(edge.json(&["transfers"])["transfers"][1]["origin"], "peer");
+    assert_eq!(arrived(&edge, 2)["origin"], "peer");
     let quiet = central.session(&[
         &["transfers", "pause", "2"],
         &["transfers", "priority", "high", "2"],
@@ -107,7 +119,7 @@ fn a_cancelled_transfer_is_so_at_both_sides() {
     central.json(&["import", "tree", "base"]);
     central.json(&["push", "base", "edge", "--limit", "1k", "--background"]);
     transfer(&central, 1, "running");
-    while edge.json(&["transfers"])["transfers"].as_array().unwrap().is_empty() {}
+    arrived(&edge, 1);
     edge.json(&["transfers", "cancel", "1"]);
     transfer(&edge, 1, "cancelled");
     let failed = loop {

@@ -17,7 +17,7 @@ use crate::failpoint;
 use crate::mount::hidden::place::Place;
 use crate::mount::{Mount, MountOptions, helper, point};
 use crate::packets::{receive, send};
-use crate::testing::noise;
+use crate::testing::{Spawn, noise};
 
 /// Where the served process finds its folder, at which step of a seal it dies, whether it goes on with what is kept, and whether it
 /// has a hidden mount.
@@ -125,7 +125,7 @@ impl Server {
             command.env_remove(name);
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).envs(variable);
-        let mut child = command.spawn().unwrap();
+        let mut child = command.spawn_locked().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         Server { child, input, output, dir: folder.join("mnt") }
     }

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::mount::backing::Device;
 use crate::mount::fs::Backings;
 use crate::mount::{Mount, MountOptions, UnmountOptions, UpperChoice};
-use crate::testing::ELSEWHERE;
+use crate::testing::{ELSEWHERE, Spawn, nobody_spawns};
 use crate::upper::hold::Hold;
 
 const BYTES: usize = 300_000;
@@ -26,11 +26,21 @@ struct Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        let _still = nobody_spawns();
         self.mount.unmount(&UnmountOptions { discard_upper: true, ..Default::default() }).unwrap();
     }
 }
 
 impl Mounted {
+    /// Waits until the upper has so many data files and others. A copy of a descriptor that another test's child has until its program
+    /// runs keeps a file open; whatever is asked after its closing finds it closed.
+    fn comes_to(&self, counts: (u64, u64)) -> bool {
+        within_seconds(60, || {
+            fs::read_dir(&self.dir).unwrap();
+            self.mount.fs().unwrap().upper_counts() == counts
+        })
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
@@ -168,6 +178,8 @@ fn readers_and_writers_of_all_kinds_see_the_same() {
     writer.write_all_at(b"2", 7).unwrap();
     reader.read_exact_at(&mut byte, 7).unwrap();
     assert_eq!((byte, mounted.written()), (*b"2", 1));
+    // Copies would keep them open.
+    let _still = nobody_spawns();
     drop((reader, writer));
     // Now it is the upper's, and nobody has it open.
     let before = mounted.written();
@@ -218,7 +230,7 @@ fn a_seal_holds_writers_back() {
     drop(files);
     let (_, view) = mounted.seal();
     assert_eq!(sealed_bytes(&view, "first"), vec![last; BYTES]);
-    assert_eq!(mounted.mount.fs().unwrap().upper_counts(), (0, 0));
+    assert!(mounted.comes_to((0, 0)), "{:?}", mounted.mount.fs().unwrap().upper_counts());
 }
 
 #[test]
@@ -237,16 +249,13 @@ fn a_file_in_use_goes_on_after_a_seal_and_leaves_the_upper_when_it_is_closed() {
     assert_eq!(bytes, [5; 10]);
     assert_eq!(fs::read(&written).unwrap()[99..111], [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]);
     drop(reader);
-    // Whatever is asked next finds it closed.
-    fs::read_dir(&mounted.dir).unwrap();
-    assert_eq!(counts(), (1, 0), "the data file stays though nobody has it open");
+    assert!(mounted.comes_to((1, 0)), "{:?}: the data file stays though nobody has it open", counts());
     writer.write_all_at(&[2; 1], 100).unwrap();
     let (report, view) = mounted.seal();
     assert_eq!(sealed_bytes(&view, "written")[100], 2);
     assert_eq!(report.inodes, 1);
     drop(writer);
-    fs::read_dir(&mounted.dir).unwrap();
-    assert_eq!(counts(), (0, 0));
+    assert!(mounted.comes_to((0, 0)), "{:?}", counts());
 }
 
 /// The descriptor through which a file was mapped is closed: nobody tells us of the mapping, and stores into it go on.
@@ -303,6 +312,8 @@ fn what_is_written_to_runs_with_no_other_rights() {
     file.write_all_at(b"two", 0).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o755);
     mode(0o4755);
+    // Copies would keep it open.
+    let _still = nobody_spawns();
     drop(file);
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o4755);
     // A descriptor that was closed a moment ago counts no more.
@@ -332,11 +343,13 @@ fn who_writes_past_the_end_keeps_the_upper_back() {
     fs::write(&path, b"one").unwrap();
     let mut other = Command::new(ELSEWHERE);
     other.arg(&mounted.dir).args(["sh", "-c", "exec 3<>\"$0\"; echo; read line; echo \"$line\" >&3; echo; cat"]);
-    let mut other = other.arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut other = other.arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn_locked().unwrap();
     let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
     // Once it answers, it has the file open.
     output.read_exact(&mut [0]).unwrap();
+    let still = nobody_spawns();
     mounted.mount.unmount(&UnmountOptions { everywhere: true, ..Default::default() }).unwrap();
+    drop(still);
     input.write_all(b"another\n").unwrap();
     output.read_exact(&mut [0]).unwrap();
     let options =

@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, Timespec, Timestamps, Xat
 use super::*;
 use crate::error::Error;
 use crate::mount::{Mount, MountOptions, Transport, UnmountOptions, UpperChoice, acl};
-use crate::testing::ELSEWHERE;
+use crate::testing::{ELSEWHERE, Spawn, nobody_spawns};
 
 /// A store and a mount of its own, in a temporary folder.
 struct Mounted {
@@ -35,14 +35,26 @@ impl Mounted {
         self.mount.seal(&options, &Silent).unwrap()
     }
 
+    fn unmount(&self, options: &UnmountOptions) {
+        unmount(&self.mount, options);
+    }
+
     /// Mounts the same upper again, as after a restart.
     fn remount(mut self) -> Mounted {
-        self.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+        self.unmount(&UnmountOptions { keep_record: true, ..Default::default() });
+        // What other tests have just started elsewhere may have a copy for a moment.
+        self.mount.wait();
         let mut restored = crate::mount::restore(&self.store, &mut Default::default()).unwrap();
         assert_eq!(restored.len(), 1);
         self.mount = restored.remove(0).1.unwrap();
         self
     }
+}
+
+/// Unmounts what nobody uses: not while a child has a copy of something that was closed.
+fn unmount(mount: &Mount, options: &UnmountOptions) {
+    let _still = nobody_spawns();
+    mount.unmount(options).unwrap();
 }
 
 impl Drop for Mounted {
@@ -85,11 +97,11 @@ fn mounted() -> Option<Mounted> {
 }
 
 fn set_acl(path: &Path, spec: &str) {
-    assert!(Command::new("setfacl").args(["-m", spec]).arg(path).status().unwrap().success());
+    assert!(Command::new("setfacl").args(["-m", spec]).arg(path).status_locked().unwrap().success());
 }
 
 fn acl_of(path: &Path) -> String {
-    let output = Command::new("getfacl").args(["-cpE"]).arg(path).output().unwrap();
+    let output = Command::new("getfacl").args(["-cpE"]).arg(path).output_locked().unwrap();
     String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -141,8 +153,9 @@ fn a_read_only_mount_shows_a_layer() {
     assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
     fs::write(m.path("file"), b"changed").unwrap();
     assert_eq!(fs::read(dir.join("file")).unwrap(), b"content");
-    read_only.unmount(&UnmountOptions::default()).unwrap();
-    assert!(read_only.has_ended());
+    unmount(&read_only, &UnmountOptions::default());
+    // What other tests have just started elsewhere may have a copy for a moment.
+    assert!(within_seconds(60, || read_only.has_ended()));
 }
 
 /// What a mount was asked, by operation.
@@ -208,6 +221,8 @@ fn a_warm_mount_is_asked_only_what_it_must_be() {
         again.is_empty() && asked(&m.mount) == once
     };
     assert!(within_seconds(60, is_settled));
+    // A copy of what is closed here would keep the closing from the mount.
+    let _still = nobody_spawns();
     assert_eq!(asked_by(&read_only, &[], || all(&below)), Asked::new());
     let opened = [("open", 1), ("release", 1)];
     let listed = [("opendir", 1), ("releasedir", 1)];
@@ -215,7 +230,7 @@ fn a_warm_mount_is_asked_only_what_it_must_be() {
     assert_eq!(asked_by(&m.mount, &[], || stat(&dir)), Asked::new());
     assert_eq!(asked_by(&m.mount, &listed, || list(&dir)), listed.into());
     assert_eq!(asked_by(&m.mount, &opened, || read(&dir)), opened.into());
-    read_only.unmount(&UnmountOptions::default()).unwrap();
+    unmount(&read_only, &UnmountOptions::default());
 }
 
 /// Another process that has a file mapped. It can't be this one: a page fault there may wait for the mount while it
@@ -268,7 +283,7 @@ impl Mapper {
 
     fn start_by(mut command: Command, path: &Path) -> Mapper {
         command.args(["mount::tests::real::map_a_file", "--exact", "--ignored", "--nocapture"]).env(MAPPED, path);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn_locked().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         Mapper { child, input, output }
     }
@@ -290,7 +305,7 @@ impl Mapper {
 fn elsewhere(mount: &Path) -> (Child, ChildStdin) {
     let mut other = Command::new(ELSEWHERE);
     other.arg(mount).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut other = other.spawn().unwrap();
+    let mut other = other.spawn_locked().unwrap();
     let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
     // Once it answers, it has its namespace.
     input.write_all(b"?").unwrap();
@@ -303,9 +318,11 @@ fn a_copy_in_another_namespace_holds_nobody_up() {
     let Some(m) = mounted() else { return };
     fs::write(m.path("file"), b"there").unwrap();
     let (mut other, input) = elsewhere(&m.path(""));
-    m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+    m.unmount(&UnmountOptions { keep_record: true, ..Default::default() });
     assert!(!m.mount.has_ended() && m.mount.is_left() && !m.path("file").exists());
-    assert_eq!(m.mount.processes(), [other.id()]);
+    // What other tests have just started elsewhere has a copy too, until it has left all mounts but its own.
+    let is_only_it = || m.mount.processes() == [other.id()];
+    assert!(within_seconds(60, is_only_it), "{:?}, not {}", m.mount.processes(), other.id());
     drop(input);
     other.wait().unwrap();
     m.mount.wait();
@@ -323,7 +340,7 @@ fn a_mount_ends_everywhere_if_it_shall() {
     mapper.end();
     let (mut other, input) = elsewhere(&m.path(""));
     let ending = UnmountOptions { keep_record: true, everywhere: true, ..Default::default() };
-    m.mount.unmount(&ending).unwrap();
+    m.unmount(&ending);
     assert!(m.mount.has_ended() && !m.mount.is_left());
     let m = m.remount();
     assert_eq!(&fs::read(m.path("mapped")).unwrap()[50_000..50_004], b"mmap");
@@ -331,9 +348,9 @@ fn a_mount_ends_everywhere_if_it_shall() {
     m.seal();
     let mut mapper = Mapper::start_elsewhere(&m.path(""), &m.path("mapped"));
     mapper.tell("70000 left");
-    m.mount.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+    m.unmount(&UnmountOptions { keep_record: true, ..Default::default() });
     assert!(!m.mount.has_ended());
-    m.mount.unmount(&ending).unwrap();
+    m.unmount(&ending);
     assert!(m.mount.has_ended());
     let m = m.remount();
     assert_eq!(&fs::read(m.path("mapped")).unwrap()[70_000..70_004], b"left");
@@ -347,15 +364,18 @@ fn what_lies_on_its_folder_now_stays() {
     let Some(m) = mounted() else { return };
     let mnt = m.path("");
     let cover = || {
-        assert!(Command::new("mount").args(["-t", "tmpfs", "theirs"]).arg(&mnt).status().unwrap().success());
+        assert!(Command::new("mount").args(["-t", "tmpfs", "theirs"]).arg(&mnt).status_locked().unwrap().success());
         fs::write(mnt.join("theirs"), b"theirs").unwrap();
     };
-    let uncover = || rustix::mount::unmount(&mnt, rustix::mount::UnmountFlags::empty()).unwrap();
+    let uncover = || {
+        let _still = nobody_spawns();
+        rustix::mount::unmount(&mnt, rustix::mount::UnmountFlags::empty()).unwrap();
+    };
     let (mut other, input) = elsewhere(&m.path(""));
     let ending = UnmountOptions { keep_record: true, everywhere: true, ..Default::default() };
-    m.mount.unmount(&UnmountOptions { everywhere: false, ..ending }).unwrap();
+    m.unmount(&UnmountOptions { everywhere: false, ..ending });
     cover();
-    m.mount.unmount(&ending).unwrap();
+    m.unmount(&ending);
     assert!(m.mount.has_ended());
     assert_eq!(fs::read(mnt.join("theirs")).unwrap(), b"theirs");
     uncover();
@@ -380,15 +400,17 @@ fn a_mount_that_was_left_is_known_to_the_next_daemon() {
     let options = MountOptions { upper: UpperChoice::ReadOnly, ..Default::default() };
     let first = Mount::start(&m.store, Some(layer), "test", &dir, &options).unwrap();
     let (mut other, input) = elsewhere(&dir);
-    first.unmount(&UnmountOptions { keep_record: true, ..Default::default() }).unwrap();
+    unmount(&first, &UnmountOptions { keep_record: true, ..Default::default() });
     assert!(first.is_left());
     let mut kept = [(dir.clone(), first.descriptors().unwrap())].into();
     let restored = crate::mount::restore(&m.store, &mut kept).unwrap();
     let (_, next) = restored.into_iter().find(|(record, _)| record.dir == dir).unwrap();
     let next = next.unwrap();
     assert!(next.is_left() && next.places().is_empty());
-    assert_eq!((next.record().device, next.processes()), (first.record().device, vec![other.id()]));
-    next.unmount(&UnmountOptions { everywhere: true, ..Default::default() }).unwrap();
+    assert_eq!(next.record().device, first.record().device);
+    let is_only_it = || next.processes() == [other.id()];
+    assert!(within_seconds(60, is_only_it), "{:?}, not {}", next.processes(), other.id());
+    unmount(&next, &UnmountOptions { everywhere: true, ..Default::default() });
     assert!(next.has_ended());
     first.wait();
     drop(input);
@@ -417,10 +439,10 @@ fn mappings_and_programs_work() {
     assert_eq!(&fs::read(m.path("mapped")).unwrap()[60_000..60_004], b"more");
 
     // Not by this process: a descriptor that another test's child inherits would keep it from running.
-    assert!(Command::new("cp").arg("/bin/true").arg(m.path("program")).status().unwrap().success());
-    assert!(Command::new(m.path("program")).status().unwrap().success());
+    assert!(Command::new("cp").arg("/bin/true").arg(m.path("program")).status_locked().unwrap().success());
+    assert!(Command::new(m.path("program")).status_locked().unwrap().success());
     m.seal();
-    assert!(Command::new(m.path("program")).status().unwrap().success());
+    assert!(Command::new(m.path("program")).status_locked().unwrap().success());
 }
 
 #[test]
@@ -571,7 +593,7 @@ fn access_control_lists_are_inherited_and_follow_the_mode() {
         lists.extend([acl_of(&file), acl_of(&base)]);
         set_acl(&file, "u:7:r--");
         lists.push(format!("{:o}", fs::metadata(&file).unwrap().mode()));
-        assert!(Command::new("setfacl").args(["-b"]).arg(&file).status().unwrap().success());
+        assert!(Command::new("setfacl").args(["-b"]).arg(&file).status_locked().unwrap().success());
         lists.push(acl_of(&file));
         lists.push(format!("{:o}", fs::metadata(&file).unwrap().mode()));
         // A list that says no more than the mode is none.
@@ -600,7 +622,7 @@ fn setgid_and_sticky_folders_work() {
         let status = Command::new("setpriv")
             .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "sh", "-c", script])
             .current_dir(&folder)
-            .status();
+            .status_locked();
         status.unwrap().success()
     };
     assert!(as_user("echo x > mine"));
@@ -908,7 +930,7 @@ fn who_changes_a_file_of_another_group_clears_its_setgid() {
         fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
         let mut as_user = Command::new("setpriv");
         as_user.args(["--reuid", "1234", "--regid", group, "--clear-groups", "--"]);
-        assert!(as_user.args(command).arg(&path).status().unwrap().success());
+        assert!(as_user.args(command).arg(&path).status_locked().unwrap().success());
         fs::metadata(&path).unwrap().mode() & 0o7777
     };
     for command in commands {

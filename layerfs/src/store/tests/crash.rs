@@ -11,6 +11,7 @@ use super::*;
 use crate::failpoint;
 use crate::monitor::Silent;
 use crate::store::{FsckOptions, GcOptions, rebuild};
+use crate::testing::Spawn;
 
 /// The steps of the store itself: all but those of seals, squashes, transfers, guests, moves and the second tier.
 fn steps() -> impl Iterator<Item = &'static str> {
@@ -66,7 +67,7 @@ fn names_are_whole_after_a_crash_at_every_step() {
                 .env("LAYERFS_TEST_STORE", &path)
                 .env("LAYERFS_TEST_STEP", format!("{step}:{nth}"))
                 .stdout(std::process::Stdio::null())
-                .status()
+                .status_locked()
                 .unwrap();
             assert!(nth > 2 || status.signal() == Some(libc::SIGKILL), "{step}:{nth} was not met: {status}");
             look_at(&path, &format!("{step}:{nth}"));
@@ -115,7 +116,7 @@ fn all_names_or_none_are_recovered_when_a_rebuild_is_killed() {
             .env("LAYERFS_TEST_REBUILD", &path)
             .env("LAYERFS_TEST_STEP", step)
             .stdout(std::process::Stdio::null())
-            .status()
+            .status_locked()
             .unwrap();
         assert_eq!(status.signal(), Some(libc::SIGKILL), "{step} was not met: {status}");
         let store = Store::open(&path, StoreOptions::default()).unwrap();

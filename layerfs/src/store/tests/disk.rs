@@ -8,7 +8,7 @@ use crate::chunk::ChunkRead;
 use crate::error::ErrorClass;
 use crate::monitor::Silent;
 use crate::store::{FsckOptions, GcOptions, Which, space};
-use crate::testing::ELSEWHERE;
+use crate::testing::{ELSEWHERE, Spawn};
 
 /// Runs the test `child` of this file as `role`, in a shell that has prepared `$dir` by `prepare`.
 fn run(role: &str, prepare: &str) {
@@ -19,7 +19,7 @@ fn run(role: &str, prepare: &str) {
         command.args(&by[1..]);
         command
     };
-    let probe = start().args(["mount", "-t", "tmpfs", "none"]).arg(folder.path()).output();
+    let probe = start().args(["mount", "-t", "tmpfs", "none"]).arg(folder.path()).output_locked();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
         let mut err = std::io::stderr();
         let _ = std::io::Write::write_all(
@@ -35,7 +35,7 @@ fn run(role: &str, prepare: &str) {
         .env("dir", folder.path())
         .env("exe", exe)
         .env("LAYERFS_TEST_ROLE", role)
-        .output()
+        .output_locked()
         .unwrap();
     assert!(status.status.success(), "{role}: {}", String::from_utf8_lossy(&[status.stdout, status.stderr].concat()));
 }

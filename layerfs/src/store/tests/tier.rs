@@ -17,6 +17,7 @@ use crate::monitor::Silent;
 use crate::store::pack::PackId;
 use crate::store::tier::{Record, State};
 use crate::store::{FsckOptions, GcOptions, Objects, ProblemKind, Which, rebuild, rebuild_from};
+use crate::testing::Spawn;
 
 /// A bucket that is a folder.
 #[derive(Debug)]
@@ -497,7 +498,7 @@ fn nothing_is_lost_by_a_crash_at_every_step() {
                 .env("LAYERFS_TEST_TIER", &path)
                 .env("LAYERFS_TEST_STEP", &what)
                 .stdout(std::process::Stdio::null())
-                .status()
+                .status_locked()
                 .unwrap();
             assert!(nth > 1 || status.signal() == Some(libc::SIGKILL), "{what} was not met: {status}");
             let bucket = Folder::new(&path.with_extension("bucket"));
