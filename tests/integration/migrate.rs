@@ -833,8 +833,8 @@ fn checkpoint_is_repeated(driver: &str, program: &str, word: &str) -> anyhow::Re
     moving.end()
 }
 
-/// How a container of a driver gets into its freezer and out of it: a shell's lines, with `$run` for the guest's run folder and `$runc` for
-/// the runtime.
+/// How a container of a driver gets into its freezer and out of it: a shell's lines, with `$name` for the guest, `$run` for its run folder
+/// and `$runc` for the runtime.
 struct Freezer {
     driver: &'static str,
     /// What dumps it, and the word by which that is told to.
@@ -849,9 +849,9 @@ struct Freezer {
 const LXC_FREEZER: Freezer = Freezer {
     driver: "lxc",
     dumps: ("lxc-checkpoint", "-s"),
-    freeze: "lxc-freeze -P $run -n zoo",
-    thaw: "lxc-unfreeze -P $run -n zoo",
-    state: "lxc-info -P $run -n zoo -s -H",
+    freeze: "lxc-freeze -P $run -n $name",
+    thaw: "lxc-unfreeze -P $run -n $name",
+    state: "lxc-info -P $run -n $name -s -H",
     frozen: "FROZEN",
 };
 
@@ -868,7 +868,8 @@ impl Freezer {
     /// The lines with what they are about.
     fn lines(&self, host: &Host, lines: &str) -> anyhow::Result<String> {
         let runc = if self.driver == "oci" { real("runc")? } else { PathBuf::new() };
-        Ok(format!("run={}; runc={}; {lines}", folder(host).join("run").display(), runc.display()))
+        let run = folder(host).join("run");
+        Ok(format!("name={}; run={}; runc={}; {lines}", guest(), run.display(), runc.display()))
     }
 
     fn run(&self, host: &Host, lines: &str) -> anyhow::Result<String> {
@@ -901,7 +902,7 @@ fn is_thawed(freezer: &Freezer) -> anyhow::Result<()> {
         ensure!(state.contains(freezer.frozen), "it wasn't in the freezer: {state}");
         Ok(fs::remove_file(&begun)?)
     };
-    for words in [&["guest", "checkpoint", GUEST][..], &["migrate", GUEST, "b"]] {
+    for words in [&["guest", "checkpoint", guest()][..], &["migrate", guest(), "b"]] {
         let failed = moving.hosts.a.ctl.run(words)?;
         ensure!(failed.code != 0, "{words:?}: {failed:?}");
         was_frozen()?;
@@ -910,7 +911,7 @@ fn is_thawed(freezer: &Freezer) -> anyhow::Result<()> {
     }
     fs::write(&hangs, "")?;
     let ctl = moving.hosts.a.ctl.clone();
-    let asking = std::thread::spawn(move || ctl.run(["guest", "checkpoint", GUEST]));
+    let asking = asking(ctl, ["guest", "checkpoint", guest()]);
     wait_for(&begun)?;
     moving.hosts.a.kill_serving()?;
     fs::remove_file(&hangs)?;
@@ -920,7 +921,7 @@ fn is_thawed(freezer: &Freezer) -> anyhow::Result<()> {
     ensure!(!freezer.is_frozen(&moving.hosts.a)?, "the next program leaves it in the freezer");
     ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
     freezer.run(&moving.hosts.a, freezer.freeze)?;
-    let failed = moving.hosts.a.ctl.run(["guest", "checkpoint", GUEST])?;
+    let failed = moving.hosts.a.ctl.run(["guest", "checkpoint", guest()])?;
     ensure!(failed.code != 0 && freezer.is_frozen(&moving.hosts.a)?, "it was taken out of the freezer: {failed:?}");
     freezer.run(&moving.hosts.a, freezer.thaw)?;
     moving.passes(true, count)?;

@@ -222,16 +222,15 @@ mod tests {
 
     #[test]
     fn a_helper_is_asked_without_a_secret_on_its_command_line() {
-        use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let mut environment = environment(folder.path());
         let helper = folder.path().join("docker-credential-test");
-        std::fs::write(
-            &helper,
-            "#!/bin/sh\nread key\necho \"{\\\"Username\\\":\\\"$1\\\",\\\"Secret\\\":\\\"$key\\\"}\"\n",
-        )
-        .unwrap();
-        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let script = "#!/bin/sh\nread key\necho \"{\\\"Username\\\":\\\"$1\\\",\\\"Secret\\\":\\\"$key\\\"}\"\n";
+        // Not by this process: a child of another test would hold a copy of the descriptor for a moment, and a file that somebody writes
+        // to can't be run.
+        let mut write = Command::new("sh");
+        write.args(["-euc", "printf %s \"$0\" >\"$1\"; chmod 755 \"$1\"", script]).arg(&helper);
+        assert!(write.status().unwrap().success());
         let path = format!("{}:/usr/bin:/bin", folder.path().display());
         environment.variables.insert("PATH".into(), path.into());
         let file =

@@ -296,7 +296,19 @@ where
     context.daemon.peering.node().peers().get(&request.peer)?;
     let entry = context.daemon.works.begin(label.clone(), true)?;
     let (events, mut unheard) = tokio::sync::mpsc::channel(1);
-    let transfer = transfer(Arc::new(Reporter::new(entry.work().clone(), events)));
+    let mut transfer = Box::pin(transfer(Arc::new(Reporter::new(entry.work().clone(), events))));
+    // Whoever is told a number may ask for it at once.
+    let transfers = context.daemon.peering.node().transfers().clone();
+    let ended = context.block_on(async {
+        tokio::select! {
+            biased;
+            outcome = &mut transfer => Some(outcome),
+            () = transfers.begun(id) => None,
+        }
+    });
+    if let Some(outcome) = ended {
+        return finish(outcome, request, id, force_hint);
+    }
     context.spawn(async move {
         if let Err(error) = transfer.await {
             tracing::warn!("{label} failed: {}", describe(&error));
