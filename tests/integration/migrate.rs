@@ -917,8 +917,12 @@ fn is_thawed(freezer: &Freezer) -> anyhow::Result<()> {
     fs::remove_file(&hangs)?;
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     was_frozen()?;
+    let began = Instant::now();
+    while freezer.is_frozen(&moving.hosts.a)? {
+        ensure!(began.elapsed() < PATIENCE, "the next program leaves it in the freezer");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     count = moving.passes(true, count)?;
-    ensure!(!freezer.is_frozen(&moving.hosts.a)?, "the next program leaves it in the freezer");
     ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
     freezer.run(&moving.hosts.a, freezer.freeze)?;
     let failed = moving.hosts.a.ctl.run(["guest", "checkpoint", guest()])?;
