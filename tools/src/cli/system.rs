@@ -38,7 +38,7 @@ pub enum DaemonAction {
     Status,
     /// Let another daemon take over, as after an upgrade; mounts, open files and running programs go on
     #[command(
-        after_help = "Examples:\n  layerctl daemon restart\n  layerctl daemon restart --force     cancels work that is under way, ends mounts that no keeper has"
+        after_help = "Examples:\n  layerctl daemon restart\n  layerctl daemon restart --force     cancels work, ends mounts that no keeper has"
     )]
     Restart {
         /// Cancel work that is under way; mounts that no keeper has end, and are mounted again
