@@ -873,7 +873,8 @@ impl Freezer {
     }
 
     fn run(&self, host: &Host, lines: &str) -> anyhow::Result<String> {
-        case::output_of(std::process::Command::new("sh").args(["-c", &self.lines(host, lines)?]))
+        // LXC's own sockets are found in the network only that its daemon is in.
+        run_in(host, "sh", &["-c", &self.lines(host, lines)?])
     }
 
     fn is_frozen(&self, host: &Host) -> anyhow::Result<bool> {
@@ -917,13 +918,12 @@ fn is_thawed(freezer: &Freezer) -> anyhow::Result<()> {
     fs::remove_file(&hangs)?;
     asking.join().map_err(|_| anyhow::anyhow!("the command panicked"))??;
     was_frozen()?;
-    let began = Instant::now();
-    while freezer.is_frozen(&moving.hosts.a)? {
-        ensure!(began.elapsed() < PATIENCE, "the next program leaves it in the freezer");
+    let (began, dumped) = (Instant::now(), folder(&moving.hosts.a).join("run/dumped"));
+    while freezer.is_frozen(&moving.hosts.a)? || dumped.exists() {
+        ensure!(began.elapsed() < PATIENCE, "the next program leaves it in the freezer, or the dump on record");
         std::thread::sleep(Duration::from_millis(20));
     }
     count = moving.passes(true, count)?;
-    ensure!(!folder(&moving.hosts.a).join("run/dumped").exists(), "the dump is still on record");
     freezer.run(&moving.hosts.a, freezer.freeze)?;
     let failed = moving.hosts.a.ctl.run(["guest", "checkpoint", guest()])?;
     ensure!(failed.code != 0 && freezer.is_frozen(&moving.hosts.a)?, "it was taken out of the freezer: {failed:?}");
