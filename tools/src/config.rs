@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use layerfs::mount::awake::KeepAwake;
 use serde::Deserialize;
 
 use crate::api::peers::NetworkRequest;
@@ -110,6 +111,7 @@ struct ConfigFile {
     idle_timeout: Option<String>,
     connect_from: Option<Vec<std::net::IpAddr>>,
     warm_copies: Option<String>,
+    keep_awake: Option<String>,
 }
 
 impl ConfigFile {
@@ -166,6 +168,7 @@ impl ConfigFile {
             idle_timeout: self.idle_timeout.or(below.idle_timeout),
             connect_from: self.connect_from.or(below.connect_from),
             warm_copies: self.warm_copies.or(below.warm_copies),
+            keep_awake: self.keep_awake.or(below.keep_awake),
         }
     }
 }
@@ -244,6 +247,8 @@ pub struct Settings {
     pub cache_bytes: Option<u64>,
     /// What plain copies of large files that are read often may take of the disk, in bytes.
     pub warm_bytes: Option<u64>,
+    /// When processors are kept from halting while mounts are asked often.
+    pub keep_awake: KeepAwake,
     /// zstd level of new chunks.
     pub compression: Option<i32>,
     /// Threads for chunking and compressing.
@@ -359,6 +364,15 @@ impl Settings {
         };
         let network = mistakes.allow(checked)?.unwrap_or_default();
         let slow_request = mistakes.allow(time("slow_request", &file.slow_request))?.flatten();
+        let keep_awake = match file.keep_awake.as_deref() {
+            None | Some("auto") => Ok(KeepAwake::Auto),
+            Some("always") => Ok(KeepAwake::Always),
+            Some("never") => Ok(KeepAwake::Never),
+            Some(text) => Err(Failure::invalid(format!(
+                "keep_awake = {text:?} in the config file is unknown; write \"auto\", \"always\" or \"never\""
+            ))),
+        };
+        let keep_awake = mistakes.allow(keep_awake)?.unwrap_or_default();
         let listen = file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse());
         let listen = mistakes.allow(listen)?.unwrap_or(Listen::Off);
         let filter = |text: Option<String>, place: &str| match text.as_deref().map(crate::daemon::log::parse) {
@@ -376,6 +390,7 @@ impl Settings {
             idle: Duration::from_secs(file.idle_minutes.unwrap_or(5).saturating_mul(60)),
             cache_bytes,
             warm_bytes,
+            keep_awake,
             compression,
             threads: file.threads,
             limit,
@@ -510,6 +525,10 @@ mod tests {
         assert!(scene.find(None).unwrap_err().message.contains("warm_copies"));
         scene.user("transport = \"pigeon\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("pigeon"));
+        scene.user("keep_awake = \"sometimes\"\n");
+        assert!(scene.find(None).unwrap_err().message.contains("sometimes"));
+        scene.user("keep_awake = \"never\"\n");
+        assert_eq!(scene.find(None).unwrap().keep_awake, KeepAwake::Never);
         scene.user("warm_copies = \"0\"\n");
         assert_eq!(scene.find(None).unwrap().warm_bytes, Some(0));
     }

@@ -22,6 +22,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
 use super::abi::{ANSWER_HEADER_BYTES, Operation, Request, answer_header};
+use super::awake::Pace;
 use super::front::Front;
 use super::leader::{Role, Turn};
 use super::requests;
@@ -55,6 +56,7 @@ pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) ->
         device,
         role: Arc::new(Role::new(limit)),
         looks,
+        pace: Pace::new(),
         at_once: AtomicU32::new(0),
         in_vain: AtomicU32::new(0),
         left_out: AtomicU32::new(0),
@@ -73,6 +75,7 @@ struct Served {
     role: Arc<Role>,
     /// Whether looking before sleeping can pay.
     looks: bool,
+    pace: Pace,
     /// How many requests were there as soon as they were asked for, in a row.
     at_once: AtomicU32,
     /// How often in a row it looked in vain, and how often it will not look.
@@ -182,6 +185,8 @@ impl Served {
             // The kernel says so many of these that they tell nothing of how many programs wait.
             if matches!(&request, Ok(request) if request.operation.is_forget()) {
                 self.at_once.store(0, Ordering::Relaxed);
+            } else {
+                self.pace.request();
             }
             let serving = self.role.serves(turn, in_order);
             if is_slow || (!in_order && self.has_backlog()) {
@@ -230,7 +235,9 @@ impl Served {
         self.front.fs.idle();
         let begun = Instant::now();
         loop {
-            match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], None) {
+            let limit = self.pace.until_lull().map(|lull| Timespec { tv_sec: 0, tv_nsec: lull.subsec_nanos().into() });
+            match poll(&mut [PollFd::new(&self.device, PollFlags::IN)], limit.as_ref()) {
+                Ok(0) => self.pace.lull(),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno),
             }

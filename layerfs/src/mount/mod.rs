@@ -7,6 +7,7 @@
 
 mod abi;
 pub mod acl;
+pub mod awake;
 mod backing;
 pub mod caller;
 mod descriptor;

@@ -227,6 +227,9 @@ pub struct Status {
     pub resident_bytes: u64,
     /// The inode of its mount namespace: paths and mounts of processes in another one differ.
     pub mount_namespace: u64,
+    /// Whether processors are kept from halting while a mount is asked often.
+    #[serde(default)]
+    pub keeps_awake: bool,
     /// What it is doing.
     pub work: Vec<WorkInfo>,
 }

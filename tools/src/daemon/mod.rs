@@ -92,6 +92,7 @@ impl Daemon {
             keeper: self.mounts.keeping().pid(),
             resident_bytes: memory::resident_bytes(),
             mount_namespace: mount_namespace(),
+            keeps_awake: layerfs::mount::awake::keeps_awake(),
             work: self.works.list(),
         }
     }
@@ -115,6 +116,7 @@ pub fn run(settings: Settings, start: &DaemonStart) -> Result<()> {
     life::raise_descriptor_limit();
     let log = log::start(&settings, !start.detached);
     layerfs::mount::watch::set_slow(settings.slow_request);
+    layerfs::mount::awake::set_keep_awake(settings.keep_awake);
     layerfs::mount::helper::is_started_by(["daemon", "hand"].map(Into::into).to_vec());
     let outcome = log.and_then(|()| prepare_and_serve(settings, start));
     if let (true, Err(failure)) = (start.detached, &outcome) {
