@@ -62,6 +62,19 @@ pub enum Error {
     /// The index database failed.
     #[error("the index database failed: {0}")]
     Index(String),
+    /// A disk is full but for what is kept on it.
+    #[error(
+        "no space: {free} bytes are free on the disk of {path}, and {kept} are kept so that something can be removed",
+        path = path.display()
+    )]
+    Full {
+        /// Where something was to be written.
+        path: PathBuf,
+        /// How many bytes are free.
+        free: u64,
+        /// How many stay so.
+        kept: u64,
+    },
     /// The argument or the input is not acceptable.
     #[error("{0}")]
     Invalid(String),
@@ -181,6 +194,7 @@ impl Error {
     pub fn class(&self) -> ErrorClass {
         match self {
             Error::File { source, .. } | Error::Io { source, .. } => io_class(source),
+            Error::Full { .. } => ErrorClass::NoSpace,
             Error::Index(text) if text.contains("No space left") => ErrorClass::NoSpace,
             Error::Index(text) if text.contains("Corruption") => ErrorClass::Corrupt,
             Error::Index(_) => ErrorClass::Io,

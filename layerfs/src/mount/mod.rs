@@ -41,7 +41,7 @@ pub use flags::Flags;
 pub use point::unescape;
 pub use registry::MountRecord;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::id::{LayerId, LayerName, UpperId};
 use crate::monitor::Monitor;
 use crate::seal::{self, SealOptions, SealReport};
@@ -213,7 +213,8 @@ pub fn attach(store: &Arc<Store>) -> Result<()> {
 /// mount point: programs have noticed nothing but a pause then. What fails keeps its record.
 ///
 /// # Errors
-/// Those of reading the records.
+/// Those of reading the records. No space: one that is kept can't go on until there is some, and isn't let go; the caller ends its process as by a
+/// kill.
 pub fn restore(
     store: &Arc<Store>,
     kept: &mut HashMap<PathBuf, Vec<OwnedFd>>,
@@ -223,12 +224,17 @@ pub fn restore(
         let mount = match kept.remove(&record.dir) {
             Some(descriptors) => {
                 let device = descriptors.first().and_then(|device| device.try_clone().ok());
-                Mount::resume(store, &record, descriptors).inspect_err(|_| {
+                let resumed = Mount::resume(store, &record, descriptors);
+                if let Err(error) = &resumed {
+                    if error.class() == ErrorClass::NoSpace {
+                        return resumed.map(|_| restored);
+                    }
                     // Nobody will answer it: whoever has a descriptor of it yet must not keep those waiting who use it.
                     if let (Some(device), Some(number)) = (device, record.device) {
                         point::cut(device.as_fd(), number);
                     }
-                })
+                }
+                resumed
             }
             None => Mount::start_again(store, &record),
         };

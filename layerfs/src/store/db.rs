@@ -299,6 +299,14 @@ impl Db {
     pub fn hold_space(&self) -> Result<()> {
         self.space.hold()
     }
+
+    /// Whether another process would find room to open it.
+    ///
+    /// # Errors
+    /// [`Error::Full`] if not.
+    pub fn check_reopening(&self) -> Result<()> {
+        self.space.check_reopening()
+    }
 }
 
 /// A key and its value.

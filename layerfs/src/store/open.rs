@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 
 use crate::durable;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::store::Store;
 use crate::store::cache::ChunkCache;
 use crate::store::db::{Db, DbOptions};
@@ -22,6 +22,7 @@ use crate::store::index::Index;
 use crate::store::packs::{self, Packs};
 use crate::store::partial::Partials;
 use crate::store::pins::Roots;
+use crate::store::space;
 use crate::store::spare::Spares;
 use crate::store::suspects::Suspects;
 use crate::store::tier::Tier;
@@ -115,15 +116,18 @@ impl Store {
             remove_half_made(&folder.join("tables"))?;
             packs::remove_half_fetched(&folder.join("packs"))?;
         }
-        let db =
-            Db::open(&folder.join("index"), DbOptions { create: !found, ..db_options(&options) }).map_err(|error| {
-                match error {
-                    Error::Index(text) if found => {
-                        Error::Index(format!("{text}; `layerctl fsck --rebuild` makes the index anew from the packs"))
-                    }
-                    other => other,
-                }
-            })?;
+        let index = folder.join("index");
+        let open = || Db::open(&index, DbOptions { create: !found, ..db_options(&options) });
+        let opened = if options.read_only { open() } else { space::lend(&index, open) };
+        let db = opened.map_err(|error| match error {
+            Error::Index(text) if Error::Index(text.clone()).class() == ErrorClass::NoSpace => {
+                Error::Index(format!("{text}; make some room on its disk"))
+            }
+            Error::Index(text) if found => {
+                Error::Index(format!("{text}; `layerctl fsck --rebuild` makes the index anew from the packs"))
+            }
+            other => other,
+        })?;
         let db = Arc::new(db);
         let partials = Partials::load(&db)?;
         let store = Store {

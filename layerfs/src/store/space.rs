@@ -27,10 +27,28 @@ pub(crate) fn free_bytes(path: &Path) -> Result<u64> {
 
 /// Fails with "no space" if less than `reserve` bytes are free on the disk of `path`.
 pub(crate) fn require(path: &Path, reserve: u64) -> Result<()> {
-    if free_bytes(path)? < reserve {
-        return Err(Error::file("write to", path, std::io::Error::from_raw_os_error(libc::ENOSPC)));
+    let free = free_bytes(path)?;
+    if free < reserve { Err(Error::Full { path: path.to_owned(), free, kept: reserve }) } else { Ok(()) }
+}
+
+/// Does what opens the database in `folder`, which needs some room itself, with what is held there if there is little else. What is left is
+/// held again.
+pub(crate) fn lend<T>(folder: &Path, open: impl FnOnce() -> T) -> T {
+    let held = File::options().write(true).open(folder.join(HELD_FILE)).ok();
+    let lent = held.and_then(|file| {
+        let bytes = file.metadata().ok()?.len();
+        let is_needed = bytes > 0 && free_bytes(folder).is_ok_and(|free| free < HELD_BYTES);
+        (is_needed && file.set_len(0).is_ok()).then_some((file, bytes))
+    });
+    let opened = open();
+    if let Some((file, bytes)) = lent {
+        let mut left = free_bytes(folder).unwrap_or(0).min(bytes);
+        // A filesystem needs some blocks of its own for that.
+        while left > 0 && rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, left).is_err() {
+            left = left.saturating_sub(STEP_BYTES / 4);
+        }
     }
-    Ok(())
+    opened
 }
 
 /// What is held for making room, as long as there is so much more.
@@ -95,7 +113,14 @@ impl SpaceGuard {
         if makes_room && state.let_go() {
             return Ok(());
         }
-        Err(Error::file("write to", &self.folder, std::io::Error::from_raw_os_error(libc::ENOSPC)))
+        Err(Error::Full { path: self.folder.clone(), free, kept: DB_RESERVE_BYTES })
+    }
+
+    /// Fails if the database, once closed, might find no room to be opened.
+    pub(crate) fn check_reopening(&self) -> Result<()> {
+        let state = self.state.lock();
+        let held = state.held.as_ref().map_or(0, |(_, bytes)| *bytes);
+        require(&self.folder, DB_RESERVE_BYTES.saturating_sub(held))
     }
 }
 
@@ -150,6 +175,16 @@ mod tests {
         assert_eq!((steps, held()), (HELD_BYTES / STEP_BYTES, 0));
         state.refill(u64::MAX);
         assert_eq!(held(), HELD_BYTES);
+    }
+
+    #[test]
+    fn what_is_held_is_lent_where_there_is_little_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(HELD_FILE);
+        let held = || std::fs::metadata(&path).unwrap().len();
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        assert_eq!(lend(folder.path(), held), 4096, "there is enough");
+        assert_eq!(lend(&folder.path().join("nothing"), || 7), 7);
     }
 
     #[test]

@@ -373,7 +373,9 @@ impl Upper {
         let (store, resumed_opens) = (store.clone(), Mutex::new(resumed));
         let upper = Upper { id, store, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
-        let (repairs, outdated_maps) = upper.load(&mut tables, has_ended)?;
+        let (mut repairs, outdated_maps) = upper.load(&mut tables, has_ended)?;
+        // Without the mount nothing on it could be removed.
+        repairs.makes_room();
         upper.commit(&mut tables, repairs)?;
         upper.settle_warm(&tables);
         outdated_maps.into_iter().for_each(|ino| upper.data.remove_map_file(ino));

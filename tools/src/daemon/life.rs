@@ -122,6 +122,12 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     if request.to_caller && super::supervised::is_supervised() {
         return Err(Failure::new(Class::Busy, "systemd started the daemon that runs, and would start it again"));
     }
+    if request.hand_over && !request.force {
+        daemon.store.db().check_reopening().map_err(|error| {
+            Failure::from(error)
+                .hint("another daemon would find no room for its own notes: make some, this one goes on")
+        })?;
+    }
     // Each of two would wait for the other's end.
     if !daemon.works.close() {
         return Err(Failure::new(Class::Busy, "the daemon is being stopped already; try again in a moment"));

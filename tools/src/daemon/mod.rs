@@ -42,6 +42,8 @@ const PREDECESSOR: Duration = Duration::from_secs(15);
 const TRACES_EVERY: Duration = Duration::from_secs(15);
 /// The exit code by which systemd, if it started this daemon, knows that another one is wanted.
 const EXIT_HANDED_OVER: i32 = 75;
+/// No space to go on with what is mounted: as commands end for want of it.
+const EXIT_NO_SPACE: i32 = 8;
 /// Threads that may wait or compute: several for each piece of work, and for each transfer and question of a peer. They are started
 /// when they are needed, and go after ten idle seconds.
 const MOST_THREADS: usize = 1024;
@@ -238,7 +240,16 @@ async fn serve(store: Arc<Store>, given: Settings, listen: Listen, start: &Daemo
     daemon.peering.node().transfers().governor().set_limit(limit.limit.map(migrator::Rate::new));
     daemon.tier.connect(&daemon);
     let bringing_back = daemon.clone();
-    let _ = tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
+    let brought_back =
+        tokio::task::spawn_blocking(move || bringing_back.mounts.bring_back(&bringing_back.store, left)).await;
+    if let Ok(Err(failure)) = brought_back {
+        let failure = failure.hint("the mounts wait until there is some: make room on the store's disk");
+        tracing::error!("{failure}");
+        if start.detached {
+            announce(&autostart::Announcement::Failed(failure));
+        }
+        end_at_once(EXIT_NO_SPACE);
+    }
     Moves::start(&daemon);
     match daemon.peering.start().await {
         Err(failure) if has_left => tracing::error!("does not listen for peers: {failure}"),
@@ -291,6 +302,11 @@ fn hand_over(daemon: &Daemon) -> ! {
         }
     };
     tracing::info!("leaves the mounts to another daemon");
+    end_at_once(status)
+}
+
+/// Ends this process as a kill would: what the keeper has of mounts stays.
+fn end_at_once(status: i32) -> ! {
     // SAFETY: ends the process; nothing here has to be dropped, as after a kill.
     #[allow(unsafe_code)]
     unsafe {

@@ -58,8 +58,10 @@ impl Fs {
         let now = edit.now;
         let mut inode = edit.inode(ino)?;
         inode.inode.attrs.ctime = now;
-        if let Some(size) = set.size {
+        if set.size.is_some() || edit.is_there(ino) {
             edit.makes_room();
+        }
+        if let Some(size) = set.size {
             if let Some(backed) = &mut inode.backed {
                 backed.bytes = size;
                 backed.base_bytes = backed.base_bytes.min(size);

@@ -57,8 +57,9 @@ impl<'fs> Edit<'fs> {
         self.change.inode(inode);
     }
 
-    /// Changes an inode and sets its ctime.
+    /// Changes an inode and sets its ctime, which is after what was written to it past us.
     pub(super) fn update(&mut self, ino: Ino, change: impl FnOnce(&mut UpperInode)) -> FsResult<()> {
+        self.catch_up(ino)?;
         let mut inode = self.inode(ino)?;
         inode.inode.attrs.ctime = self.now;
         change(&mut inode);
@@ -100,10 +101,14 @@ impl<'fs> Edit<'fs> {
 
     /// One name of `ino` goes.
     pub(super) fn drop_link(&mut self, ino: Ino, kind: FileKind) -> FsResult<()> {
+        let is_gone = kind == FileKind::Folder || self.inode(ino)?.inode.nlink <= 1;
+        let is_forgotten = is_gone && !self.fs.may_be_in_use(ino);
+        if !is_forgotten {
+            self.catch_up(ino)?;
+        }
         let mut inode = self.inode(ino)?;
         inode.inode.attrs.ctime = self.now;
-        inode.inode.nlink = if kind == FileKind::Folder { 0 } else { inode.inode.nlink.saturating_sub(1) };
-        let is_gone = inode.inode.nlink == 0;
+        inode.inode.nlink = if is_gone { 0 } else { inode.inode.nlink - 1 };
         if kind == FileKind::Folder {
             // What the upper says of its names (all gone) doesn't matter any more.
             let names: Vec<Box<[u8]>> = self
@@ -116,7 +121,7 @@ impl<'fs> Edit<'fs> {
                 .collect();
             names.iter().for_each(|name| self.change.dentry(ino, name, None));
         }
-        if is_gone && !self.fs.may_be_in_use(ino) {
+        if is_forgotten {
             self.change.forget(ino);
             self.reaped.push(ino);
         } else {
@@ -185,6 +190,11 @@ impl<'fs> Edit<'fs> {
         let nlink = if kind == FileKind::Folder { 2 } else { 1 };
         self.set(UpperInode::sealed(Inode { ino, nlink, attrs, xattrs, node }));
         ino
+    }
+
+    /// Whether the upper has inode `ino` already: a change takes no further room then.
+    pub(super) fn is_there(&self, ino: Ino) -> bool {
+        self.state.tables.inode(ino).is_some()
     }
 
     /// It is to be done though the disk is full.

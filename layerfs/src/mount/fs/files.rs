@@ -18,6 +18,7 @@ use super::{Fs, State};
 use crate::attr::Time;
 use crate::chunker::Chunker;
 use crate::content::{Content, Extent, Extents};
+use crate::error::ErrorClass;
 use crate::id::Ino;
 use crate::inode::Node;
 use crate::readahead::FileReader;
@@ -329,10 +330,14 @@ impl Fs {
         Ok(())
     }
 
-    /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`.
+    /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`. A file that may have been stored into through a mapping has no holes to tell of.
     pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> FsResult<u64> {
         let _seen = self.seen(Op::Lseek, ino, None);
         let state = self.state.read();
+        if self.has_unsent(ino) {
+            let bytes = self.stat(&state, ino)?.size;
+            return if offset < bytes { Ok(if data { offset } else { bytes }) } else { fail(libc::ENXIO) };
+        }
         let source = self.source(&state, ino)?;
         let view = state.view.clone();
         let reader = match source {
@@ -393,10 +398,14 @@ impl Fs {
         let _gate = self.changes();
         let mut state = self.state.write();
         self.catch_up(upper, &mut state, ino)?;
-        if state.tables.is_unsaved(ino) {
-            upper.save(&mut state.tables, &[ino])?;
-        }
         let is_backed = state.tables.inode(ino).is_some_and(|inode| inode.backed.is_some());
+        if state.tables.is_unsaved(ino) {
+            match upper.save(&mut state.tables, &[ino]) {
+                // After a crash the data file tells its size and times, as it does without any sync.
+                Err(error) if is_backed && error.class() == ErrorClass::NoSpace => {}
+                saved => saved?,
+            }
+        }
         drop(state);
         match upper.data().map(ino) {
             Some(map) => self.sync_ranged(upper, ino, &map, || upper.data().sync(ino))?,

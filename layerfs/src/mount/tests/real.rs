@@ -744,6 +744,66 @@ fn sparse_files_stay_sparse() {
 }
 
 #[test]
+fn what_is_stored_through_a_mapping_is_no_hole() {
+    let Some(m) = mounted() else { return };
+    const BYTES: u64 = 512 << 10;
+    File::create(m.path("sparse")).unwrap().set_len(BYTES).unwrap();
+    m.seal();
+    let m = m.remount();
+    // Who reads it has the kernel cache it, also for who maps it.
+    let reader = File::open(m.path("sparse")).unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(m.path("sparse")).unwrap();
+    let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+    map[100_000] = 1;
+    for file in [&file, &reader] {
+        let data = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0)).unwrap();
+        assert!(data <= 100_000, "{data}");
+        let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(data)).unwrap();
+        assert!(hole > 100_000 && hole <= BYTES, "{hole}");
+    }
+    assert_eq!(rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(BYTES)).unwrap_err().raw_os_error(), libc::ENXIO);
+}
+
+#[test]
+fn a_change_of_names_has_its_time_though_the_file_is_being_written() {
+    let Some(m) = mounted() else { return };
+    let ctime = |file: &File| {
+        let stat = file.metadata().unwrap();
+        UNIX_EPOCH + Duration::new(stat.ctime() as u64, stat.ctime_nsec() as u32)
+    };
+    type Change<'a> = &'a dyn Fn(&Path, &Path);
+    let changes: [(&str, Change<'_>); 5] = [
+        ("rename", &|a, b| fs::rename(a, b).unwrap()),
+        ("link", &|a, b| fs::hard_link(a, b).unwrap()),
+        ("unlink", &|a, _| fs::remove_file(a).unwrap()),
+        ("replace", &|a, b| {
+            fs::write(b, b"new").unwrap();
+            fs::rename(b, a).unwrap();
+        }),
+        ("exchange", &|a, b| {
+            fs::write(b, b"other").unwrap();
+            let flags = rustix::fs::RenameFlags::EXCHANGE;
+            rustix::fs::renameat_with(rustix::fs::CWD, a, rustix::fs::CWD, b, flags).unwrap();
+        }),
+    ];
+    for (name, change) in changes {
+        let (a, b) = (m.path(&format!("{name}-a")), m.path(&format!("{name}-b")));
+        let mut file = File::create(&a).unwrap();
+        file.write_all(b"written").unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        // Times are those of the last tick.
+        let before = SystemTime::now() - Duration::from_millis(10);
+        change(&a, &b);
+        assert!(ctime(&file) >= before, "{name}");
+        let still_there = if name == "unlink" || name == "replace" { None } else { Some(b) };
+        drop(file);
+        if let Some(b) = still_there {
+            assert!(ctime(&File::open(b).unwrap()) >= before, "{name}, closed");
+        }
+    }
+}
+
+#[test]
 fn huge_folders_can_be_listed_and_removed() {
     let Some(m) = mounted() else { return };
     let folder = m.path("huge");

@@ -151,16 +151,25 @@ impl Mounts {
     }
 
     /// Goes on with the mounts that the last daemon left to the keeper, and mounts again what else was mounted when it ended.
-    pub fn bring_back(&self, store: &Arc<Store>, left: Left) {
+    ///
+    /// # Errors
+    /// There is no space to go on with one that the keeper has: this process shall end as by a kill, so that the keeper tries again.
+    pub fn bring_back(&self, store: &Arc<Store>, left: Left) -> Result<()> {
         let ids: BTreeMap<PathBuf, KeptId> = left.iter().map(|(dir, (id, _))| (dir.clone(), *id)).collect();
         let mut kept = left.into_iter().map(|(dir, (_, descriptors))| (dir, descriptors)).collect();
         let restored = mount::restore(store, &mut kept);
+        if let Err(error) = &restored
+            && error.class() == layerfs::error::ErrorClass::NoSpace
+        {
+            return restored.map(|_| ()).map_err(Failure::from);
+        }
         // Nobody knows these any more: closing the last descriptor ends them.
         kept.keys().filter_map(|dir| ids.get(dir)).for_each(|id| self.keeping.let_go(*id));
         let restored = match restored {
             Ok(restored) => restored,
             Err(error) => {
-                return tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error));
+                tracing::error!("mounts cannot be brought back: {}", crate::failure::describe(&error));
+                return Ok(());
             }
         };
         for (record, mut outcome) in restored {
@@ -187,6 +196,7 @@ impl Mounts {
                 }
             }
         }
+        Ok(())
     }
 
     /// How many there are.
