@@ -45,8 +45,10 @@ pub struct RebuildReport {
     pub damaged_chunks: u64,
     /// Packs, or parts of them, that couldn't be read.
     pub pack_problems: Vec<String>,
-    /// Whether names, uppers, mounts and peers could be taken over.
+    /// Whether all names, uppers, mounts and peers could be taken over.
     pub records_kept: bool,
+    /// What couldn't be read of the old index, if not.
+    pub record_problems: Vec<String>,
     /// Names that there are now, those that were made up included.
     pub names: u64,
     /// Layers in their stacks, those that are missing not counted.
@@ -82,7 +84,7 @@ pub fn rebuild_from(
     let (old, new, making) = (folder.join("index"), folder.join("index.new"), folder.join("index.making"));
     let aside = folder.join("index.damaged");
     let db_options = DbOptions { create: true, ..open::db_options(&options) };
-    match open_old(&old, db_options).and_then(|db| LostNames::read(&db)) {
+    match open_old(&old, db_options).and_then(|(db, _)| LostNames::read(&db)) {
         Ok(None | Some(LostNames::Incomplete)) => remove_folder(&new)?,
         // It may be the one that the names were lost with.
         Ok(Some(LostNames::Unrecovered)) | Err(_) => keep_aside(&new, &aside)?,
@@ -107,11 +109,14 @@ pub fn rebuild_from(
             monitor.warn(&format!("not all names and layers are counted: {error}"));
         }
     };
-    let copied = copy_records(&old, &db, &packs, db_options);
+    report.record_problems = match copy_records(&old, &db, &packs, db_options) {
+        Ok(problems) => problems,
+        Err(error) => vec![format!("it can't be read: {error}")],
+    };
     report.chunks = db.iter_from(Cf::Chunks, &[])?.count() as u64;
-    match copied {
-        Ok(()) => report.records_kept = true,
-        Err(error) => monitor.warn(&format!("the old index can't be read, so names are unknown: {error}")),
+    report.records_kept = report.record_problems.is_empty();
+    for problem in &report.record_problems {
+        monitor.warn(&format!("the old index: {problem}; names, uppers, mounts and peers may be lost"));
     }
     // After a lost disk the old index is a new one, which never knew a name.
     let is_new = || Ok::<_, Error>(objects.is_some() && db.iter_from(Cf::Names, &[])?.next().is_none());
@@ -269,15 +274,21 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// Opens the database at `old` for what can still be read of it.
-fn open_old(old: &Path, options: DbOptions) -> Result<Db> {
+/// Opens the database at `old` for what can still be read of it. Tells what is wrong if its log is damaged: what was
+/// written last may be missing then, and nothing else says so.
+fn open_old(old: &Path, options: DbOptions) -> Result<(Db, Option<Error>)> {
     let read_only = DbOptions { read_only: true, create: false, ..options };
-    Db::open(old, read_only).or_else(|_| Db::open(old, DbOptions { lenient: true, ..read_only }))
+    match Db::open(old, read_only) {
+        Ok(db) => Ok((db, None)),
+        Err(error) => Ok((Db::open(old, DbOptions { lenient: true, ..read_only })?, Some(error))),
+    }
 }
 
-/// Takes over everything from the database at `old` but the chunks, and of these those that lie elsewhere.
-fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<()> {
-    let old = open_old(old, options)?;
+/// Takes over everything from the database at `old` but the chunks, and of these those that lie elsewhere. Returns
+/// what couldn't be read.
+fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<Vec<String>> {
+    let (old, damage) = open_old(old, options)?;
+    let problems = damage.map(|error| format!("its log is damaged: {error}")).into_iter().collect();
     for cf in Cf::ALL.into_iter().filter(|cf| *cf != Cf::Chunks) {
         let mut batch = Batch::new();
         for entry in old.iter_from(cf, &[])? {
@@ -297,7 +308,7 @@ fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Resul
             db.put(Cf::Chunks, key, value)?;
         }
     }
-    Ok(())
+    Ok(problems)
 }
 
 /// Counts the names, the layers in their stacks, and those of them that are missing, as far as their manifests were read.

@@ -286,6 +286,36 @@ fn names_are_recovered_by_the_next_rebuild_if_one_is_cut_off() {
 }
 
 #[test]
+fn names_that_a_damaged_log_has_lost_are_told_and_their_layers_stay() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let layers: Vec<LayerId> = (0..20).map(|n| named_layer(&store, &format!("n{n}"), &[n], 60_000)).collect();
+    drop(store);
+    // In the middle of what was written: all of it is still in the log.
+    let log = std::fs::read_dir(path.join("index")).unwrap().map(|entry| entry.unwrap().path());
+    let log = log.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    let log = log.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(&log).unwrap();
+    let at = bytes.windows(3).position(|three| three == b"n10").unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&log, bytes).unwrap();
+    let error = Store::open(&path, StoreOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("fsck --rebuild"), "{error}");
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(!report.records_kept && report.record_problems[0].contains("log is damaged"), "{report:?}");
+    assert!(!report.recovered.is_empty() && path.join("index.damaged").exists(), "{report:?}");
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    let named: Vec<LayerId> = store.names().unwrap().into_iter().map(|(_, record)| record.layer).collect();
+    assert!(layers.iter().all(|layer| named.contains(layer)), "{report:?}");
+    assert_eq!(store.gc(&Silent, GcOptions::default()).unwrap().dead_chunks, 0);
+    layers.iter().for_each(|layer| store.check_stack(*layer).unwrap());
+    drop(store);
+    // The next one reads all of the index that this one has made.
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept && report.recovered.is_empty(), "{report:?}");
+}
+
+#[test]
 fn a_layer_whose_recovered_name_is_taken_gets_one_with_all_digits() {
     let (_folder, store) = store();
     let path = store.folder().to_owned();
