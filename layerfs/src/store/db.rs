@@ -39,7 +39,8 @@ impl Cf {
     /// All families.
     pub const ALL: [Cf; 7] = [Cf::Chunks, Cf::Names, Cf::Uppers, Cf::Mounts, Cf::Transfers, Cf::Peers, Cf::Meta];
 
-    fn name(self) -> &'static str {
+    /// Its name in the database.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Cf::Chunks => "chunks",
             Cf::Names => "names",
@@ -273,6 +274,11 @@ impl Db {
     /// All entries from key `start` on, in order of their keys, as of now.
     pub fn iter_from<'a>(&'a self, cf: Cf, start: &[u8]) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
         self.entries(cf, ReadOptions::default(), IteratorMode::From(start, Direction::Forward))
+    }
+
+    /// All entries in the reverse order of their keys, as of now.
+    pub(crate) fn iter_back<'a>(&'a self, cf: Cf) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
+        self.entries(cf, ReadOptions::default(), IteratorMode::End)
     }
 
     fn entries<'a>(

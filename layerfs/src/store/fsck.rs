@@ -33,7 +33,7 @@ pub enum ProblemKind {
     ChunkGone,
     /// A layer that a name needs is incomplete or damaged.
     LayerBroken,
-    /// Something else than a pack lies among the packs.
+    /// Something else than a pack lies among the packs, or files of an upper that has no record any more.
     StrayFile,
     /// Names were lost with the index, and layers have not all got names again: nothing is collected.
     NamesLost,
@@ -148,6 +148,22 @@ impl Store {
                 let detail = "it is not a pack; move it away".to_owned();
                 report.add(ProblemKind::StrayFile, path.display().to_string(), detail, Vec::new(), false);
             }
+        }
+        self.find_lost_uppers(report)
+    }
+
+    fn find_lost_uppers(&self, report: &mut FsckReport) -> Result<()> {
+        let folder = self.lost_uppers_folder();
+        let failed = |e| Error::file("list", &folder, e);
+        let entries = match std::fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(failed(e)),
+        };
+        for entry in entries {
+            let path = entry.map_err(failed)?.path();
+            let detail = "files of an upper whose record was lost with the index; copy what you need, and remove it";
+            report.add(ProblemKind::StrayFile, path.display().to_string(), detail.to_owned(), Vec::new(), false);
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ mod fsck;
 mod gc;
 mod index;
 mod ingest;
-mod lost_names;
+pub(crate) mod lost_names;
 mod names;
 mod offload;
 mod open;
@@ -145,6 +145,11 @@ impl Store {
     /// Where the uppers' data files lie.
     pub fn uppers_folder(&self) -> PathBuf {
         self.folder.join("uppers")
+    }
+
+    /// Where files of uppers lie whose records were lost; the user removes them.
+    pub(crate) fn lost_uppers_folder(&self) -> PathBuf {
+        self.uppers_folder().join("lost")
     }
 
     /// A folder for temporary files; emptied when the store is opened.

@@ -2,8 +2,9 @@
 //!
 //! Invariants: only chunks whose bytes verify get into the new index; the old index stays in place until the new one
 //! is complete. Names and everything else that isn't chunks are taken over if the old database can still be read;
-//! if not, each complete layer that no other layer lies on gets the name `recovered/<the id's first 12 digits>`. Where
-//! that is cut off, the next rebuild goes on with it ([`super::lost_names`]).
+//! where it can't, each complete layer without a name that no other layer lies on gets the name
+//! `recovered/<the id's first 12 digits>`. Where that is cut off, the next rebuild goes on with it
+//! ([`super::lost_names`]). Files of uppers whose records are lost stay.
 //!
 //! `index.making` is a new index until it is complete; `index.new` a complete one, or the one that it has replaced.
 
@@ -23,7 +24,7 @@ use crate::id::LayerId;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
 use crate::store::Store;
-use crate::store::db::{Batch, Cf, Db, DbOptions, Sync};
+use crate::store::db::{Batch, Cf, Db, DbOptions, Entry, Sync};
 use crate::store::index::Location;
 use crate::store::lost_names::{self, LostNames};
 use crate::store::names;
@@ -121,6 +122,9 @@ pub fn rebuild_from(
     // After a lost disk the old index is a new one, which never knew a name.
     let is_new = || Ok::<_, Error>(objects.is_some() && db.iter_from(Cf::Names, &[])?.next().is_none());
     let has_lost_names = !report.records_kept || LostNames::read(&db)?.is_some() || is_new()?;
+    if !report.records_kept {
+        db.put(Cf::Meta, lost_names::UPPERS_KEY, [0])?;
+    }
     if has_lost_names {
         db.write(LostNames::change(Some(LostNames::Unrecovered)), Sync::No)?;
     } else {
@@ -288,27 +292,53 @@ fn open_old(old: &Path, options: DbOptions) -> Result<(Db, Option<Error>)> {
 /// what couldn't be read.
 fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<Vec<String>> {
     let (old, damage) = open_old(old, options)?;
-    let problems = damage.map(|error| format!("its log is damaged: {error}")).into_iter().collect();
+    let mut problems: Vec<String> = damage.map(|error| format!("its log is damaged: {error}")).into_iter().collect();
+    let mut note = |cf: Cf, damage: Option<Error>| {
+        problems.extend(damage.map(|error| format!("not all of its {} can be read: {error}", cf.name())));
+    };
     for cf in Cf::ALL.into_iter().filter(|cf| *cf != Cf::Chunks) {
+        note(cf, copy_family(&old, db, cf, |_, _| Ok(true))?);
+    }
+    let is_remote = |(id, record): &(PackId, Record)| record.state == State::Stored && !packs.path(*id).exists();
+    let remote: BTreeSet<PackId> = tier::records(db)?.into_iter().filter(is_remote).map(|(id, _)| id).collect();
+    if !remote.is_empty() {
+        let is_elsewhere = |key: &[u8], value: &[u8]| {
+            Ok(remote.contains(&Location::decode(value)?.pack) && !db.contains(Cf::Chunks, key)?)
+        };
+        note(Cf::Chunks, copy_family(&old, db, Cf::Chunks, is_elsewhere)?);
+    }
+    Ok(problems)
+}
+
+/// Copies those entries of `cf` that are `wanted`. If not all can be read, those in front of the first that can't and those behind
+/// the last, and returns why.
+fn copy_family(old: &Db, db: &Db, cf: Cf, wanted: impl Fn(&[u8], &[u8]) -> Result<bool>) -> Result<Option<Error>> {
+    let copy = |entries: &mut dyn Iterator<Item = Result<Entry>>| {
         let mut batch = Batch::new();
-        for entry in old.iter_from(cf, &[])? {
-            let (key, value) = entry?;
-            batch.put(cf, key, value);
+        let mut damage = None;
+        for entry in entries {
+            let (key, value) = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    damage = Some(error);
+                    break;
+                }
+            };
+            if wanted(&key, &value)? {
+                batch.put(cf, key, value);
+            }
             if batch.bytes() > 1 << 20 {
                 db.write(std::mem::take(&mut batch), Sync::No)?;
             }
         }
         db.write(batch, Sync::No)?;
+        Ok::<_, Error>(damage)
+    };
+    let damage = copy(&mut old.iter_from(cf, &[])?)?;
+    if damage.is_some() {
+        copy(&mut old.iter_back(cf)?)?;
     }
-    let is_remote = |(id, record): &(PackId, Record)| record.state == State::Stored && !packs.path(*id).exists();
-    let remote: BTreeSet<PackId> = tier::records(db)?.into_iter().filter(is_remote).map(|(id, _)| id).collect();
-    for entry in old.iter_from(Cf::Chunks, &[])?.filter(|_| !remote.is_empty()) {
-        let (key, value) = entry?;
-        if remote.contains(&Location::decode(&value)?.pack) && !db.contains(Cf::Chunks, &key)? {
-            db.put(Cf::Chunks, key, value)?;
-        }
-    }
-    Ok(problems)
+    Ok(damage)
 }
 
 /// Counts the names, the layers in their stacks, and those of them that are missing, as far as their manifests were read.

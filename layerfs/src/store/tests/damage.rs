@@ -1,15 +1,21 @@
 //! Bad bytes, lost files, full disks: what is seen, and what can be made whole.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use super::*;
 use crate::chunk::{ChunkRead, ChunkWrite, Codec, StoredChunk, encode};
 use crate::error::{Error, ErrorClass};
 use crate::monitor::Silent;
+use crate::mount::caller::Caller;
+use crate::mount::fs::Fs;
 use crate::store::db::Cf;
+use crate::store::lost_names;
 use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, check_header, encode_header};
 use crate::store::scan::{Found, PackScan};
 use crate::store::{FsckOptions, GcOptions, ProblemKind, rebuild};
+use crate::upper::{self, Upper};
+use crate::view::View;
 
 #[test]
 fn golden_bytes_of_a_pack() {
@@ -313,6 +319,93 @@ fn names_that_a_damaged_log_has_lost_are_told_and_their_layers_stay() {
     // The next one reads all of the index that this one has made.
     let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
     assert!(report.records_kept && report.recovered.is_empty(), "{report:?}");
+}
+
+/// Writes all of the index to its tables, and damages the begin of the one of `family`.
+fn damage_table(path: &Path, family: &str) {
+    drop(Store::open(path, StoreOptions::default()).unwrap());
+    let mark = format!("name{family}");
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(path.join("index")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        if path.extension().is_some_and(|extension| extension == "sst")
+            && bytes.windows(mark.len()).any(|window| window == mark.as_bytes())
+        {
+            bytes[2] ^= 0x40;
+            std::fs::write(&path, bytes).unwrap();
+            damaged += 1;
+        }
+    }
+    assert_eq!(damaged, 1, "{family}");
+}
+
+#[test]
+fn what_can_not_be_read_of_one_family_does_not_cost_others_nor_files_of_uppers() {
+    for family in ["names", "uppers"] {
+        let (_folder, store) = store();
+        let path = store.folder().to_owned();
+        let layer = named_layer(&store, "l", &[1], 60_000);
+        // So many that they take several blocks.
+        (0..500).for_each(|number| store.set_name(&name(&format!("n{number:03}")), layer, Expect::Absent).unwrap());
+        let view = Arc::new(View::empty(store.clone()));
+        let (upper, tables) = Upper::create(&store, &view, Some(name("up"))).unwrap();
+        let (id, next_ino) = (upper.id(), upper.next_ino());
+        let fs = Fs::writable(view.clone(), upper, tables);
+        let ino = fs.make(Ino::ROOT, b"file", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.write(ino, 0, b"precious", None).unwrap();
+        fs.fsync(ino).unwrap();
+        drop((fs, view, store));
+        damage_table(&path, family);
+        let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+        let [problem] = &report.record_problems[..] else { panic!("{report:?}") };
+        assert!(!report.records_kept && problem.contains(family), "{report:?}");
+        let store = Store::open(&path, StoreOptions::default()).unwrap();
+        let names = names_of(&store);
+        assert!(names.contains(&"n499".to_owned()) && names.contains(&"n000".to_owned()) == (family != "names"));
+        crate::mount::attach(&store).unwrap();
+        crate::mount::attach(&store).unwrap();
+        let data_file = format!("{:x}", ino.0);
+        let (there, aside) =
+            (store.uppers_folder().join(id.to_string()), store.lost_uppers_folder().join(id.to_string()));
+        let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
+        if family == "names" {
+            let (upper, tables) = Upper::open(&store, id).unwrap();
+            assert_eq!(std::fs::read(there.join(&data_file)).unwrap(), b"precious");
+            assert!(tables.inode(ino).is_some() && !aside.exists() && upper.next_ino() >= next_ino);
+            assert!(report.is_clean(), "{report:?}");
+        } else {
+            assert!(!there.exists() && upper::list(store.db()).unwrap().is_empty());
+            assert_eq!(std::fs::read(aside.join(&data_file)).unwrap(), b"precious");
+            let [problem] = &report.problems[..] else { panic!("{report:?}") };
+            assert!(problem.kind == ProblemKind::StrayFile && problem.subject == aside.display().to_string());
+            let view = View::empty(store.clone());
+            let (new, _) = Upper::create(&store, &view, Some(name("up"))).unwrap();
+            assert!(new.id() > id, "a number is never given again");
+        }
+    }
+}
+
+#[test]
+fn a_data_file_whose_row_is_lost_is_put_aside_and_its_number_stays_taken() {
+    let (_folder, store) = store();
+    let view = View::empty(store.clone());
+    let (upper, _) = Upper::create(&store, &view, None).unwrap();
+    let (id, lost) = (upper.id(), Ino(upper.next_ino().0 + 5000));
+    drop(upper);
+    let folder = store.uppers_folder().join(id.to_string());
+    for name in [format!("{:x}", lost.0), format!("{:x}.map", lost.0)] {
+        std::fs::write(folder.join(name), "precious").unwrap();
+    }
+    store.db.put(Cf::Meta, lost_names::UPPERS_KEY, [0]).unwrap();
+    crate::mount::attach(&store).unwrap();
+    let (upper, _) = Upper::open(&store, id).unwrap();
+    assert!(upper.next_ino() > lost);
+    let aside = store.lost_uppers_folder().join(id.to_string());
+    for name in [format!("{:x}", lost.0), format!("{:x}.map", lost.0)] {
+        assert_eq!(std::fs::read(aside.join(name)).unwrap(), b"precious");
+    }
+    assert!(!store.db.contains(Cf::Meta, lost_names::UPPERS_KEY).unwrap());
 }
 
 #[test]
