@@ -149,11 +149,50 @@ impl RecordHeader {
     }
 }
 
+/// Reads from a pack's file.
+pub(crate) fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+    #[cfg(test)]
+    bad_blocks::check(file, at..at + bytes.len() as u64)?;
+    file.read_exact_at(bytes, at)
+}
+
+/// Parts of files that can't be read, as of a disk that is about to die.
+#[cfg(test)]
+pub(crate) mod bad_blocks {
+    use std::collections::HashMap;
+    use std::fs::File;
+    use std::ops::Range;
+    use std::os::unix::fs::MetadataExt;
+
+    use parking_lot::Mutex;
+
+    static BAD: Mutex<Option<HashMap<(u64, u64), Range<u64>>>> = Mutex::new(None);
+
+    fn key(file: &File) -> (u64, u64) {
+        let metadata = file.metadata().unwrap();
+        (metadata.dev(), metadata.ino())
+    }
+
+    /// Reads of `file` fail that touch `range`, until they get an empty one.
+    pub fn set(file: &File, range: Range<u64>) {
+        BAD.lock().get_or_insert_default().insert(key(file), range);
+    }
+
+    pub fn check(file: &File, range: Range<u64>) -> std::io::Result<()> {
+        match BAD.lock().as_ref().and_then(|bad| bad.get(&key(file))) {
+            Some(bad) if !bad.is_empty() && bad.start < range.end && range.start < bad.end => {
+                Err(std::io::Error::from_raw_os_error(libc::EIO))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Reads the record of `id` at `location`, unverified but for its header.
 pub(crate) fn read_record(file: &File, id: &ChunkId, location: &Location) -> Result<StoredChunk> {
     let damaged = |detail: String| Error::ChunkDamaged { id: *id, detail };
     let mut bytes = vec![0; RECORD_BYTES + location.stored_bytes as usize];
-    file.read_exact_at(&mut bytes, u64::from(location.offset)).map_err(|e| match e.kind() {
+    read_exact_at(file, &mut bytes, u64::from(location.offset)).map_err(|e| match e.kind() {
         std::io::ErrorKind::UnexpectedEof => damaged(format!("pack {} ends before it does", location.pack)),
         _ => Error::io("reading a pack", e),
     })?;

@@ -24,6 +24,7 @@ use crate::id::LayerId;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
 use crate::store::Store;
+use crate::store::check;
 use crate::store::db::{Batch, Cf, Db, DbOptions, Entry, Sync};
 use crate::store::index::Location;
 use crate::store::lost_names::{self, LostNames};
@@ -204,13 +205,17 @@ impl<'a> Scan<'a> {
             };
             let here = self.packs.path(id);
             if here.exists() {
-                if offload::hash_file(&here)?.0 == hash {
-                    self.db.put(Cf::Meta, tier::key(id), record.encode())?;
-                } else {
-                    let detail =
-                        format!("object {name}: another pack here has its number {id}, so that it isn't taken");
-                    self.problems.lock().push(detail);
-                }
+                let detail = match offload::hash_file(&here) {
+                    Ok((found, _)) if found == hash => {
+                        self.db.put(Cf::Meta, tier::key(id), record.encode())?;
+                        continue;
+                    }
+                    Ok(_) => format!("object {name}: another pack here has its number {id}, so that it isn't taken"),
+                    Err(error) => {
+                        format!("object {name}: it isn't taken, since pack {id} is here, and can't be read: {error}")
+                    }
+                };
+                self.problems.lock().push(detail);
                 continue;
             }
             let path = tmp.join(format!("{id}.pack"));
@@ -264,7 +269,7 @@ impl<'a> Scan<'a> {
                     }
                     batch.put(Cf::Chunks, header.id.0, location.encode());
                 }
-                Err(Error::ChunkDamaged { .. }) => {
+                Err(error) if check::is_damage(&error) => {
                     self.damaged.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error),

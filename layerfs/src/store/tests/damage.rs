@@ -11,7 +11,7 @@ use crate::mount::caller::Caller;
 use crate::mount::fs::Fs;
 use crate::store::db::Cf;
 use crate::store::lost_names;
-use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, check_header, encode_header};
+use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, bad_blocks, check_header, encode_header};
 use crate::store::scan::{Found, PackScan};
 use crate::store::{FsckOptions, GcOptions, ProblemKind, rebuild};
 use crate::upper::{self, Upper};
@@ -83,6 +83,73 @@ fn a_scan_finds_every_good_record_whatever_is_damaged() {
         assert_eq!(found[6..], whole[6..]);
     }
     std::fs::write(&path, &bytes).unwrap();
+}
+
+#[test]
+fn a_scan_finds_every_record_around_blocks_that_can_not_be_read() {
+    let (_folder, store) = store();
+    let session = store.session("s");
+    (0..200).for_each(|seed| {
+        put(&session, seed, 3000);
+    });
+    session.commit().unwrap();
+    let (id, path) = the_pack(&store);
+    let scan = || PackScan::open(id, path.clone()).unwrap().map(|found| found.unwrap()).collect::<Vec<_>>();
+    let whole = scan();
+    let (file, end) = (std::fs::File::open(&path).unwrap(), path.metadata().unwrap().len());
+    let blocks = |first: u64, last: u64| first * 4096..(last * 4096).min(end);
+    for bad in [blocks(0, 1), blocks(20, 21), blocks(33, 40), blocks(70, 71), blocks(140, 1000), blocks(0, 1000)] {
+        bad_blocks::set(&file, bad.clone());
+        let found = scan();
+        let is_header_good = |at: u64| at + RECORD_BYTES as u64 <= bad.start || at >= bad.end;
+        let good = whole.iter().filter(|found| matches!(found, Found::Record(at, _) if is_header_good(u64::from(*at))));
+        let records = found.iter().filter(|found| matches!(found, Found::Record(..)));
+        assert!(good.eq(records), "{bad:?}");
+        let damage = found.iter().filter(|found| matches!(found, Found::Damage { .. })).count();
+        let lost = whole.len() - found.iter().filter(|found| matches!(found, Found::Record(..))).count();
+        assert_eq!((damage > 0, found.len()), (lost > 0, whole.len() - lost + damage), "{bad:?}");
+    }
+    bad_blocks::set(&file, 0..0);
+    assert_eq!(scan(), whole);
+}
+
+#[test]
+fn a_block_that_can_not_be_read_costs_its_chunks_alone() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let layers: Vec<LayerId> = (0..8).map(|n| named_layer(&store, &format!("n{n}"), &[n], 60_000)).collect();
+    // For a collection: most of the pack is dead.
+    for n in 0..6 {
+        store.remove_name(&name(&format!("n{n}"))).unwrap();
+    }
+    let entries: Vec<_> = store.index.iter().unwrap().map(|entry| entry.unwrap()).collect();
+    let (_, pack_path) = the_pack(&store);
+    let file = std::fs::File::open(&pack_path).unwrap();
+    // The bytes of a record of data that is needed.
+    let needed = noise(6, 60_000);
+    let (victim, location) = entries
+        .iter()
+        .find(|(id, location)| location.class == Class::Data && needed.starts_with(&store.get_uncached(id).unwrap()))
+        .unwrap();
+    let at = u64::from(location.offset) + RECORD_BYTES as u64;
+    bad_blocks::set(&file, (at + 4096) / 4096 * 4096..(at + 8192) / 4096 * 4096);
+    // The pack stays, and neither a collection nor a repair fails.
+    store.gc(&Silent, GcOptions::default()).unwrap();
+    assert!(pack_path.exists() && store.index.contains(victim).unwrap());
+    assert!(store.get_uncached(victim).is_err());
+    store.check_stack(layers[7]).unwrap();
+    store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    drop(store);
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept && report.damaged_chunks == 1, "{report:?}");
+    assert_eq!(report.chunks, entries.len() as u64 - 1);
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    layers.iter().enumerate().for_each(|(n, layer)| assert_eq!(store.check_stack(*layer).is_ok(), n != 6, "{n}"));
+    // A header that can't be read: a repair meets it too.
+    bad_blocks::set(&file, 0..4096);
+    let report = store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    assert!(report.problems.iter().any(|problem| problem.kind == ProblemKind::PackDamaged), "{report:#?}");
+    bad_blocks::set(&file, 0..0);
 }
 
 #[test]
