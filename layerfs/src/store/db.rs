@@ -76,6 +76,7 @@ pub struct Batch {
     ops: Vec<Op>,
     bytes: usize,
     makes_room: bool,
+    takes_back: bool,
 }
 
 impl Batch {
@@ -101,6 +102,11 @@ impl Batch {
     /// It is part of what takes no more space or gives some back: it may use what is held for that.
     pub fn makes_room(&mut self) {
         self.makes_room = true;
+    }
+
+    /// It takes a removal back that was just written: what would be lost otherwise is worth more than the space left.
+    pub(crate) fn takes_back(&mut self) {
+        self.takes_back = true;
     }
 
     /// Appends the changes of `other`.
@@ -241,7 +247,7 @@ impl Db {
             return Err(Error::Denied("the store is open for reading only".to_owned()));
         }
         // Removals may use the reserve: they are how one gets space again.
-        if batch.ops.iter().any(|op| op.value.is_some()) {
+        if !batch.takes_back && batch.ops.iter().any(|op| op.value.is_some()) {
             self.space.check(batch.makes_room)?;
         }
         let mut changes = WriteBatch::default();
@@ -296,6 +302,12 @@ impl Db {
     pub fn estimated_count(&self, cf: Cf) -> Result<u64> {
         let count = self.db.property_int_value_cf(self.handle(cf)?, "rocksdb.estimate-num-keys")?;
         Ok(count.unwrap_or(0))
+    }
+
+    /// Refuses from now on what needs space, as if the disk were full.
+    #[cfg(test)]
+    pub(crate) fn fill_disk(&self) {
+        self.space.fill();
     }
 
     /// Holds some space on its disk from now on, for what makes room when there is none.

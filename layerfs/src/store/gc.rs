@@ -8,7 +8,7 @@
 //! 4. *Second tier*: the objects of packs that are gone are removed, while others may collect or check already.
 //!
 //! Why nothing that is wanted goes: a session says that it wants a chunk *before* it looks whether it is there, and
-//! the sweep removes an entry *before* it looks whether somebody wants it, so one of them sees the other. Whoever
+//! the sweep removes an entry *before* it looks (again) whether somebody wants it, so one of them sees the other. Whoever
 //! names or pins a layer while this runs marks it first. Memory: the filter (2 bytes per chunk), and bounded sets.
 
 use std::collections::{HashMap, HashSet};
