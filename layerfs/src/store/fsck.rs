@@ -9,6 +9,7 @@ use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::Monitor;
 use crate::store::check::{Finding, PackCheck, Presence, unchecked_detail};
+use crate::store::index::Location;
 use crate::store::lost_names::{self, LostNames};
 use crate::store::rewrite::Rewriter;
 use crate::store::{Store, Uncached};
@@ -175,7 +176,11 @@ impl Store {
         options: FsckOptions,
         report: &mut FsckReport,
     ) -> Result<()> {
-        let gone: Vec<ChunkId> = findings.iter().filter_map(Finding::chunk).collect();
+        let entry = |finding: &Finding| match finding {
+            Finding::Chunk(id, location, _) => Some((*id, *location)),
+            _ => None,
+        };
+        let gone: Vec<(ChunkId, Location)> = findings.iter().filter_map(entry).collect();
         if options.repair && !gone.is_empty() {
             self.index.forget(&gone)?;
             self.db.sync()?;

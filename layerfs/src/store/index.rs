@@ -158,11 +158,15 @@ impl Index {
         self.db.write(batch, Sync::No)
     }
 
-    /// Removes entries that are known to be wrong.
-    pub fn forget(&self, ids: &[ChunkId]) -> Result<()> {
-        let mut batch = Batch::new();
-        ids.iter().for_each(|id| batch.delete(Cf::Chunks, id.0));
+    /// Removes entries that are known to be wrong, but for those that have changed since: their chunks have come again.
+    pub fn forget(&self, entries: &[(ChunkId, Location)]) -> Result<()> {
         let _change = self.change.lock();
+        let ids: Vec<ChunkId> = entries.iter().map(|(id, _)| *id).collect();
+        let now = self.get_many(&ids)?;
+        let mut batch = Batch::new();
+        for ((id, _), _) in entries.iter().zip(now).filter(|((_, wrong), now)| now.as_ref() == Some(wrong)) {
+            batch.delete(Cf::Chunks, id.0);
+        }
         self.db.write(batch, Sync::No)
     }
 
@@ -255,5 +259,15 @@ mod tests {
         for ((id, location), is_there) in entries.iter().zip([true, true, false]) {
             assert_eq!(index.get(id).unwrap(), Some(*location).filter(|_| is_there));
         }
+    }
+
+    #[test]
+    fn what_was_healed_meanwhile_is_not_forgotten() {
+        let (_folder, index) = index();
+        let entries = entries(2);
+        let healed = Location { pack: PackId(2), ..entries[1].1 };
+        index.add([(&entries[0].0, &entries[0].1), (&entries[1].0, &healed)]).unwrap();
+        index.forget(&entries).unwrap();
+        assert_eq!((index.get(&entries[0].0).unwrap(), index.get(&entries[1].0).unwrap()), (None, Some(healed)));
     }
 }

@@ -530,7 +530,7 @@ fn a_damaged_layer_stops_a_collection_before_it_removes_anything() {
     let layer = named_layer(&store, "l", &[1], 60_000);
     named_layer(&store, "m", &[2], 60_000);
     store.remove_name(&name("m")).unwrap();
-    store.index.forget(&[layer.0]).unwrap();
+    store.index.forget(&[(layer.0, store.index.get(&layer.0).unwrap().unwrap())]).unwrap();
     let path = store.folder().to_owned();
     drop(store);
     let store = Store::open(&path, StoreOptions::default()).unwrap();
