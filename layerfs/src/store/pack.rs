@@ -230,7 +230,8 @@ pub(crate) struct PackWriter {
 }
 
 impl PackWriter {
-    /// Creates pack `id` at `path`, which leaves `reserve` bytes free on the disk.
+    /// Creates pack `id` at `path`, which leaves `reserve` bytes free on the disk. What is there already stays, and is an
+    /// error.
     pub fn create(id: PackId, path: PathBuf, reserve: u64) -> Result<PackWriter> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
@@ -239,7 +240,8 @@ impl PackWriter {
         let buffer = encode_header(id);
         let mut writer =
             PackWriter { id, path, file, written_end: 0, synced_end: 0, buffer, folder_synced: false, reserve };
-        writer.write_out()?;
+        // What this call made, and nothing else.
+        writer.write_out().inspect_err(|_| drop(std::fs::remove_file(&writer.path)))?;
         failpoint::hit("pack.created");
         Ok(writer)
     }

@@ -93,7 +93,7 @@ pub fn rebuild_from(
     }
     remove_folder(&making)?;
     let db = Db::open(&making, db_options)?;
-    let packs = Packs::open(folder.join("packs"), Tier::none())?;
+    let packs = Packs::open(folder.join("packs"), Tier::none(), None)?;
     let scan = Scan::new(&db, &packs, monitor);
     scan.run(options.thread_count())?;
     if let Some(objects) = &objects {
