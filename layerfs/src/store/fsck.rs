@@ -11,6 +11,7 @@ use crate::monitor::Monitor;
 use crate::store::check::{Finding, PackCheck, Presence, unchecked_detail};
 use crate::store::index::Location;
 use crate::store::lost_names::{self, LostNames};
+use crate::store::packs::is_temporary;
 use crate::store::rewrite::Rewriter;
 use crate::store::{Store, Uncached};
 
@@ -144,8 +145,10 @@ impl Store {
         let packs: HashSet<_> = self.packs.list()?.into_iter().map(|(id, _)| self.packs.path(id)).collect();
         for entry in std::fs::read_dir(folder).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            // A pack may have been made since the list was.
-            if !packs.contains(&path) && path.extension().is_none_or(|extension| extension != "pack") {
+            // A pack may have been made since the list was, or is being fetched; what a kill left of that goes at the next start.
+            let is_fetched = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
+            let is_pack = packs.contains(&path) || path.extension().is_some_and(|extension| extension == "pack");
+            if !is_pack && !is_fetched {
                 let detail = "it is not a pack; move it away".to_owned();
                 report.add(ProblemKind::StrayFile, path.display().to_string(), detail, Vec::new(), false);
             }

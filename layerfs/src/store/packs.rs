@@ -214,6 +214,11 @@ impl Packs {
         true
     }
 
+    /// Whether somebody appends to pack `id`, or collects it.
+    pub fn is_owned(&self, id: PackId) -> bool {
+        self.state.lock().owned.contains(&id)
+    }
+
     /// Removes a claimed pack.
     pub fn remove(&self, id: PackId) -> Result<()> {
         let path = self.path(id);
@@ -267,7 +272,7 @@ fn parse_name(name: &str) -> Option<PackId> {
 }
 
 /// Whether `name` is that of a pack's temporary sibling, as [`crate::durable::create_temporary`] makes it.
-fn is_temporary(name: &str) -> bool {
+pub(crate) fn is_temporary(name: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     name.strip_suffix(".tmp")
         .and_then(|name| name.rsplit_once('.'))

@@ -114,14 +114,13 @@ impl PackScan {
 
     /// The header at `at`, if there is one whose record lies in the file whole.
     fn record(&mut self, at: u64) -> Result<Option<RecordHeader>> {
-        let end = self.end;
         let bytes = self.bytes(at, RECORD_BYTES)?;
         if bytes.len() < RECORD_BYTES {
             return Ok(None);
         }
         match RecordHeader::decode(bytes) {
             Ok(header) => {
-                let fits = at + RECORD_BYTES as u64 + u64::from(header.stored_bytes) <= end;
+                let fits = at + RECORD_BYTES as u64 + u64::from(header.stored_bytes) <= self.end;
                 Ok(Some(header).filter(|_| fits && at <= u64::from(u32::MAX)))
             }
             Err(error @ Error::Unsupported { .. }) => Err(error),

@@ -114,6 +114,29 @@ fn a_scan_finds_every_record_around_blocks_that_can_not_be_read() {
 }
 
 #[test]
+fn a_pack_that_gets_shorter_while_it_is_scanned_ends_there() {
+    let (_folder, store) = store();
+    let session = store.session("s");
+    (0..200).for_each(|seed| {
+        put(&session, seed, 3000);
+    });
+    session.commit().unwrap();
+    let (id, path) = the_pack(&store);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let record_bytes = (RECORD_BYTES + 3000) as u64;
+    // As a session that ends without a commit does, in front of where the scan is and behind it.
+    for (stay, found) in [(150, 150), (20, 86)] {
+        let mut scan = PackScan::open(id, path.clone()).unwrap();
+        assert!(scan.by_ref().take(10).all(|found| matches!(found, Ok(Found::Record(..)))));
+        file.set_len(16 + stay * record_bytes).unwrap();
+        let rest: Vec<_> = scan.map(|found| found.unwrap()).collect();
+        let records = rest.iter().filter(|found| matches!(found, Found::Record(..))).count();
+        assert!(records + 10 <= found && records + 10 >= stay as usize, "{records} of {stay}");
+        assert!(!rest.iter().any(|found| matches!(found, Found::Damage { .. })), "{stay}");
+    }
+}
+
+#[test]
 fn a_block_that_can_not_be_read_costs_its_chunks_alone() {
     let (_folder, store) = store();
     let path = store.folder().to_owned();
