@@ -165,6 +165,9 @@ pub struct Db {
     db: DB,
     read_only: bool,
     space: SpaceGuard,
+    /// Whether something was written since the last sync.
+    #[cfg(test)]
+    is_unsynced: std::sync::atomic::AtomicBool,
 }
 
 impl std::fmt::Debug for Db {
@@ -184,7 +187,13 @@ impl Db {
         } else {
             DB::open_cf_descriptors(&general, folder, families())?
         };
-        Ok(Db { db, read_only: options.read_only, space: SpaceGuard::new(folder) })
+        Ok(Db {
+            db,
+            read_only: options.read_only,
+            space: SpaceGuard::new(folder),
+            #[cfg(test)]
+            is_unsynced: Default::default(),
+        })
     }
 
     fn handle(&self, cf: Cf) -> Result<&ColumnFamily> {
@@ -238,6 +247,8 @@ impl Db {
         let changes = self.changes(&batch).map_err(WriteError::NotWritten)?;
         let mut options = WriteOptions::default();
         options.set_sync(sync == Sync::Yes);
+        #[cfg(test)]
+        self.is_unsynced.store(sync == Sync::No, std::sync::atomic::Ordering::Relaxed);
         self.db.write_opt(changes, &options).map_err(|error| WriteError::Unsure(error.into()))
     }
 
@@ -266,7 +277,16 @@ impl Db {
         if self.read_only {
             return Ok(());
         }
-        Ok(self.db.flush_wal(true)?)
+        self.db.flush_wal(true)?;
+        #[cfg(test)]
+        self.is_unsynced.store(false, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether all that was written survives a power cut.
+    #[cfg(test)]
+    pub(crate) fn is_synced(&self) -> bool {
+        !self.is_unsynced.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// All entries whose key begins with `prefix`, in order of their keys, as of now.

@@ -100,7 +100,7 @@ impl Index {
         self.get_many(ids)
     }
 
-    /// Adds entries whose records are synced. Unsynced itself.
+    /// Adds entries whose records are synced. Unsynced itself: whoever calls it syncs the database then.
     pub fn add<'a>(&self, entries: impl IntoIterator<Item = (&'a ChunkId, &'a Location)>) -> Result<()> {
         let mut batch = Batch::new();
         entries.into_iter().for_each(|(id, location)| batch.put(Cf::Chunks, id.0, location.encode()));

@@ -239,9 +239,13 @@ impl Store {
         self.suspects.note(self.read_stored(id).and_then(chunk::verify)).map(|(plain, _)| plain)
     }
 
-    /// Lets the index refer to these records, which are synced.
+    /// Lets the index refer to these records, which are synced, durably, and with it all that was written before.
+    ///
+    /// Such a write is large. A machine that dies may leave holes in what its log has unsynced, and the index isn't opened
+    /// with a hole in it: it is to lie there for as short as can be.
     fn index_records(&self, records: &HashMap<ChunkId, Location>) -> Result<()> {
         self.index.add(records.iter())?;
+        self.db.sync()?;
         self.suspects.clear(records.keys());
         Ok(())
     }
