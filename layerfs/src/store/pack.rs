@@ -159,27 +159,30 @@ pub(crate) fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::
 /// Parts of files that can't be read, as of a disk that is about to die.
 #[cfg(test)]
 pub(crate) mod bad_blocks {
-    use std::collections::HashMap;
+    use std::collections::BTreeMap;
     use std::fs::File;
     use std::ops::Range;
     use std::os::unix::fs::MetadataExt;
 
     use parking_lot::Mutex;
 
-    static BAD: Mutex<Option<HashMap<(u64, u64), Range<u64>>>> = Mutex::new(None);
+    /// Device and inode.
+    type Key = (u64, u64);
 
-    fn key(file: &File) -> (u64, u64) {
+    static BAD: Mutex<BTreeMap<Key, Range<u64>>> = Mutex::new(BTreeMap::new());
+
+    fn key(file: &File) -> Key {
         let metadata = file.metadata().unwrap();
         (metadata.dev(), metadata.ino())
     }
 
     /// Reads of `file` fail that touch `range`, until they get an empty one.
     pub fn set(file: &File, range: Range<u64>) {
-        BAD.lock().get_or_insert_default().insert(key(file), range);
+        BAD.lock().insert(key(file), range);
     }
 
     pub fn check(file: &File, range: Range<u64>) -> std::io::Result<()> {
-        match BAD.lock().as_ref().and_then(|bad| bad.get(&key(file))) {
+        match BAD.lock().get(&key(file)) {
             Some(bad) if !bad.is_empty() && bad.start < range.end && range.start < bad.end => {
                 Err(std::io::Error::from_raw_os_error(libc::EIO))
             }
