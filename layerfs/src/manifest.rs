@@ -59,6 +59,9 @@ impl FromStr for LayerKind {
     }
 }
 
+/// The most layers in a stack: every look-up may have to ask each.
+pub const MAX_LAYERS: usize = 1024;
+
 const MAGIC: &[u8; 4] = b"LFMF";
 const VERSION: u16 = 1;
 
@@ -159,6 +162,19 @@ impl Manifest {
         }
         reader.finish()?;
         Ok(manifest)
+    }
+
+    /// Checks that another layer may lie on this one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a stack with one more could not be opened.
+    pub fn check_bears_another(&self) -> Result<()> {
+        if (self.depth as usize).saturating_add(1) < MAX_LAYERS {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "the stack below has {MAX_LAYERS} layers, and can't bear another; make fewer of them with `layerctl squash` first"
+        )))
     }
 
     /// Reads the manifest of layer `id`.
@@ -290,12 +306,16 @@ impl<'a> LayerWriter<'a> {
     }
 
     /// Writes the manifest. `parent` is the layer below with its manifest; `next_ino` is greater than every number used.
+    ///
+    /// # Errors
+    /// [`Manifest::check_bears_another`], and those of writing.
     pub fn finish(
         self,
         kind: LayerKind,
         parent: Option<(LayerId, &Manifest)>,
         next_ino: Ino,
     ) -> Result<(LayerId, Manifest)> {
+        parent.map_or(Ok(()), |(_, manifest)| manifest.check_bears_another())?;
         let (dentries, dentry_count) = self.dentries.finish(self.out)?;
         let (inodes, inode_count) = self.inodes.finish(self.out)?;
         let manifest = Manifest {

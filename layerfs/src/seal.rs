@@ -79,10 +79,16 @@ pub fn seal(store: &Arc<Store>, fs: &Fs, options: &SealOptions, monitor: &dyn Mo
     check_name(store, options)?;
     let read_only = |_| Error::Denied("the mount is read-only: there is no upper to seal".to_owned());
     let sealing = fs.begin_seal().map_err(read_only)?;
+    let below = sealing.view();
+    if let Some(manifest) = below.manifest() {
+        manifest.check_bears_another()?;
+    }
     let session = store.session("seal");
     let mut ahead = read_ahead(&session, &sealing, monitor)?;
     session.flush()?;
     failpoint::hit("seal.read-ahead");
+    // A collection may be running: the layers below are marked while everything goes on.
+    let _below = below.top().map(|base| store.pin(base)).transpose()?;
     let started = Instant::now();
     let (frozen, changed) = sealing.freeze()?;
     changed.iter().for_each(|ino| drop(ahead.contents.remove(ino)));
@@ -139,6 +145,8 @@ fn check_name(store: &Store, options: &SealOptions) -> Result<()> {
 pub fn rest_on(store: &Arc<Store>, fs: &Fs, squashed: &Squashed, names: &[(LayerName, Expect)]) -> Result<bool> {
     let report = &squashed.report;
     let view = View::open(store, report.layer)?;
+    // As in a seal: before changes wait.
+    let _pin = store.pin(report.layer)?;
     let read_only = |_| Error::Denied("the mount is read-only: it stays on the layers that it has".to_owned());
     let (frozen, _) = fs.begin_seal().map_err(read_only)?.freeze()?;
     if frozen.state().view().top() != Some(report.before) || frozen.has_sealed_orphans() {

@@ -20,13 +20,12 @@ use crate::content;
 use crate::error::{Error, Result};
 use crate::id::{Ino, LayerId};
 use crate::inode::{DentryRef, Inode, Node, Stat, Target};
+pub use crate::manifest::MAX_LAYERS;
 use crate::manifest::Manifest;
 use crate::store::Store;
 use crate::table::{KEPT_BYTES, RELEASE_EVERY, Table};
 use crate::walk::FolderIter;
 
-/// The most layers in a stack: every look-up may have to ask each.
-pub const MAX_LAYERS: usize = 1024;
 /// The most symbolic links that are followed in one path (Linux's limit).
 const MAX_LINKS_FOLLOWED: u32 = 40;
 /// The deepest folder that [`View::path_of`] names.

@@ -170,6 +170,9 @@ pub fn import(
     check(monitor)?;
     // Pinned, so that nobody collects them meanwhile.
     let _parent = options.parent.map(|parent| store.pin(parent)).transpose()?;
+    if let Some(parent) = options.parent {
+        Manifest::load(store.as_ref(), parent)?.check_bears_another()?;
+    }
     let _like = options.like.map(|like| store.pin(like)).transpose()?;
     monitor.phase("reading", None);
     let opened = match source {

@@ -19,7 +19,9 @@ use super::*;
 use crate::chunker::is_zero;
 use crate::content;
 use crate::error::ErrorClass;
+use crate::id::Ino;
 use crate::inode::Node;
+use crate::manifest::{LayerWriter, MAX_LAYERS};
 use crate::monitor::{Counting, Silent};
 use crate::store::StoreOptions;
 use crate::testing::Spawn;
@@ -297,4 +299,27 @@ fn zoo(root: &Path) {
         let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
         rustix::fs::utimensat(rustix::fs::CWD, root.join(path), &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
     }
+}
+
+#[test]
+fn nothing_is_imported_onto_a_stack_that_bears_no_more() {
+    let bench = Bench::new();
+    let session = bench.store.session("deep");
+    let mut below: Option<(LayerId, Manifest)> = None;
+    for _ in 0..MAX_LAYERS {
+        let parent = below.as_ref().map(|(id, manifest)| (*id, manifest));
+        below = Some(LayerWriter::new(&session).finish(LayerKind::Base, parent, Ino(2)).unwrap());
+    }
+    let (id, manifest) = below.unwrap();
+    let error = LayerWriter::new(&session).finish(LayerKind::Base, Some((id, &manifest)), Ino(2)).unwrap_err();
+    assert!(error.class() == ErrorClass::Invalid && error.to_string().contains("squash"), "{error}");
+    session.commit().unwrap();
+    bench.store.set_name(&name("deep"), id, Expect::Absent).unwrap();
+    let options = ImportOptions { parent: Some(id), ..ImportOptions::new(name("more")) };
+    // Before anything is read: there is no such source.
+    let error = bench.try_import(&bench.path("none"), &options).unwrap_err();
+    assert!(error.class() == ErrorClass::Invalid && error.to_string().contains("squash"), "{error}");
+    let options = ImportOptions { parent: manifest.parent, ..options };
+    let report = bench.try_import(&bench.src(), &options).unwrap();
+    assert_eq!(report.layers.len(), 1);
 }

@@ -14,7 +14,7 @@ use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
 use crate::store::index::Location;
-use crate::store::pack::PackId;
+use crate::store::pack::{HEADER_BYTES, PackId};
 use crate::store::scan::{Found, PackScan};
 use crate::store::{Store, Uncached};
 
@@ -115,14 +115,16 @@ impl<'a> PackCheck<'a> {
     }
 
     fn pack(&self, id: PackId) -> Result<()> {
-        add(&self.totals.packs, 1);
         let scan = match PackScan::open(id, self.store.packs.path(id)) {
             Ok(scan) => scan,
+            Err(_) if self.is_taken_back(id) => return Ok(()),
             Err(error) => {
+                add(&self.totals.packs, 1);
                 self.found(Finding::Unreadable(id, error));
                 return Ok(());
             }
         };
+        add(&self.totals.packs, 1);
         let mut batch = Vec::with_capacity(BATCH);
         for found in scan {
             match found {
@@ -140,6 +142,14 @@ impl<'a> PackCheck<'a> {
             }
         }
         self.batch(&batch)
+    }
+
+    /// Whether pack `id` is gone since the packs were listed, or just being made. Should the index refer to it, its entries tell.
+    fn is_taken_back(&self, id: PackId) -> bool {
+        match self.store.packs.path(id).metadata() {
+            Ok(metadata) => metadata.len() < HEADER_BYTES as u64 && self.store.packs.is_owned(id),
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        }
     }
 
     fn batch(&self, batch: &[(ChunkId, Location)]) -> Result<()> {
@@ -366,5 +376,28 @@ mod tests {
         assert!(!open(libc::EIO), "all of a pack isn't lost when opening it fails");
         assert!(!tier(ErrorClass::Network) && !tier(ErrorClass::Denied));
         assert!(!is_damage(&Error::Index("so".to_owned())) && !is_damage(&Error::Cancelled));
+    }
+
+    #[test]
+    fn packs_that_go_or_are_made_meanwhile_are_no_problem() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), crate::store::StoreOptions::create()).unwrap();
+        let check = PackCheck::new(&store, &monitor::Silent, false);
+        check.pack(PackId(7)).unwrap();
+        std::fs::write(store.packs.path(PackId(8)), "").unwrap();
+        assert!(store.packs.claim(PackId(8)));
+        check.pack(PackId(8)).unwrap();
+        assert!(check.findings.lock().is_empty());
+        // Nobody makes it any more.
+        store.packs.release(PackId(8));
+        check.pack(PackId(8)).unwrap();
+        assert!(matches!(check.findings.lock()[..], [Finding::Unreadable(PackId(8), _)]));
+        // It is being fetched; what isn't named so is told.
+        let temporary = format!("{}.pack.17-0.tmp", PackId(9));
+        std::fs::write(store.packs.folder().join(temporary), "half").unwrap();
+        std::fs::remove_file(store.packs.path(PackId(8))).unwrap();
+        assert!(store.fsck(&monitor::Silent, crate::store::FsckOptions::default()).unwrap().is_clean());
+        std::fs::write(store.packs.folder().join("other.tmp"), "mine").unwrap();
+        assert!(!store.fsck(&monitor::Silent, crate::store::FsckOptions::default()).unwrap().is_clean());
     }
 }

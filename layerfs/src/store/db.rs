@@ -39,7 +39,8 @@ impl Cf {
     /// All families.
     pub const ALL: [Cf; 7] = [Cf::Chunks, Cf::Names, Cf::Uppers, Cf::Mounts, Cf::Transfers, Cf::Peers, Cf::Meta];
 
-    fn name(self) -> &'static str {
+    /// Its name in the database.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Cf::Chunks => "chunks",
             Cf::Names => "names",
@@ -75,6 +76,7 @@ pub struct Batch {
     ops: Vec<Op>,
     bytes: usize,
     makes_room: bool,
+    takes_back: bool,
 }
 
 impl Batch {
@@ -100,6 +102,11 @@ impl Batch {
     /// It is part of what takes no more space or gives some back: it may use what is held for that.
     pub fn makes_room(&mut self) {
         self.makes_room = true;
+    }
+
+    /// It takes a removal back that was just written: what would be lost otherwise is worth more than the space left.
+    pub(crate) fn takes_back(&mut self) {
+        self.takes_back = true;
     }
 
     /// Appends the changes of `other`.
@@ -158,6 +165,9 @@ pub struct Db {
     db: DB,
     read_only: bool,
     space: SpaceGuard,
+    /// Whether something was written since the last sync.
+    #[cfg(test)]
+    is_unsynced: std::sync::atomic::AtomicBool,
 }
 
 impl std::fmt::Debug for Db {
@@ -177,7 +187,13 @@ impl Db {
         } else {
             DB::open_cf_descriptors(&general, folder, families())?
         };
-        Ok(Db { db, read_only: options.read_only, space: SpaceGuard::new(folder) })
+        Ok(Db {
+            db,
+            read_only: options.read_only,
+            space: SpaceGuard::new(folder),
+            #[cfg(test)]
+            is_unsynced: Default::default(),
+        })
     }
 
     fn handle(&self, cf: Cf) -> Result<&ColumnFamily> {
@@ -231,6 +247,8 @@ impl Db {
         let changes = self.changes(&batch).map_err(WriteError::NotWritten)?;
         let mut options = WriteOptions::default();
         options.set_sync(sync == Sync::Yes);
+        #[cfg(test)]
+        self.is_unsynced.store(sync == Sync::No, std::sync::atomic::Ordering::Relaxed);
         self.db.write_opt(changes, &options).map_err(|error| WriteError::Unsure(error.into()))
     }
 
@@ -240,7 +258,7 @@ impl Db {
             return Err(Error::Denied("the store is open for reading only".to_owned()));
         }
         // Removals may use the reserve: they are how one gets space again.
-        if batch.ops.iter().any(|op| op.value.is_some()) {
+        if !batch.takes_back && batch.ops.iter().any(|op| op.value.is_some()) {
             self.space.check(batch.makes_room)?;
         }
         let mut changes = WriteBatch::default();
@@ -259,7 +277,16 @@ impl Db {
         if self.read_only {
             return Ok(());
         }
-        Ok(self.db.flush_wal(true)?)
+        self.db.flush_wal(true)?;
+        #[cfg(test)]
+        self.is_unsynced.store(false, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether all that was written survives a power cut.
+    #[cfg(test)]
+    pub(crate) fn is_synced(&self) -> bool {
+        !self.is_unsynced.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// All entries whose key begins with `prefix`, in order of their keys, as of now.
@@ -273,6 +300,11 @@ impl Db {
     /// All entries from key `start` on, in order of their keys, as of now.
     pub fn iter_from<'a>(&'a self, cf: Cf, start: &[u8]) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
         self.entries(cf, ReadOptions::default(), IteratorMode::From(start, Direction::Forward))
+    }
+
+    /// All entries in the reverse order of their keys, as of now.
+    pub(crate) fn iter_back<'a>(&'a self, cf: Cf) -> Result<impl Iterator<Item = Result<Entry>> + use<'a>> {
+        self.entries(cf, ReadOptions::default(), IteratorMode::End)
     }
 
     fn entries<'a>(
@@ -290,6 +322,12 @@ impl Db {
     pub fn estimated_count(&self, cf: Cf) -> Result<u64> {
         let count = self.db.property_int_value_cf(self.handle(cf)?, "rocksdb.estimate-num-keys")?;
         Ok(count.unwrap_or(0))
+    }
+
+    /// Refuses from now on what needs space, as if the disk were full.
+    #[cfg(test)]
+    pub(crate) fn fill_disk(&self) {
+        self.space.fill();
     }
 
     /// Holds some space on its disk from now on, for what makes room when there is none.

@@ -9,7 +9,9 @@ use crate::id::{ChunkId, LayerId};
 use crate::manifest::Manifest;
 use crate::monitor::Monitor;
 use crate::store::check::{Finding, PackCheck, Presence, unchecked_detail};
+use crate::store::index::Location;
 use crate::store::lost_names::{self, LostNames};
+use crate::store::packs::is_temporary;
 use crate::store::rewrite::Rewriter;
 use crate::store::{Store, Uncached};
 
@@ -33,7 +35,7 @@ pub enum ProblemKind {
     ChunkGone,
     /// A layer that a name needs is incomplete or damaged.
     LayerBroken,
-    /// Something else than a pack lies among the packs.
+    /// Something else than a pack lies among the packs, or files of an upper that has no record any more.
     StrayFile,
     /// Names were lost with the index, and layers have not all got names again: nothing is collected.
     NamesLost,
@@ -143,11 +145,29 @@ impl Store {
         let packs: HashSet<_> = self.packs.list()?.into_iter().map(|(id, _)| self.packs.path(id)).collect();
         for entry in std::fs::read_dir(folder).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            // A pack may have been made since the list was.
-            if !packs.contains(&path) && path.extension().is_none_or(|extension| extension != "pack") {
+            // A pack may have been made since the list was, or is being fetched; what a kill left of that goes at the next start.
+            let is_fetched = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
+            let is_pack = packs.contains(&path) || path.extension().is_some_and(|extension| extension == "pack");
+            if !is_pack && !is_fetched {
                 let detail = "it is not a pack; move it away".to_owned();
                 report.add(ProblemKind::StrayFile, path.display().to_string(), detail, Vec::new(), false);
             }
+        }
+        self.find_lost_uppers(report)
+    }
+
+    fn find_lost_uppers(&self, report: &mut FsckReport) -> Result<()> {
+        let folder = self.lost_uppers_folder();
+        let failed = |e| Error::file("list", &folder, e);
+        let entries = match std::fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(failed(e)),
+        };
+        for entry in entries {
+            let path = entry.map_err(failed)?.path();
+            let detail = "files of an upper whose record was lost with the index; copy what you need, and remove it";
+            report.add(ProblemKind::StrayFile, path.display().to_string(), detail.to_owned(), Vec::new(), false);
         }
         Ok(())
     }
@@ -159,7 +179,11 @@ impl Store {
         options: FsckOptions,
         report: &mut FsckReport,
     ) -> Result<()> {
-        let gone: Vec<ChunkId> = findings.iter().filter_map(Finding::chunk).collect();
+        let entry = |finding: &Finding| match finding {
+            Finding::Chunk(id, location, _) => Some((*id, *location)),
+            _ => None,
+        };
+        let gone: Vec<(ChunkId, Location)> = findings.iter().filter_map(entry).collect();
         if options.repair && !gone.is_empty() {
             self.index.forget(&gone)?;
             self.db.sync()?;

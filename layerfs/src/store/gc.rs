@@ -8,9 +8,10 @@
 //! 4. *Second tier*: the objects of packs that are gone are removed, while others may collect or check already.
 //!
 //! Why nothing that is wanted goes: a session says that it wants a chunk *before* it looks whether it is there, and
-//! the sweep removes an entry *before* it looks whether somebody wants it, so one of them sees the other. Whoever
+//! the sweep removes an entry *before* it looks (again) whether somebody wants it, so one of them sees the other. Whoever
 //! names or pins a layer while this runs marks it first. Memory: the filter (2 bytes per chunk), and bounded sets.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -93,17 +94,42 @@ impl Collector {
 #[derive(Debug)]
 struct Run {
     live: IdFilter,
-    /// The layers that are marked, or just being checked.
-    layers: RwLock<HashSet<LayerId>>,
-    /// Held while layers are marked.
-    marking: Mutex<Known>,
+    /// What is marked before anything is swept, with all below.
+    roots: RwLock<HashSet<LayerId>>,
+    layers: RwLock<Layers>,
     retired: Mutex<Vec<Arc<Touched>>>,
 }
 
+/// The layers that stay.
+#[derive(Debug, Default)]
+struct Layers {
+    /// All below each of them is marked too.
+    marked: HashSet<LayerId>,
+    /// Whose chunks are marked, while somebody looks whether they are all there; by how many.
+    checking: HashMap<LayerId, usize>,
+}
+
+impl Layers {
+    fn contains(&self, layer: &LayerId) -> bool {
+        self.marked.contains(layer) || self.checking.contains_key(layer)
+    }
+
+    fn all(&self) -> HashSet<LayerId> {
+        self.marked.iter().chain(self.checking.keys()).copied().collect()
+    }
+}
+
 impl Run {
-    /// Marks `layer` and all below it. With `check`, fails if anything is missing.
-    fn mark(&self, store: &Store, layer: LayerId, check: bool, monitor: &dyn Monitor) -> Result<()> {
-        let mut known = self.marking.lock();
+    /// Puts the chunks of `layer` and of all below it into the filter, down to the first layer that `is_marked`. Returns the
+    /// layers.
+    fn walk(
+        &self,
+        store: &Store,
+        layer: LayerId,
+        known: &mut Known,
+        is_marked: impl Fn(&LayerId) -> bool,
+        monitor: &dyn Monitor,
+    ) -> Result<Vec<LayerId>> {
         let mut new = Vec::new();
         let mut mark = |chunk: ChunkUse| {
             self.live.insert(&chunk.id);
@@ -112,22 +138,47 @@ impl Run {
             }
             Ok(known.is_new(&chunk))
         };
-        let walked = walk_stack(&Uncached(store), layer, &mut mark, |layer| {
-            let is_new = !self.layers.read().contains(&layer);
+        walk_stack(&Uncached(store), layer, &mut mark, |layer| {
+            let is_new = !is_marked(&layer);
             new.extend(is_new.then_some(layer));
             !is_new
-        });
-        if let Err(error) = walked {
-            *known = Known::default();
-            return Err(error);
+        })?;
+        Ok(new)
+    }
+
+    /// Marks `layer` and all below it.
+    fn mark(&self, store: &Store, layer: LayerId, known: &mut Known, monitor: &dyn Monitor) -> Result<()> {
+        let is_marked = |layer: &LayerId| self.layers.read().marked.contains(layer);
+        let new = self.walk(store, layer, known, is_marked, monitor)?;
+        self.layers.write().marked.extend(new);
+        Ok(())
+    }
+
+    /// [`Run::mark`] for somebody else, who fails if anything is missing. He waits for nobody: what the collection marks
+    /// by itself he needn't, and what both are at is marked twice.
+    fn protect(&self, store: &Store, layer: LayerId) -> Result<()> {
+        let is_marked =
+            |layer: &LayerId| self.layers.read().marked.contains(layer) || self.roots.read().contains(layer);
+        let new = self.walk(store, layer, &mut Known::default(), is_marked, &monitor::Silent)?;
+        {
+            let mut layers = self.layers.write();
+            new.iter().for_each(|layer| *layers.checking.entry(*layer).or_default() += 1);
         }
         // Marked first, looked for then: as everywhere.
-        self.layers.write().extend(&new);
-        if check && let Err(error) = new.iter().try_for_each(|layer| store.check_layer(*layer)) {
-            self.layers.write().retain(|layer| !new.contains(layer));
-            return Err(error);
+        let result = new.iter().try_for_each(|layer| store.check_layer(*layer));
+        let mut layers = self.layers.write();
+        for layer in &new {
+            if let Entry::Occupied(mut count) = layers.checking.entry(*layer) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
         }
-        Ok(())
+        if result.is_ok() {
+            layers.marked.extend(new);
+        }
+        result
     }
 }
 
@@ -144,8 +195,8 @@ impl Store {
         let running = self.collector.running.try_lock().ok_or_else(busy)?;
         let run = Arc::new(Run {
             live: IdFilter::new(self.index.estimated_count()? * 5 / 4 + 4096),
+            roots: RwLock::default(),
             layers: RwLock::default(),
-            marking: Mutex::default(),
             retired: Mutex::default(),
         });
         let named = {
@@ -157,6 +208,7 @@ impl Store {
         };
         let result = named.and_then(|mut roots| {
             roots.extend(self.in_use()?);
+            run.roots.write().extend(&roots);
             let staged = if options.unfinished { HashSet::new() } else { self.staged_packs(Time::now())? };
             Collection { store: self, run: &run, monitor, options, staged }.collect(&roots)
         });
@@ -173,7 +225,7 @@ impl Store {
     /// anything to it already.
     pub(crate) fn protect_layer(&self, layer: LayerId) -> Result<()> {
         match self.collector.active() {
-            Some(run) => run.mark(self, layer, true, &monitor::Silent),
+            Some(run) => run.protect(self, layer),
             None => Ok(()),
         }
     }
@@ -213,12 +265,14 @@ struct Live {
 impl Collection<'_> {
     fn collect(&self, roots: &[LayerId]) -> Result<GcReport> {
         self.monitor.phase("marking", None);
+        let mut known = Known::default();
         for root in roots {
-            self.run.mark(self.store, *root, false, self.monitor)?;
+            self.run.mark(self.store, *root, &mut known, self.monitor)?;
             self.monitor.items(1);
         }
+        drop(known);
         failpoint::hit("gc.marked");
-        let mut report = GcReport { live_layers: self.run.layers.read().len() as u64, ..GcReport::default() };
+        let mut report = GcReport { live_layers: self.run.layers.read().marked.len() as u64, ..GcReport::default() };
         // Before the sweep, so that what becomes live in a claimed pack is seen by the count that follows it.
         let packs = self.claim_packs()?;
         let result = self.collect_packs(&packs, &mut report);
@@ -226,7 +280,10 @@ impl Collection<'_> {
         result?;
         if !self.options.dry_run {
             self.remove_dead_tables()?;
-            self.store.clear_dead_partials(&self.run.layers.read())?;
+            // Nobody's layer begins to stay meanwhile.
+            let layers = self.run.layers.read();
+            self.store.clear_dead_partials(&layers.all())?;
+            drop(layers);
             self.record_end()?;
         }
         Ok(report)

@@ -100,7 +100,7 @@ impl Index {
         self.get_many(ids)
     }
 
-    /// Adds entries whose records are synced. Unsynced itself.
+    /// Adds entries whose records are synced. Unsynced itself: whoever calls it syncs the database then.
     pub fn add<'a>(&self, entries: impl IntoIterator<Item = (&'a ChunkId, &'a Location)>) -> Result<()> {
         let mut batch = Batch::new();
         entries.into_iter().for_each(|(id, location)| batch.put(Cf::Chunks, id.0, location.encode()));
@@ -110,25 +110,30 @@ impl Index {
         Ok(())
     }
 
-    /// Removes `entries`, then asks who is wanted after all and puts those back. Returns which are gone.
+    /// Removes those of `entries` that nobody wants, then asks again who is wanted after all and puts those back. Returns which
+    /// are gone.
     ///
-    /// Whoever wants a chunk says so first and looks into the index then, so one of the two sees the other.
+    /// Whoever wants a chunk says so first and looks into the index then, so one of the two sees the other. What was wanted
+    /// before isn't touched: a removal may hold though what puts back fails.
     pub fn remove<W: Fn(&ChunkId, &Location) -> bool>(
         &self,
         entries: &[(ChunkId, Location)],
-        ask: impl FnOnce() -> W,
+        ask: impl Fn() -> W,
     ) -> Result<Vec<bool>> {
         let _change = self.change.lock();
         let ids: Vec<ChunkId> = entries.iter().map(|(id, _)| *id).collect();
         let now = self.get_many(&ids)?;
-        let mut is_gone: Vec<bool> = entries.iter().zip(now).map(|((_, then), now)| now == Some(*then)).collect();
+        let is_wanted = ask();
+        let mut is_gone: Vec<bool> =
+            entries.iter().zip(now).map(|((id, then), now)| now == Some(*then) && !is_wanted(id, then)).collect();
         let mut batch = Batch::new();
-        for ((id, _), _) in entries.iter().zip(&is_gone).filter(|(_, is_same)| **is_same) {
+        for ((id, _), _) in entries.iter().zip(&is_gone).filter(|(_, is_gone)| **is_gone) {
             batch.delete(Cf::Chunks, id.0);
         }
         self.db.write(batch, Sync::No)?;
         let is_wanted = ask();
         let mut back = Batch::new();
+        back.takes_back();
         for ((id, location), is_gone) in entries.iter().zip(&mut is_gone) {
             if *is_gone && is_wanted(id, location) {
                 back.put(Cf::Chunks, id.0, location.encode());
@@ -153,11 +158,15 @@ impl Index {
         self.db.write(batch, Sync::No)
     }
 
-    /// Removes entries that are known to be wrong.
-    pub fn forget(&self, ids: &[ChunkId]) -> Result<()> {
-        let mut batch = Batch::new();
-        ids.iter().for_each(|id| batch.delete(Cf::Chunks, id.0));
+    /// Removes entries that are known to be wrong, but for those that have changed since: their chunks have come again.
+    pub fn forget(&self, entries: &[(ChunkId, Location)]) -> Result<()> {
         let _change = self.change.lock();
+        let ids: Vec<ChunkId> = entries.iter().map(|(id, _)| *id).collect();
+        let now = self.get_many(&ids)?;
+        let mut batch = Batch::new();
+        for ((id, _), _) in entries.iter().zip(now).filter(|((_, wrong), now)| now.as_ref() == Some(wrong)) {
+            batch.delete(Cf::Chunks, id.0);
+        }
         self.db.write(batch, Sync::No)
     }
 
@@ -190,5 +199,75 @@ impl Index {
     /// About how many chunks there are.
     pub fn estimated_count(&self) -> Result<u64> {
         self.db.estimated_count(Cf::Chunks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::store::db::DbOptions;
+
+    fn index() -> (tempfile::TempDir, Index) {
+        let folder = tempfile::tempdir().unwrap();
+        let options = DbOptions {
+            block_cache_bytes: 1 << 20,
+            write_buffer_bytes: 1 << 20,
+            read_only: false,
+            create: true,
+            lenient: false,
+        };
+        let db = Db::open(&folder.path().join("index"), options).unwrap();
+        (folder, Index::new(Arc::new(db)))
+    }
+
+    fn entries(count: u32) -> Vec<(ChunkId, Location)> {
+        let location = |offset| Location {
+            pack: PackId(1),
+            offset,
+            stored_bytes: 1,
+            plain_bytes: 1,
+            class: Class::Data,
+            codec: Codec::Raw,
+        };
+        (0..count).map(|number| (ChunkId::of(&number.to_le_bytes()), location(number))).collect()
+    }
+
+    #[test]
+    fn what_is_wanted_stays_though_the_disk_gets_full_while_others_are_removed() {
+        let (_folder, index) = index();
+        let entries = entries(3);
+        index.add(entries.iter().map(|(id, location)| (id, location))).unwrap();
+        let asked = Cell::new(0);
+        let is_gone = index.remove(&entries, || {
+            asked.set(asked.get() + 1);
+            let times = asked.get();
+            match times {
+                // Before the removal, which then doesn't touch it.
+                1 => assert!(index.contains(&entries[0].0).unwrap()),
+                _ => {
+                    let found = entries.iter().map(|(id, _)| index.contains(id).unwrap()).collect::<Vec<_>>();
+                    assert_eq!(found, [true, false, false]);
+                    index.db.fill_disk();
+                }
+            }
+            let entries = entries.clone();
+            move |id: &ChunkId, _: &Location| *id == entries[0].0 || (times > 1 && *id == entries[1].0)
+        });
+        assert_eq!((is_gone.unwrap(), asked.get()), (vec![false, false, true], 2));
+        for ((id, location), is_there) in entries.iter().zip([true, true, false]) {
+            assert_eq!(index.get(id).unwrap(), Some(*location).filter(|_| is_there));
+        }
+    }
+
+    #[test]
+    fn what_was_healed_meanwhile_is_not_forgotten() {
+        let (_folder, index) = index();
+        let entries = entries(2);
+        let healed = Location { pack: PackId(2), ..entries[1].1 };
+        index.add([(&entries[0].0, &entries[0].1), (&entries[1].0, &healed)]).unwrap();
+        index.forget(&entries).unwrap();
+        assert_eq!((index.get(&entries[0].0).unwrap(), index.get(&entries[1].0).unwrap()), (None, Some(healed)));
     }
 }

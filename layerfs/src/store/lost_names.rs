@@ -18,6 +18,9 @@ use crate::store::pack::PackId;
 use crate::store::{Store, Uncached};
 
 const KEY: &[u8] = b"names.lost";
+/// Stands in a new index that not all records of uppers could be taken over to, until it was looked which files are
+/// without a record ([`crate::upper`]).
+pub(crate) const UPPERS_KEY: &[u8] = b"uppers.lost";
 /// What the names are called that were lost.
 pub(crate) const SUBJECT: &str = "the list of names";
 /// What is wrong with them while layers may lack theirs, and the way out.

@@ -14,7 +14,7 @@ mod fsck;
 mod gc;
 mod index;
 mod ingest;
-mod lost_names;
+pub(crate) mod lost_names;
 mod names;
 mod offload;
 mod open;
@@ -147,6 +147,11 @@ impl Store {
         self.folder.join("uppers")
     }
 
+    /// Where files of uppers lie whose records were lost; the user removes them.
+    pub(crate) fn lost_uppers_folder(&self) -> PathBuf {
+        self.uppers_folder().join("lost")
+    }
+
     /// A folder for temporary files; emptied when the store is opened.
     pub fn tmp_folder(&self) -> PathBuf {
         self.folder.join("tmp")
@@ -234,9 +239,13 @@ impl Store {
         self.suspects.note(self.read_stored(id).and_then(chunk::verify)).map(|(plain, _)| plain)
     }
 
-    /// Lets the index refer to these records, which are synced.
+    /// Lets the index refer to these records, which are synced, durably, and with it all that was written before.
+    ///
+    /// Such a write is large. A machine that dies may leave holes in what its log has unsynced, and the index isn't opened
+    /// with a hole in it: it is to lie there for as short as can be.
     fn index_records(&self, records: &HashMap<ChunkId, Location>) -> Result<()> {
         self.index.add(records.iter())?;
+        self.db.sync()?;
         self.suspects.clear(records.keys());
         Ok(())
     }

@@ -134,7 +134,7 @@ impl Store {
             folder: folder.to_owned(),
             options,
             index: Index::new(db.clone()),
-            packs: Packs::open(folder.join("packs"), Tier::open(db.clone())?)?,
+            packs: Packs::open(folder.join("packs"), Tier::open(db.clone())?, Some(db.clone()))?,
             db,
             cache: ChunkCache::new(options.cache_bytes),
             suspects: Suspects::default(),

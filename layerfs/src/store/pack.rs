@@ -149,11 +149,53 @@ impl RecordHeader {
     }
 }
 
+/// Reads from a pack's file.
+pub(crate) fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+    #[cfg(test)]
+    bad_blocks::check(file, at..at + bytes.len() as u64)?;
+    file.read_exact_at(bytes, at)
+}
+
+/// Parts of files that can't be read, as of a disk that is about to die.
+#[cfg(test)]
+pub(crate) mod bad_blocks {
+    use std::collections::BTreeMap;
+    use std::fs::File;
+    use std::ops::Range;
+    use std::os::unix::fs::MetadataExt;
+
+    use parking_lot::Mutex;
+
+    /// Device and inode.
+    type Key = (u64, u64);
+
+    static BAD: Mutex<BTreeMap<Key, Range<u64>>> = Mutex::new(BTreeMap::new());
+
+    fn key(file: &File) -> Key {
+        let metadata = file.metadata().unwrap();
+        (metadata.dev(), metadata.ino())
+    }
+
+    /// Reads of `file` fail that touch `range`, until they get an empty one.
+    pub fn set(file: &File, range: Range<u64>) {
+        BAD.lock().insert(key(file), range);
+    }
+
+    pub fn check(file: &File, range: Range<u64>) -> std::io::Result<()> {
+        match BAD.lock().get(&key(file)) {
+            Some(bad) if !bad.is_empty() && bad.start < range.end && range.start < bad.end => {
+                Err(std::io::Error::from_raw_os_error(libc::EIO))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Reads the record of `id` at `location`, unverified but for its header.
 pub(crate) fn read_record(file: &File, id: &ChunkId, location: &Location) -> Result<StoredChunk> {
     let damaged = |detail: String| Error::ChunkDamaged { id: *id, detail };
     let mut bytes = vec![0; RECORD_BYTES + location.stored_bytes as usize];
-    file.read_exact_at(&mut bytes, u64::from(location.offset)).map_err(|e| match e.kind() {
+    read_exact_at(file, &mut bytes, u64::from(location.offset)).map_err(|e| match e.kind() {
         std::io::ErrorKind::UnexpectedEof => damaged(format!("pack {} ends before it does", location.pack)),
         _ => Error::io("reading a pack", e),
     })?;
@@ -191,7 +233,8 @@ pub(crate) struct PackWriter {
 }
 
 impl PackWriter {
-    /// Creates pack `id` at `path`, which leaves `reserve` bytes free on the disk.
+    /// Creates pack `id` at `path`, which leaves `reserve` bytes free on the disk. What is there already stays, and is an
+    /// error.
     pub fn create(id: PackId, path: PathBuf, reserve: u64) -> Result<PackWriter> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
@@ -200,7 +243,8 @@ impl PackWriter {
         let buffer = encode_header(id);
         let mut writer =
             PackWriter { id, path, file, written_end: 0, synced_end: 0, buffer, folder_synced: false, reserve };
-        writer.write_out()?;
+        // What this call made, and nothing else.
+        writer.write_out().inspect_err(|_| drop(std::fs::remove_file(&writer.path)))?;
         failpoint::hit("pack.created");
         Ok(writer)
     }

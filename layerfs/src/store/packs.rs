@@ -1,10 +1,12 @@
 //! Which packs there are, who may append to which, and their open files.
 //!
 //! Invariants: a pack has at most one owner (a session that appends, or the garbage collector); pack numbers only
-//! grow while the store is open; after a restart no old pack is appended to, since its end isn't known to be good.
+//! grow, so that what the index says of a pack that is lost never fits another one; no file is removed or written over
+//! because it has a new pack's name; after a restart no old pack is appended to, since its end isn't known to be good.
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,14 +16,18 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::chunk::StoredChunk;
+use crate::codec::Reader;
 use crate::error::{Error, Result};
 use crate::id::ChunkId;
 use crate::monitor::Monitor;
+use crate::store::db::{Cf, Db};
 use crate::store::index::Location;
 use crate::store::pack::{PackId, PackWriter, check_record, read_record};
 use crate::store::space;
 use crate::store::tier::{self, Tier};
 
+/// The last number that was given. FORMAT.md, "Index database".
+const LAST_KEY: &[u8] = b"packs.last";
 /// The most packs that are open for reading at a time.
 const OPEN_PACKS: NonZeroUsize = NonZeroUsize::new(128).unwrap();
 
@@ -29,6 +35,8 @@ const OPEN_PACKS: NonZeroUsize = NonZeroUsize::new(128).unwrap();
 pub(crate) struct Packs {
     folder: PathBuf,
     tier: Tier,
+    /// Where it is kept which numbers were given. Without it no pack is made.
+    db: Option<Arc<Db>>,
     open: Mutex<LruCache<PackId, Arc<File>>>,
     state: Mutex<State>,
 }
@@ -42,12 +50,27 @@ struct State {
 }
 
 impl Packs {
-    pub fn open(folder: PathBuf, tier: Tier) -> Result<Packs> {
-        let packs = Packs { folder, tier, open: Mutex::new(LruCache::new(OPEN_PACKS)), state: Mutex::default() };
+    pub fn open(folder: PathBuf, tier: Tier, db: Option<Arc<Db>>) -> Result<Packs> {
+        let open = Mutex::new(LruCache::new(OPEN_PACKS));
+        let packs = Packs { folder, tier, db, open, state: Mutex::default() };
         let last = packs.list()?.into_iter().map(|(id, _)| id).max();
-        // A number that a pack has elsewhere is taken too.
-        packs.state.lock().next = last.max(packs.tier.last()).map_or(1, |id| id.0 + 1);
+        // A number that a pack has elsewhere is taken too, and so is that of one that is lost.
+        let last = last.max(packs.tier.last()).max(packs.last_given()?);
+        packs.state.lock().next = last.map_or(1, |id| id.0 + 1);
         Ok(packs)
+    }
+
+    /// The last number that was given, as far as that was noted.
+    fn last_given(&self) -> Result<Option<PackId>> {
+        let row = self.db.as_ref().map_or(Ok(None), |db| db.get(Cf::Meta, LAST_KEY))?;
+        row.map(|row| Reader::new("last pack's number", &row).u64().map(PackId)).transpose()
+    }
+
+    /// Notes that number `id` was given. Unsynced: the index's entries for the pack are written later, so that this survives
+    /// whatever they survive.
+    fn note_given(&self, id: PackId) -> Result<()> {
+        let Some(db) = &self.db else { return Err(Error::invalid("packs can't be made here")) };
+        db.put(Cf::Meta, LAST_KEY, id.0.to_le_bytes())
     }
 
     pub fn folder(&self) -> &Path {
@@ -143,17 +166,27 @@ impl Packs {
 
     /// A new pack, owned by the caller, that leaves `reserve` bytes free on the disk.
     pub fn create(&self, reserve: u64) -> Result<PackWriter> {
-        let id = {
-            let mut state = self.state.lock();
-            let id = PackId(state.next);
-            state.next += 1;
-            state.owned.insert(id);
-            id
-        };
-        PackWriter::create(id, self.path(id), reserve).inspect_err(|_| {
-            let _ = std::fs::remove_file(self.path(id));
-            self.release(id);
-        })
+        loop {
+            let id = {
+                let mut state = self.state.lock();
+                let id = PackId(state.next);
+                state.next += 1;
+                state.owned.insert(id);
+                id
+            };
+            match self.note_given(id).and_then(|()| PackWriter::create(id, self.path(id), reserve)) {
+                Ok(writer) => return Ok(writer),
+                // Somebody has put it there: a pack that was lost, perhaps.
+                Err(Error::File { source, path, .. }) if source.kind() == ErrorKind::AlreadyExists => {
+                    tracing::warn!(path = %path.display(), "a new pack's name is taken; the next number is used");
+                    self.release(id);
+                }
+                Err(error) => {
+                    self.release(id);
+                    return Err(error);
+                }
+            }
+        }
     }
 
     /// Returns a pack that somebody else may append to.
@@ -179,6 +212,11 @@ impl Packs {
         }
         state.spare.retain(|writer| writer.id() != id);
         true
+    }
+
+    /// Whether somebody appends to pack `id`, or collects it.
+    pub fn is_owned(&self, id: PackId) -> bool {
+        self.state.lock().owned.contains(&id)
     }
 
     /// Removes a claimed pack.
@@ -234,7 +272,7 @@ fn parse_name(name: &str) -> Option<PackId> {
 }
 
 /// Whether `name` is that of a pack's temporary sibling, as [`crate::durable::create_temporary`] makes it.
-fn is_temporary(name: &str) -> bool {
+pub(crate) fn is_temporary(name: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     name.strip_suffix(".tmp")
         .and_then(|name| name.rsplit_once('.'))

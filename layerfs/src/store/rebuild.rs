@@ -2,8 +2,9 @@
 //!
 //! Invariants: only chunks whose bytes verify get into the new index; the old index stays in place until the new one
 //! is complete. Names and everything else that isn't chunks are taken over if the old database can still be read;
-//! if not, each complete layer that no other layer lies on gets the name `recovered/<the id's first 12 digits>`. Where
-//! that is cut off, the next rebuild goes on with it ([`super::lost_names`]).
+//! where it can't, each complete layer without a name that no other layer lies on gets the name
+//! `recovered/<the id's first 12 digits>`. Where that is cut off, the next rebuild goes on with it
+//! ([`super::lost_names`]). Files of uppers whose records are lost stay.
 //!
 //! `index.making` is a new index until it is complete; `index.new` a complete one, or the one that it has replaced.
 
@@ -23,7 +24,8 @@ use crate::id::LayerId;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
 use crate::store::Store;
-use crate::store::db::{Batch, Cf, Db, DbOptions, Sync};
+use crate::store::check;
+use crate::store::db::{Batch, Cf, Db, DbOptions, Entry, Sync};
 use crate::store::index::Location;
 use crate::store::lost_names::{self, LostNames};
 use crate::store::names;
@@ -45,8 +47,10 @@ pub struct RebuildReport {
     pub damaged_chunks: u64,
     /// Packs, or parts of them, that couldn't be read.
     pub pack_problems: Vec<String>,
-    /// Whether names, uppers, mounts and peers could be taken over.
+    /// Whether all names, uppers, mounts and peers could be taken over.
     pub records_kept: bool,
+    /// What couldn't be read of the old index, if not.
+    pub record_problems: Vec<String>,
     /// Names that there are now, those that were made up included.
     pub names: u64,
     /// Layers in their stacks, those that are missing not counted.
@@ -82,14 +86,14 @@ pub fn rebuild_from(
     let (old, new, making) = (folder.join("index"), folder.join("index.new"), folder.join("index.making"));
     let aside = folder.join("index.damaged");
     let db_options = DbOptions { create: true, ..open::db_options(&options) };
-    match open_old(&old, db_options).and_then(|db| LostNames::read(&db)) {
+    match open_old(&old, db_options).and_then(|(db, _)| LostNames::read(&db)) {
         Ok(None | Some(LostNames::Incomplete)) => remove_folder(&new)?,
         // It may be the one that the names were lost with.
         Ok(Some(LostNames::Unrecovered)) | Err(_) => keep_aside(&new, &aside)?,
     }
     remove_folder(&making)?;
     let db = Db::open(&making, db_options)?;
-    let packs = Packs::open(folder.join("packs"), Tier::none())?;
+    let packs = Packs::open(folder.join("packs"), Tier::none(), None)?;
     let scan = Scan::new(&db, &packs, monitor);
     scan.run(options.thread_count())?;
     if let Some(objects) = &objects {
@@ -107,15 +111,21 @@ pub fn rebuild_from(
             monitor.warn(&format!("not all names and layers are counted: {error}"));
         }
     };
-    let copied = copy_records(&old, &db, &packs, db_options);
+    report.record_problems = match copy_records(&old, &db, &packs, db_options) {
+        Ok(problems) => problems,
+        Err(error) => vec![format!("it can't be read: {error}")],
+    };
     report.chunks = db.iter_from(Cf::Chunks, &[])?.count() as u64;
-    match copied {
-        Ok(()) => report.records_kept = true,
-        Err(error) => monitor.warn(&format!("the old index can't be read, so names are unknown: {error}")),
+    report.records_kept = report.record_problems.is_empty();
+    for problem in &report.record_problems {
+        monitor.warn(&format!("the old index: {problem}; names, uppers, mounts and peers may be lost"));
     }
     // After a lost disk the old index is a new one, which never knew a name.
     let is_new = || Ok::<_, Error>(objects.is_some() && db.iter_from(Cf::Names, &[])?.next().is_none());
     let has_lost_names = !report.records_kept || LostNames::read(&db)?.is_some() || is_new()?;
+    if !report.records_kept {
+        db.put(Cf::Meta, lost_names::UPPERS_KEY, [0])?;
+    }
     if has_lost_names {
         db.write(LostNames::change(Some(LostNames::Unrecovered)), Sync::No)?;
     } else {
@@ -195,13 +205,17 @@ impl<'a> Scan<'a> {
             };
             let here = self.packs.path(id);
             if here.exists() {
-                if offload::hash_file(&here)?.0 == hash {
-                    self.db.put(Cf::Meta, tier::key(id), record.encode())?;
-                } else {
-                    let detail =
-                        format!("object {name}: another pack here has its number {id}, so that it isn't taken");
-                    self.problems.lock().push(detail);
-                }
+                let detail = match offload::hash_file(&here) {
+                    Ok((found, _)) if found == hash => {
+                        self.db.put(Cf::Meta, tier::key(id), record.encode())?;
+                        continue;
+                    }
+                    Ok(_) => format!("object {name}: another pack here has its number {id}, so that it isn't taken"),
+                    Err(error) => {
+                        format!("object {name}: it isn't taken, since pack {id} is here, and can't be read: {error}")
+                    }
+                };
+                self.problems.lock().push(detail);
                 continue;
             }
             let path = tmp.join(format!("{id}.pack"));
@@ -255,7 +269,7 @@ impl<'a> Scan<'a> {
                     }
                     batch.put(Cf::Chunks, header.id.0, location.encode());
                 }
-                Err(Error::ChunkDamaged { .. }) => {
+                Err(error) if check::is_damage(&error) => {
                     self.damaged.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error),
@@ -269,35 +283,67 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// Opens the database at `old` for what can still be read of it.
-fn open_old(old: &Path, options: DbOptions) -> Result<Db> {
+/// Opens the database at `old` for what can still be read of it. Tells what is wrong if its log is damaged: what was
+/// written last may be missing then, and nothing else says so.
+fn open_old(old: &Path, options: DbOptions) -> Result<(Db, Option<Error>)> {
     let read_only = DbOptions { read_only: true, create: false, ..options };
-    Db::open(old, read_only).or_else(|_| Db::open(old, DbOptions { lenient: true, ..read_only }))
+    match Db::open(old, read_only) {
+        Ok(db) => Ok((db, None)),
+        Err(error) => Ok((Db::open(old, DbOptions { lenient: true, ..read_only })?, Some(error))),
+    }
 }
 
-/// Takes over everything from the database at `old` but the chunks, and of these those that lie elsewhere.
-fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<()> {
-    let old = open_old(old, options)?;
+/// Takes over everything from the database at `old` but the chunks, and of these those that lie elsewhere. Returns
+/// what couldn't be read.
+fn copy_records(old: &Path, db: &Db, packs: &Packs, options: DbOptions) -> Result<Vec<String>> {
+    let (old, damage) = open_old(old, options)?;
+    let mut problems: Vec<String> = damage.map(|error| format!("its log is damaged: {error}")).into_iter().collect();
+    let mut note = |cf: Cf, damage: Option<Error>| {
+        problems.extend(damage.map(|error| format!("not all of its {} can be read: {error}", cf.name())));
+    };
     for cf in Cf::ALL.into_iter().filter(|cf| *cf != Cf::Chunks) {
+        note(cf, copy_family(&old, db, cf, |_, _| Ok(true))?);
+    }
+    let is_remote = |(id, record): &(PackId, Record)| record.state == State::Stored && !packs.path(*id).exists();
+    let remote: BTreeSet<PackId> = tier::records(db)?.into_iter().filter(is_remote).map(|(id, _)| id).collect();
+    if !remote.is_empty() {
+        let is_elsewhere = |key: &[u8], value: &[u8]| {
+            Ok(remote.contains(&Location::decode(value)?.pack) && !db.contains(Cf::Chunks, key)?)
+        };
+        note(Cf::Chunks, copy_family(&old, db, Cf::Chunks, is_elsewhere)?);
+    }
+    Ok(problems)
+}
+
+/// Copies those entries of `cf` that are `wanted`. If not all can be read, those in front of the first that can't and those behind
+/// the last, and returns why.
+fn copy_family(old: &Db, db: &Db, cf: Cf, wanted: impl Fn(&[u8], &[u8]) -> Result<bool>) -> Result<Option<Error>> {
+    let copy = |entries: &mut dyn Iterator<Item = Result<Entry>>| {
         let mut batch = Batch::new();
-        for entry in old.iter_from(cf, &[])? {
-            let (key, value) = entry?;
-            batch.put(cf, key, value);
+        let mut damage = None;
+        for entry in entries {
+            let (key, value) = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    damage = Some(error);
+                    break;
+                }
+            };
+            if wanted(&key, &value)? {
+                batch.put(cf, key, value);
+            }
             if batch.bytes() > 1 << 20 {
                 db.write(std::mem::take(&mut batch), Sync::No)?;
             }
         }
         db.write(batch, Sync::No)?;
+        Ok::<_, Error>(damage)
+    };
+    let damage = copy(&mut old.iter_from(cf, &[])?)?;
+    if damage.is_some() {
+        copy(&mut old.iter_back(cf)?)?;
     }
-    let is_remote = |(id, record): &(PackId, Record)| record.state == State::Stored && !packs.path(*id).exists();
-    let remote: BTreeSet<PackId> = tier::records(db)?.into_iter().filter(is_remote).map(|(id, _)| id).collect();
-    for entry in old.iter_from(Cf::Chunks, &[])?.filter(|_| !remote.is_empty()) {
-        let (key, value) = entry?;
-        if remote.contains(&Location::decode(&value)?.pack) && !db.contains(Cf::Chunks, &key)? {
-            db.put(Cf::Chunks, key, value)?;
-        }
-    }
-    Ok(())
+    Ok(damage)
 }
 
 /// Counts the names, the layers in their stacks, and those of them that are missing, as far as their manifests were read.

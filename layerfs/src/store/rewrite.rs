@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::id::ChunkId;
 use crate::monitor::{self, Monitor};
+use crate::store::check;
 use crate::store::index::Location;
 use crate::store::pack::{PackId, PackWriter};
 use crate::store::scan::{Found, PackScan};
@@ -38,7 +39,7 @@ impl<'a> Rewriter<'a> {
         let mut moves = Moves::new();
         match self.copy_records(id, &mut moves) {
             Ok(()) => {}
-            Err(error @ (Error::Corrupt { .. } | Error::ChunkDamaged { .. } | Error::Unsupported { .. })) => {
+            Err(error) if check::is_damage(&error) || matches!(error, Error::Unsupported { .. }) => {
                 self.monitor.warn(&format!("pack {id} is damaged and stays as it is: {error}"));
                 return Ok(None);
             }

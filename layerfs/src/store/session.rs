@@ -149,14 +149,13 @@ impl Session {
 
     /// Syncs the packs and adds their chunks to the index.
     pub fn flush(&self) -> Result<()> {
-        self.inner.flush()
+        self.inner.flush().map(|_| ())
     }
 
     /// Makes everything put so far durable: packs, then index. After that a name may be set; keep the session until
     /// it is.
     pub fn commit(&self) -> Result<()> {
-        self.inner.flush()?;
-        self.inner.store.db.sync()
+        if self.inner.flush()? { Ok(()) } else { self.inner.store.db.sync() }
     }
 
     /// What was done so far.
@@ -308,7 +307,8 @@ impl Inner {
         Ok(())
     }
 
-    pub(crate) fn flush(&self) -> Result<()> {
+    /// Returns whether the index was made durable by that.
+    pub(crate) fn flush(&self) -> Result<bool> {
         let mut state = self.state.lock();
         state.check()?;
         let result = self.flush_locked(&mut state);
@@ -316,7 +316,7 @@ impl Inner {
         result
     }
 
-    fn flush_locked(&self, state: &mut State) -> Result<()> {
+    fn flush_locked(&self, state: &mut State) -> Result<bool> {
         state.join()?;
         if let Some(writer) = &mut state.writer
             && !state.pending.is_empty()
@@ -324,8 +324,9 @@ impl Inner {
             writer.sync()?;
             self.store.index_records(&state.pending)?;
             state.pending.clear();
+            return Ok(true);
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Whether `id` is here and the index doesn't know it yet.
@@ -383,6 +384,31 @@ mod tests {
     use super::*;
     use crate::error::ErrorClass;
     use crate::store::StoreOptions;
+
+    #[test]
+    fn what_the_index_is_told_does_not_lie_in_its_log_unsynced() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let session = store.session("s");
+        let put = |bytes: &[u8]| session.put(Class::Data, bytes).unwrap();
+        put(b"flushed");
+        session.flush().unwrap();
+        assert!(store.db.is_synced());
+        put(b"in a full pack");
+        let mut state = session.inner.state.lock();
+        session.inner.rotate(&mut state).unwrap();
+        state.join().unwrap();
+        drop(state);
+        assert!(store.db.is_synced());
+        put(b"committed");
+        session.commit().unwrap();
+        assert!(store.db.is_synced());
+        // What somebody else has written, and nothing new.
+        store.db.put(crate::store::db::Cf::Meta, "other", []).unwrap();
+        assert!(!store.db.is_synced());
+        session.commit().unwrap();
+        assert!(store.db.is_synced());
+    }
 
     #[test]
     fn a_full_pack_that_the_disk_has_no_room_for_stays_with_its_session() {

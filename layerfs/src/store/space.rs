@@ -75,6 +75,8 @@ struct State {
     enough_until: Option<Instant>,
     /// What holds space, and how much, if that is wanted.
     held: Option<(File, u64)>,
+    #[cfg(test)]
+    is_full: bool,
 }
 
 impl SpaceGuard {
@@ -96,10 +98,20 @@ impl SpaceGuard {
         Ok(())
     }
 
+    /// Fails from now on as if the disk were full.
+    #[cfg(test)]
+    pub(crate) fn fill(&self) {
+        self.state.lock().is_full = true;
+    }
+
     /// Fails if there is too little space for a change; one that makes room may use what is held for that.
     pub(crate) fn check(&self, makes_room: bool) -> Result<()> {
         let now = Instant::now();
         let mut state = self.state.lock();
+        #[cfg(test)]
+        if state.is_full {
+            return Err(Error::file("write to", &self.folder, std::io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
         if state.enough_until.is_some_and(|until| now < until) {
             return Ok(());
         }

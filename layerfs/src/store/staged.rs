@@ -127,6 +127,7 @@ impl Store {
         if !found.is_empty() {
             file.sync_data().map_err(|e| Error::io("syncing a pack", e))?;
             self.index.add(found.iter())?;
+            self.db().sync()?;
         }
         Ok(found.len() as u64)
     }

@@ -8,6 +8,7 @@
 pub mod data;
 pub mod hold;
 pub mod journal;
+pub(crate) mod lost;
 pub mod opens;
 mod ranged;
 pub mod ranges;
@@ -104,6 +105,12 @@ fn name_key(name: &LayerName) -> Vec<u8> {
     [&b"n"[..], name.as_str().as_bytes()].concat()
 }
 
+/// The last upper's number; 0 if there was none.
+fn counter(db: &Db) -> Result<u64> {
+    let last = db.get(Cf::Uppers, COUNTER_KEY)?;
+    last.map_or(Ok(0), |value| Reader::new("counter of uppers", &value).u64())
+}
+
 /// The records of all uppers, by number.
 pub fn list(db: &Db) -> Result<Vec<UpperRecord>> {
     db.iter(Cf::Uppers, b"r")?.map(|row| UpperRecord::decode(&row?.1)).collect()
@@ -185,8 +192,10 @@ fn remove_rows(db: &Db, id: UpperId) -> Result<()> {
     Ok(())
 }
 
-/// Removes the rows and data files of uppers that have no record: what a crash during [`remove`] leaves.
+/// Removes the rows and data files of uppers that have no record: what a crash during [`remove`] leaves. Where records
+/// were lost with the index, files are put aside instead.
 pub fn remove_leftovers(store: &Store) -> Result<()> {
+    lost::settle(store)?;
     let alive: HashSet<UpperId> = list(store.db())?.into_iter().map(|record| record.id).collect();
     let folder = store.uppers_folder();
     let entries = std::fs::read_dir(&folder).map_err(|e| Error::file("list", &folder, e))?;
@@ -281,9 +290,7 @@ impl Upper {
         {
             return Err(Error::Exists { what: "upper", name: name.to_string() });
         }
-        let last = db.get(Cf::Uppers, COUNTER_KEY)?;
-        let last = last.map_or(Ok(0), |value| Reader::new("counter of uppers", &value).u64())?;
-        let id = UpperId(last + 1);
+        let id = UpperId(counter(db)? + 1);
         let record = UpperRecord { id, name, base: view.top(), next_ino: view.next_ino(), created: Time::now() };
         let mut batch = Batch::new();
         batch.put(Cf::Uppers, COUNTER_KEY, id.0.to_le_bytes());

@@ -131,6 +131,11 @@ impl<'fs> Sealing<'fs> {
         self.upper
     }
 
+    /// What is below.
+    pub fn view(&self) -> Arc<View> {
+        self.fs.state.read().view.clone()
+    }
+
     /// The files that have names and bytes in the upper, now.
     pub fn files(&self) -> Vec<UpperInode> {
         let state = self.fs.state.read();

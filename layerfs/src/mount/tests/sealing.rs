@@ -2,9 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use parking_lot::{Condvar, Mutex};
+
 use super::*;
 use crate::id::Ino;
+use crate::monitor::Monitor;
 use crate::mount::caller::Caller;
+use crate::store::GcOptions;
 
 const BYTES: usize = 300_000;
 
@@ -135,4 +139,80 @@ fn who_reads_and_seeks_during_seals_finds_the_file() {
             drop(stops);
         });
     }
+}
+
+/// Holds a collection up while it marks.
+struct HoldsMarking {
+    is_marking: AtomicBool,
+    /// Whether it has come there, and whether it may go on.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl HoldsMarking {
+    fn new() -> HoldsMarking {
+        HoldsMarking { is_marking: AtomicBool::new(false), state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn wait_until_it_is_there(&self) {
+        let mut state = self.state.lock();
+        self.changed.wait_while(&mut state, |(is_there, _)| !*is_there);
+    }
+
+    fn let_go(&self) {
+        self.state.lock().1 = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Monitor for HoldsMarking {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        self.is_marking.store(name == "marking", Ordering::Relaxed);
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+    fn is_cancelled(&self) -> bool {
+        if self.is_marking.load(Ordering::Relaxed) {
+            let mut state = self.state.lock();
+            state.0 = true;
+            self.changed.notify_all();
+            self.changed.wait_while(&mut state, |(_, may_go_on)| !*may_go_on);
+        }
+        false
+    }
+}
+
+#[test]
+fn a_seal_waits_for_no_collection_that_marks() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+    let fs = empty_fs(&store);
+    let make = |name: &[u8]| {
+        let ino = fs.make(Ino::ROOT, name, libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.write(ino, 0, &[7; BYTES], None).unwrap();
+    };
+    make(b"first");
+    seal_fs(&store, &fs);
+    make(b"second");
+    let (gate, done) = (HoldsMarking::new(), AtomicBool::new(false));
+    let report = std::thread::scope(|scope| {
+        let collection = scope.spawn(|| store.gc(&gate, GcOptions::default()));
+        gate.wait_until_it_is_there();
+        let sealing = scope.spawn(|| {
+            let report = seal_fs(&store, &fs);
+            done.store(true, Ordering::Relaxed);
+            report
+        });
+        let was_done = within_seconds(60, || done.load(Ordering::Relaxed));
+        gate.let_go();
+        collection.join().unwrap().unwrap();
+        assert!(was_done, "the seal went on only when the collection did");
+        sealing.join().unwrap()
+    });
+    // What came while it marked stays.
+    store.gc(&Silent, GcOptions::default()).unwrap();
+    store.check_stack(report.layer).unwrap();
+    let view = View::open(&store, report.layer).unwrap();
+    assert_eq!((bytes_of(&view, b"first"), bytes_of(&view, b"second")), (vec![7; BYTES], vec![7; BYTES]));
 }

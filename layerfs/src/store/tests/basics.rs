@@ -4,6 +4,7 @@ use super::*;
 use crate::chunk::{ChunkRead, MemoryChunks, encode, verify};
 use crate::error::{Error, ErrorClass};
 use crate::store::db::{Batch, Cf, Sync};
+use crate::store::pack::PackId;
 use crate::store::{Expect, NameChange};
 
 /// What every implementation of the two chunk traits must do.
@@ -199,4 +200,36 @@ fn opening_refuses_what_it_should() {
     assert_eq!(Store::open(&other, StoreOptions::default()).map(|_| ()).unwrap_err().class(), ErrorClass::NotFound);
     std::fs::write(other.join("letter"), "dear").unwrap();
     assert_eq!(Store::open(&other, StoreOptions::create()).map(|_| ()).unwrap_err().class(), ErrorClass::Invalid);
+}
+
+#[test]
+fn a_file_with_the_name_of_a_new_pack_stays_and_lost_numbers_are_not_given_again() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let session = store.session("s");
+    put(&session, 1, 1000);
+    session.commit().unwrap();
+    let (first, _) = store.packs.list().unwrap()[0];
+    let foreign = store.packs.path(PackId(first.0 + 1));
+    std::fs::write(&foreign, "a pack that came back").unwrap();
+    let other = store.session("other");
+    let id = put(&other, 2, 1000);
+    other.commit().unwrap();
+    assert_eq!(std::fs::read(&foreign).unwrap(), b"a pack that came back");
+    assert_eq!(store.get(&id).unwrap(), noise(2, 1000));
+    let last = store.index.get(&id).unwrap().unwrap().pack;
+    assert_eq!(last, PackId(first.0 + 2));
+    // It is lost, and the index still refers to it.
+    std::fs::remove_file(store.packs.path(last)).unwrap();
+    drop((session, other, store));
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    let third = put_committed(&store, 3);
+    assert_eq!(store.index.get(&third).unwrap().unwrap().pack, PackId(last.0 + 1));
+}
+
+fn put_committed(store: &Arc<Store>, seed: u64) -> ChunkId {
+    let session = store.session("s");
+    let id = put(&session, seed, 1000);
+    session.commit().unwrap();
+    id
 }

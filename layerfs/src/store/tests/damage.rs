@@ -1,15 +1,21 @@
 //! Bad bytes, lost files, full disks: what is seen, and what can be made whole.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use super::*;
 use crate::chunk::{ChunkRead, ChunkWrite, Codec, StoredChunk, encode};
 use crate::error::{Error, ErrorClass};
 use crate::monitor::Silent;
+use crate::mount::caller::Caller;
+use crate::mount::fs::Fs;
 use crate::store::db::Cf;
-use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, check_header, encode_header};
+use crate::store::lost_names;
+use crate::store::pack::{PackId, RECORD_BYTES, RecordHeader, bad_blocks, check_header, encode_header};
 use crate::store::scan::{Found, PackScan};
 use crate::store::{FsckOptions, GcOptions, ProblemKind, rebuild};
+use crate::upper::{self, Upper};
+use crate::view::View;
 
 #[test]
 fn golden_bytes_of_a_pack() {
@@ -77,6 +83,96 @@ fn a_scan_finds_every_good_record_whatever_is_damaged() {
         assert_eq!(found[6..], whole[6..]);
     }
     std::fs::write(&path, &bytes).unwrap();
+}
+
+#[test]
+fn a_scan_finds_every_record_around_blocks_that_can_not_be_read() {
+    let (_folder, store) = store();
+    let session = store.session("s");
+    (0..200).for_each(|seed| {
+        put(&session, seed, 3000);
+    });
+    session.commit().unwrap();
+    let (id, path) = the_pack(&store);
+    let scan = || PackScan::open(id, path.clone()).unwrap().map(|found| found.unwrap()).collect::<Vec<_>>();
+    let whole = scan();
+    let (file, end) = (std::fs::File::open(&path).unwrap(), path.metadata().unwrap().len());
+    let blocks = |first: u64, last: u64| first * 4096..(last * 4096).min(end);
+    for bad in [blocks(0, 1), blocks(20, 21), blocks(33, 40), blocks(70, 71), blocks(140, 1000), blocks(0, 1000)] {
+        bad_blocks::set(&file, bad.clone());
+        let found = scan();
+        let is_header_good = |at: u64| at + RECORD_BYTES as u64 <= bad.start || at >= bad.end;
+        let good = whole.iter().filter(|found| matches!(found, Found::Record(at, _) if is_header_good(u64::from(*at))));
+        let records = found.iter().filter(|found| matches!(found, Found::Record(..)));
+        assert!(good.eq(records), "{bad:?}");
+        let damage = found.iter().filter(|found| matches!(found, Found::Damage { .. })).count();
+        let lost = whole.len() - found.iter().filter(|found| matches!(found, Found::Record(..))).count();
+        assert_eq!((damage > 0, found.len()), (lost > 0, whole.len() - lost + damage), "{bad:?}");
+    }
+    bad_blocks::set(&file, 0..0);
+    assert_eq!(scan(), whole);
+}
+
+#[test]
+fn a_pack_that_gets_shorter_while_it_is_scanned_ends_there() {
+    let (_folder, store) = store();
+    let session = store.session("s");
+    (0..200).for_each(|seed| {
+        put(&session, seed, 3000);
+    });
+    session.commit().unwrap();
+    let (id, path) = the_pack(&store);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let record_bytes = (RECORD_BYTES + 3000) as u64;
+    // As a session that ends without a commit does, in front of where the scan is and behind it.
+    for (stay, found) in [(150, 150), (20, 86)] {
+        let mut scan = PackScan::open(id, path.clone()).unwrap();
+        assert!(scan.by_ref().take(10).all(|found| matches!(found, Ok(Found::Record(..)))));
+        file.set_len(16 + stay * record_bytes).unwrap();
+        let rest: Vec<_> = scan.map(|found| found.unwrap()).collect();
+        let records = rest.iter().filter(|found| matches!(found, Found::Record(..))).count();
+        assert!(records + 10 <= found && records + 10 >= stay as usize, "{records} of {stay}");
+        assert!(!rest.iter().any(|found| matches!(found, Found::Damage { .. })), "{stay}");
+    }
+}
+
+#[test]
+fn a_block_that_can_not_be_read_costs_its_chunks_alone() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let layers: Vec<LayerId> = (0..8).map(|n| named_layer(&store, &format!("n{n}"), &[n], 60_000)).collect();
+    // For a collection: most of the pack is dead.
+    for n in 0..6 {
+        store.remove_name(&name(&format!("n{n}"))).unwrap();
+    }
+    let entries: Vec<_> = store.index.iter().unwrap().map(|entry| entry.unwrap()).collect();
+    let (_, pack_path) = the_pack(&store);
+    let file = std::fs::File::open(&pack_path).unwrap();
+    // The bytes of a record of data that is needed.
+    let needed = noise(6, 60_000);
+    let (victim, location) = entries
+        .iter()
+        .find(|(id, location)| location.class == Class::Data && needed.starts_with(&store.get_uncached(id).unwrap()))
+        .unwrap();
+    let at = u64::from(location.offset) + RECORD_BYTES as u64;
+    bad_blocks::set(&file, (at + 4096) / 4096 * 4096..(at + 8192) / 4096 * 4096);
+    // The pack stays, and neither a collection nor a repair fails.
+    store.gc(&Silent, GcOptions::default()).unwrap();
+    assert!(pack_path.exists() && store.index.contains(victim).unwrap());
+    assert!(store.get_uncached(victim).is_err());
+    store.check_stack(layers[7]).unwrap();
+    store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    drop(store);
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept && report.damaged_chunks == 1, "{report:?}");
+    assert_eq!(report.chunks, entries.len() as u64 - 1);
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    layers.iter().enumerate().for_each(|(n, layer)| assert_eq!(store.check_stack(*layer).is_ok(), n != 6, "{n}"));
+    // A header that can't be read: a repair meets it too.
+    bad_blocks::set(&file, 0..4096);
+    let report = store.fsck(&Silent, FsckOptions { repair: true }).unwrap();
+    assert!(report.problems.iter().any(|problem| problem.kind == ProblemKind::PackDamaged), "{report:#?}");
+    bad_blocks::set(&file, 0..0);
 }
 
 #[test]
@@ -286,6 +382,123 @@ fn names_are_recovered_by_the_next_rebuild_if_one_is_cut_off() {
 }
 
 #[test]
+fn names_that_a_damaged_log_has_lost_are_told_and_their_layers_stay() {
+    let (_folder, store) = store();
+    let path = store.folder().to_owned();
+    let layers: Vec<LayerId> = (0..20).map(|n| named_layer(&store, &format!("n{n}"), &[n], 60_000)).collect();
+    drop(store);
+    // In the middle of what was written: all of it is still in the log.
+    let log = std::fs::read_dir(path.join("index")).unwrap().map(|entry| entry.unwrap().path());
+    let log = log.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+    let log = log.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(&log).unwrap();
+    let at = bytes.windows(3).position(|three| three == b"n10").unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&log, bytes).unwrap();
+    let error = Store::open(&path, StoreOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("fsck --rebuild"), "{error}");
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(!report.records_kept && report.record_problems[0].contains("log is damaged"), "{report:?}");
+    assert!(!report.recovered.is_empty() && path.join("index.damaged").exists(), "{report:?}");
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    let named: Vec<LayerId> = store.names().unwrap().into_iter().map(|(_, record)| record.layer).collect();
+    assert!(layers.iter().all(|layer| named.contains(layer)), "{report:?}");
+    assert_eq!(store.gc(&Silent, GcOptions::default()).unwrap().dead_chunks, 0);
+    layers.iter().for_each(|layer| store.check_stack(*layer).unwrap());
+    drop(store);
+    // The next one reads all of the index that this one has made.
+    let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+    assert!(report.records_kept && report.recovered.is_empty(), "{report:?}");
+}
+
+/// Writes all of the index to its tables, and damages the begin of the one of `family`.
+fn damage_table(path: &Path, family: &str) {
+    drop(Store::open(path, StoreOptions::default()).unwrap());
+    let mark = format!("name{family}");
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(path.join("index")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        if path.extension().is_some_and(|extension| extension == "sst")
+            && bytes.windows(mark.len()).any(|window| window == mark.as_bytes())
+        {
+            bytes[2] ^= 0x40;
+            std::fs::write(&path, bytes).unwrap();
+            damaged += 1;
+        }
+    }
+    assert_eq!(damaged, 1, "{family}");
+}
+
+#[test]
+fn what_can_not_be_read_of_one_family_does_not_cost_others_nor_files_of_uppers() {
+    for family in ["names", "uppers"] {
+        let (_folder, store) = store();
+        let path = store.folder().to_owned();
+        let layer = named_layer(&store, "l", &[1], 60_000);
+        // So many that they take several blocks.
+        (0..500).for_each(|number| store.set_name(&name(&format!("n{number:03}")), layer, Expect::Absent).unwrap());
+        let view = Arc::new(View::empty(store.clone()));
+        let (upper, tables) = Upper::create(&store, &view, Some(name("up"))).unwrap();
+        let (id, next_ino) = (upper.id(), upper.next_ino());
+        let fs = Fs::writable(view.clone(), upper, tables);
+        let ino = fs.make(Ino::ROOT, b"file", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.write(ino, 0, b"precious", None).unwrap();
+        fs.fsync(ino).unwrap();
+        drop((fs, view, store));
+        damage_table(&path, family);
+        let report = rebuild(&path, StoreOptions::default(), &Silent).unwrap();
+        let [problem] = &report.record_problems[..] else { panic!("{report:?}") };
+        assert!(!report.records_kept && problem.contains(family), "{report:?}");
+        let store = Store::open(&path, StoreOptions::default()).unwrap();
+        let names = names_of(&store);
+        assert!(names.contains(&"n499".to_owned()) && names.contains(&"n000".to_owned()) == (family != "names"));
+        crate::mount::attach(&store).unwrap();
+        crate::mount::attach(&store).unwrap();
+        let data_file = format!("{:x}", ino.0);
+        let (there, aside) =
+            (store.uppers_folder().join(id.to_string()), store.lost_uppers_folder().join(id.to_string()));
+        let report = store.fsck(&Silent, FsckOptions::default()).unwrap();
+        if family == "names" {
+            let (upper, tables) = Upper::open(&store, id).unwrap();
+            assert_eq!(std::fs::read(there.join(&data_file)).unwrap(), b"precious");
+            assert!(tables.inode(ino).is_some() && !aside.exists() && upper.next_ino() >= next_ino);
+            assert!(report.is_clean(), "{report:?}");
+        } else {
+            assert!(!there.exists() && upper::list(store.db()).unwrap().is_empty());
+            assert_eq!(std::fs::read(aside.join(&data_file)).unwrap(), b"precious");
+            let [problem] = &report.problems[..] else { panic!("{report:?}") };
+            assert!(problem.kind == ProblemKind::StrayFile && problem.subject == aside.display().to_string());
+            let view = View::empty(store.clone());
+            let (new, _) = Upper::create(&store, &view, Some(name("up"))).unwrap();
+            assert!(new.id() > id, "a number is never given again");
+        }
+    }
+}
+
+#[test]
+fn a_data_file_whose_row_is_lost_is_put_aside_and_its_number_stays_taken() {
+    let (_folder, store) = store();
+    let view = View::empty(store.clone());
+    let (upper, _) = Upper::create(&store, &view, None).unwrap();
+    let (id, lost) = (upper.id(), Ino(upper.next_ino().0 + 5000));
+    drop(upper);
+    let folder = store.uppers_folder().join(id.to_string());
+    for name in [format!("{:x}", lost.0), format!("{:x}.map", lost.0)] {
+        std::fs::write(folder.join(name), "precious").unwrap();
+    }
+    store.db.put(Cf::Meta, lost_names::UPPERS_KEY, [0]).unwrap();
+    crate::mount::attach(&store).unwrap();
+    let (upper, _) = Upper::open(&store, id).unwrap();
+    assert!(upper.next_ino() > lost);
+    let aside = store.lost_uppers_folder().join(id.to_string());
+    for name in [format!("{:x}", lost.0), format!("{:x}.map", lost.0)] {
+        assert_eq!(std::fs::read(aside.join(name)).unwrap(), b"precious");
+    }
+    assert!(!store.db.contains(Cf::Meta, lost_names::UPPERS_KEY).unwrap());
+}
+
+#[test]
 fn a_layer_whose_recovered_name_is_taken_gets_one_with_all_digits() {
     let (_folder, store) = store();
     let path = store.folder().to_owned();
@@ -340,7 +553,7 @@ fn a_damaged_layer_stops_a_collection_before_it_removes_anything() {
     let layer = named_layer(&store, "l", &[1], 60_000);
     named_layer(&store, "m", &[2], 60_000);
     store.remove_name(&name("m")).unwrap();
-    store.index.forget(&[layer.0]).unwrap();
+    store.index.forget(&[(layer.0, store.index.get(&layer.0).unwrap().unwrap())]).unwrap();
     let path = store.folder().to_owned();
     drop(store);
     let store = Store::open(&path, StoreOptions::default()).unwrap();

@@ -180,9 +180,15 @@ pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<
         };
         problems.push(problem(&what));
     }
-    if !report.records_kept {
-        problems.push(problem(&"the old index could not be read: names, uppers, mounts and peers are lost".to_owned()));
-    }
+    problems.extend(report.record_problems.iter().map(|detail| ProblemInfo {
+        kind: serde_text(&ProblemKind::NamesLost),
+        subject: "the old index".to_owned(),
+        detail: format!(
+            "{detail}; names, uppers, mounts and peers may be lost; what could not be read is in index.damaged"
+        ),
+        names: Vec::new(),
+        repaired: false,
+    }));
     problems.extend(report.missing_layers.into_iter().map(|(layer, names)| ProblemInfo {
         kind: serde_text(&ProblemKind::LayerBroken),
         subject: layer.to_string(),
