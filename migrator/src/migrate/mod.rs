@@ -28,7 +28,7 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use layerfs::error::ErrorClass;
 use layerfs::store::db::WriteError;
@@ -50,6 +50,9 @@ pub use hooks::{HookFolder, HookPoint, Hooks};
 pub use learnt::Downtime;
 pub use plan::Rounds;
 pub use report::Report;
+
+/// How often it is looked whether all moves rest.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// How patient migrations are.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +183,7 @@ struct Arrival {
     machine: Destination,
     /// Where its state can be read, once that is so.
     opened: Option<PathBuf>,
-    heard: std::time::Instant,
+    heard: Instant,
     /// Its memory, as far as it has come.
     kept: Option<Arc<Mutex<memory::Kept>>>,
     /// Its memory as the last state has it.
@@ -251,6 +254,20 @@ impl Migrations {
     pub fn at_work(&self) -> Vec<GuestName> {
         let locks = self.0.locks.lock();
         locks.iter().filter(|(_, lock)| lock.is_locked()).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Waits until no move takes steps, for `patience` at most; returns whether that is so. Blocks.
+    pub fn wait_until_rests(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            if self.at_work().is_empty() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     fn lock_of(&self, guest: &GuestName) -> Arc<Mutex<()>> {

@@ -229,3 +229,18 @@ async fn an_epoch_that_no_guest_comes_to_is_refused() {
     assert!(two.b.migrations.moves().unwrap().is_empty());
     assert!(matches!(ask(MAX_EPOCH).await, Ok(Message::Prepared { obstacles }) if obstacles.is_empty()));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_ends_the_program_waits_for_a_step_but_not_for_ever() {
+    let two = Two::new().await;
+    let migrations = two.a.migrations.clone();
+    assert!(migrations.wait_until_rests(Duration::ZERO));
+    let lock = migrations.lock_of(&two.name);
+    let held = lock.lock();
+    assert!(!migrations.wait_until_rests(Duration::from_millis(50)));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| migrations.wait_until_rests(Duration::from_secs(60)));
+        drop(held);
+        assert!(waiting.join().unwrap());
+    });
+}
