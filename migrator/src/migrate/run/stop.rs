@@ -120,15 +120,16 @@ impl Run<'_> {
     /// Sends what the stop left; returns the bytes.
     fn send(&mut self, lazily: bool) -> Result<u64> {
         let (instance, state) = (self.name().layer("instance")?, self.name().layer("state")?);
-        let mut first = vec![instance];
+        let mut bytes = 0;
         if self.options.ahead == Ahead::Base {
-            first.push(self.row.spec.stack.clone());
+            // Alone: its name may be somebody else's there, while the guest's own are there from earlier moves and are replaced.
+            let stack = [self.row.spec.stack.clone()];
+            bytes += self.push("stopped", &stack, true, false)?.bytes_sent;
         }
         if !lazily {
-            first.push(state);
-            return Ok(self.push("stopped", &first, true, false)?.bytes_sent);
+            return Ok(bytes + self.push("stopped", &[instance, state], true, false)?.bytes_sent);
         }
-        let bytes = self.push("stopped", &first, true, false)?.bytes_sent;
+        bytes += self.push("stopped", &[instance], true, false)?.bytes_sent;
         Ok(bytes + self.push("stopped", &[state], true, true)?.bytes_sent)
     }
 

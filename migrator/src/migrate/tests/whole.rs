@@ -150,6 +150,18 @@ async fn two_layers_and_a_number_of_rounds_are_obeyed() {
     let none = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
     assert_eq!(two.migrate(true, none).await.unwrap().rounds.len(), 0);
     assert_eq!(two.check(), "a");
+    // What earlier moves have left there is in nobody's way.
+    let two_layers = MigrateOptions { ahead: Ahead::Base, ..MigrateOptions::default() };
+    for (back, runs) in [(false, "b"), (true, "a"), (false, "b")] {
+        two.migrate(back, two_layers).await.unwrap();
+        assert_eq!(two.check(), runs);
+    }
+    // A name that is somebody else's isn't taken from him.
+    let other = two.a.store.name(&two.name.layer("instance").unwrap()).unwrap().unwrap().layer;
+    two.a.store.set_name(&layer_name("app"), other, Expect::Any).unwrap();
+    let error = two.migrate(true, two_layers).await.unwrap_err().to_string();
+    assert!(error.contains("app stands for another layer"), "{error}");
+    assert_eq!(two.check(), "b");
 }
 
 #[tokio::test(flavor = "multi_thread")]
