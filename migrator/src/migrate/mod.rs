@@ -13,6 +13,7 @@ mod background;
 mod changes;
 mod control;
 mod depart;
+mod ending;
 mod ground;
 pub mod hooks;
 pub mod inhibit;

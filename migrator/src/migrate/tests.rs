@@ -312,6 +312,18 @@ impl Two {
         running[0].clone()
     }
 
+    /// How the latest move from `a` ended, as its report says.
+    pub async fn reported(&self) -> String {
+        loop {
+            let report = report::find(&self.a.store, "").unwrap();
+            if !report.is_open() {
+                return report.outcome;
+            }
+            // It says so a moment after the journal does.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     pub fn fail(&self, host: &str, call: Call, when: When) {
         self.world.fail(host, call, when);
     }

@@ -87,6 +87,8 @@ async fn either_side_may_die_at_every_write() {
                 }
                 two.settle().await;
                 let runs = two.check();
+                let told = two.reported().await;
+                assert!(if runs == "b" { told == "moved" } else { told != "moved" }, "{side} {after} {write}: {told}");
                 if !died {
                     assert_eq!(runs, "b", "{side} {after} {write}: {outcome:?}");
                     break;
@@ -97,6 +99,26 @@ async fn either_side_may_die_at_every_write() {
                 }
             }
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_that_its_program_doesnt_see_the_end_of_is_reported_all_the_same() {
+    // Before anything is written; before it stops; stopped, with layers; before it is released, and after.
+    for (write, after, ends) in
+        [(1, false, "aborted"), (2, false, "aborted"), (3, true, "aborted"), (4, false, "aborted"), (4, true, "moved")]
+    {
+        let mut two = Two::new().await;
+        two.a.faults().die_at(write, after);
+        assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+        assert_eq!(report::find(&two.a.store, "").unwrap().outcome, "running", "{write} {after}");
+        let world = two.world.clone();
+        two.a.restart(&world).await;
+        two.settle().await;
+        assert_eq!(two.reported().await, ends, "{write} {after}");
+        let report = report::find(&two.a.store, "").unwrap();
+        assert!(report.decisions.iter().any(|why| why.contains("daemon ended")), "{report:?}");
+        assert_eq!(report.rounds.is_empty(), write < 2, "{report:?}");
     }
 }
 
@@ -663,6 +685,9 @@ async fn every_question_and_answer_may_be_lost_for_a_while_or_for_long() {
                 two.settle().await;
                 let expected = if stays && question < 4 { "a" } else { "b" };
                 assert_eq!(two.check(), expected, "{case}");
+                // A move that never began leaves none.
+                let told = if stays && question == 1 { None } else { Some(two.reported().await) };
+                assert_eq!(told.is_some_and(|told| told == "moved"), expected == "b", "{case}");
             }
         }
     }

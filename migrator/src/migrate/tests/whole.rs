@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::guest::fake::DISK_FILE;
-use crate::handover::journal::MAX_EPOCH;
+use crate::handover::journal::{MAX_EPOCH, Side};
 use crate::migrate::learnt::DOWN_STAGES;
 use crate::node::{Knowing, PushOptions};
 use crate::wire::Prepare;
@@ -255,4 +255,21 @@ async fn whoever_ends_the_program_waits_for_a_step_but_not_for_ever() {
         drop(held);
         assert!(waiting.join().unwrap());
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_guests_only_come_to_forgets_old_moves_too() {
+    let two = Two::new().await;
+    let (spec, peer) = (two.a.guests.get(&two.name).unwrap().spec, two.b.node.peers().get("a").unwrap());
+    let journal = &two.b.migrations.0.journal;
+    for _ in 0..300 {
+        let mut row = Row::destination(MoveId::random().unwrap(), spec.clone(), &peer, 1, false);
+        if let Side::Destination { phase, .. } = &mut row.side {
+            *phase = crate::handover::destination::Phase::Cleared;
+        }
+        journal.write(&row).unwrap();
+    }
+    assert_eq!(two.b.migrations.moves().unwrap().len(), 300);
+    two.b.migrations.expire(Duration::from_secs(3600), Vec::new(), |_| ()).unwrap();
+    assert_eq!(two.b.migrations.moves().unwrap().len(), 256);
 }
