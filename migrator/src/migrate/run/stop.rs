@@ -17,7 +17,7 @@ use super::super::{Ahead, HookPoint};
 use super::Run;
 use super::copy::Part;
 use crate::error::{Error, Result};
-use crate::guest::Scratch;
+use crate::guest::{Activity, Scratch};
 use crate::handover::Fate;
 use crate::handover::journal::Layers;
 use crate::handover::source::Event;
@@ -71,6 +71,9 @@ impl Run<'_> {
             }
         })?;
         check(self.monitor.as_ref())?;
+        if !written.has_ended {
+            self.must_stand_still()?;
+        }
         self.stage("restore", true, |run| run.depart(Event::Staged).map(|()| ((), 0)))?;
         // Not before: giving back so much memory takes a while.
         drop(guard);
@@ -115,6 +118,17 @@ impl Run<'_> {
                 error = out_of_reach => Err(error),
             }
         })
+    }
+
+    /// Fails if it doesn't stand still any more, as after the end of what holds it: then its state is an old one, and no other may go on
+    /// from that. What has ended with its dump doesn't go on by itself.
+    fn must_stand_still(&self) -> Result<()> {
+        let why = match self.guest.status()?.activity {
+            Activity::Frozen => return Ok(()),
+            Activity::Running => "it runs again, as if what held it had ended; migrate it again",
+            Activity::Absent => "it has ended meanwhile; `layerctl guest show` says what became of it",
+        };
+        Err(Error::guest("release", self.name(), why))
     }
 
     /// Sends what the stop left; returns the bytes.

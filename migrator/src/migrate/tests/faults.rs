@@ -779,3 +779,61 @@ async fn a_guest_that_isnt_expected_any_more_isnt_stopped() {
         assert!(!two.world.events().contains(&crate::guest::fake::Event::Frozen("a".to_owned())), "{event:?}");
     }
 }
+
+/// Does something when a phase begins whose name begins so, once.
+struct At<F>(&'static str, AtomicBool, F);
+
+impl<F: Fn() + Send + std::marker::Sync> layerfs::monitor::Monitor for At<F> {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        if name.starts_with(self.0) && !self.1.swap(true, SeqCst) {
+            self.2();
+        }
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Moves it to `b`, and does something when the phase `phase` begins.
+async fn migrate_and(
+    two: &Two,
+    phase: &'static str,
+    what: impl Fn() + Send + std::marker::Sync + 'static,
+) -> Result<Report> {
+    let (migrations, name) = (two.a.migrations.clone(), two.name.clone());
+    let monitor = Arc::new(At(phase, AtomicBool::new(false), what));
+    let moved = spawn_blocking(move || migrations.migrate(&name, "b", MigrateOptions::default(), monitor));
+    moved.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_goes_on_by_itself_before_it_is_released_stays() {
+    for phase in ["pack", "send", "stage"] {
+        let two = Two::new().await;
+        let (world, name) = (two.world.clone(), two.name.clone());
+        let outcome = migrate_and(&two, phase, move || {
+            world.thaw("a", &name);
+            world.tick();
+            assert!(world.send(&name, 7));
+        });
+        let error = outcome.await.unwrap_err().to_string();
+        assert!(error.contains("runs again") && error.contains("runs on here"), "{phase}: {error}");
+        two.settle().await;
+        assert_eq!(two.check(), "a", "{phase}");
+        two.migrate(false, MigrateOptions::default()).await.unwrap();
+        assert_eq!(two.check(), "b", "{phase}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_ends_by_itself_before_it_is_released_goes_on_from_its_state_here() {
+    let two = Two::new().await;
+    let world = two.world.clone();
+    let error = migrate_and(&two, "stage", move || world.crash("a")).await.unwrap_err().to_string();
+    assert!(error.contains("has ended meanwhile") && error.contains("runs on here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
