@@ -20,7 +20,10 @@ const POINTS: [&str; 5] = ["after-stop", "before-restore", "after-restore", "aft
 /// The cases.
 pub fn cases() -> Vec<Case> {
     let needs = &[Root, Fuse, Namespaces, Tool("cc"), Criu];
-    vec![Case::new("follow::a_client_stays_connected_across_subnets", needs, across)]
+    vec![
+        Case::new("follow::a_client_stays_connected_across_subnets", needs, across),
+        Case::new("follow::names_that_differ_by_a_dot_are_not_mixed_up", &[Root, Namespaces], dots),
+    ]
 }
 
 /// A router between the subnets of both hosts. Dropping it removes it.
@@ -149,5 +152,56 @@ fn across() -> anyhow::Result<()> {
     ensure!(failed.code != 0, "a hook that says no is overheard");
     ensure!((tunnels(&hosts.a)?, tunnels(&hosts.b)?) == (0, 0), "a move that failed leaves tunnels");
     drop(router);
+    Ok(())
+}
+
+/// The hook alone, in a network of its own.
+fn dots() -> anyhow::Result<()> {
+    let network = Router(format!("lf-dots-{}", std::process::id()));
+    let name = &network.0;
+    ip(&format!("netns add {name}"))?;
+    for words in ["link add guests type bridge", "addr add 10.9.0.9/24 dev guests", "link set guests up"] {
+        ip(&format!("-n {name} {words}"))?;
+    }
+    let store = tempfile::tempdir()?;
+    let folder = store.path().join("hooks");
+    std::fs::create_dir(&folder)?;
+    std::fs::write(folder.join("follow.peers"), "edge-1 10.9.0.1\nedge.1 10.9.0.2\n")?;
+    std::fs::write(folder.join("guest"), r#"{"options": {"network": {"bridge": "guests"}}}"#)?;
+    let hook = hook()?;
+    let call = |point: &str, guest: &str, peer: &str| {
+        if !folder.join(point).exists() {
+            symlink(&hook, folder.join(point))?;
+        }
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", name]).arg(folder.join(point));
+        command.env("LAYERFS_GUEST", guest).env("LAYERFS_PEER", peer).env("LAYERFS_STORE", store.path());
+        command.env("LAYERFS_SIDE", "source").stdin(std::fs::File::open(folder.join("guest"))?);
+        case::output_of(&mut command).map(drop)
+    };
+    let there = || -> anyhow::Result<Vec<(String, String)>> {
+        let show = ["netns", "exec", name, "ip", "-o", "-d", "link", "show", "type", "vxlan"];
+        let shown = case::output_of(Command::new("ip").args(show))?;
+        let after = |line: &str, word: &str| {
+            let rest = line.split_once(word).map_or("", |(_, rest)| rest).to_owned();
+            rest.split(['\\', '\n']).next().unwrap_or_default().trim().to_owned()
+        };
+        let first = |text: String| text.split_whitespace().next().unwrap_or_default().to_owned();
+        let tunnel = |line: &str| (after(line, "alias layerfs "), first(after(line, " remote ")));
+        let mut all: Vec<_> = shown.lines().map(tunnel).collect();
+        all.sort();
+        Ok(all)
+    };
+    let tunnel = |what: &str, remote: &str| (what.to_owned(), remote.to_owned());
+    call("after-stop", "db-1", "edge-1")?;
+    let other = tunnel("db-1 away edge-1", "10.9.0.1");
+    ensure!(there()? == [other.clone()], "{:?}", there()?);
+    // The other guest comes, to which none leads yet, and goes again.
+    call("before-restore", "db.1", "edge.1")?;
+    call("after-restore", "db.1", "edge.1")?;
+    let own = tunnel("db.1 here edge.1", "10.9.0.2");
+    ensure!(there()? == [other.clone(), own], "{:?}", there()?);
+    call("after-leave", "db.1", "edge.1")?;
+    ensure!(there()? == [other], "{:?}", there()?);
     Ok(())
 }

@@ -4,12 +4,14 @@
 //! run folder. So whoever comes after a program that died knows who is still at work, waits for it, and finds out what came of it.
 //! A runtime that is killed leaves the CRIU that it has begun, which goes on, and ends what it dumps: it is over when that is.
 //!
-//! Invariants: a program that isn't noted has done nothing; its note goes after what came of it is known otherwise.
+//! Invariants: a program that isn't noted has done nothing; its note goes after what came of it is known otherwise. A process that has
+//! executed another program is another daemon: what the one before it has begun nobody sees to.
 
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -17,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::exec;
 use super::processes::{Process, wait_until};
+use crate::group::Token;
 
 /// For how long one that an earlier program began is waited for at a time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -32,8 +35,11 @@ type Outcome<T> = Result<T, String>;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Errand {
     program: Process,
-    /// Who began it; as long as that lives it sees to what comes of it.
+    /// Who began it; as long as that lives, and is the same program, it sees to what comes of it.
     by: Process,
+    /// Which program of that process. Those of before there were such tokens have none.
+    #[serde(default)]
+    run: Option<String>,
     /// The state's folder that it writes.
     into: Option<PathBuf>,
     /// The device of the guest's root.
@@ -60,7 +66,8 @@ impl Note<'_> {
             let by = Process::of(std::process::id()).ok_or("this process isn't seen in /proc")?;
             let root = self.root.and_then(|root| fs::canonicalize(root).ok());
             let device = root.and_then(|root| by.device_at(&root));
-            let errand = Errand { program, by, into: self.into.map(Path::to_owned), device };
+            let run = Some(own_run().map_err(|error| error.to_string())?);
+            let errand = Errand { program, by, run, into: self.into.map(Path::to_owned), device };
             let json = serde_json::to_vec(&errand).map_err(|error| error.to_string())?;
             fs::write(&self.file, json).map_err(|error| format!("cannot write {}: {error}", self.file.display()))
         })
@@ -151,7 +158,12 @@ impl Errand {
 
     /// Whether nobody sees any more to what comes of it.
     pub fn is_orphaned(&self) -> bool {
-        !self.by.is_alive()
+        !self.by.is_alive() || self.is_of_predecessor()
+    }
+
+    /// Whether this process began it as another program, whose threads are gone. This one notes nothing without its token.
+    fn is_of_predecessor(&self) -> bool {
+        self.by.pid == std::process::id() && own_run().is_ok_and(|own| self.run.as_deref() != Some(own.as_str()))
     }
 
     /// The program.
@@ -211,6 +223,16 @@ impl Errand {
         }
         Ok(())
     }
+}
+
+/// What tells this program from others that the process has been: its number and its start stay when it executes another.
+fn own_run() -> crate::error::Result<String> {
+    static RUN: OnceLock<String> = OnceLock::new();
+    if let Some(run) = RUN.get() {
+        return Ok(run.clone());
+    }
+    let run = Token::random()?.0.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(RUN.get_or_init(|| run).clone())
 }
 
 /// Held while it is found out what came of an orphaned errand.
@@ -296,6 +318,32 @@ mod tests {
         assert!(error.contains("and was killed"), "{error}");
         assert!(!left.iter().any(Process::is_alive) && Process::of(other.id()).unwrap().is_alive());
         assert!(exec::end(other));
+    }
+
+    #[test]
+    fn one_that_this_process_began_as_another_program_is_an_orphan() {
+        let folder = tempfile::tempdir().unwrap();
+        let note = Note { file: folder.path().join("note"), into: None, root: None };
+        assert!(note.run(&mut waits("true")).unwrap().success());
+        assert_eq!(Errand::orphaned(&note.file), None);
+        let errand = Errand::load(&note.file).unwrap();
+        for run in [Some("another".to_owned()), None] {
+            let errand = Errand { run, ..errand.clone() };
+            fs::write(&note.file, serde_json::to_vec(&errand).unwrap()).unwrap();
+            assert_eq!(Errand::orphaned(&note.file), Some(errand));
+        }
+        // Another daemon that lives, of before there were tokens or not.
+        let mut other = Command::new("sleep").arg("600").spawn().unwrap();
+        let by = Process::of(other.id()).unwrap();
+        for run in [Some("another".to_owned()), None] {
+            assert!(!Errand { run, by: by.clone(), ..errand.clone() }.is_orphaned());
+        }
+        other.kill().unwrap();
+        other.wait().unwrap();
+        // A note of before there were tokens.
+        let mut json = serde_json::to_value(&errand).unwrap();
+        json.as_object_mut().unwrap().remove("run");
+        assert_eq!(serde_json::from_value::<Errand>(json).unwrap(), Errand { run: None, ..errand });
     }
 
     #[test]

@@ -156,7 +156,7 @@ pub(super) fn answer_to(command: &mut Command, input: Option<&[u8]>, patience: D
 ///
 /// # Errors
 /// As [`answer`].
-pub(super) fn status(command: &mut Command, patience: Duration) -> Result<ExitStatus, String> {
+pub(crate) fn status(command: &mut Command, patience: Duration) -> Result<ExitStatus, String> {
     start(command).and_then(|child| ended(child, patience)).map(|output| output.status)
 }
 

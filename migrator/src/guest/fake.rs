@@ -193,6 +193,13 @@ impl World {
         }
     }
 
+    /// Lets the frozen copy of `guest` on `host` go on, as if what held it had been killed.
+    pub fn thaw(&self, host: &str, guest: &GuestName) {
+        if let Some(copy) = self.0.lock().copies.get_mut(&(host.to_owned(), guest.clone())) {
+            copy.is_frozen = false;
+        }
+    }
+
     /// A client sends packet `number`. Returns whether a copy acknowledged it; if not, the client would send it again.
     pub fn send(&self, guest: &GuestName, number: u64) -> bool {
         let mut seen = self.0.lock();

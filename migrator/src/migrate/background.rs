@@ -49,6 +49,7 @@ impl Migrations {
                 self.later(row.id);
             }
         }
+        self.note_ends()?;
         Ok(self.0.journal.prune()?)
     }
 
@@ -73,7 +74,7 @@ impl Migrations {
 
     /// Does so for guests that went away or never came and whose last move began longer ago than `age`, and removes the states of
     /// those that are here. Until then what they left makes their way back short. Calls `remove_folders` for guests that there are
-    /// none of any more, also for those of `folders` that nobody knows: asking whether a guest may come makes some. Blocks.
+    /// none of any more, also for those of `folders` that nobody knows: asking whether a guest may come makes some. Forgets the oldest moves, if there are many. Blocks.
     ///
     /// # Errors
     /// Those of the index.
@@ -112,7 +113,8 @@ impl Migrations {
                 Some(_) => {}
             }
         }
-        Ok(())
+        // A host that is only moved to ends no move by itself.
+        Ok(self.0.journal.prune()?)
     }
 
     /// Does what the operator says about the move of `guest` that isn't over. Blocks.

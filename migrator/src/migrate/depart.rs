@@ -167,6 +167,10 @@ impl Migrations {
         let point = match phase {
             Phase::Ended(Outcome::Aborted | Outcome::Returned) => HookPoint::Abort,
             Phase::Ended(Outcome::Moved) => HookPoint::AfterLeave,
+            Phase::Gone | Phase::Ended(Outcome::GivenUp) => {
+                self.note_end(row);
+                return Ok(());
+            }
             _ => return Ok(()),
         };
         if point == HookPoint::Abort && self.is_absent(row) {
@@ -178,6 +182,7 @@ impl Migrations {
                 tracing::warn!(guest = %row.guest(), %error, "that nothing of it runs wasn't recorded");
             }
         }
+        self.note_end(row);
         if let Err(error) = self.0.hooks.run(point, row) {
             tracing::warn!(guest = %row.guest(), %error, "a hook failed");
         }

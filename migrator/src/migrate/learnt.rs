@@ -82,7 +82,8 @@ impl Seen {
 impl Learnt {
     /// From `reports`, the latest last: those of this guest, or else of guests with this driver, scaled by memory.
     pub fn from(reports: &[Report], guest: &str, driver: &str, memory_bytes: u64) -> Learnt {
-        let is_good = |report: &&Report| report.has_moved() && report.driver == driver;
+        // One that was in doubt for a while tells how long that was.
+        let is_good = |report: &&Report| report.has_moved() && report.downtime.is_some() && report.driver == driver;
         let mut chosen: Vec<&Report> = reports.iter().filter(is_good).filter(|report| report.guest == guest).collect();
         let own = chosen.len();
         if own == 0 {

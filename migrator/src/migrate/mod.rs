@@ -13,6 +13,7 @@ mod background;
 mod changes;
 mod control;
 mod depart;
+mod ending;
 mod ground;
 pub mod hooks;
 pub mod inhibit;
@@ -28,7 +29,7 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use layerfs::error::ErrorClass;
 use layerfs::store::db::WriteError;
@@ -51,6 +52,9 @@ pub use learnt::Downtime;
 pub use plan::Rounds;
 pub use report::Report;
 
+/// How often it is looked whether all moves rest.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
 /// How patient migrations are.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
@@ -61,6 +65,8 @@ pub struct Timing {
     pub patience: Duration,
     /// For how long, while it stands still and may still go on here.
     pub frozen_patience: Duration,
+    /// For how long at least what the stop left may be on its way, as long as the link lives.
+    pub sending_patience: Duration,
     /// For how long the destination is asked, once it is the destination's, before that is left to the background.
     pub commit_patience: Duration,
     /// The first and the longest pause between questions in the background.
@@ -73,6 +79,7 @@ impl Default for Timing {
             lease: Duration::from_secs(600),
             patience: Duration::from_secs(30),
             frozen_patience: Duration::from_secs(10),
+            sending_patience: Duration::from_secs(60),
             commit_patience: Duration::from_secs(60),
             pauses: (Duration::from_millis(250), Duration::from_secs(15)),
         }
@@ -180,7 +187,7 @@ struct Arrival {
     machine: Destination,
     /// Where its state can be read, once that is so.
     opened: Option<PathBuf>,
-    heard: std::time::Instant,
+    heard: Instant,
     /// Its memory, as far as it has come.
     kept: Option<Arc<Mutex<memory::Kept>>>,
     /// Its memory as the last state has it.
@@ -251,6 +258,20 @@ impl Migrations {
     pub fn at_work(&self) -> Vec<GuestName> {
         let locks = self.0.locks.lock();
         locks.iter().filter(|(_, lock)| lock.is_locked()).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Waits until no move takes steps, for `patience` at most; returns whether that is so. Blocks.
+    pub fn wait_until_rests(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            if self.at_work().is_empty() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     fn lock_of(&self, guest: &GuestName) -> Arc<Mutex<()>> {

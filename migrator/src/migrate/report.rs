@@ -14,6 +14,10 @@ use crate::guest::Obstacle;
 
 const VERSION: u8 = 1;
 const PREFIX: &[u8] = b"report.";
+/// What stands for the end of a migration that goes on.
+pub(super) const RUNNING: &str = "running";
+/// What stands for one of which it isn't known.
+pub(super) const IN_DOUBT: &str = "in doubt";
 /// So many are kept.
 pub const KEPT: usize = 200;
 
@@ -45,7 +49,7 @@ pub struct Report {
     pub peer: String,
     /// When it began, in seconds since 1970.
     pub began: i64,
-    /// How it ended: "moved", "aborted", "given-back", "in doubt", "dry run".
+    /// How it ended: "moved", "aborted", "given-back", "given-up", "dry run"; or "running", or "in doubt" as long as it isn't over.
     pub outcome: String,
     /// Why, if it isn't "moved".
     pub error: Option<String>,
@@ -84,7 +88,7 @@ impl Report {
             driver: driver.to_owned(),
             peer: peer.to_owned(),
             began: Time::now().seconds,
-            outcome: "running".to_owned(),
+            outcome: RUNNING.to_owned(),
             error: None,
             seconds: 0.0,
             bytes: 0,
@@ -103,6 +107,11 @@ impl Report {
     /// Whether the guest runs at the destination.
     pub fn has_moved(&self) -> bool {
         self.outcome == "moved"
+    }
+
+    /// Whether its end is still to come.
+    pub(super) fn is_open(&self) -> bool {
+        [RUNNING, IN_DOUBT].contains(&self.outcome.as_str())
     }
 
     /// The stage called `name`.
@@ -127,22 +136,27 @@ impl Report {
     }
 }
 
-/// The key sorts by when a report was kept.
+/// The key sorts by when a report was first kept, and ends with the move's number.
 fn key(report: &Report) -> Vec<u8> {
     let now = Time::now();
     [PREFIX, &now.seconds.to_be_bytes(), &now.nanos.to_be_bytes(), report.id.as_bytes()].concat()
 }
 
-/// Keeps `report`, and forgets the oldest if there are many. Blocks.
+/// Keeps `report` in the place of what was kept of the same move, and forgets the oldest if there are many. Blocks.
 ///
 /// # Errors
 /// Those of the index.
 pub fn save(store: &Store, report: &Report) -> Result<()> {
     let mut batch = Batch::new();
-    batch.put(Cf::Meta, key(report), report.encode());
     let kept: Vec<Vec<u8>> =
         store.db().iter(Cf::Meta, PREFIX)?.map(|entry| Ok(entry?.0.to_vec())).collect::<Result<_>>()?;
-    kept.iter().take((kept.len() + 1).saturating_sub(KEPT)).for_each(|old| batch.delete(Cf::Meta, old));
+    match kept.iter().find(|key| key.ends_with(report.id.as_bytes())) {
+        Some(key) => batch.put(Cf::Meta, key, report.encode()),
+        None => {
+            batch.put(Cf::Meta, key(report), report.encode());
+            kept.iter().take((kept.len() + 1).saturating_sub(KEPT)).for_each(|old| batch.delete(Cf::Meta, old));
+        }
+    }
     store.db().write(batch, Sync::No)
 }
 
@@ -197,5 +211,10 @@ mod tests {
         assert_eq!(find(&store, "0100").unwrap(), reports[95]);
         assert!(matches!(find(&store, "00"), Err(Error::Invalid { .. })));
         assert!(matches!(find(&store, "9"), Err(Error::NotFound { .. })));
+        // What becomes of one later doesn't make it another, nor the latest.
+        let late = Report { outcome: "moved".to_owned(), ..reports[95].clone() };
+        save(&store, &late).unwrap();
+        assert_eq!((load(&store).unwrap().len(), find(&store, "0100").unwrap()), (KEPT, late));
+        assert_eq!(find(&store, "").unwrap().id, "0204");
     }
 }

@@ -11,14 +11,14 @@ use layerfs::monitor::{Monitor, check};
 use layerfs::{ChunkId, LayerId};
 
 use super::control::Said;
-use super::depart::{LOST, Talk};
+use super::depart::Talk;
 use super::learnt::Learnt;
 use super::report::{self, Report, Stage};
 use super::{HookPoint, MigrateOptions, Migrations, busy};
 use crate::error::{Error, Result, chain};
 use crate::guest::{Activity, Guest, GuestName, GuestState, Obstacle, Scratch, Side as GuestSide};
 use crate::handover::journal::{Row, Side};
-use crate::handover::source::{Event, Outcome, Phase};
+use crate::handover::source::{Event, Phase};
 use crate::handover::{Fate, MoveId};
 use crate::node::PushOptions;
 use crate::peers::Peer;
@@ -237,6 +237,8 @@ impl Run<'_> {
         if self.options.any_kernel {
             self.report.decisions.push("the destination's kernel was not compared, as was asked for".to_owned());
         }
+        // Before its row, so that none has no report.
+        self.me.keep(&self.report);
         self.me.write(&self.row)?;
         let obstacles = self.ask_to_prepare(false)?;
         if obstacles.is_empty() {
@@ -257,6 +259,7 @@ impl Run<'_> {
         self.monitor.phase("stopping", None);
         self.me.0.hooks.run(HookPoint::BeforeStop, &self.row)?;
         check(self.monitor.as_ref())?;
+        self.me.keep(&self.report);
         self.depart(Event::Stop)?;
         self.hand_over(lazily)
     }
@@ -308,11 +311,13 @@ impl Run<'_> {
     /// The report, and what the one who asked hears.
     fn conclude(&mut self, result: Result<()>) -> Result<Report> {
         self.report.seconds = self.elapsed();
-        let store = self.me.0.guests.store();
+        // Whoever died leaves what was kept before.
+        #[cfg(test)]
+        self.me.0.faults.alive()?;
         if let Ok(Some(row)) = self.me.0.journal.get(self.row.id) {
             self.row.side = row.side;
         }
-        let (outcome, text) = self.outcome();
+        let (outcome, text) = self.me.outcome_of(&self.row);
         self.report.outcome = outcome.to_owned();
         if self.phase() == Phase::Gone {
             let text =
@@ -324,49 +329,15 @@ impl Run<'_> {
             Err(error) => Some(chain(error)),
             Ok(()) => text.clone(),
         };
-        if let Err(error) = report::save(store, &self.report).and_then(|()| self.me.0.journal.prune()) {
-            tracing::warn!(%error, "a report wasn't kept");
+        self.me.keep(&self.report);
+        if let Err(error) = self.me.0.journal.prune() {
+            tracing::warn!(%error, "the records of old moves weren't removed");
         }
         match (result, text) {
             (Ok(()), None) => Ok(self.report.clone()),
             (Ok(()), Some(text)) => Err(Error::guest("migrate", self.name(), text)),
             (Err(error), None) => Err(error),
             (Err(error), Some(text)) => Err(Error::refused(error.class(), format!("{error}; {text}"))),
-        }
-    }
-
-    /// Whether there is nothing of it to go on.
-    fn is_lost(&self) -> bool {
-        self.me.0.guests.get(self.name()).is_ok_and(|record| record.state == GuestState::Created)
-    }
-
-    /// How it ended, and where the guest is, if not where it should be.
-    fn outcome(&self) -> (&'static str, Option<String>) {
-        let (name, peer, note) = (self.name(), &self.peer.name, &self.row.note);
-        if let Err(error) = self.me.must_be_sure(&self.row) {
-            return ("in doubt", Some(error.to_string()));
-        }
-        match self.phase() {
-            Phase::Gone | Phase::Ended(Outcome::Moved) => ("moved", None),
-            Phase::Ended(Outcome::Aborted) if self.is_lost() => ("aborted", Some(format!("guest {name} {LOST}"))),
-            Phase::Ended(Outcome::Aborted) => ("aborted", Some(format!("guest {name} runs on here"))),
-            Phase::Ended(Outcome::Returned) => (
-                "given-back",
-                Some(format!("{peer} couldn't restore it and gave it back ({note}); it runs here again")),
-            ),
-            Phase::Ended(Outcome::GivenUp) => ("given-up", Some(format!("guest {name} was given up here"))),
-            Phase::Released => {
-                let text = format!(
-                    "guest {name} is {peer}'s, which hasn't said that it runs there ({note}); it is asked again and again, and \
-                     `layerctl guest resolve {name}` tells more"
-                );
-                ("in doubt", Some(text))
-            }
-            Phase::Moving | Phase::Stopping | Phase::Returned => {
-                let text =
-                    format!("guest {name} stays here, but doesn't go on yet ({note}); that is tried again and again");
-                ("in doubt", Some(text))
-            }
         }
     }
 }

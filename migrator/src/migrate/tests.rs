@@ -173,6 +173,7 @@ pub(super) fn timing() -> Timing {
         // Longer than a busy machine stands still; a host that is dead is waited for as long.
         patience: Duration::from_millis(5000),
         frozen_patience: Duration::from_millis(5000),
+        sending_patience: Duration::from_secs(60),
         commit_patience: Duration::from_millis(5000),
         pauses: (Duration::from_millis(10), Duration::from_millis(50)),
     }
@@ -310,6 +311,18 @@ impl Two {
         assert_eq!(here.state(&self.name).map(|(state, _)| state), Some(GuestState::Running), "{what}");
         assert!(there.state(&self.name).is_none_or(|(state, _)| state == GuestState::Away), "{what}");
         running[0].clone()
+    }
+
+    /// How the latest move from `a` ended, as its report says.
+    pub async fn reported(&self) -> String {
+        loop {
+            let report = report::find(&self.a.store, "").unwrap();
+            if !report.is_open() {
+                return report.outcome;
+            }
+            // It says so a moment after the journal does.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub fn fail(&self, host: &str, call: Call, when: When) {

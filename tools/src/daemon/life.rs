@@ -20,6 +20,10 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 /// A daemon that was just started waits at least so long for the command that started it.
 const LEAST_IDLE: Duration = Duration::from_secs(2);
 
+/// So long guests that are being restored or handed over are waited for. What takes longer goes on without the daemon, and the next one
+/// takes over what comes of it.
+const STEPS: Duration = Duration::from_secs(15);
+
 /// The decision to exit.
 #[derive(Debug, Default)]
 pub struct Life {
@@ -88,7 +92,18 @@ async fn until_signal(daemon: &Arc<Daemon>) {
         daemon.peering.stop_lazy();
     }
     let daemon = daemon.clone();
-    let _ = tokio::task::spawn_blocking(move || daemon.mounts.unmount_all(&daemon.store, true)).await;
+    let leave = move || {
+        let_moves_rest(&daemon);
+        daemon.mounts.unmount_all(&daemon.store, true)
+    };
+    let _ = tokio::task::spawn_blocking(leave).await;
+}
+
+/// What peers ask for is no work of this host's commands: it isn't cancelled, nor waited for with them.
+fn let_moves_rest(daemon: &Daemon) {
+    if !daemon.moves.wait_until_rests(STEPS) {
+        tracing::warn!(guests = ?daemon.moves.at_work(), "exits while guests are being handed over");
+    }
 }
 
 async fn until_idle(daemon: &Arc<Daemon>) {
@@ -138,6 +153,7 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     let own = context.reporter.work().number;
     daemon.works.cancel_all(Some(own));
     context.block_on(daemon.works.wait_until_done(Some(own)));
+    let_moves_rest(daemon);
     if request.hand_over {
         let lost = if request.force { Vec::new() } else { daemon.mounts.not_kept() };
         if let Some(mount) = lost.first() {

@@ -87,6 +87,8 @@ async fn either_side_may_die_at_every_write() {
                 }
                 two.settle().await;
                 let runs = two.check();
+                let told = two.reported().await;
+                assert!(if runs == "b" { told == "moved" } else { told != "moved" }, "{side} {after} {write}: {told}");
                 if !died {
                     assert_eq!(runs, "b", "{side} {after} {write}: {outcome:?}");
                     break;
@@ -97,6 +99,26 @@ async fn either_side_may_die_at_every_write() {
                 }
             }
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_that_its_program_doesnt_see_the_end_of_is_reported_all_the_same() {
+    // Before anything is written; before it stops; stopped, with layers; before it is released, and after.
+    for (write, after, ends) in
+        [(1, false, "aborted"), (2, false, "aborted"), (3, true, "aborted"), (4, false, "aborted"), (4, true, "moved")]
+    {
+        let mut two = Two::new().await;
+        two.a.faults().die_at(write, after);
+        assert!(two.migrate(false, MigrateOptions::default()).await.is_err());
+        assert_eq!(report::find(&two.a.store, "").unwrap().outcome, "running", "{write} {after}");
+        let world = two.world.clone();
+        two.a.restart(&world).await;
+        two.settle().await;
+        assert_eq!(two.reported().await, ends, "{write} {after}");
+        let report = report::find(&two.a.store, "").unwrap();
+        assert!(report.decisions.iter().any(|why| why.contains("daemon ended")), "{report:?}");
+        assert_eq!(report.rounds.is_empty(), write < 2, "{report:?}");
     }
 }
 
@@ -663,6 +685,9 @@ async fn every_question_and_answer_may_be_lost_for_a_while_or_for_long() {
                 two.settle().await;
                 let expected = if stays && question < 4 { "a" } else { "b" };
                 assert_eq!(two.check(), expected, "{case}");
+                // A move that never began leaves none.
+                let told = if stays && question == 1 { None } else { Some(two.reported().await) };
+                assert_eq!(told.is_some_and(|told| told == "moved"), expected == "b", "{case}");
             }
         }
     }
@@ -753,4 +778,110 @@ async fn a_guest_that_isnt_expected_any_more_isnt_stopped() {
         assert_eq!(two.check(), "a");
         assert!(!two.world.events().contains(&crate::guest::fake::Event::Frozen("a".to_owned())), "{event:?}");
     }
+}
+
+/// Does something when a phase begins whose name begins so, once.
+struct At<F>(&'static str, AtomicBool, F);
+
+impl<F: Fn() + Send + std::marker::Sync> layerfs::monitor::Monitor for At<F> {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        if name.starts_with(self.0) && !self.1.swap(true, SeqCst) {
+            self.2();
+        }
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Moves it to `b`, and does something when the phase `phase` begins.
+async fn migrate_and(
+    two: &Two,
+    phase: &'static str,
+    what: impl Fn() + Send + std::marker::Sync + 'static,
+) -> Result<Report> {
+    let (migrations, name) = (two.a.migrations.clone(), two.name.clone());
+    let monitor = Arc::new(At(phase, AtomicBool::new(false), what));
+    let moved = spawn_blocking(move || migrations.migrate(&name, "b", MigrateOptions::default(), monitor));
+    moved.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_goes_on_by_itself_before_it_is_released_stays() {
+    for phase in ["pack", "send", "stage"] {
+        let two = Two::new().await;
+        let (world, name) = (two.world.clone(), two.name.clone());
+        let outcome = migrate_and(&two, phase, move || {
+            world.thaw("a", &name);
+            world.tick();
+            assert!(world.send(&name, 7));
+        });
+        let error = outcome.await.unwrap_err().to_string();
+        assert!(error.contains("runs again") && error.contains("runs on here"), "{phase}: {error}");
+        two.settle().await;
+        assert_eq!(two.check(), "a", "{phase}");
+        two.migrate(false, MigrateOptions::default()).await.unwrap();
+        assert_eq!(two.check(), "b", "{phase}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_ends_by_itself_before_it_is_released_goes_on_from_its_state_here() {
+    let two = Two::new().await;
+    let world = two.world.clone();
+    let error = migrate_and(&two, "stage", move || world.crash("a")).await.unwrap_err().to_string();
+    assert!(error.contains("has ended meanwhile") && error.contains("runs on here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
+
+/// Does `change` to all gates of what `a` sends.
+fn at_gates(two: &Two, change: impl Fn(&crate::governor::Gate)) {
+    let transfers = two.a.node.transfers();
+    let running = transfers.list().into_iter().filter(|info| info.state == crate::transfers::State::Running);
+    running.for_each(|info| change(transfers.get(info.id).unwrap().gate()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_pauses_what_a_guest_that_stands_still_waits_for() {
+    let two = Arc::new(Two::new().await);
+    let inner = two.clone();
+    let moved = migrate_and(&two, "stopped", move || {
+        at_gates(&inner, |gate| {
+            gate.change(|controls| controls.paused = true);
+            // As if the destination said so.
+            gate.asked(crate::governor::Pace { paused: true, ..Default::default() });
+        });
+    });
+    tokio::time::timeout(Duration::from_secs(60), moved).await.expect("it waits").unwrap();
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_last_bytes_crawl_goes_on_here() {
+    let mut two = Two::new().await;
+    let timing = Timing { sending_patience: Duration::from_secs(1), ..timing() };
+    two.a.migrations = migrations("a", &two.a.node, &two.a.guests, &two.a.host, &two.world, timing);
+    let two = Arc::new(two);
+    let (inner, began) = (two.clone(), Arc::new(Mutex::new(None)));
+    let stopped = began.clone();
+    // What it wrote last, more than goes in an hour.
+    let file = two.a.host.root(&two.name).join("last");
+    std::fs::write(&file, "").unwrap();
+    let error = migrate_and(&two, "pack", move || {
+        std::fs::write(&file, crate::tests::pair::noise(9, 4 << 20)).unwrap();
+        *stopped.lock() = Some(std::time::Instant::now());
+        let governor = inner.a.node.transfers().governor().clone();
+        governor.set_limit(Some(Rate::new(1)));
+    });
+    let error = tokio::time::timeout(Duration::from_secs(60), error).await.expect("it waits").unwrap_err().to_string();
+    assert!(error.contains("was not at b after") && error.contains("--max-downtime"), "{error}");
+    assert!(error.contains("runs on here"), "{error}");
+    assert!(began.lock().unwrap().elapsed() < Duration::from_secs(30));
+    two.a.node.transfers().governor().set_limit(None);
+    two.settle().await;
+    assert_eq!(two.check(), "a");
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::guest::fake::DISK_FILE;
-use crate::handover::journal::MAX_EPOCH;
+use crate::handover::journal::{MAX_EPOCH, Side};
 use crate::migrate::learnt::DOWN_STAGES;
 use crate::node::{Knowing, PushOptions};
 use crate::wire::Prepare;
@@ -150,6 +150,18 @@ async fn two_layers_and_a_number_of_rounds_are_obeyed() {
     let none = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
     assert_eq!(two.migrate(true, none).await.unwrap().rounds.len(), 0);
     assert_eq!(two.check(), "a");
+    // What earlier moves have left there is in nobody's way.
+    let two_layers = MigrateOptions { ahead: Ahead::Base, ..MigrateOptions::default() };
+    for (back, runs) in [(false, "b"), (true, "a"), (false, "b")] {
+        two.migrate(back, two_layers).await.unwrap();
+        assert_eq!(two.check(), runs);
+    }
+    // A name that is somebody else's isn't taken from him.
+    let other = two.a.store.name(&two.name.layer("instance").unwrap()).unwrap().unwrap().layer;
+    two.a.store.set_name(&layer_name("app"), other, Expect::Any).unwrap();
+    let error = two.migrate(true, two_layers).await.unwrap_err().to_string();
+    assert!(error.contains("app stands for another layer"), "{error}");
+    assert_eq!(two.check(), "b");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -228,4 +240,36 @@ async fn an_epoch_that_no_guest_comes_to_is_refused() {
     assert!(ask(u64::MAX).await.is_err() && ask(MAX_EPOCH + 1).await.is_err());
     assert!(two.b.migrations.moves().unwrap().is_empty());
     assert!(matches!(ask(MAX_EPOCH).await, Ok(Message::Prepared { obstacles }) if obstacles.is_empty()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_ends_the_program_waits_for_a_step_but_not_for_ever() {
+    let two = Two::new().await;
+    let migrations = two.a.migrations.clone();
+    assert!(migrations.wait_until_rests(Duration::ZERO));
+    let lock = migrations.lock_of(&two.name);
+    let held = lock.lock();
+    assert!(!migrations.wait_until_rests(Duration::from_millis(50)));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| migrations.wait_until_rests(Duration::from_secs(60)));
+        drop(held);
+        assert!(waiting.join().unwrap());
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_guests_only_come_to_forgets_old_moves_too() {
+    let two = Two::new().await;
+    let (spec, peer) = (two.a.guests.get(&two.name).unwrap().spec, two.b.node.peers().get("a").unwrap());
+    let journal = &two.b.migrations.0.journal;
+    for _ in 0..300 {
+        let mut row = Row::destination(MoveId::random().unwrap(), spec.clone(), &peer, 1, false);
+        if let Side::Destination { phase, .. } = &mut row.side {
+            *phase = crate::handover::destination::Phase::Cleared;
+        }
+        journal.write(&row).unwrap();
+    }
+    assert_eq!(two.b.migrations.moves().unwrap().len(), 300);
+    two.b.migrations.expire(Duration::from_secs(3600), Vec::new(), |_| ()).unwrap();
+    assert_eq!(two.b.migrations.moves().unwrap().len(), 256);
 }

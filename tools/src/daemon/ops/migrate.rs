@@ -112,6 +112,12 @@ impl Moves {
         self.0.lock().as_ref().map(Migrations::at_work).unwrap_or_default()
     }
 
+    /// Waits until none is, for `patience` at most; returns whether that is so. Blocks.
+    pub fn wait_until_rests(&self, patience: Duration) -> bool {
+        let moves = self.0.lock().clone();
+        moves.is_none_or(|moves| moves.wait_until_rests(patience))
+    }
+
     fn get(&self) -> Result<Migrations> {
         self.0
             .lock()
