@@ -176,7 +176,7 @@ pub fn import(
         SourceSpec::Path(path) => detect::open_path(&path, options.format, &store.tmp_folder())?,
         SourceSpec::Stream(input) => detect::open_stream(input, options.format, &store.tmp_folder())?,
     };
-    if let Some(total) = ahead::bytes(&opened, options.one_filesystem) {
+    if let Some(total) = ahead::bytes(&opened, store.folder(), options.one_filesystem) {
         monitor.phase("reading", Some(total));
     }
     let format = opened.format();
@@ -238,7 +238,8 @@ impl Import<'_> {
         let options = self.options;
         match opened {
             Opened::Folder(path) => {
-                self.single(Chunker::Tree, |feed| folder::read(&path, options.one_filesystem, feed))
+                let store = self.session.store().folder().to_owned();
+                self.single(Chunker::Tree, |feed| folder::read(&path, &store, options.one_filesystem, feed))
             }
             Opened::Tar(input) => {
                 let tar = tar::TarOptions { whiteouts: options.whiteouts, may_end_early: false };

@@ -119,6 +119,32 @@ fn a_layer_that_is_lost_is_not_left_out() {
 }
 
 #[test]
+fn the_store_is_no_content() {
+    let host = Host::new();
+    host.make_tree("all/tree");
+    std::fs::create_dir(host.path("all/deep")).unwrap();
+    let store = host.path("all/deep/store");
+    let run = |args: &[&str]| host.told(args, &host.command(args).env("LAYERFS_STORE", &store).output().unwrap());
+    let imported = run(&["import", "all", "all"]);
+    assert!(
+        imported.contains("warning: [host]/all/deep/store is the store") && imported.contains("exit 0"),
+        "{imported}"
+    );
+    let listed = run(&["export", "all", "-"]);
+    assert!(listed.contains("./tree/etc/motd") && listed.contains("./deep/") && !listed.contains("host.key"));
+    for source in ["all/deep/store", "all/deep/store/packs"] {
+        let refused = run(&["import", source, "x"]);
+        assert!(refused.contains("store's own folder") && refused.ends_with("--- exit 2\n"), "{refused}");
+    }
+    for destination in ["all/deep/store/x", "all/deep/store/x.tar", "oci:all/deep/store/x:1"] {
+        let refused = run(&["export", "all", destination]);
+        assert!(refused.contains("store's own folder") && refused.ends_with("--- exit 2\n"), "{refused}");
+    }
+    run(&["daemon", "stop"]);
+    assert!(!store.join("x").exists());
+}
+
+#[test]
 fn archives_that_are_wrong() {
     let host = Host::new();
     host.make_tree("tree");
