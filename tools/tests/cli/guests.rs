@@ -139,3 +139,11 @@ fn a_command_in_a_guest_ends_with_whoever_waits_for_it() {
         assert_eq!(sleeps(), 0, "{signal}");
     }
 }
+
+#[test]
+fn a_stop_names_the_guest_that_runs() {
+    let Some(host) = host_with_guest() else { return };
+    let told = host.run(&["daemon", "stop"]);
+    assert!(told.contains("guest web runs") && told.contains("`layerctl guest stop web`"), "{told}");
+    assert!(!told.contains("umount") && told.ends_with("--- exit 5\n"), "{told}");
+}

@@ -33,6 +33,26 @@ pub fn helper(host: &Host) -> PathBuf {
 }
 
 #[test]
+fn what_is_mounted_in_a_mount_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    let inner = host.path("mnt/etc");
+    let run = |program: &str, args: &[&str]| {
+        assert!(std::process::Command::new(program).args(args).arg(&inner).status().unwrap().success(), "{program}");
+    };
+    run("mount", &["-t", "tmpfs", "none"]);
+    let refused = [&["umount", "mnt"][..], &["daemon", "stop"]].map(|args| host.run(args));
+    run("umount", &[]);
+    for refused in refused {
+        assert!(refused.contains("mounted in it, on [host]/mnt/etc") && refused.ends_with("--- exit 5\n"), "{refused}");
+    }
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+#[test]
 fn mounted_changed_and_sealed() {
     if !can_mount() {
         return;
@@ -60,7 +80,8 @@ fn mounted_changed_and_sealed() {
     );
     hold!("stop_busy", {
         let _held = std::fs::File::open(host.path("mnt/etc/hostname")).unwrap();
-        host.session(&[&["daemon", "stop"]]).replace(&std::process::id().to_string(), "[pid]")
+        let (pid, command) = (std::process::id(), std::fs::read_to_string("/proc/self/comm").unwrap());
+        host.session(&[&["daemon", "stop"]]).replace(&format!("{pid} ({})", command.trim()), "[pid] ([command])")
     });
     hold!(
         "umount",

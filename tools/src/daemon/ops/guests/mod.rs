@@ -8,7 +8,7 @@ mod host;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use layerfs::LayerName;
@@ -43,6 +43,12 @@ pub struct GuestsState {
     drivers: HostDrivers,
     /// Those that an operation works on.
     busy: Mutex<BTreeSet<GuestName>>,
+}
+
+/// The guest whose folder in the store at `store` holds `dir`.
+pub fn of_folder(store: &Path, dir: &Path) -> Option<GuestName> {
+    let name = dir.strip_prefix(store).ok()?.components().nth(1)?.as_os_str().to_str()?;
+    GuestName::new(name).ok().filter(|name| dir.starts_with(host::folder(store, name)))
 }
 
 impl GuestsState {
