@@ -218,6 +218,16 @@ impl std::str::FromStr for Listen {
     }
 }
 
+impl std::fmt::Display for Listen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Listen::WhenPeersExist => "auto",
+            Listen::Off => "off",
+            Listen::At(address) => address,
+        })
+    }
+}
+
 fn parse_listen(text: &str) -> Result<Listen> {
     use std::net::{IpAddr, SocketAddr};
     if let Ok(address) = text.parse::<SocketAddr>() {

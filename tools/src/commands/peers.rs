@@ -13,6 +13,7 @@ use crate::api::peers::{
 use crate::cli::peers as args;
 use crate::cli::transfers::Manner;
 use crate::client::Client;
+use crate::config::Listen;
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Table, facts};
 use crate::progress::Display;
@@ -310,10 +311,16 @@ fn id(session: &Session) -> Result<()> {
         facts(paint, [("key", identity.key.clone()), ("fingerprint", paint.bold(&identity.fingerprint))])
     })?;
     if !session.output.json {
-        let Identity { key, host, port, listening, .. } = &identity;
-        let how =
-            if listening.is_some() { "" } else { "this host does not listen yet: it does as soon as it has a peer\n" };
-        session.output.note(&format!("{how}on the other host:\n  layerctl peer add {host} ADDRESS:{port} --key {key}"));
+        let Identity { key, host, port, listening, listen_error, listen, .. } = &identity;
+        let is_off = *listen == Listen::Off.to_string();
+        let how = match (listening, listen_error) {
+            (Some(_), _) => String::new(),
+            (None, Some(error)) => format!("this host does not listen: {error}\n"),
+            (None, None) if is_off => "this host does not listen, as `listen` is off: it can only call\n".to_owned(),
+            (None, None) => "this host does not listen yet: it does as soon as it has a peer\n".to_owned(),
+        };
+        let address = if is_off { "-".to_owned() } else { format!("ADDRESS:{port}") };
+        session.output.note(&format!("{how}on the other host:\n  layerctl peer add {host} {address} --key {key}"));
     }
     Ok(())
 }

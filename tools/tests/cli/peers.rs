@@ -191,3 +191,23 @@ fn layers_travel() {
     hold!("peer_remove", edge.session(&[&["peer", "remove", "central"], &["peer", "remove", "central"]]));
     hold!("push_to_former_peer", central.run(&["push", "base", "edge"]));
 }
+
+#[test]
+fn who_cannot_listen_says_why() {
+    let taken = std::net::TcpListener::bind("[::]:7440").or_else(|_| std::net::TcpListener::bind("0.0.0.0:7440"));
+    let host = Host::new();
+    std::fs::write(host.path("config.toml"), "").unwrap();
+    let told = host.run(&["peer", "id"]);
+    assert!(told.contains("does not listen yet: it does as soon as it has a peer"), "{told}");
+    let (other, _) = listening();
+    let key = other.json(&["peer", "id"])["key"].as_str().unwrap().to_owned();
+    host.json(&["peer", "add", "other", "-", "--key", &key]);
+    let told = host.run(&["peer", "id"]);
+    // Another program may have had the port before.
+    assert!(told.contains("this host does not listen: ") && told.contains("7440"), "{told}");
+    drop(taken);
+    host.json(&["daemon", "stop"]);
+    std::fs::write(host.path("config.toml"), "listen = \"off\"\n").unwrap();
+    let told = host.run(&["peer", "id"]);
+    assert!(told.contains("`listen` is off") && told.contains(" - --key lfk-"), "{told}");
+}
