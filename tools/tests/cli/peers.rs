@@ -155,6 +155,15 @@ fn what_a_peer_may_do_is_changed() {
     hold!("push_not_visible", central.run(&["push", "base", "edge"]));
     edge.json(&["peer", "set", "central", "--visible", "*"]);
     central.json(&["push", "base", "edge"]);
+    let set = edge.json(&["peer", "set", "central", "--allow", "pull,guests"]);
+    assert_eq!(
+        (&set["allow_push"], &set["allow_pull"], &set["allow_guests"]),
+        (&false.into(), &true.into(), &true.into())
+    );
+    let set = edge.json(&["peer", "set", "central", "--allow", "none"]);
+    assert_eq!((&set["allow_pull"], &set["allow_guests"]), (&false.into(), &false.into()));
+    let mixed = edge.run(&["peer", "set", "central", "--allow", "push", "--no-pull"]);
+    assert!(mixed.ends_with("--- exit 2\n"), "{mixed}");
 }
 
 #[test]
@@ -170,6 +179,8 @@ fn layers_travel() {
         "peer_add_wrong",
         central.run(&["peer", "add", "edge", &edge_address, "--fingerprint", "00000-00000-00000-00000-00000"])
     );
+    let mistyped = central.run(&["peer", "add", "edge", &edge_address, "--fingerprint", "qq7mf-6esg9"]);
+    assert!(mistyped.contains("is not a fingerprint") && mistyped.ends_with("--- exit 2\n"), "{mistyped}");
     hold!("peer_add", central.run(&["peer", "add", "edge", &edge_address, "--fingerprint", &fingerprint]));
     hold!("push_to_stranger", central.run(&["push", "base", "edge"]));
     let key = central.json(&["peer", "id"])["key"].as_str().unwrap().to_owned();
@@ -183,6 +194,10 @@ fn layers_travel() {
             &["push", "base", "nobody"]
         ])
     );
+    let again = central.run(&["push", "base", "edge", "--lazy"]);
+    assert!(again.contains("it was all there already") && !again.contains("follows"), "{again}");
+    let nothing = central.run(&["transfers", "pause", "99"]);
+    assert!(nothing.contains("`layerctl transfers` shows") && nothing.ends_with("--- exit 3\n"), "{nothing}");
     hold!("pushed", edge.session(&[&["list"], &["fsck"]]));
     flip_a_byte(&central);
     hold!("heal", central.session(&[&["scrub"], &["scrub", "--heal", "edge"], &["scrub"]]));
