@@ -33,6 +33,26 @@ pub fn helper(host: &Host) -> PathBuf {
 }
 
 #[test]
+fn mounts_of_another_namespace_are_listed_as_such() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["daemon", "stop"]);
+    let args = ["--mount", "--propagation", "private", env!("CARGO_BIN_EXE_layerctl"), "mount", "base", "mnt"];
+    let mounted = host.command_as(std::path::Path::new("unshare"), &args).output().unwrap();
+    assert!(mounted.status.success(), "{mounted:?}");
+    let listed = host.run(&["mounts"]);
+    assert!(listed.contains("[host]/mnt is mounted, but not visible here"), "{listed}");
+    host.json(&["umount", "mnt"]);
+    host.json(&["daemon", "stop"]);
+    host.json(&["mount", "base", "mnt", "--read-only"]);
+    let listed = host.run(&["mounts"]);
+    assert!(!listed.contains("not visible"), "{listed}");
+    host.json(&["umount", "--all"]);
+}
+
+#[test]
 fn what_is_mounted_in_a_mount_is_named() {
     if !can_mount() {
         return;
