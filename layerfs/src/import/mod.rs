@@ -180,6 +180,13 @@ pub fn import(
         monitor.phase("reading", Some(total));
     }
     let format = opened.format();
+    let is_image = matches!(format, Format::Oci | Format::Docker);
+    if let Some(option) = [("platform", &options.platform), ("reference", &options.reference)]
+        .into_iter()
+        .find_map(|(option, given)| given.as_ref().filter(|_| !is_image).map(|_| option))
+    {
+        return Err(Error::invalid(format!("the source is no image (it is read as {format}), so it has no {option}")));
+    }
     let session = Arc::new(store.session("import"));
     let mut import = Import { session, options, monitor, layers: Vec::new(), taken: Taken::default() };
     import.run(opened)?;
