@@ -47,7 +47,7 @@ impl Platform {
             return Ok(());
         }
         let why = if wanted.is_some() { "asked for was" } else { "this machine is" };
-        Err(Error::invalid(format!(
+        Err(Error::NoneFits(format!(
             "the image is for {self}, and {why} {expected}; ask for the platform {self} to have it all the same"
         )))
     }

@@ -187,8 +187,11 @@ where
 
 fn stranger_error(key: &PublicKey) -> Error {
     let fingerprint = key.fingerprint();
-    let message =
-        format!("your key {fingerprint} is not known here; do `layerctl peer add NAME ADDRESS` on that host too");
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let message = format!(
+        "the host that was called ({host}) doesn't know the caller's key {fingerprint}; `layerctl peer add NAME ADDRESS` \
+         there makes the caller its peer"
+    );
     Error::refused(ErrorClass::Denied, message)
 }
 

@@ -262,7 +262,10 @@ fn builder(operation: &str) -> hyper::http::request::Builder {
 }
 
 fn json_request<Q: Serialize>(operation: &str, accept: &str, request: &Q) -> Result<Request<Body>> {
-    let body = serde_json::to_vec(request).map_err(|e| strange(&e))?;
+    // Of what requests hold, nothing else has no form in JSON.
+    let body = serde_json::to_vec(request).map_err(|_| {
+        Failure::invalid("a path of this command is not UTF-8, and the daemon takes no other").hint("rename it first")
+    })?;
     let builder = builder(operation).header("accept", accept).header("content-type", "application/json");
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {}).boxed();
     builder.body(body).map_err(|e| wrong_request(&e))

@@ -125,6 +125,12 @@ impl ConfigFile {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                let hint = format!(
+                    "set HOME to this user's own folder, or {ENV_CONFIG} to the config file to read (/dev/null for none)"
+                );
+                return Err(Failure::file("read", path, error).hint(hint));
+            }
             Err(error) => return Err(Failure::file("read", path, error)),
         };
         let wrong =
@@ -218,6 +224,16 @@ impl std::str::FromStr for Listen {
     }
 }
 
+impl std::fmt::Display for Listen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Listen::WhenPeersExist => "auto",
+            Listen::Off => "off",
+            Listen::At(address) => address,
+        })
+    }
+}
+
 fn parse_listen(text: &str) -> Result<Listen> {
     use std::net::{IpAddr, SocketAddr};
     if let Ok(address) = text.parse::<SocketAddr>() {
@@ -306,11 +322,23 @@ impl Settings {
             };
             file = mistakes.allow(read)?.unwrap_or_else(ConfigFile::closed).over(file);
         }
+        let whole = |name: &str, path: Option<PathBuf>| match path {
+            Some(path) if !path.is_absolute() => Err(Failure::invalid(format!(
+                "{name} = {path:?} in the config file is no whole path; write one that begins with /"
+            ))),
+            path => Ok(path),
+        };
+        let is_named = store.is_some() || environment.path(ENV_STORE).is_some();
+        // A daemon that leaves this out would take another store for its own.
+        let stored = match whole("store", file.store.take()) {
+            Err(failure) if !is_named => return Err(failure),
+            checked => mistakes.allow(checked)?.flatten(),
+        };
         let (store, store_chosen_by) = if let Some(path) = store {
             (path.to_owned(), "--store")
         } else if let Some(path) = environment.path(ENV_STORE) {
             (path, ENV_STORE)
-        } else if let Some(path) = file.store {
+        } else if let Some(path) = stored {
             (path, "the config file")
         } else {
             (environment.default_store()?, "default")
@@ -373,7 +401,8 @@ impl Settings {
             ))),
         };
         let keep_awake = mistakes.allow(keep_awake)?.unwrap_or_default();
-        let listen = file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse());
+        let of_file = |failure: Failure| Failure::invalid(format!("listen in the config file: {failure}"));
+        let listen = file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse().map_err(of_file));
         let listen = mistakes.allow(listen)?.unwrap_or(Listen::Off);
         let filter = |text: Option<String>, place: &str| match text.as_deref().map(crate::daemon::log::parse) {
             Some(Err(failure)) => Err(failure.hint(format!("it comes from {place}"))),
@@ -397,7 +426,7 @@ impl Settings {
             squash_past: file.squash_past.unwrap_or(DEFAULT_SQUASH_PAST),
             slow_request: Duration::from_secs(slow_request.unwrap_or(2)),
             metrics: file.metrics,
-            tier_credentials: file.tier_credentials,
+            tier_credentials: mistakes.allow(whole("tier_credentials", file.tier_credentials))?.flatten(),
             tier_profile: file.tier_profile,
             lazy_timeout: Duration::from_secs(file.lazy_timeout_seconds.unwrap_or(30).max(1)),
             log: log.unwrap_or_else(|| "info".to_owned()),
@@ -505,7 +534,8 @@ mod tests {
             "{message}"
         );
         scene.user("listen = \"everywhere\"\n");
-        assert!(scene.find(None).unwrap_err().message.contains("everywhere"));
+        let message = scene.find(None).unwrap_err().message;
+        assert!(message.contains("everywhere") && message.contains("listen in the config file"), "{message}");
         scene.user("limit = \"fast\"\n");
         assert!(scene.find(None).unwrap_err().message.contains("100Mbit"));
         scene.user("limit = \"8Mbit\"\n");
@@ -531,6 +561,22 @@ mod tests {
         assert_eq!(scene.find(None).unwrap().keep_awake, KeepAwake::Never);
         scene.user("warm_copies = \"0\"\n");
         assert_eq!(scene.find(None).unwrap().warm_bytes, Some(0));
+    }
+
+    #[test]
+    fn paths_in_a_config_file_are_whole() {
+        let scene = Scene::new("whole");
+        for line in ["store = \"data\"\n", "store = \"~/data\"\n", "tier_credentials = \"~/keys\"\n"] {
+            scene.user(line);
+            let failure = scene.find(None).unwrap_err();
+            assert_eq!(failure.class, crate::failure::Class::Invalid);
+            assert!(failure.message.contains("whole path"), "{failure}");
+        }
+        scene.user("store = \"data\"\n");
+        assert!(scene.find(Some("/flag")).is_err(), "a mistake is one wherever the store is");
+        let forgiven = Settings::forgive(Some(Path::new("/flag")), &scene.environment).unwrap();
+        assert_eq!((forgiven.store.as_path(), forgiven.mistakes.len()), (Path::new("/flag"), 1));
+        assert!(Settings::forgive(None, &scene.environment).is_err(), "no other store is taken instead");
     }
 
     #[test]

@@ -124,5 +124,8 @@ fn code_of(is_fine: bool, class: failure::Class) -> u8 {
 
 /// Makes `path` absolute without asking the file system: the daemon has another working folder.
 fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf> {
+    if path.as_os_str().is_empty() {
+        return Err(Failure::invalid("the path is empty; name a folder or a file"));
+    }
     std::path::absolute(path).map_err(|e| Failure::file("find", path, e))
 }

@@ -100,7 +100,7 @@ impl Destination {
 
     fn checked(self) -> Result<Destination> {
         if self.path.as_os_str().is_empty() {
-            return Err(Error::invalid("the destination is empty; name a folder or a file"));
+            return Err(Error::invalid("the path is empty; name a folder or a file"));
         }
         Ok(self)
     }

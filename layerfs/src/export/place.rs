@@ -32,6 +32,7 @@ pub fn new_file<T>(path: &Path, fill: impl FnOnce(&mut File) -> Result<T>) -> Re
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::file("look at", path, e)),
     }
+    require_parent(path)?;
     let (mut file, temporary) = durable::create_temporary(path, 0o666)?;
     let filled = fill(&mut file).and_then(|value| durable::persist(&file, &temporary, path).map(|()| value));
     if filled.is_err() {
@@ -81,7 +82,8 @@ impl Workspace {
         if exists {
             check_empty(&destination)?;
         }
-        let parent = destination.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        require_parent(&destination)?;
+        let parent = parent_of(&destination);
         if !(exists && is_mount_point(&destination)) {
             match make_private(parent) {
                 Ok(path) => return Workspace::open(destination, path, Way::Rename),
@@ -203,6 +205,16 @@ impl Drop for Scratch {
             tracing::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Fails if the folder that `path` is to be made in isn't there: nobody knows the temporary names in it.
+fn require_parent(path: &Path) -> Result<()> {
+    let parent = parent_of(path);
+    fs::metadata(parent).map(drop).map_err(|e| Error::file("look into", parent, e))
 }
 
 /// Fails unless `folder` is a folder without entries. The `lost+found` of a new filesystem doesn't count.

@@ -12,10 +12,10 @@ use crate::import::detect::Opened;
 /// A folder that takes longer to walk is imported without knowing its end.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Bytes of file content that importing `source` will read.
-pub fn bytes(source: &Opened, one_filesystem: bool) -> Option<u64> {
+/// Bytes of file content that importing `source` into the store at `store` will read.
+pub fn bytes(source: &Opened, store: &Path, one_filesystem: bool) -> Option<u64> {
     match source {
-        Opened::Folder(path) => folder_bytes(path, one_filesystem),
+        Opened::Folder(path) => folder_bytes(path, store, one_filesystem),
         Opened::RawFile(path) => file_bytes(path),
         _ => None,
     }
@@ -31,8 +31,9 @@ fn data_bytes(metadata: &std::fs::Metadata) -> u64 {
     metadata.len().min(stored)
 }
 
-fn folder_bytes(top: &Path, one_filesystem: bool) -> Option<u64> {
+fn folder_bytes(top: &Path, store: &Path, one_filesystem: bool) -> Option<u64> {
     let began = Instant::now();
+    let store = std::fs::metadata(store).ok().map(|metadata| (metadata.dev(), metadata.ino()));
     let device = std::fs::metadata(top).ok()?.dev();
     let mut folders: Vec<PathBuf> = vec![top.to_owned()];
     let mut links = HashSet::new();
@@ -42,6 +43,9 @@ fn folder_bytes(top: &Path, one_filesystem: bool) -> Option<u64> {
             let Ok(metadata) = entry.as_ref().map_err(|_| ()).and_then(|entry| entry.metadata().map_err(|_| ())) else {
                 continue;
             };
+            if metadata.is_dir() && store == Some((metadata.dev(), metadata.ino())) {
+                continue;
+            }
             if metadata.is_dir() && (!one_filesystem || metadata.dev() == device) {
                 folders.extend(entry.map(|entry| entry.path()));
             } else if metadata.is_file() && (metadata.nlink() == 1 || links.insert((metadata.dev(), metadata.ino()))) {
@@ -68,8 +72,12 @@ mod tests {
         std::fs::hard_link(path("sub/a"), path("b")).unwrap();
         std::os::unix::fs::symlink("nowhere", path("c")).unwrap();
         std::fs::File::create(path("hole")).unwrap().set_len(1 << 30).unwrap();
-        assert_eq!(bytes(&Opened::Folder(folder.path().to_owned()), true), Some(10_000 + 65_536));
-        assert_eq!(bytes(&Opened::RawFile(path("sub/a")), true), Some(10_000));
-        assert_eq!(bytes(&Opened::RawFile(path("nowhere")), true), None);
+        let ahead = |source: Opened| bytes(&source, &path("store"), true);
+        assert_eq!(ahead(Opened::Folder(folder.path().to_owned())), Some(10_000 + 65_536));
+        assert_eq!(ahead(Opened::RawFile(path("sub/a"))), Some(10_000));
+        assert_eq!(ahead(Opened::RawFile(path("nowhere"))), None);
+        std::fs::create_dir(path("store")).unwrap();
+        std::fs::write(path("store/pack"), vec![1; 10_000]).unwrap();
+        assert_eq!(ahead(Opened::Folder(folder.path().to_owned())), Some(10_000 + 65_536));
     }
 }

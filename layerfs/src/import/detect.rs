@@ -169,7 +169,7 @@ fn broken_header() -> Error {
 fn unknown() -> Error {
     Error::invalid(
         "the source is none of: folder, tar (gzip, zstd, xz), OCI image layout, docker save archive, qcow2, raw disk of \
-         whole sectors; give its format if you know better",
+         whole sectors; say which (`--format`) if you know better",
     )
 }
 

@@ -3,7 +3,7 @@
 //! Hides: how to read many files with few system calls: everything is opened relative to its folder, names come
 //! sorted, at most [`MAX_OPEN`] folders are open however deep the tree is. Invariants: no symbolic link below
 //! the root is followed; nothing but regular files and folders is opened; what vanishes while it is read is left
-//! out with a warning.
+//! out with a warning, and so is the store's own folder: its key and its index are nobody's content.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -65,6 +65,8 @@ pub(super) struct Walk<'f, 'a> {
     /// Whether folders on other filesystems are taken without what lies in them.
     one_filesystem: bool,
     device: u64,
+    /// The folder of the store that the import goes into.
+    store: Option<(u64, u64)>,
     path: TreePath,
     open: Vec<Open>,
     /// The first path of each file with several names whose other names are still to come, and how many those are.
@@ -74,8 +76,8 @@ pub(super) struct Walk<'f, 'a> {
     noatime: bool,
 }
 
-/// Feeds the tree at `root`.
-pub(super) fn read(root: &Path, one_filesystem: bool, feed: &mut Feed<'_>) -> Result<()> {
+/// Feeds the tree at `root`, without the folder `store` if that lies below it.
+pub(super) fn read(root: &Path, store: &Path, one_filesystem: bool, feed: &mut Feed<'_>) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| Error::file("open", root, e))?;
     let stat = rustix::fs::fstat(&fd).map_err(|e| Error::file("look at", root, e))?;
@@ -84,6 +86,7 @@ pub(super) fn read(root: &Path, one_filesystem: bool, feed: &mut Feed<'_>) -> Re
         feed,
         one_filesystem,
         device: stat.st_dev,
+        store: rustix::fs::stat(store).ok().map(|stat| identity(&stat)),
         path: TreePath::root(),
         open: Vec::new(),
         links: HashMap::new(),
@@ -194,6 +197,11 @@ impl Walk<'_, '_> {
             Err(e) => return Err(self.failed("open", e)),
         };
         let stat = rustix::fs::fstat(&fd).map_err(|e| self.failed("look at", e))?;
+        if self.store == Some(identity(&stat)) {
+            let path = self.host_path();
+            self.feed.warn(&format!("{} is the store that this goes into; it is left out", path.display()));
+            return Ok(());
+        }
         self.folder(fd, &stat)
     }
 

@@ -179,10 +179,17 @@ pub fn import(
         SourceSpec::Path(path) => detect::open_path(&path, options.format, &store.tmp_folder())?,
         SourceSpec::Stream(input) => detect::open_stream(input, options.format, &store.tmp_folder())?,
     };
-    if let Some(total) = ahead::bytes(&opened, options.one_filesystem) {
+    if let Some(total) = ahead::bytes(&opened, store.folder(), options.one_filesystem) {
         monitor.phase("reading", Some(total));
     }
     let format = opened.format();
+    let is_image = matches!(format, Format::Oci | Format::Docker);
+    if let Some(option) = [("platform", &options.platform), ("reference", &options.reference)]
+        .into_iter()
+        .find_map(|(option, given)| given.as_ref().filter(|_| !is_image).map(|_| option))
+    {
+        return Err(Error::invalid(format!("the source is no image (it is read as {format}), so it has no {option}")));
+    }
     let session = Arc::new(store.session("import"));
     let mut import = Import { session, options, monitor, layers: Vec::new(), taken: Taken::default() };
     import.run(opened)?;
@@ -241,7 +248,8 @@ impl Import<'_> {
         let options = self.options;
         match opened {
             Opened::Folder(path) => {
-                self.single(Chunker::Tree, |feed| folder::read(&path, options.one_filesystem, feed))
+                let store = self.session.store().folder().to_owned();
+                self.single(Chunker::Tree, |feed| folder::read(&path, &store, options.one_filesystem, feed))
             }
             Opened::Tar(input) => {
                 let tar = tar::TarOptions { whiteouts: options.whiteouts, may_end_early: false };

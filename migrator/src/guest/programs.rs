@@ -117,7 +117,9 @@ impl Programs {
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         } else {
-            Err(complaint(&output))
+            let complaint = complaint(&output);
+            // It is this program itself, which says so.
+            Err(complaint.strip_prefix("layerctl: ").map(str::to_owned).unwrap_or(complaint))
         }
     }
 }

@@ -476,6 +476,11 @@ impl Guest for QemuGuest {
             let fix = "turn virtualization on in the machine's firmware, or make the guest with --accel auto";
             found.push(Obstacle::new("KVM does not work here", fix));
         }
+        let MachineOptions { kernel, disk, network, .. } = &self.options;
+        if side == Side::Run && kernel.is_none() && disk.is_none() && *network == Network::None {
+            let fix = "remove the guest, and make it with --disk or --kernel";
+            found.push(Obstacle::new("the machine has nothing to start from, neither a disk nor a kernel", fix));
+        }
         if side == Side::PostCopy && self.version().is_some_and(|version| version < MAPS_FILES) {
             let fix = "install QEMU 8.2 or later, or move without --postcopy";
             found.push(Obstacle::new("this QEMU can't run on a state's file", fix));

@@ -146,6 +146,9 @@ pub struct GuestInfo {
     pub epoch: u64,
     /// The host that it went to or comes from.
     pub peer: Option<String>,
+    /// Whether it has run here, so that it has a disk or a checkpoint.
+    #[serde(default)]
+    pub has_run: bool,
     /// The number of its first process on the host.
     pub pid: Option<u32>,
     /// Memory that it uses.

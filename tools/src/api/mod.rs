@@ -219,6 +219,9 @@ pub struct Status {
     pub listening: Option<String>,
     /// Why it doesn't listen though it should.
     pub listen_error: Option<String>,
+    /// Whether and where it was told to: `auto`, `off` or an address. Empty of older ones.
+    #[serde(default)]
+    pub listen: String,
     /// How many mounts it holds.
     pub mounts: u64,
     /// The process that keeps the mounts if this one ends; none if nothing is kept.

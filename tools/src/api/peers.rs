@@ -242,4 +242,10 @@ pub struct Identity {
     pub port: u16,
     /// Where it listens now.
     pub listening: Option<String>,
+    /// Why it doesn't listen though it should.
+    #[serde(default)]
+    pub listen_error: Option<String>,
+    /// Whether and where it was told to: `auto`, `off` or an address.
+    #[serde(default)]
+    pub listen: String,
 }

@@ -116,6 +116,7 @@ pub enum PeerAction {
     #[command(after_help = "Examples:\n  \
         layerctl peer set edge1 --no-push --visible 'app/*' --visible 'base/*'\n  \
         layerctl peer set edge1 --allow-push --visible '*'\n  \
+        layerctl peer set edge1 --allow pull,guests\n  \
         layerctl peer set edge1 --address edge1.example.org:7441")]
     Set(PeerSet),
     /// Remove peers; they can no longer connect
@@ -163,6 +164,16 @@ pub struct PeerSet {
     /// What it is called here
     #[arg(value_name = "PEER")]
     pub name: String,
+    /// What it may do here, and nothing else; guests: move guests to this host, which then runs what it sends
+    #[arg(
+        long,
+        group = "change",
+        value_delimiter = ',',
+        value_name = "WHAT",
+        value_parser = ["push", "pull", "guests", "none"],
+        conflicts_with_all = ["allow_push", "no_push", "allow_pull", "no_pull", "allow_guests", "no_guests"]
+    )]
+    pub allow: Vec<String>,
     /// It may push to this host
     #[arg(long, group = "change")]
     pub allow_push: bool,

@@ -16,6 +16,8 @@ use crate::units;
 
 /// Rates are those of so long a time, and --watch looks as often.
 const EVERY: Duration = Duration::from_secs(1);
+/// What is told where there is nothing to tell of.
+const NO_MOUNTS: &str = "no mounts; `layerctl mount NAME DIR` makes one";
 
 /// `layerctl mounts --rates`, again and again with `--watch`.
 pub fn rates(session: &Session, is_watching: bool) -> Result<()> {
@@ -26,7 +28,11 @@ pub fn rates(session: &Session, is_watching: bool) -> Result<()> {
         let now: ActivityList = client.call("activity", &Empty {})?;
         let since = difference(&now, &before);
         if !is_watching {
-            return session.output.answer(&since, |since| text(since, session.output.paint()));
+            session.output.answer(&since, |since| text(since, session.output.paint()))?;
+            if since.mounts.is_empty() && !session.output.json {
+                session.output.note(NO_MOUNTS);
+            }
+            return Ok(());
         }
         session.output.with_stdout(|out| {
             use std::io::Write;
@@ -35,7 +41,7 @@ pub fn rates(session: &Session, is_watching: bool) -> Result<()> {
                 out.write_all(b"\n")?;
             } else {
                 // From the top left, and what was below is wiped.
-                write!(out, "\x1b[H\x1b[2J{}", text(&since, session.output.paint()))?;
+                write!(out, "\x1b[H\x1b[2J{}", screen(&since, session.output.paint()))?;
             }
             Ok(())
         })?;
@@ -96,6 +102,12 @@ fn short_time(seconds: f64) -> String {
         seconds if seconds < 1.0 => format!("{:.1} ms", seconds * 1e3),
         seconds => units::duration(seconds),
     }
+}
+
+/// What is on the screen of --watch.
+fn screen(since: &ActivityList, paint: Paint) -> String {
+    let text = text(since, paint);
+    if since.mounts.is_empty() { format!("{text}{NO_MOUNTS}\n") } else { text }
 }
 
 fn text(since: &ActivityList, paint: Paint) -> String {

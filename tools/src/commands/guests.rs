@@ -147,7 +147,8 @@ fn list(session: &Session) -> Result<()> {
 
 /// What it is by the records, and what it really does if that is something else.
 fn state(info: &GuestInfo) -> String {
-    let peer = info.peer.as_ref().map(|peer| format!(" ({peer})")).unwrap_or_default();
+    let way = if info.state == "away" { "at" } else { "from" };
+    let peer = info.peer.as_ref().map(|peer| format!(", {way} {peer}")).unwrap_or_default();
     let is = info.activity.as_deref().unwrap_or("unknown");
     let fits = matches!(
         (info.state.as_str(), is),
@@ -155,6 +156,7 @@ fn state(info: &GuestInfo) -> String {
     );
     match (info.state.as_str(), is) {
         ("running", "absent") => format!("ended by itself{peer}"),
+        ("created", "absent") if info.has_run => format!("stopped{peer}"),
         (state, _) if fits => format!("{state}{peer}"),
         (state, is) => format!("{state}, but {is}{peer}"),
     }
@@ -241,4 +243,25 @@ fn restore(session: &Session, name: String, tag: Option<String>) -> Result<()> {
 fn remove(session: &Session, name: String, force: bool) -> Result<()> {
     let info: GuestInfo = session.work("guest-remove", &GuestRemove { name, force }, "removing")?;
     session.output.answer(&info, |info| format!("removed guest {}\n", info.name))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_state_says_which_way_the_peer_lies() {
+        let told = |state: &str, activity: &str, peer: Option<&str>, has_run: bool| {
+            let info = serde_json::json!({
+                "name": "web", "driver": "process", "on": "base", "state": state, "activity": activity, "epoch": 1,
+                "peer": peer, "options": {}, "has_run": has_run
+            });
+            super::state(&serde_json::from_value(info).unwrap())
+        };
+        assert_eq!(told("running", "running", Some("edge"), true), "running, from edge");
+        assert_eq!(told("away", "absent", Some("edge"), true), "away, at edge");
+        assert_eq!(told("arriving", "absent", Some("edge"), false), "arriving, from edge");
+        assert_eq!(told("running", "absent", None, true), "ended by itself");
+        assert_eq!(told("running", "frozen", Some("edge"), true), "running, but frozen, from edge");
+        assert_eq!(told("created", "absent", None, true), "stopped");
+        assert_eq!(told("created", "absent", None, false), "created");
+    }
 }

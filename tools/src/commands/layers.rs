@@ -265,10 +265,10 @@ impl Forest {
         let is_meant = |layer: &&LayerInfo| {
             layer.names.iter().any(|other| other == name) || (name.len() >= 8 && layer.id.starts_with(name))
         };
-        self.layers
-            .iter()
-            .find(is_meant)
-            .ok_or_else(|| Failure::new(Class::NotFound, format!("layer {name:?} not found")))
+        self.layers.iter().find(is_meant).ok_or_else(|| {
+            let failure = Failure::new(Class::NotFound, format!("layer {name:?} not found"));
+            failure.hint("`layerctl list` shows the names that there are")
+        })
     }
 
     fn all_from<'a>(&'a self, root: &'a LayerInfo) -> Vec<&'a LayerInfo> {

@@ -1,22 +1,21 @@
 //! mount, umount, seal, mounts, uppers.
 
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use layerfs::mount::Flags;
 
 use super::Session;
-use crate::api::Empty;
 use crate::api::mounts::{
     MountInfo, MountList, MountRequest, SealRequest, SealResult, UmountRequest, UmountResult, Unmounted, UpperInfo,
     UpperList, UppersRemoveRequest,
 };
+use crate::api::{Empty, Status};
 use crate::cli::mounts as args;
 use crate::failure::Result;
 use crate::output::{Color, Table, short};
 use crate::{absolute, units};
-
-/// `f_type` of a FUSE mount.
-const FUSE_MAGIC: rustix::fs::FsWord = 0x6573_5546;
 
 /// `layerctl mount`.
 pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
@@ -25,7 +24,7 @@ pub fn mount(session: &Session, args: args::Mount) -> Result<()> {
     let args::Mount { layer, read_only, upper, .. } = args;
     let request = MountRequest { layer, dir, read_only, upper, transport, writeback, options: Flags::default() };
     let info: MountInfo = session.call("mount", &request)?;
-    warn_if_invisible(session, &info.dir);
+    warn_if_invisible(session, &[&info.dir]);
     let paint = session.output.paint();
     session.output.answer(&info, |info| {
         let what = info.layer_name.clone().unwrap_or_else(|| short(&info.layer));
@@ -44,16 +43,25 @@ fn top(info: &MountInfo) -> String {
     }
 }
 
-/// Says so if the daemon mounted it where this process doesn't see it.
-fn warn_if_invisible(session: &Session, dir: &Path) {
-    let is_fuse = rustix::fs::statfs(dir).is_ok_and(|stat| stat.f_type == FUSE_MAGIC);
-    if !is_fuse {
-        session.output.warn(&format!(
-            "{} is mounted, but not visible here: the daemon runs in another mount namespace \
-             (was it started under `ip netns exec` or in a container? `nsenter --net` keeps the mounts)",
-            dir.display()
-        ));
-    }
+/// Says so if the daemon mounted these where this process doesn't see them. Asks nothing of the mounts.
+fn warn_if_invisible(session: &Session, dirs: &[&Path]) {
+    let Ok(table) = std::fs::read("/proc/self/mountinfo") else { return };
+    let point = |line: &[u8]| line.split(|byte| *byte == b' ').nth(4).map(layerfs::mount::unescape);
+    let seen: HashSet<Vec<u8>> = table.split(|byte| *byte == b'\n').filter_map(point).collect();
+    let is_hidden = |dir: &&&Path| !seen.contains(dir.as_os_str().as_bytes());
+    let hidden: Vec<String> = dirs.iter().filter(is_hidden).map(|dir| dir.display().to_string()).collect();
+    let Some(last) = hidden.last() else { return };
+    let what = if hidden.len() == 1 { format!("{last} is") } else { format!("{} are", hidden.join(", ")) };
+    session.output.warn(&format!(
+        "{what} mounted, but not visible here: the daemon runs in another mount namespace \
+         (was it started under `ip netns exec` or in a container? `nsenter --net` keeps the mounts)",
+    ));
+}
+
+/// Whether the daemon sees the same mounts as this process, but for those that were unmounted by others.
+fn shares_mounts(status: &Status) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self/ns/mnt").is_ok_and(|own| own.ino() == status.mount_namespace)
 }
 
 /// The folder without symbolic links, as the kernel lists mounts; a dead mount can't be looked into, so its path stays.
@@ -142,6 +150,9 @@ pub fn seal(session: &Session, args: args::Seal) -> Result<()> {
 /// `layerctl mounts`.
 pub fn list(session: &Session) -> Result<()> {
     let list: MountList = session.call("mounts", &Empty {})?;
+    if !list.mounts.is_empty() && !shares_mounts(&session.call("status", &Empty {})?) {
+        warn_if_invisible(session, &list.mounts.iter().map(|info| info.dir.as_path()).collect::<Vec<_>>());
+    }
     session.output.answer(&list, |list| {
         if list.mounts.is_empty() {
             return String::new();

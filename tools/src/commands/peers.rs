@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use migrator::identity::Fingerprint;
 use migrator::registry::Address;
 
 use super::{Session, registry};
@@ -13,6 +14,7 @@ use crate::api::peers::{
 use crate::cli::peers as args;
 use crate::cli::transfers::Manner;
 use crate::client::Client;
+use crate::config::Listen;
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Color, Table, facts};
 use crate::progress::Display;
@@ -35,7 +37,7 @@ pub fn push(session: &Session, args: args::Push) -> Result<()> {
     let request = TransferRequest { lazy: args.lazy, ..request };
     let result: TransferResult = session.work("push", &request, &label)?;
     session.output.answer(&result, |result| transferred(result, "sent to"))?;
-    if args.lazy && !session.output.json {
+    if args.lazy && result.layers_sent > 0 && !session.output.json {
         session.output.note("it can be mounted there; the rest follows in the background");
     }
     Ok(())
@@ -56,7 +58,7 @@ pub fn pull(session: &Session, args: args::Pull) -> Result<()> {
     let request = TransferRequest { lazy: args.lazy, ..request };
     let result: TransferResult = client.work("pull", &request, &mut display, &mut |_| Ok(()))?;
     session.output.answer(&result, |result| transferred(result, "fetched from"))?;
-    if args.lazy && !session.output.json {
+    if args.lazy && result.layers_sent > 0 && !session.output.json {
         session
             .output
             .note("it can be mounted; the rest follows in the background, `layerctl list` shows how far it is");
@@ -211,13 +213,16 @@ fn add(session: &Session, args: args::PeerAdd) -> Result<()> {
 }
 
 fn set(session: &Session, args: args::PeerSet) -> Result<()> {
-    let choice = |yes: bool, no: bool| (yes || no).then_some(yes);
+    let choice = |what: &str, yes: bool, no: bool| match args.allow.as_slice() {
+        [] => (yes || no).then_some(yes),
+        allowed => Some(allowed.iter().any(|allowed| allowed == what)),
+    };
     let request = PeerSetRequest {
         name: args.name,
         address: args.address.map(|address| if address == "-" { String::new() } else { address }),
-        allow_push: choice(args.allow_push, args.no_push),
-        allow_pull: choice(args.allow_pull, args.no_pull),
-        allow_guests: choice(args.allow_guests, args.no_guests),
+        allow_push: choice("push", args.allow_push, args.no_push),
+        allow_pull: choice("pull", args.allow_pull, args.no_pull),
+        allow_guests: choice("guests", args.allow_guests, args.no_guests),
         visible: match args.visible {
             none if none.is_empty() => None,
             all if all == ["*"] => Some(Vec::new()),
@@ -245,10 +250,10 @@ fn sees(peer: &PeerInfo) -> String {
 
 /// The key that the host shows, once somebody has said that its fingerprint is right.
 fn ask_for_key(session: &Session, client: &Client, args: &args::PeerAdd) -> Result<String> {
+    let expected = args.fingerprint.as_deref().map(str::parse::<Fingerprint>).transpose()?;
     let shown: ProbeResult = client.call("peer-probe", &ProbeRequest { address: args.address.clone() })?;
-    let plain = |text: &str| text.replace('-', "").to_lowercase();
-    if let Some(expected) = &args.fingerprint {
-        if plain(expected) == plain(&shown.fingerprint) {
+    if let Some(expected) = &expected {
+        if expected.to_string() == shown.fingerprint {
             return Ok(shown.key);
         }
         let text = format!("{} has the fingerprint {}, not {expected}", args.address, shown.fingerprint);
@@ -310,10 +315,16 @@ fn id(session: &Session) -> Result<()> {
         facts(paint, [("key", identity.key.clone()), ("fingerprint", paint.bold(&identity.fingerprint))])
     })?;
     if !session.output.json {
-        let Identity { key, host, port, listening, .. } = &identity;
-        let how =
-            if listening.is_some() { "" } else { "this host does not listen yet: it does as soon as it has a peer\n" };
-        session.output.note(&format!("{how}on the other host:\n  layerctl peer add {host} ADDRESS:{port} --key {key}"));
+        let Identity { key, host, port, listening, listen_error, listen, .. } = &identity;
+        let is_off = *listen == Listen::Off.to_string();
+        let how = match (listening, listen_error) {
+            (Some(_), _) => String::new(),
+            (None, Some(error)) => format!("this host does not listen: {error}\n"),
+            (None, None) if is_off => "this host does not listen, as `listen` is off: it can only call\n".to_owned(),
+            (None, None) => "this host does not listen yet: it does as soon as it has a peer\n".to_owned(),
+        };
+        let address = if is_off { "-".to_owned() } else { format!("ADDRESS:{port}") };
+        session.output.note(&format!("{how}on the other host:\n  layerctl peer add {host} {address} --key {key}"));
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use super::Session;
 use crate::api::{Empty, Status, Stop};
 use crate::autostart;
 use crate::cli::{Command, system as args};
+use crate::config::Listen;
 use crate::failure::{Class, Failure, Result};
 use crate::output::{Output, Paint, facts};
 use crate::{client, generate as generator, units};
@@ -47,10 +48,8 @@ fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {
     if how.foreground {
         return crate::daemon::run(session.settings.clone(), how);
     }
-    if let Some(listen) = &how.listen {
-        // A wrong address is told here rather than by the daemon.
-        listen.parse::<crate::config::Listen>()?;
-    }
+    // A wrong address is told here rather than by the daemon.
+    let listen = how.listen.as_ref().map(|listen| listen.parse::<Listen>()).transpose()?;
     let running = autostart::find(&session.settings)?;
     if running.is_none() {
         if let Some(missing) = session.settings.missing_credentials() {
@@ -59,8 +58,12 @@ fn start(session: &Session, how: &args::DaemonStart) -> Result<()> {
         autostart::start(&session.settings, how)?;
     }
     let status: Status = session.call("status", &Empty {})?;
-    if !session.output.json && running.is_some() && how.listen.is_some() {
-        session.output.warn("it runs already, with its own --listen; stop it first to change that");
+    if let Some(listen) = listen.map(|listen| listen.to_string()).filter(|listen| *listen != status.listen) {
+        let Status { pid, listen: has, .. } = &status;
+        let text = format!("the daemon runs already (pid {pid}), with `listen` {has:?} instead of {listen:?}");
+        return Err(Failure::new(Class::Busy, text).hint(format!(
+            "`layerctl daemon stop` first; or, to last, write listen = \"{listen}\" in the config file and `layerctl daemon restart`"
+        )));
     }
     session.output.answer(&status, |status| {
         let verb = if running.is_some() { "runs already" } else { "started" };

@@ -90,6 +90,7 @@ impl Daemon {
             autostarted: self.is_autostarted,
             listening: listener.listening,
             listen_error: listener.error,
+            listen: self.peering.listen().to_string(),
             mounts: self.mounts.count() as u64,
             keeper: self.mounts.keeping().pid(),
             resident_bytes: memory::resident_bytes(),

@@ -119,6 +119,80 @@ fn a_layer_that_is_lost_is_not_left_out() {
 }
 
 #[test]
+fn what_can_be_done_about_it_is_told() {
+    let host = Host::new();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    host.json(&["export", "base", "oci:image:1"]);
+    std::fs::write(host.path("odd"), "odd").unwrap();
+    let told = |args: &[&str], texts: &[&str], code: u8| {
+        let told = host.run(args);
+        assert!(texts.iter().all(|text| told.contains(text)), "{told}");
+        assert!(told.ends_with(&format!("--- exit {code}\n")), "{told}");
+        told
+    };
+    told(&["import", "oci:", "x"], &["the path is empty"], 2);
+    told(&["export", "base", "oci:"], &["the path is empty"], 2);
+    for destination in ["nope/x", "nope/x.tar", "oci:nope/x"] {
+        let failed = told(&["export", "base", destination], &["[host]/nope: No such file"], 3);
+        assert!(!failed.contains("tmp"), "{failed}");
+    }
+    told(&["import", "odd", "x"], &["--format"], 2);
+    told(&["import", "tree", "x", "--platform", "linux/arm64"], &["no image", "platform"], 2);
+    told(&["import", "tree", "x", "--reference", "1"], &["no image", "reference"], 2);
+    told(&["import", "image", "x", "--platform", "linux/mips"], &["linux/mips"], 3);
+    told(&["tree", "nosuch"], &["`layerctl list` shows"], 3);
+    told(&["mounts", "--rates"], &["no mounts; `layerctl mount"], 0);
+}
+
+/// As `su` without `-` leaves it: the environment is another user's.
+#[test]
+fn a_config_file_that_may_not_be_read_has_a_way_out() {
+    use std::os::unix::fs::DirBuilderExt;
+    use std::os::unix::process::CommandExt;
+    let host = Host::new();
+    let mut command = host.command(&["list"]);
+    let private = host.path("private");
+    std::fs::DirBuilder::new().mode(0o700).create(&private).unwrap();
+    command.env("LAYERFS_CONFIG", private.join("config.toml")).current_dir("/").uid(65534).gid(65534);
+    let output = match command.output() {
+        Ok(output) => output,
+        Err(error) => {
+            let text = format!("NOT TESTED: another user's config file: {error}\n");
+            return std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes()).unwrap();
+        }
+    };
+    let told = host.told(&["list"], &output);
+    assert!(told.contains("set HOME") && told.contains("LAYERFS_CONFIG"), "{told}");
+}
+
+#[test]
+fn the_store_is_no_content() {
+    let host = Host::new();
+    host.make_tree("all/tree");
+    std::fs::create_dir(host.path("all/deep")).unwrap();
+    let store = host.path("all/deep/store");
+    let run = |args: &[&str]| host.told(args, &host.command(args).env("LAYERFS_STORE", &store).output().unwrap());
+    let imported = run(&["import", "all", "all"]);
+    assert!(
+        imported.contains("warning: [host]/all/deep/store is the store") && imported.contains("exit 0"),
+        "{imported}"
+    );
+    let listed = run(&["export", "all", "-"]);
+    assert!(listed.contains("./tree/etc/motd") && listed.contains("./deep/") && !listed.contains("host.key"));
+    for source in ["all/deep/store", "all/deep/store/packs"] {
+        let refused = run(&["import", source, "x"]);
+        assert!(refused.contains("store's own folder") && refused.ends_with("--- exit 2\n"), "{refused}");
+    }
+    for destination in ["all/deep/store/x", "all/deep/store/x.tar", "oci:all/deep/store/x:1"] {
+        let refused = run(&["export", "all", destination]);
+        assert!(refused.contains("store's own folder") && refused.ends_with("--- exit 2\n"), "{refused}");
+    }
+    run(&["daemon", "stop"]);
+    assert!(!store.join("x").exists());
+}
+
+#[test]
 fn archives_that_are_wrong() {
     let host = Host::new();
     host.make_tree("tree");

@@ -139,3 +139,44 @@ fn a_command_in_a_guest_ends_with_whoever_waits_for_it() {
         assert_eq!(sleeps(), 0, "{signal}");
     }
 }
+
+#[test]
+fn a_stop_names_the_guest_that_runs() {
+    let Some(host) = host_with_guest() else { return };
+    let told = host.run(&["daemon", "stop"]);
+    assert!(told.contains("guest web runs") && told.contains("`layerctl guest stop web`"), "{told}");
+    assert!(!told.contains("umount") && told.ends_with("--- exit 5\n"), "{told}");
+}
+
+#[test]
+fn a_guest_that_does_not_run_says_how_it_would() {
+    let Some(host) = host_with_guest() else { return };
+    host.json(&["guest", "stop", "web"]);
+    assert!(host.run(&["guest", "list"]).contains("  stopped"));
+    for args in [&["guest", "exec", "web", "/bin/cat"][..], &["guest", "checkpoint", "web"]] {
+        let told = host.run(args);
+        assert!(told.contains("guest web isn't running") && told.contains("`layerctl guest start web`"), "{told}");
+        assert!(told.ends_with("--- exit 5\n"), "{told}");
+    }
+    let resolved = host.run(&["guest", "resolve", "web"]);
+    assert!(resolved.contains("`layerctl guest show web`") && resolved.ends_with("--- exit 3\n"), "{resolved}");
+    assert!(host.run(&["guest", "create", "odd", "--on", "base", "--", "/no/such"]).ends_with("--- exit 0\n"));
+    assert!(host.run(&["guest", "list"]).contains("  created"));
+    let checked = host.run(&["guest", "check", "odd"]);
+    assert!(checked.contains("there is no /no/such") && checked.ends_with("--- exit 7\n"), "{checked}");
+    let started = host.run(&["guest", "start", "odd"]);
+    assert!(started.contains("cannot start guest odd: cannot execute /no/such"), "{started}");
+    assert!(!host.run(&["guest", "check", "web"]).contains("no /bin/sleep"));
+}
+
+#[test]
+fn a_machine_has_something_to_start_from() {
+    let host = Host::new();
+    host.make_tree("tree");
+    host.json(&["import", "tree", "base"]);
+    host.json(&["guest", "create", "bare", "--driver", "qemu", "--on", "base"]);
+    host.json(&["guest", "create", "whole", "--driver", "qemu", "--on", "base", "--disk", "data.bin"]);
+    let refused = host.run(&["guest", "start", "bare"]);
+    assert!(refused.contains("neither a disk nor a kernel") && refused.ends_with("--- exit 7\n"), "{refused}");
+    assert!(!host.run(&["guest", "check", "whole"]).contains("neither a disk"));
+}

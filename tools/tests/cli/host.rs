@@ -156,6 +156,7 @@ pub fn filters() -> Vec<(&'static str, &'static str)> {
         (r"\b[0-9a-z]{5}(-[0-9a-z]{5}){4}\b", "[fingerprint]"),
         (r"127\.0\.0\.1:\d+", "[address]"),
         (r"peer add \S+ ADDRESS:\d+", "peer add [name] ADDRESS:[port]"),
+        (r"the host that was called \(\S+\)", "the host that was called ([name])"),
         (r"DIR {2,}LAYER", "DIR  LAYER"),
         (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "[time]"),
         (r"\d+(\.\d+)? [KMG]?i?B/s", "[rate]"),

@@ -230,3 +230,27 @@ fn it_leaves_when_it_has_nothing_to_do() {
     }
     assert!(host.output(&["list"]).status.success(), "it comes back");
 }
+
+#[test]
+fn another_address_is_not_taken_while_it_runs() {
+    let host = Host::new();
+    host.json(&["daemon", "--listen", "127.0.0.1:0"]);
+    host.json(&["daemon", "--listen", "127.0.0.1:0"]);
+    host.json(&["daemon"]);
+    for json in [&["daemon", "--listen", "off"][..], &["daemon", "start", "--listen", "127.0.0.1:0001", "--json"]] {
+        let refused = host.run(json);
+        assert!(refused.contains("runs already") && refused.contains("127.0.0.1:0"), "{refused}");
+        assert!(refused.contains("config file") && refused.ends_with("--- exit 5\n"), "{refused}");
+    }
+}
+
+#[test]
+fn a_path_that_is_not_utf8_is_told_as_such() {
+    use std::os::unix::ffi::OsStrExt;
+    let host = Host::new();
+    let name = std::ffi::OsStr::from_bytes(b"tree\xff");
+    std::fs::rename(host.make_tree("tree"), host.path("").join(name)).unwrap();
+    let output = host.command(&["import"]).arg(name).arg("x").output().unwrap();
+    let told = host.told(&["import"], &output);
+    assert!(told.contains("not UTF-8") && told.ends_with("--- exit 2\n"), "{told}");
+}

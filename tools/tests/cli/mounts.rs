@@ -33,6 +33,46 @@ pub fn helper(host: &Host) -> PathBuf {
 }
 
 #[test]
+fn mounts_of_another_namespace_are_listed_as_such() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["daemon", "stop"]);
+    let args = ["--mount", "--propagation", "private", env!("CARGO_BIN_EXE_layerctl"), "mount", "base", "mnt"];
+    let mounted = host.command_as(std::path::Path::new("unshare"), &args).output().unwrap();
+    assert!(mounted.status.success(), "{mounted:?}");
+    let listed = host.run(&["mounts"]);
+    assert!(listed.contains("[host]/mnt is mounted, but not visible here"), "{listed}");
+    host.json(&["umount", "mnt"]);
+    host.json(&["daemon", "stop"]);
+    host.json(&["mount", "base", "mnt", "--read-only"]);
+    let listed = host.run(&["mounts"]);
+    assert!(!listed.contains("not visible"), "{listed}");
+    host.json(&["umount", "--all"]);
+}
+
+#[test]
+fn what_is_mounted_in_a_mount_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let host = mounted_base();
+    host.json(&["mount", "base", "mnt"]);
+    let inner = host.path("mnt/etc");
+    let run = |program: &str, args: &[&str]| {
+        assert!(std::process::Command::new(program).args(args).arg(&inner).status().unwrap().success(), "{program}");
+    };
+    run("mount", &["-t", "tmpfs", "none"]);
+    let refused = [&["umount", "mnt"][..], &["daemon", "stop"]].map(|args| host.run(args));
+    run("umount", &[]);
+    for refused in refused {
+        assert!(refused.contains("mounted in it, on [host]/mnt/etc") && refused.ends_with("--- exit 5\n"), "{refused}");
+    }
+    host.json(&["umount", "mnt", "--discard"]);
+}
+
+#[test]
 fn mounted_changed_and_sealed() {
     if !can_mount() {
         return;
@@ -60,7 +100,8 @@ fn mounted_changed_and_sealed() {
     );
     hold!("stop_busy", {
         let _held = std::fs::File::open(host.path("mnt/etc/hostname")).unwrap();
-        host.session(&[&["daemon", "stop"]]).replace(&std::process::id().to_string(), "[pid]")
+        let (pid, command) = (std::process::id(), std::fs::read_to_string("/proc/self/comm").unwrap());
+        host.session(&[&["daemon", "stop"]]).replace(&format!("{pid} ({})", command.trim()), "[pid] ([command])")
     });
     hold!(
         "umount",

@@ -155,6 +155,15 @@ fn what_a_peer_may_do_is_changed() {
     hold!("push_not_visible", central.run(&["push", "base", "edge"]));
     edge.json(&["peer", "set", "central", "--visible", "*"]);
     central.json(&["push", "base", "edge"]);
+    let set = edge.json(&["peer", "set", "central", "--allow", "pull,guests"]);
+    assert_eq!(
+        (&set["allow_push"], &set["allow_pull"], &set["allow_guests"]),
+        (&false.into(), &true.into(), &true.into())
+    );
+    let set = edge.json(&["peer", "set", "central", "--allow", "none"]);
+    assert_eq!((&set["allow_pull"], &set["allow_guests"]), (&false.into(), &false.into()));
+    let mixed = edge.run(&["peer", "set", "central", "--allow", "push", "--no-pull"]);
+    assert!(mixed.ends_with("--- exit 2\n"), "{mixed}");
 }
 
 #[test]
@@ -170,6 +179,8 @@ fn layers_travel() {
         "peer_add_wrong",
         central.run(&["peer", "add", "edge", &edge_address, "--fingerprint", "00000-00000-00000-00000-00000"])
     );
+    let mistyped = central.run(&["peer", "add", "edge", &edge_address, "--fingerprint", "qq7mf-6esg9"]);
+    assert!(mistyped.contains("is not a fingerprint") && mistyped.ends_with("--- exit 2\n"), "{mistyped}");
     hold!("peer_add", central.run(&["peer", "add", "edge", &edge_address, "--fingerprint", &fingerprint]));
     hold!("push_to_stranger", central.run(&["push", "base", "edge"]));
     let key = central.json(&["peer", "id"])["key"].as_str().unwrap().to_owned();
@@ -183,6 +194,10 @@ fn layers_travel() {
             &["push", "base", "nobody"]
         ])
     );
+    let again = central.run(&["push", "base", "edge", "--lazy"]);
+    assert!(again.contains("it was all there already") && !again.contains("follows"), "{again}");
+    let nothing = central.run(&["transfers", "pause", "99"]);
+    assert!(nothing.contains("`layerctl transfers` shows") && nothing.ends_with("--- exit 3\n"), "{nothing}");
     hold!("pushed", edge.session(&[&["list"], &["fsck"]]));
     flip_a_byte(&central);
     hold!("heal", central.session(&[&["scrub"], &["scrub", "--heal", "edge"], &["scrub"]]));
@@ -190,4 +205,24 @@ fn layers_travel() {
     hold!("pull", central.session(&[&["pull", "copy", "edge"], &["pull", "nothing", "edge"]]));
     hold!("peer_remove", edge.session(&[&["peer", "remove", "central"], &["peer", "remove", "central"]]));
     hold!("push_to_former_peer", central.run(&["push", "base", "edge"]));
+}
+
+#[test]
+fn who_cannot_listen_says_why() {
+    let taken = std::net::TcpListener::bind("[::]:7440").or_else(|_| std::net::TcpListener::bind("0.0.0.0:7440"));
+    let host = Host::new();
+    std::fs::write(host.path("config.toml"), "").unwrap();
+    let told = host.run(&["peer", "id"]);
+    assert!(told.contains("does not listen yet: it does as soon as it has a peer"), "{told}");
+    let (other, _) = listening();
+    let key = other.json(&["peer", "id"])["key"].as_str().unwrap().to_owned();
+    host.json(&["peer", "add", "other", "-", "--key", &key]);
+    let told = host.run(&["peer", "id"]);
+    // Another program may have had the port before.
+    assert!(told.contains("this host does not listen: ") && told.contains("7440"), "{told}");
+    drop(taken);
+    host.json(&["daemon", "stop"]);
+    std::fs::write(host.path("config.toml"), "listen = \"off\"\n").unwrap();
+    let told = host.run(&["peer", "id"]);
+    assert!(told.contains("`listen` is off") && told.contains(" - --key lfk-"), "{told}");
 }

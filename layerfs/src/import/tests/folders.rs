@@ -180,3 +180,11 @@ fn wrong_requests_have_their_class() {
     assert_eq!(class(&bench.src(), &|o| o.like = Some(nowhere)), ErrorClass::NotFound);
     assert_eq!(bench.names(), ["taken"]);
 }
+
+#[test]
+fn the_own_store_is_left_out() {
+    let bench = Bench::new();
+    fs::write(bench.src().join("file"), "x").unwrap();
+    let report = bench.import(bench.folder.path(), "all");
+    assert_eq!((report.entries, report.warnings), (3, 1), "the root, src and its file");
+}

@@ -22,6 +22,7 @@ pub fn export(context: &Context, request: ExportRequest) -> Result<ExportResult>
         request.dest.as_ref().ok_or_else(|| Failure::invalid("dest is missing; /v1/export-stream needs none"))?;
     let text = dest.to_str().ok_or_else(|| Failure::invalid(format!("{} is not UTF-8", dest.display())))?;
     let destination = Destination::parse(text, format(&request)?)?;
+    super::refuse_own(store.folder(), &destination.path, "a destination")?;
     let _pin = store.pin(layer)?;
     let report = export::export(store, layer, &destination, &*context.reporter)?;
     Ok(answer(layer, report, started))

@@ -16,6 +16,7 @@ use crate::units;
 pub fn import(context: &Context, request: ImportRequest) -> Result<ImportResult> {
     let source = request.source.clone();
     let source = source.ok_or_else(|| Failure::invalid("source is missing; /v1/import-stream needs none"))?;
+    super::refuse_own(context.daemon.store.folder(), &source, "a source")?;
     take_in(context, &request, SourceSpec::Path(source))
 }
 

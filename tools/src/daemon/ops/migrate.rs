@@ -172,15 +172,24 @@ pub fn resolve(context: &Context, request: ResolveRequest) -> Result<MoveInfo> {
     let daemon = &context.daemon;
     let name = GuestName::new(&request.name)?;
     let moves = daemon.moves.get()?;
+    let with_hint = |error: migrator::Error| {
+        let failure = Failure::from(error);
+        match failure.class {
+            Class::NotFound => failure.hint(format!(
+                "there is nothing to decide: `layerctl guest show {name}` says how the guest stands, `layerctl report` which moves there were"
+            )),
+            _ => failure,
+        }
+    };
     let resolution = match request.action {
-        ResolveAction::Show => return Ok(info(&moves.open_move(&name)?)),
+        ResolveAction::Show => return Ok(info(&moves.open_move(&name).map_err(with_hint)?)),
         ResolveAction::Ask => Resolution::Ask,
         ResolveAction::RunHere => Resolution::RunHere,
         ResolveAction::GiveUp => Resolution::GiveUp,
     };
     context.label(format!("decide about the move of guest {name}"));
     let _taken = daemon.guests.take(&name)?;
-    Ok(info(&moves.resolve(&name, resolution)?))
+    Ok(info(&moves.resolve(&name, resolution).map_err(with_hint)?))
 }
 
 /// How a word of the migrator's is written in JSON.

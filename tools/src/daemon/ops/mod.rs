@@ -16,6 +16,8 @@ pub mod storage;
 pub mod tier;
 pub mod transfers;
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -24,6 +26,19 @@ use super::Daemon;
 use super::http::{Context, Length, download, operation, upload};
 use crate::api::{Cancel, Empty, Status};
 use crate::failure::{Class, Failure, Result};
+
+/// Fails if `path`, or the folder that it is to be made in, is the store's own: its folder or what lies there, but for
+/// what is mounted there.
+fn refuse_own(store: &Path, path: &Path, what: &str) -> Result<()> {
+    let Ok(folder) = store.canonicalize() else { return Ok(()) };
+    let Some(there) = path.ancestors().find_map(|path| path.canonicalize().ok()) else { return Ok(()) };
+    let device = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
+    if there.starts_with(&folder) && device(&there) == device(&folder) {
+        let text = format!("{} lies in the store's own folder, {}", path.display(), folder.display());
+        return Err(Failure::invalid(text).hint(format!("choose {what} outside of it")));
+    }
+    Ok(())
+}
 
 /// Adds every operation to `router`.
 pub fn routes(router: Router<Arc<Daemon>>) -> Router<Arc<Daemon>> {

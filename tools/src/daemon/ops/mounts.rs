@@ -5,7 +5,8 @@
 //! asked; a folder has one mount.
 
 use std::collections::BTreeMap;
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -309,15 +310,14 @@ impl Mounts {
                     self.end(&served, &options);
                     continue;
                 }
-                Ok(()) => goes_on(&served.mount),
-                Err(error) => error.into(),
+                outcome => keeps_from_stopping(store, &served.mount, outcome.err()),
             };
             tracing::warn!("{failure}");
             failures.push(failure);
         }
         let Some(failure) = failures.into_iter().next() else { return Ok(()) };
         ended.iter().rev().for_each(|served| self.mount_again(store, served));
-        Err(failure.hint("close what uses it, or end it with `layerctl daemon stop --force`"))
+        Err(failure.hint("`layerctl daemon stop --force` ends it: what uses it gets errors"))
     }
 
     /// Ends a mount that is in use or has copies, now and with all saved if that can be had, else with this process.
@@ -343,7 +343,25 @@ impl Mounts {
     }
 }
 
-/// Why a daemon can't stop.
+/// Why a daemon can't stop: a mount that could not be unmounted, or else goes on elsewhere.
+fn keeps_from_stopping(store: &Store, mount: &Arc<Mount>, error: Option<layerfs::Error>) -> Failure {
+    let dir = &mount.record().dir;
+    let is_in_use = error.as_ref().is_none_or(|error| matches!(error, layerfs::Error::Busy(_)));
+    if let Some(guest) = super::guests::of_folder(store.folder(), dir).filter(|_| is_in_use) {
+        return Failure::new(Class::Busy, format!("guest {guest} runs"))
+            .hint(format!("`layerctl guest stop {guest}` ends it"));
+    }
+    match error {
+        None => goes_on(mount),
+        Some(error @ layerfs::Error::Busy(_)) => match users(dir) {
+            Some(users) => Failure::from(error).hint(format!("{users}; close that")),
+            None => Failure::from(error).hint("close what uses it"),
+        },
+        Some(error) => error.into(),
+    }
+}
+
+/// A mount that was unmounted and is there all the same.
 fn goes_on(mount: &Arc<Mount>) -> Failure {
     let dir = mount.record().dir.display();
     let text = format!("the mount on {dir} was unmounted there, but goes on {}", copies(mount, &mount.places()));
@@ -380,7 +398,7 @@ pub fn mount(context: &Context, request: MountRequest) -> Result<MountInfo> {
         ..MountOptions::default()
     };
     let started = Mount::start(&daemon.store, Some(layer), &request.layer, &request.dir, &options);
-    let mount = started.map_err(|error| with_ways_out(error.into(), &request));
+    let mount = started.map_err(|error| with_ways_out(error.into(), &request.dir, Path::new("/dev/fuse")));
     let mount = mount.map_err(|failure| with_upper_in_use(context, failure, &request))?;
     if let Some(warning) = daemon.mounts.serve(&mount, None, false) {
         context.reporter.warn(&warning);
@@ -481,16 +499,18 @@ fn with_upper_in_use(context: &Context, failure: Failure, request: &MountRequest
     Failure::new(Class::Busy, text).hint(format!("`layerctl umount {dir} --everywhere` ends it"))
 }
 
-fn with_ways_out(failure: Failure, request: &MountRequest) -> Failure {
-    if failure.class == Class::Denied && !Path::new("/dev/fuse").exists() {
-        return failure.hint("/dev/fuse is missing: `modprobe fuse`, or give the container that device");
+/// `device` is the kernel's way in, /dev/fuse.
+fn with_ways_out(failure: Failure, dir: &Path, device: &Path) -> Failure {
+    if failure.class == Class::NotFound && !dir.exists() {
+        return failure.hint(format!("make the folder first: mkdir -p {}", dir.display()));
     }
-    let is_open = || std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok();
+    if matches!(failure.class, Class::Denied | Class::NotFound) && !device.exists() {
+        let text = format!("cannot mount on {}: {} is missing", dir.display(), device.display());
+        return Failure::new(Class::Unsupported, text).hint("`modprobe fuse`, or give the container that device");
+    }
+    let is_open = || std::fs::File::options().read(true).write(true).open(device).is_ok();
     if failure.class == Class::Denied && !is_open() {
         return failure.hint("this user may not open /dev/fuse: `chmod 666 /dev/fuse`, as most systems have it");
-    }
-    if failure.class == Class::NotFound && !request.dir.exists() {
-        return failure.hint(format!("make the folder first: mkdir -p {}", request.dir.display()));
     }
     failure
 }
@@ -563,7 +583,10 @@ pub fn umount(context: &Context, request: UmountRequest) -> Result<UmountResult>
             everywhere: request.everywhere,
         };
         mount.unmount(&options).map_err(|error| match error {
-            layerfs::Error::Busy(_) => Failure::from(error).hint(users(&record.dir)),
+            layerfs::Error::Busy(_) => Failure::from(error).hint(match users(&record.dir) {
+                Some(users) => format!("{users}; --lazy detaches it now"),
+                None => "--lazy detaches it now, and it ends when nothing uses it any more".to_owned(),
+            }),
             other => other.into(),
         })?;
         let catalog = Catalog::read(&context.daemon.store)?;
@@ -599,8 +622,29 @@ fn with_names(processes: Vec<u32>) -> Vec<String> {
     processes.into_iter().take(MOST_NAMED).map(named).collect()
 }
 
-/// Which processes use a mount, as a way out.
-fn users(dir: &Path) -> String {
+/// Which mounts lie in a mount, and which processes use it; none if nobody does that can be seen.
+fn users(dir: &Path) -> Option<String> {
+    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let nested: Vec<String> = nested(&table, dir).iter().map(|dir| dir.display().to_string()).collect();
+    let nested = (!nested.is_empty()).then(|| format!("something is mounted in it, on {}", nested.join(", ")));
+    let processes = processes_in(dir);
+    let processes = (!processes.is_empty()).then(|| format!("used by process {}", processes.join(", ")));
+    let all: Vec<String> = nested.into_iter().chain(processes).collect();
+    (!all.is_empty()).then(|| all.join("; "))
+}
+
+/// What is mounted below `dir`, a few at most; those that must go first come first.
+fn nested(mountinfo: &[u8], dir: &Path) -> Vec<PathBuf> {
+    let point = |line: &[u8]| {
+        let field = line.split(|byte| *byte == b' ').nth(4)?;
+        Some(PathBuf::from(OsString::from_vec(layerfs::mount::unescape(field))))
+    };
+    let all = mountinfo.split(|byte| *byte == b'\n').rev().filter_map(point);
+    all.filter(|point| point != dir && point.starts_with(dir)).take(MOST_NAMED).collect()
+}
+
+/// The processes that have something open, run or stand below `dir`, as users know them.
+fn processes_in(dir: &Path) -> Vec<String> {
     let mut users = Vec::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
@@ -612,10 +656,7 @@ fn users(dir: &Path) -> String {
             users.push(format!("{pid} ({})", command.trim()));
         }
     }
-    if users.is_empty() {
-        return "--lazy detaches it now, and it ends when nothing uses it any more".to_owned();
-    }
-    format!("used by process {}; --lazy detaches it now", users.join(", "))
+    users
 }
 
 /// `/v1/seal`.
@@ -740,4 +781,29 @@ fn find_upper(store: &Arc<Store>, text: &str) -> Result<UpperRecord> {
         let failure = Failure::from(layerfs::Error::NotFound { what: "upper", name: text.to_owned() });
         failure.hint(SHOWS_UPPERS)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_device_is_not_told_as_a_missing_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, device) = (folder.path(), folder.path().join("fuse"));
+        let missing = || Failure::new(Class::NotFound, "cannot mount: No such file or directory");
+        let told = with_ways_out(missing(), dir, &device);
+        assert_eq!(told.class, Class::Unsupported);
+        assert!(told.message.contains("fuse is missing") && told.message.contains("modprobe"), "{told}");
+        let told = with_ways_out(missing(), &dir.join("nothing"), &device);
+        assert!(told.class == Class::NotFound && told.message.contains("mkdir -p"), "{told}");
+    }
+
+    #[test]
+    fn mounts_in_a_mount_are_found_the_last_first() {
+        let table = b"30 1 0:25 / /srv/web rw - fuse.layerfs a rw\n31 30 0:26 / /srv/web/a\\040b rw - tmpfs t rw\n\
+                      32 31 0:27 / /srv/web/a\\040b/c rw - tmpfs t rw\n33 1 0:28 / /srv/website rw - tmpfs t rw\n";
+        let found = nested(table, Path::new("/srv/web"));
+        assert_eq!(found, [Path::new("/srv/web/a b/c"), Path::new("/srv/web/a b")]);
+    }
 }

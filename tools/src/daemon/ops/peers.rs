@@ -180,6 +180,11 @@ impl Peering {
         self.status.lock().clone()
     }
 
+    /// Whether and where it was told to listen.
+    pub fn listen(&self) -> &Listen {
+        &self.listen
+    }
+
     /// The node, for healing.
     pub fn node(&self) -> &Node {
         &self.node
@@ -460,7 +465,8 @@ pub fn remove(context: &Context, request: PeerRemoveRequest) -> Result<PeerList>
 /// `/v1/peer-id`.
 pub fn id(context: &Context, _: Empty) -> Result<Identity> {
     let peering = &context.daemon.peering;
-    let listening = peering.status().listening.and_then(|address| address.parse::<SocketAddr>().ok());
+    let ListenStatus { listening, error } = peering.status();
+    let listening = listening.and_then(|address| address.parse::<SocketAddr>().ok());
     let fingerprint: Fingerprint = peering.node.fingerprint();
     Ok(Identity {
         key: peering.node.public_key().to_string(),
@@ -468,6 +474,8 @@ pub fn id(context: &Context, _: Empty) -> Result<Identity> {
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         port: listening.map_or(DEFAULT_PORT, |address| address.port()),
         listening: listening.map(|address| address.to_string()),
+        listen_error: error,
+        listen: peering.listen.to_string(),
     })
 }
 

@@ -52,7 +52,11 @@ pub fn list(context: &Context, _: Empty) -> Result<TransferList> {
 pub fn set(context: &Context, request: TransferSet) -> Result<Empty> {
     let transfers = context.daemon.peering.node().transfers();
     let limit = request.limit.map(rate).transpose()?;
-    let found: Vec<_> = request.transfers.iter().map(|id| transfers.get(*id)).collect::<migrator::Result<_>>()?;
+    let known = |id: &u64| {
+        let found = transfers.get(*id).map_err(Failure::from);
+        found.map_err(|failure| failure.hint("`layerctl transfers` shows those that run"))
+    };
+    let found = request.transfers.iter().map(known).collect::<Result<Vec<_>>>()?;
     for transfer in found {
         if request.cancel {
             transfer.cancel();

@@ -8,12 +8,14 @@ mod host;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use layerfs::LayerName;
+use layerfs::attr::FileKind;
 use layerfs::store::Store;
 use layerfs::upper;
+use layerfs::view::View;
 use migrator::guest::checkpoint::{DEFAULT_TAG, Hosted, States};
 use migrator::guest::programs::{DEFAULT_FOLDER, Programs};
 use migrator::guest::{
@@ -43,6 +45,12 @@ pub struct GuestsState {
     drivers: HostDrivers,
     /// Those that an operation works on.
     busy: Mutex<BTreeSet<GuestName>>,
+}
+
+/// The guest whose folder in the store at `store` holds `dir`.
+pub fn of_folder(store: &Path, dir: &Path) -> Option<GuestName> {
+    let name = dir.strip_prefix(store).ok()?.components().nth(1)?.as_os_str().to_str()?;
+    GuestName::new(name).ok().filter(|name| dir.starts_with(host::folder(store, name)))
 }
 
 impl GuestsState {
@@ -339,6 +347,8 @@ fn info_of(context: &Context, record: &GuestRecord, states: &States) -> GuestInf
     let checkpoint = hosted.latest_of(&record.spec.name, Some(record), states);
     let checkpoint = checkpoint.inspect_err(|error| tracing::debug!("guest {}: {error}", record.spec.name));
     let (state_layer, instance) = checkpoint.ok().flatten().unzip();
+    let disk = host::upper_name(&record.spec.name).ok();
+    let has_disk = disk.is_some_and(|disk| matches!(upper::find(context.daemon.store.db(), &disk), Ok(Some(_))));
     GuestInfo {
         name: record.spec.name.to_string(),
         driver: record.spec.driver.clone(),
@@ -347,6 +357,7 @@ fn info_of(context: &Context, record: &GuestRecord, states: &States) -> GuestInf
         activity: activity.map(str::to_owned),
         epoch: record.epoch,
         peer: record.peer.clone(),
+        has_run: has_disk || state_layer.is_some(),
         pid: status.as_ref().and_then(|status| status.pid),
         memory_bytes: status.as_ref().and_then(|status| status.memory_bytes),
         root: context.daemon.mounts.at(&root).map(|_| root),
@@ -364,7 +375,8 @@ pub fn check(context: &Context, request: NameRequest) -> Result<GuestCheckResult
         let found = guest.preflight(side)?.into_iter();
         Ok(found.map(|obstacle| GuestObstacle { what: obstacle.what, fix: obstacle.fix }).collect())
     };
-    Ok(GuestCheckResult { run: ask(Side::Run)?, source: ask(Side::Source)?, destination: ask(Side::Destination)? })
+    let run = ask(Side::Run)?.into_iter().chain(missing_program(context, &record)?).collect();
+    Ok(GuestCheckResult { run, source: ask(Side::Source)?, destination: ask(Side::Destination)? })
 }
 
 /// `/v1/guest-exec`.
@@ -390,7 +402,56 @@ fn command_in(context: &Context, name: &str, command: Vec<String>) -> Result<(Ar
         return Err(Failure::invalid("there is no command to run"));
     }
     let argv = command.into_iter().map(OsString::from).collect();
-    Ok((hosted(&context.daemon).guest(&record)?, argv))
+    let guest = hosted(&context.daemon).guest(&record)?;
+    if guest.status()?.activity == Activity::Absent {
+        return Err(not_running(&record));
+    }
+    Ok((guest, argv))
+}
+
+/// Why nothing can be asked of a guest, and where it runs or how it would.
+fn not_running(record: &GuestRecord) -> Failure {
+    let name = &record.spec.name;
+    match (record.state, record.peer.as_deref()) {
+        (GuestState::Away, peer) => {
+            let peer = peer.unwrap_or("another host");
+            Failure::new(Class::Busy, format!("guest {name} isn't here, but at {peer}")).hint("ask for it there")
+        }
+        (GuestState::Arriving, peer) => {
+            let peer = peer.unwrap_or("another host");
+            Failure::new(Class::Busy, format!("guest {name} is on its way here from {peer}, and doesn't run yet"))
+        }
+        _ => {
+            let failure = Failure::new(Class::Busy, format!("guest {name} isn't running"));
+            failure.hint(format!("`layerctl guest start {name}` starts it"))
+        }
+    }
+}
+
+/// Whether the guest's first program is lacking in what it will see. Not looked for once it has run: what it has changed may hold it.
+fn missing_program(context: &Context, record: &GuestRecord) -> Result<Option<GuestObstacle>> {
+    let store = &context.daemon.store;
+    let command = record.spec.options.get("command").and_then(|command| command.get(0)?.as_str());
+    let Some(program) = command else { return Ok(None) };
+    if upper::find(store.db(), &host::upper_name(&record.spec.name)?)?.is_some() {
+        return Ok(None);
+    }
+    let stack = &record.spec.stack;
+    let view = View::open(store, resolve(store, stack.as_str())?)?;
+    match view.resolve(program.as_bytes(), true) {
+        Ok((_, FileKind::File)) => Ok(None),
+        Ok(_) => Ok(Some(GuestObstacle {
+            what: format!("{program}, its first program, is no file in {stack}"),
+            fix: "remove the guest, and make it with the path of a program".to_owned(),
+        })),
+        Err(layerfs::Error::NotFound { .. }) => Ok(Some(GuestObstacle {
+            what: format!("there is no {program}, its first program, in {stack}"),
+            fix: format!(
+                "remove the guest, and make it on a layer that has it, or with another command; `layerctl inspect {stack} /` shows what is there"
+            ),
+        })),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// `/v1/guest-checkpoint`.
@@ -404,8 +465,7 @@ pub fn checkpoint(context: &Context, request: GuestCheckpoint) -> Result<GuestCh
     let hosted = hosted(daemon);
     let guest = hosted.guest(&record)?;
     if guest.status()?.activity == Activity::Absent {
-        let failure = Failure::new(Class::Busy, format!("guest {name} isn't running"));
-        return Err(failure.hint(format!("`layerctl guest start {name}` starts it")));
+        return Err(not_running(&record));
     }
     clear(guest.preflight(Side::Source)?)?;
     let tag = request.tag.as_deref().unwrap_or(DEFAULT_TAG);
