@@ -753,6 +753,8 @@ fn what_is_stored_through_a_mapping_is_no_hole() {
     // Who reads it has the kernel cache it, also for who maps it.
     let reader = File::open(m.path("sparse")).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(m.path("sparse")).unwrap();
+    // SAFETY: nobody cuts the file short.
+    #[allow(unsafe_code)]
     let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
     map[100_000] = 1;
     for file in [&file, &reader] {
@@ -787,7 +789,7 @@ fn a_change_of_names_has_its_time_though_the_file_is_being_written() {
         }),
     ];
     for (name, change) in changes {
-        let (a, b) = (m.path(&format!("{name}-a")), m.path(&format!("{name}-b")));
+        let (a, b) = (m.path(format!("{name}-a")), m.path(format!("{name}-b")));
         let mut file = File::create(&a).unwrap();
         file.write_all(b"written").unwrap();
         std::thread::sleep(Duration::from_millis(50));
