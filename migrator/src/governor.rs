@@ -241,6 +241,9 @@ pub struct Controls {
     pub priority: Priority,
     /// It moves nothing.
     pub paused: bool,
+    /// Pauses don't count, neither this side's nor the peer's: something stands still until it is over.
+    #[serde(skip)]
+    pub urgent: bool,
     /// The peer may raise the priority to high.
     #[serde(skip)]
     pub obliging: bool,
@@ -309,9 +312,11 @@ impl Gate {
     /// The controls with what the peer asks for.
     fn effective(&self) -> Controls {
         let mut controls = self.controls();
-        let Some(asked) = *self.0.asked.lock() else { return controls };
+        let asked = *self.0.asked.lock();
+        controls.paused |= asked.is_some_and(|asked| asked.paused);
+        controls.paused &= !controls.urgent;
+        let Some(asked) = asked else { return controls };
         controls.limit = [controls.limit, asked.limit].into_iter().flatten().min();
-        controls.paused |= asked.paused;
         match asked.priority {
             Priority::High if !controls.obliging => {}
             Priority::Normal => {}
@@ -566,6 +571,11 @@ mod tests {
         assert!(futures::poll!(&mut opening).is_pending() && gate.is_paused());
         gate.asked(Pace::default());
         opening.await;
+
+        let gate = governor.gate(Controls { paused: true, urgent: true, ..Controls::default() });
+        gate.asked(Pace { paused: true, ..Pace::default() });
+        gate.open().await;
+        assert!(!gate.is_paused());
 
         let gate = governor.gate(Controls { limit: Some(Rate::new(1024)), paused: true, ..Controls::default() });
         gate.count(Way::Out, 1 << 20);

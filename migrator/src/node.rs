@@ -91,6 +91,8 @@ pub struct Manner {
     pub limit: Option<Rate>,
     /// Who goes first.
     pub priority: Priority,
+    /// Nobody can pause it.
+    pub urgent: bool,
     /// The number under which it is listed: one of [`Transfers::new_id`]; any by default.
     pub id: Option<u64>,
 }
@@ -410,8 +412,8 @@ impl Node {
         monitor: Arc<dyn Monitor>,
     ) -> Result<Entry> {
         let names = names.iter().map(LayerName::to_string).collect();
-        let Manner { limit, priority, id } = manner;
-        let controls = Controls { limit, priority, ..Controls::default() };
+        let Manner { limit, priority, urgent, id } = manner;
+        let controls = Controls { limit, priority, urgent, ..Controls::default() };
         let plan = Plan { role, origin: Origin::Here, peer: peer.name.to_string(), names, controls, id };
         self.transfers().begin(plan, monitor)
     }

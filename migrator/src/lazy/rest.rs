@@ -23,7 +23,7 @@ use crate::wanted::Wanted;
 use crate::wire::{MAX_ASK, Message};
 
 /// What nobody waits for leaves the way to everything else.
-const BACKGROUND: Manner = Manner { limit: None, priority: Priority::Low, id: None };
+const BACKGROUND: Manner = Manner { limit: None, priority: Priority::Low, urgent: false, id: None };
 
 /// Who calls begins again by himself, and looks first whether there is still reason to.
 fn paths() -> PathOptions {

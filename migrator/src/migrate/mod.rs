@@ -65,6 +65,8 @@ pub struct Timing {
     pub patience: Duration,
     /// For how long, while it stands still and may still go on here.
     pub frozen_patience: Duration,
+    /// For how long at least what the stop left may be on its way, as long as the link lives.
+    pub sending_patience: Duration,
     /// For how long the destination is asked, once it is the destination's, before that is left to the background.
     pub commit_patience: Duration,
     /// The first and the longest pause between questions in the background.
@@ -77,6 +79,7 @@ impl Default for Timing {
             lease: Duration::from_secs(600),
             patience: Duration::from_secs(30),
             frozen_patience: Duration::from_secs(10),
+            sending_patience: Duration::from_secs(60),
             commit_patience: Duration::from_secs(60),
             pauses: (Duration::from_millis(250), Duration::from_secs(15)),
         }

@@ -173,6 +173,7 @@ pub(super) fn timing() -> Timing {
         // Longer than a busy machine stands still; a host that is dead is waited for as long.
         patience: Duration::from_millis(5000),
         frozen_patience: Duration::from_millis(5000),
+        sending_patience: Duration::from_secs(60),
         commit_patience: Duration::from_millis(5000),
         pauses: (Duration::from_millis(10), Duration::from_millis(50)),
     }

@@ -50,6 +50,8 @@ pub(super) struct Part {
     pub label: String,
     /// Beyond the release nothing is cancelled.
     pub may_cancel: bool,
+    /// Cancelled by itself then.
+    pub until: Option<Instant>,
 }
 
 impl Monitor for Part {
@@ -66,41 +68,52 @@ impl Monitor for Part {
         self.inner.warn(message);
     }
     fn is_cancelled(&self) -> bool {
-        self.may_cancel && self.inner.is_cancelled()
+        self.may_cancel && (self.inner.is_cancelled() || self.until.is_some_and(|until| Instant::now() >= until))
     }
 }
 
 impl Run<'_> {
     pub(super) fn part(&self, label: &str) -> Arc<dyn Monitor> {
-        let (inner, label) = (self.monitor.clone(), label.to_owned());
-        Arc::new(Part { inner, label, may_cancel: true })
+        self.part_until(label, None)
     }
 
+    fn part_until(&self, label: &str, until: Option<Instant>) -> Arc<dyn Monitor> {
+        let (inner, label) = (self.monitor.clone(), label.to_owned());
+        Arc::new(Part { inner, label, may_cancel: true, until })
+    }
+
+    /// Sends `names`; with `until` the guest stands still, and goes on here if that takes longer.
     pub(super) fn push(
         &mut self,
         label: &str,
         names: &[LayerName],
-        is_down: bool,
+        until: Option<Instant>,
         lazy: bool,
     ) -> Result<TransferReport> {
+        let is_down = until.is_some();
         let mut paths = self.options.paths;
         if is_down {
             paths.retry_for = Some(RetryFor::Time(self.me.0.timing.frozen_patience));
         }
         let manner = match is_down {
-            true => Manner { priority: Priority::High, ..Manner::default() },
+            true => Manner { priority: Priority::High, urgent: true, ..Manner::default() },
             false => Manner { limit: self.options.limit, ..Manner::default() },
         };
         // A guest's own names are this host's to set; the stack's may be somebody else's.
         let force = names.iter().all(|name| *name != self.row.spec.stack);
         let is_little = self.is_little();
         let options = PushOptions { force, lazy, hurry: is_down || is_little, paths, manner, dry_run: false };
-        let monitor = self.part(label);
+        let monitor = self.part_until(label, until);
         let began = Instant::now();
         let knowing =
             Knowing { known: self.known.clone(), traces: std::mem::take(&mut self.traces), rest_later: false };
         let push = self.me.0.node.push_knowing(names, self.peer.name.as_str(), options, knowing, monitor);
-        let pushed = self.me.0.runtime.block_on(push)?;
+        let pushed = self.me.0.runtime.block_on(push);
+        let is_late = until.is_some_and(|until| Instant::now() >= until) && !self.monitor.is_cancelled();
+        let pushed = pushed.map_err(|error| match error {
+            Error::Store(layerfs::Error::Cancelled) if is_late => self.too_slow(),
+            _ => error,
+        })?;
         let seconds = began.elapsed().as_secs_f64();
         if pushed.bytes_sent >= TELLING && seconds > 0.0 {
             let mut link = self.link();
@@ -138,10 +151,10 @@ impl Run<'_> {
             if run.options.ahead == Ahead::Base {
                 let lowest = layers_of(&store, run.stack)?.last().map_or(run.stack, |(layer, _)| *layer);
                 store.set_name(&base, lowest, Expect::Any)?;
-                let pushed = run.push("ahead", &[base], false, false)?;
+                let pushed = run.push("ahead", &[base], None, false)?;
                 return Ok(((), pushed.bytes_sent));
             }
-            let mut bytes = run.push("ahead", &[stack], false, false)?.bytes_sent;
+            let mut bytes = run.push("ahead", &[stack], None, false)?.bytes_sent;
             let sealed = run.me.0.host.seal(run.name(), &instance)?;
             store.set_name(&instance, sealed, Expect::Any)?;
             let read = read_of(&store, &layers_of(&store, sealed)?)?;
@@ -154,7 +167,7 @@ impl Run<'_> {
                 // It leaves from there with this in its memory still.
                 run.traces.push((top, read.clone()));
             }
-            bytes += run.push("ahead", std::slice::from_ref(&instance), false, false)?.bytes_sent;
+            bytes += run.push("ahead", std::slice::from_ref(&instance), None, false)?.bytes_sent;
             // All of the layers is there now.
             let held = layers_of(&store, top)?.into_iter().map(|(layer, _)| layer).collect();
             let is_of_use = !run.is_little() && !read.is_empty();
@@ -251,7 +264,7 @@ impl Run<'_> {
             run.import(scratch.path(), &name)?;
             let read_seconds = run.elapsed() - at;
             run.report.memory_bytes = run.report.memory_bytes.max(written.memory_bytes);
-            let pushed = run.push(&label, &[name], false, false)?;
+            let pushed = run.push(&label, &[name], None, false)?;
             let send_seconds = run.elapsed() - at - read_seconds;
             let (bytes, memory_bytes) = (pushed.bytes_sent, written.memory_bytes);
             run.report.rounds.push(Round { at, read_seconds, send_seconds, bytes, memory_bytes, left: None });

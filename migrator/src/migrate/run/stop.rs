@@ -26,6 +26,9 @@ use crate::wire::Message;
 /// The slowest that a destination may read a memory that has come, in bytes.
 const READ_IN_A_SECOND: u64 = 64 << 20;
 
+/// Sending what the stop left may take so many times the downtime that was predicted, or allowed.
+const TIMES_EXPECTED: u32 = 4;
+
 impl Run<'_> {
     /// From the stop to the destination's last word.
     pub(super) fn hand_over(&mut self, lazily: bool) -> Result<()> {
@@ -134,17 +137,38 @@ impl Run<'_> {
     /// Sends what the stop left; returns the bytes.
     fn send(&mut self, lazily: bool) -> Result<u64> {
         let (instance, state) = (self.name().layer("instance")?, self.name().layer("state")?);
+        let until = Some(Instant::now() + self.longest_send());
         let mut bytes = 0;
         if self.options.ahead == Ahead::Base {
             // Alone: its name may be somebody else's there, while the guest's own are there from earlier moves and are replaced.
             let stack = [self.row.spec.stack.clone()];
-            bytes += self.push("stopped", &stack, true, false)?.bytes_sent;
+            bytes += self.push("stopped", &stack, until, false)?.bytes_sent;
         }
         if !lazily {
-            return Ok(bytes + self.push("stopped", &[instance, state], true, false)?.bytes_sent);
+            return Ok(bytes + self.push("stopped", &[instance, state], until, false)?.bytes_sent);
         }
-        bytes += self.push("stopped", &[instance], true, false)?.bytes_sent;
-        Ok(bytes + self.push("stopped", &[state], true, true)?.bytes_sent)
+        bytes += self.push("stopped", &[instance], until, false)?.bytes_sent;
+        Ok(bytes + self.push("stopped", &[state], until, true)?.bytes_sent)
+    }
+
+    /// How long what the stop left may be on its way: a link that crawls, or is held up, mustn't keep the guest from its clients for ever.
+    fn longest_send(&self) -> Duration {
+        let predicted = self.report.predicted.map_or(0.0, |predicted| predicted.seconds);
+        let allowed = self.options.max_downtime.unwrap_or_default();
+        // What no duration can hold is no prediction.
+        let predicted = Duration::try_from_secs_f64(predicted).unwrap_or_default();
+        self.me.0.timing.sending_patience.max(predicted.max(allowed).saturating_mul(TIMES_EXPECTED))
+    }
+
+    /// It was on its way for that long.
+    pub(super) fn too_slow(&self) -> Error {
+        let text = format!(
+            "what it left was not at {} after {:.0} s, while it stood still; `layerctl transfers` shows what holds the link up, and \
+             --max-downtime allows for {TIMES_EXPECTED} times its time",
+            self.peer.name,
+            self.longest_send().as_secs_f64(),
+        );
+        Error::guest("send", self.name(), text)
     }
 
     /// What came after the destination's word wasn't downtime.
@@ -185,7 +209,7 @@ impl Run<'_> {
     fn rest(&mut self, state: LayerId) {
         let sent = self.stage("rest", false, |run| {
             let (inner, label) = (run.monitor.clone(), "rest".to_owned());
-            let monitor = Arc::new(Part { inner, label, may_cancel: false });
+            let monitor = Arc::new(Part { inner, label, may_cancel: false, until: None });
             let layers = [state];
             let push = run.me.0.node.push_rest(&layers, run.peer.name.as_str(), None, monitor);
             Ok(((), run.me.0.runtime.block_on(push)?.bytes_sent))

@@ -837,3 +837,51 @@ async fn a_guest_that_ends_by_itself_before_it_is_released_goes_on_from_its_stat
     two.settle().await;
     assert_eq!(two.check(), "a");
 }
+
+/// Does `change` to all gates of what `a` sends.
+fn at_gates(two: &Two, change: impl Fn(&crate::governor::Gate)) {
+    let transfers = two.a.node.transfers();
+    let running = transfers.list().into_iter().filter(|info| info.state == crate::transfers::State::Running);
+    running.for_each(|info| change(transfers.get(info.id).unwrap().gate()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_pauses_what_a_guest_that_stands_still_waits_for() {
+    let two = Arc::new(Two::new().await);
+    let inner = two.clone();
+    let moved = migrate_and(&two, "stopped", move || {
+        at_gates(&inner, |gate| {
+            gate.change(|controls| controls.paused = true);
+            // As if the destination said so.
+            gate.asked(crate::governor::Pace { paused: true, ..Default::default() });
+        });
+    });
+    tokio::time::timeout(Duration::from_secs(60), moved).await.expect("it waits").unwrap();
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_last_bytes_crawl_goes_on_here() {
+    let mut two = Two::new().await;
+    let timing = Timing { sending_patience: Duration::from_secs(1), ..timing() };
+    two.a.migrations = migrations("a", &two.a.node, &two.a.guests, &two.a.host, &two.world, timing);
+    let two = Arc::new(two);
+    let (inner, began) = (two.clone(), Arc::new(Mutex::new(None)));
+    let stopped = began.clone();
+    // What it wrote last, more than goes in an hour.
+    let file = two.a.host.root(&two.name).join("last");
+    std::fs::write(&file, "").unwrap();
+    let error = migrate_and(&two, "pack", move || {
+        std::fs::write(&file, crate::tests::pair::noise(9, 4 << 20)).unwrap();
+        *stopped.lock() = Some(std::time::Instant::now());
+        let governor = inner.a.node.transfers().governor().clone();
+        governor.set_limit(Some(Rate::new(1)));
+    });
+    let error = tokio::time::timeout(Duration::from_secs(60), error).await.expect("it waits").unwrap_err().to_string();
+    assert!(error.contains("was not at b after") && error.contains("--max-downtime"), "{error}");
+    assert!(error.contains("runs on here"), "{error}");
+    assert!(began.lock().unwrap().elapsed() < Duration::from_secs(30));
+    two.a.node.transfers().governor().set_limit(None);
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+}
