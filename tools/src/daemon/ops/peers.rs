@@ -274,7 +274,7 @@ fn names(request: &TransferRequest) -> Result<Vec<LayerName>> {
 
 fn manner(node: &Node, request: &TransferRequest) -> Result<Manner> {
     let id = Some(node.transfers().new_id());
-    Ok(Manner { limit: super::transfers::rate(request.limit)?, priority: request.priority.into(), id })
+    Ok(Manner { limit: super::transfers::rate(request.limit)?, priority: request.priority.into(), urgent: false, id })
 }
 
 /// Does `transfer`, which gets the monitor to report to, as the request's work or in the background.
