@@ -31,16 +31,18 @@ use layerfs::error::ErrorClass;
 use layerfs::manifest::Manifest;
 use layerfs::monitor::Monitor;
 use layerfs::patience;
-use layerfs::store::{ChunkFetcher, PartialLayer};
+use layerfs::store::{ChunkFetcher, PartialLayer, Presence};
 use layerfs::{ChunkId, LayerId, LayerName};
 use parking_lot::{Mutex, RwLock};
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
+use crate::check::check_layer;
 use crate::error::{Error, Result};
 use crate::guest::{GuestState, Guests};
 use crate::node::{Knowing, Node, PushOptions};
+use crate::peers::Visible;
 use crate::progress::TransferReport;
 use crate::send::joined;
 use flights::Flights;
@@ -558,6 +560,34 @@ fn due(inner: &Inner, peer: &str) -> Result<Vec<LayerId>> {
     Ok(due.into_iter().filter(|layer| !cancelled.contains(layer)).collect())
 }
 
+/// Takes the marks off those of `layers` of which everything is here though no source sent it: an import of the same content brought
+/// it, or another transfer. Returns how many those are. What a source named that mayn't learn of every chunk stays marked, as it may
+/// be somebody else's that is here. Blocks.
+fn settle(inner: &Inner, layers: &[LayerId]) -> Result<usize> {
+    let store = inner.node.store();
+    let mut whole = Vec::new();
+    // What it finds isn't collected as long as it lives.
+    let session = store.session("complete");
+    for layer in layers {
+        let Some(partial) = store.partial(*layer) else { continue };
+        let sees_all =
+            |peer: &String| inner.node.peers().get(peer).is_ok_and(|peer| peer.rights.visible == Visible::All);
+        let is_here = |presence: Presence| presence.here_bytes == presence.total_bytes;
+        if !partial.sources.iter().all(sees_all) || !is_here(store.presence(*layer)?) {
+            continue;
+        }
+        // What a session has not synced yet is not in the index, and doesn't count.
+        store.flush_sessions();
+        let checked = check_layer(store.as_ref(), *layer, &mut |ids| session.has_many(ids));
+        match checked {
+            Ok(()) => whole.push(*layer),
+            Err(error) => tracing::debug!(%layer, %error, "a lazy layer isn't whole, though its data is here"),
+        }
+    }
+    store.clear_partial(&whole)?;
+    Ok(whole.len())
+}
+
 /// The background transfer from `peer`: again and again until nothing is partial any more.
 async fn complete(inner: Arc<Inner>, peer: String) {
     let mut pause = FIRST_PAUSE;
@@ -597,6 +627,10 @@ async fn complete(inner: Arc<Inner>, peer: String) {
                 let text = error.to_string();
                 if inner.jobs.lock().insert(peer.clone(), Some(text.clone())) != Some(Some(text.clone())) {
                     tracing::warn!(peer, error = text, "the rest of lazy layers does not come; it is tried again");
+                }
+                let look = inner.clone();
+                if joined(spawn_blocking(move || settle(&look, &layers)).await).is_ok_and(|settled| settled > 0) {
+                    continue;
                 }
                 if error.class() == ErrorClass::NotFound {
                     pause = LAST_PAUSE;

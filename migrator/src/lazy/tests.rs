@@ -475,3 +475,35 @@ async fn tenants_cannot_come_by_others_chunks_lazily() {
     pair.here.node.complete(&[layer], "there", silent()).await.unwrap();
     assert!(pair.here.has_whole("mine/other", layer));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_all_here_needs_no_source_unless_that_is_restricted() {
+    for is_restricted in [true, false] {
+        let pair = Pair::new().await;
+        let layer = add_layer(pair.there.store(), "app", &tree(30, 2 << 20));
+        pull_lazily(&pair, "app").await.unwrap();
+        let store = pair.here.store();
+        let ids = data(store, layer);
+        let session = store.session("import");
+        for id in &ids[1..] {
+            session.put(Class::Data, &pair.there.store().get(id).unwrap()).unwrap();
+        }
+        session.commit().unwrap();
+        let visible = if is_restricted { Visible::Matching(vec!["app".to_owned()]) } else { Visible::All };
+        let gone = |peer: &mut crate::Peer| (peer.address, peer.rights.visible) = (None, visible.clone());
+        pair.here.node.peers().change("there", gone).unwrap();
+        let lazy = Lazy::start(&pair.here.node, patient(100));
+        until("an attempt", || lazy.sources().iter().any(|source| source.error.is_some())).await;
+        assert!(store.partial(layer).is_some(), "a chunk is lacking");
+        session.put(Class::Data, &pair.there.store().get(&ids[0]).unwrap()).unwrap();
+        session.commit().unwrap();
+        if is_restricted {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            assert!(store.partial(layer).is_some(), "it may be somebody else's that is here");
+        } else {
+            until("the mark's end", || !store.has_partials()).await;
+            assert!(pair.here.has_whole("app", layer));
+            assert_clean(&pair.here);
+        }
+    }
+}
