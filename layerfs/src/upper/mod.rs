@@ -157,6 +157,12 @@ pub fn size(store: &Store, id: UpperId) -> Result<UpperSize> {
     Ok(UpperSize { inodes, dentries, allocated_bytes })
 }
 
+/// Whether nothing was changed in upper `id`, or it was sealed since.
+pub fn is_empty(store: &Store, id: UpperId) -> Result<bool> {
+    let has = |prefix: Vec<u8>| -> Result<bool> { Ok(store.db().iter(Cf::Uppers, &prefix)?.next().is_some()) };
+    Ok(!has(table::inode_prefix(id))? && !has(table::dentry_prefix(id))?)
+}
+
 /// Removes upper `id` and everything in it.
 ///
 /// # Errors

@@ -166,6 +166,7 @@ fn a_guest_that_does_not_run_says_how_it_would() {
     assert!(checked.contains("there is no /no/such") && checked.ends_with("--- exit 7\n"), "{checked}");
     let started = host.run(&["guest", "start", "odd"]);
     assert!(started.contains("cannot start guest odd: cannot execute /no/such"), "{started}");
+    assert_eq!(host.run(&["guest", "check", "odd"]), checked, "as before its start failed");
     assert!(!host.run(&["guest", "check", "web"]).contains("no /bin/sleep"));
 }
 

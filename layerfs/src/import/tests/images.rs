@@ -191,9 +191,9 @@ fn an_image_for_another_platform_is_taken_only_if_asked_for() {
     layout_with(&bench.src(), r#"{"architecture":"s390x","os":"linux","config":{}}"#);
     let mut options = ImportOptions::new(name("x"));
     let error = bench.try_import(&bench.src(), &options).unwrap_err();
-    assert!(error.class() == ErrorClass::Invalid && error.to_string().contains("linux/s390x"), "{error}");
+    assert!(error.class() == ErrorClass::NotFound && error.to_string().contains("linux/s390x"), "{error}");
     options.platform = Some("linux/arm64".to_owned());
-    assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::Invalid);
+    assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::NotFound);
     options.platform = Some("nonsense".to_owned());
     assert_eq!(bench.try_import(&bench.src(), &options).unwrap_err().class(), ErrorClass::Invalid);
     assert!(bench.names().is_empty());

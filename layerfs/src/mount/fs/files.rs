@@ -330,14 +330,10 @@ impl Fs {
         Ok(())
     }
 
-    /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`. A file that may have been stored into through a mapping has no holes to tell of.
+    /// `SEEK_DATA` (if `data`) or `SEEK_HOLE` from `offset`.
     pub fn seek(&self, ino: Ino, offset: u64, data: bool) -> FsResult<u64> {
         let _seen = self.seen(Op::Lseek, ino, None);
         let state = self.state.read();
-        if self.has_unsent(ino) {
-            let bytes = self.stat(&state, ino)?.size;
-            return if offset < bytes { Ok(if data { offset } else { bytes }) } else { fail(libc::ENXIO) };
-        }
         let source = self.source(&state, ino)?;
         let view = state.view.clone();
         let reader = match source {

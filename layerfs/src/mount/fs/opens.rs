@@ -592,12 +592,6 @@ impl Fs {
         self.opens.get(ino).is_some_and(|open| open.record.mappers > 0 || open.record.is_mapped)
     }
 
-    /// Whether the kernel may hold bytes of `ino` that were stored through a mapping and that nobody has sent: what we know for holes may be
-    /// none then.
-    pub(super) fn has_unsent(&self, ino: Ino) -> bool {
-        self.opens.get(ino).is_some_and(|open| open.record.mappers > 0 && !open.record.is_passed)
-    }
-
     /// The files that programs may have mapped for writing and that aren't passed through: the kernel may hold bytes of them
     /// that nobody has sent.
     pub fn mappable(&self) -> Vec<Ino> {

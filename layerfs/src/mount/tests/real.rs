@@ -744,29 +744,6 @@ fn sparse_files_stay_sparse() {
 }
 
 #[test]
-fn what_is_stored_through_a_mapping_is_no_hole() {
-    let Some(m) = mounted() else { return };
-    const BYTES: u64 = 512 << 10;
-    File::create(m.path("sparse")).unwrap().set_len(BYTES).unwrap();
-    m.seal();
-    let m = m.remount();
-    // Who reads it has the kernel cache it, also for who maps it.
-    let reader = File::open(m.path("sparse")).unwrap();
-    let file = OpenOptions::new().read(true).write(true).open(m.path("sparse")).unwrap();
-    // SAFETY: nobody cuts the file short.
-    #[allow(unsafe_code)]
-    let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
-    map[100_000] = 1;
-    for file in [&file, &reader] {
-        let data = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0)).unwrap();
-        assert!(data <= 100_000, "{data}");
-        let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(data)).unwrap();
-        assert!(hole > 100_000 && hole <= BYTES, "{hole}");
-    }
-    assert_eq!(rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(BYTES)).unwrap_err().raw_os_error(), libc::ENXIO);
-}
-
-#[test]
 fn a_change_of_names_has_its_time_though_the_file_is_being_written() {
     let Some(m) = mounted() else { return };
     let ctime = |file: &File| {

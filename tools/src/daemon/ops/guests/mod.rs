@@ -428,16 +428,21 @@ fn not_running(record: &GuestRecord) -> Failure {
     }
 }
 
-/// Whether the guest's first program is lacking in what it will see. Not looked for once it has run: what it has changed may hold it.
+/// Whether the guest's first program is lacking in what it will see. Not looked for where it has changed something: that may
+/// hold it.
 fn missing_program(context: &Context, record: &GuestRecord) -> Result<Option<GuestObstacle>> {
     let store = &context.daemon.store;
     let command = record.spec.options.get("command").and_then(|command| command.get(0)?.as_str());
     let Some(program) = command else { return Ok(None) };
-    if upper::find(store.db(), &host::upper_name(&record.spec.name)?)?.is_some() {
+    let disk = upper::find(store.db(), &host::upper_name(&record.spec.name)?)?;
+    if let Some(disk) = &disk
+        && !upper::is_empty(store, disk.id)?
+    {
         return Ok(None);
     }
     let stack = &record.spec.stack;
-    let view = View::open(store, resolve(store, stack.as_str())?)?;
+    let base = disk.and_then(|disk| disk.base).map_or_else(|| resolve(store, stack.as_str()), Ok)?;
+    let view = View::open(store, base)?;
     match view.resolve(program.as_bytes(), true) {
         Ok((_, FileKind::File)) => Ok(None),
         Ok(_) => Ok(Some(GuestObstacle {
