@@ -330,7 +330,8 @@ impl<E: Engine> Guest for Container<E> {
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
-        Ok(Surroundings::of_processes())
+        // Without its runtime it doesn't run here.
+        Ok(Surroundings::of_processes(self.0.first().ok().flatten().as_ref().map(Process::own_bytes)))
     }
 
     fn start(&self) -> Result<()> {

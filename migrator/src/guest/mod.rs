@@ -61,7 +61,7 @@ pub use exec::Pipes;
 pub use host::{Host, Scratch};
 pub use name::GuestName;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
-pub use surroundings::Surroundings;
+pub use surroundings::{Surroundings, mebibytes};
 
 use crate::error::Result;
 

@@ -205,7 +205,7 @@ impl Guest for ProcessGuest {
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
-        Ok(Surroundings::of_processes())
+        Ok(Surroundings::of_processes(self.first().as_ref().map(Process::own_bytes)))
     }
 
     fn start(&self) -> Result<()> {
