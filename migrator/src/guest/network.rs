@@ -222,20 +222,36 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    /// Whether the bridge is known to give the guest frames.
-    fn lets_in(&self) -> bool {
-        // The last flag of those that `let_in` sets. Where this folder is of another network it isn't known.
+    /// Whether the bridge gives the guest frames, by the last flag of those that `let_in` sets, if that can be seen at once.
+    fn lets_in(&self) -> Option<bool> {
+        // Where this folder is of another network it isn't known.
         let flag = Path::new("/sys/class/net").join(&self.name).join("brport/broadcast_flood");
-        std::fs::read(flag).is_ok_and(|flag| flag.trim_ascii() == b"1")
+        std::fs::read(flag).ok().map(|flag| flag.trim_ascii() == b"1")
+    }
+
+    /// The same, by asking the bridge. An old `bridge` may not say.
+    fn is_said_to_let_in(&self) -> Option<bool> {
+        let words = ["-d", "-j", "link", "show", "dev", &self.name];
+        let said = run(Command::new(self.programs.find("bridge")?).args(words).stdin(Stdio::null())).ok()?;
+        let ports: serde_json::Value = serde_json::from_slice(&said.stdout).ok()?;
+        ports[0]["bcast_flood"].as_bool()
     }
 
     /// Lets everything pass, also what came while the guest was held.
+    ///
+    /// # Errors
+    /// If it is shut, one way or both. What came is kept then, and it can be tried again.
     pub fn release(&self) -> Result<(), String> {
         self.ip(&["link", "set", &self.name, "up"])?;
         // One that was just made lets everything in, and a program for nothing takes milliseconds.
-        if !self.lets_in()
+        if self.lets_in() != Some(true)
             && let Err(error) = self.let_in(true)
         {
+            // One that couldn't be shut by its flags isn't, and need not be opened by them.
+            if self.lets_in().or_else(|| self.is_said_to_let_in()) == Some(false) {
+                let (name, bridge) = (&self.name, self.bridge);
+                return Err(format!("the bridge {bridge} still gives the guest's port {name} no frames: {error}"));
+            }
             tracing::debug!(bridge = self.bridge, error, "a guest's connection was opened without its bridge's flags");
         }
         // The bridge doesn't use its port yet.
@@ -435,6 +451,49 @@ mod tests {
             link.hold().unwrap();
             link.remove().unwrap();
             assert!(!KEPT.lock().contains_key(&link.name), "nothing is kept for who is gone");
+        });
+        if !could {
+            eprintln!("SKIPPED: a network of its own can't be had here (it needs root)");
+        }
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn a_guest_that_the_bridge_still_gives_no_frames_is_not_taken_for_one_that_is_connected() {
+        use crate::guest::criu::write_script;
+
+        let folder = tempfile::tempdir().unwrap();
+        let could = in_new_network(|| {
+            ip("link add lgbridge type bridge");
+            ip("link set lgbridge up");
+            let path = std::env::var_os("PATH").unwrap();
+            let first =
+                std::env::join_paths(std::iter::once(folder.path().to_owned()).chain(std::env::split_paths(&path)));
+            let programs = Programs::new(folder.path().to_owned(), "layerctl".into(), Some(first.unwrap()));
+            let network =
+                Network::Bridge { bridge: "lgbridge".into(), address: "10.7.0.2/24".to_owned(), gateway: None };
+            let guest = GuestName::new("shut").unwrap();
+            let link = Link::of(&programs, &network, &guest, folder.path()).unwrap();
+            link.make().unwrap();
+            link.release().unwrap();
+            link.hold().unwrap();
+            let real = Programs::new(folder.path().to_owned(), "layerctl".into(), Some(path)).find("bridge").unwrap();
+            let wrapper = folder.path().join("bridge");
+            let fails = "case \" $* \" in *' flood on '*) echo no >&2; exit 1;; esac";
+            write_script(&wrapper, &format!("#!/bin/sh\n{fails}\nexec {} \"$@\"\n", real.display())).unwrap();
+            for _ in 0..2 {
+                let error = link.release().unwrap_err();
+                assert!(error.contains("lgbridge") && error.contains("no"), "{error}");
+                assert_eq!(link.is_said_to_let_in(), Some(false));
+                assert!(KEPT.lock().contains_key(&link.name), "what came meanwhile is lost");
+            }
+            std::fs::remove_file(&wrapper).unwrap();
+            link.release().unwrap();
+            assert_eq!(link.is_said_to_let_in(), Some(true));
+            // One that lets everything in needs nothing.
+            write_script(&wrapper, &format!("#!/bin/sh\n{fails}\nexec {} \"$@\"\n", real.display())).unwrap();
+            link.release().unwrap();
+            link.remove().unwrap();
         });
         if !could {
             eprintln!("SKIPPED: a network of its own can't be had here (it needs root)");
