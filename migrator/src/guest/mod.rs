@@ -32,6 +32,8 @@ pub mod memory;
 mod name;
 mod neighbours;
 mod network;
+mod network_setup;
+mod nftables;
 mod oci;
 pub mod options;
 mod packets;

@@ -25,6 +25,8 @@ pub struct Surroundings {
     pub emulator: Option<(u32, u32)>,
     /// Memory in bytes: at the source what the guest has in use, at the destination what there is for it.
     pub memory: Option<u64>,
+    /// At the source whether the guest has tables of nftables, at the destination whether it has `nft` to make them.
+    pub nft: bool,
 }
 
 impl Surroundings {
@@ -83,6 +85,10 @@ impl Surroundings {
                 mebibytes(here)
             );
             found.push(Obstacle::new(what, "end something there or give it swap, or move with --postcopy"));
+        }
+        if needed.nft && !self.nft {
+            let what = "the guest has tables of nftables, and the destination has no `nft` to make them";
+            found.push(Obstacle::new(what, "apt-get install nftables there"));
         }
         for accel in needed.accels.difference(&self.accels) {
             let fix = match accel.as_str() {
@@ -177,6 +183,9 @@ mod tests {
             found.len() == 1 && found[0].what.contains("6144 MiB") && found[0].what.contains("2048 MiB"),
             "{found:?}"
         );
+        let rules = Surroundings { nft: true, ..Surroundings::default() };
+        assert!(rules.lacks(&rules).is_empty() && rules.lacks(&Surroundings::default()).is_empty());
+        assert_eq!(Surroundings::default().lacks(&rules).len(), 1);
         // A host of an earlier version says nothing of it.
         assert!(memory(0).lacks(&serde_json::from_str("{}").unwrap()).is_empty());
         assert!(Surroundings::default().lacks(&memory(6 << 30)).is_empty());
