@@ -55,6 +55,10 @@ pub fn cases() -> Vec<Case> {
         Case::new("migrate::oci_keeps_its_client", OCI, || container("oci")),
         Case::new("migrate::lxc_keeps_its_client", LXC, || container("lxc")),
         Case::new("migrate::qemu_keeps_its_client", QEMU, machine),
+        Case::new("migrate::process_is_connected_when_its_criu_dies", PROCESS, criu_dies),
+        Case::new("migrate::process_keeps_its_network", PROCESS, || keeps_its_network("process")),
+        Case::new("migrate::oci_keeps_its_network", OCI, || keeps_its_network("oci")),
+        Case::new("migrate::lxc_keeps_its_network", LXC, || keeps_its_network("lxc")),
         Case::new("migrate::process_goes_before_its_memory", PROCESS, || ahead_of_memory("process")),
         Case::new("migrate::oci_goes_before_its_memory", OCI, || ahead_of_memory("oci")),
         Case::new("migrate::lxc_goes_before_its_memory", LXC, || ahead_of_memory("lxc")),
@@ -565,6 +569,89 @@ fn container(driver: &str) -> anyhow::Result<()> {
         count = moving.passes(is_first, count)?;
         Ok(())
     })
+}
+
+/// One that has given itself a further address, a route and a firewall: it has them wherever it goes on, and doesn't go with what can't be
+/// carried.
+fn keeps_its_network(driver: &str) -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    connect_bridges(&moving.hosts)?;
+    let command = ["/bin/pair", "/bin/echo", "7777", "--", "/bin/zoo", "/zoo-says", "8", "0"];
+    let options = ["--network", NETWORK, "--"];
+    moving.start(driver, &["pair", "echo", "zoo"], &[&options[..], &command].concat())?;
+    let mut count = moving.passes(true, 0)?;
+    let says = |is_first: bool, words: &str| {
+        let pid = moving.show(is_first)?["pid"].as_u64().context("it has no process")?;
+        let mut enter = std::process::Command::new("nsenter");
+        enter.args(["--target", &pid.to_string(), "--net", "--"]).args(words.split(' '));
+        case::output_of(&mut enter)
+    };
+    for words in [
+        "ip address add 10.78.0.2/24 dev eth0",
+        "ip route add 10.79.0.0/16 via 10.78.0.9",
+        "nft add table inet guard",
+        "nft add chain inet guard in { type filter hook input priority 0; policy accept; }",
+        "nft add rule inet guard in tcp dport 9999 drop",
+        "sysctl -qw net.ipv4.ip_forward=1",
+    ] {
+        says(true, words)?;
+    }
+    let all = |is_first: bool| {
+        let looks = ["ip -o -4 address show", "ip route", "nft list ruleset", "sysctl net.ipv4.ip_forward"];
+        let said = looks.iter().map(|look| says(is_first, look)).collect::<anyhow::Result<Vec<_>>>()?.join("");
+        // The interface's number and its other end are the host's affair.
+        Ok::<_, anyhow::Error>(said.lines().filter(|line| !line.contains("eth0@")).collect::<Vec<_>>().join("\n"))
+    };
+    let before = all(true)?;
+    ensure!(before.contains("10.78.0.2/24") && before.contains("dport 9999 drop"), "it isn't set up: {before}");
+    for is_first in [false, true] {
+        moving.migrate(is_first, &[])?;
+        count = moving.passes(is_first, count)?;
+        let now = all(is_first)?;
+        ensure!(now == before, "on the first: {is_first}: it had\n{before}\nand has\n{now}");
+        connect(moving.host(is_first), ADDRESS)?;
+    }
+    // From a checkpoint, too, whose guest runs on as it was.
+    let ctl = &moving.hosts.a.ctl;
+    ctl.ok(["guest", "checkpoint", guest()])?;
+    ensure!(all(true)? == before, "a checkpoint changed it: {}", all(true)?);
+    ctl.ok(["guest", "stop", guest()])?;
+    ctl.ok(["guest", "restore", guest()])?;
+    count = moving.passes(true, 0)?;
+    ensure!(all(true)? == before, "a checkpoint has lost it: {}", all(true)?);
+    says(true, "ip tuntap add dev vpn0 mode tun")?;
+    let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?.failed_with(7)?;
+    ensure!(said.contains("vpn0 (tun)") && said.contains("link del vpn0"), "{said}");
+    let said = ctl.run(["guest", "checkpoint", guest()])?;
+    ensure!(said.code != 0 && said.stderr.contains("vpn0 (tun)"), "{said:?}");
+    moving.passes(true, count)?;
+    connect(&moving.hosts.a, ADDRESS)?;
+    moving.end()
+}
+
+/// The CRIU that holds it is killed: it goes on by itself, and isn't left behind CRIU's lock. Connections that it had then are lost, as CRIU
+/// had taken them out of service.
+fn criu_dies() -> anyhow::Result<()> {
+    let moving = Moving::new()?;
+    connect_bridges(&moving.hosts)?;
+    // No zoo: what a CRIU that dies leaves of files that were deleted is seen by who counts their names.
+    moving.start("process", &["echo"], &["--network", NETWORK, "--", "/bin/echo", "7777"])?;
+    connect(&moving.hosts.a, ADDRESS)?;
+    let holder = folder(&moving.hosts.a).join("run/criu.json");
+    let kill = format!("kill -9 $(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/' {}); sleep 0.5; exit 3", holder.display());
+    hook(&moving.hosts.a, "after-stop", &kill)?;
+    let said = moving.hosts.a.ctl.run(["migrate", guest(), "b"])?.failed_with(1)?;
+    ensure!(said.contains("after-stop"), "{said}");
+    ensure!(moving.settled()?, "it runs elsewhere");
+    connect(&moving.hosts.a, ADDRESS)?;
+    let client = Client::start(&moving.hosts.a, ADDRESS)?;
+    client.hears(20)?;
+    ensure!(!holder.exists(), "a CRIU that has died is still noted");
+    fs::remove_file(moving.hosts.a.ctl.store().join("hooks/after-stop"))?;
+    moving.migrate(false, &[])?;
+    client.hears(20)?;
+    client.end()?;
+    moving.end()
 }
 
 /// A machine with a service, that checks its memory.

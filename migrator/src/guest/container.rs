@@ -19,8 +19,10 @@ use std::time::{Duration, Instant};
 
 use layerfs::monitor::Monitor;
 
+use super::criu::has_died;
 use super::errand::{self, Errand, Note};
 use super::network::Link;
+use super::network_setup::Inside;
 use super::options::ContainerOptions;
 use super::processes::{Process, status_bytes};
 use super::programs::Programs;
@@ -35,6 +37,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// So long what is killed takes that nothing holds up.
 const SOON: Duration = Duration::from_secs(2);
 
+/// What CRIU says of a dump, in the run folder or the state's.
+pub(super) const DUMP_LOG: &str = "dump.log";
 /// What CRIU writes last into a state; only then it ends what it has dumped.
 const LAST_FILE: &str = "inventory.img";
 
@@ -88,6 +92,9 @@ impl Site {
         let mut found = preflight::host(&self.programs, side);
         if let Some(link) = self.link() {
             found.extend(preflight::network(&self.programs, link.bridge(), link.has_bridge()));
+            if let (Side::Source, Some(_)) = (side, first) {
+                found.extend(link.uncarried());
+            }
         }
         if let (Side::Source, Some(process)) = (side, first) {
             found.extend(preflight::processes(&process.tree()));
@@ -96,9 +103,50 @@ impl Site {
         found
     }
 
+    /// What it may depend on of this host if `first` runs here, else what it would find here.
+    pub fn surroundings(&self, first: Option<&Process>) -> Surroundings {
+        let nft = match (first, self.link()) {
+            (Some(_), link) => link.is_some_and(|link| link.has_tables()),
+            (None, _) => self.programs.find("nft").is_some(),
+        };
+        Surroundings { nft, ..Surroundings::of_processes(first.map(Process::own_bytes)) }
+    }
+
     /// Makes its connection, through which nothing passes yet.
     pub fn connect(&self) -> Outcome<()> {
         self.link().map_or(Ok(()), |link| link.make())
+    }
+
+    /// The same for one that goes on from the state in `from`, with what it had set up in its network.
+    pub fn connect_from(&self, from: &Path) -> Outcome<()> {
+        let Some(link) = self.link() else { return Ok(()) };
+        link.make()?;
+        let loaded = link.load(from);
+        if loaded.is_err() {
+            // The failure is what counts.
+            let _ = link.remove();
+        }
+        loaded
+    }
+
+    /// Adds to a state's folder what it has set up in its network.
+    pub fn save_network(&self, into: &Path) -> Outcome<()> {
+        self.link().map_or(Ok(()), |link| link.save(into))
+    }
+
+    /// Lets the connections of the container work again, whose first process is `first`, if a CRIU that dumped it has died before it did so.
+    pub fn unlock(&self, first: &Process) -> Outcome<()> {
+        let dump = Errand::load(&self.dumped());
+        let logs = [Some(self.run.as_path()), dump.as_ref().and_then(Errand::folder)];
+        if !logs.into_iter().flatten().any(|folder| has_died(&folder.join(DUMP_LOG))) {
+            return Ok(());
+        }
+        let own = || format!("/proc/{}/ns/net", first.pid).into();
+        let namespace = self.link().map_or_else(own, |link| link.namespace());
+        Inside { programs: &self.programs, namespace }.unlock()?;
+        // It is said of no other one.
+        let _ = fs::remove_file(self.run.join(DUMP_LOG));
+        Ok(())
     }
 
     /// Lets everything pass, and tells the neighbours.
@@ -244,8 +292,9 @@ impl<E: Engine> Container<E> {
             if Errand::load(&note).as_ref() != Some(&errand) {
                 continue;
             }
-            if self.0.first().map_err(&failed)?.is_some() {
+            if let Some(first) = self.0.first().map_err(&failed)? {
                 self.thaw().map_err(&failed)?;
+                site.unlock(&first).map_err(&failed)?;
                 site.release().map_err(&failed)?;
             } else if errand.folder().is_some() && site.whole_state().is_some() {
                 // It stands still.
@@ -303,12 +352,12 @@ impl<E: Engine> Container<E> {
         site.disconnect().map_err(&failed)
     }
 
-    /// Has it come to life by `work`, on a connection made for it. If that fails nothing is left.
-    fn bring_up(&self, action: &'static str, work: impl FnOnce() -> Outcome<()>) -> Result<()> {
+    /// Has it come to life by `work`, on a connection made for it, as the state in `from` has it. If that fails nothing is left.
+    fn bring_up(&self, action: &'static str, from: Option<&Path>, work: impl FnOnce() -> Outcome<()>) -> Result<()> {
         let (site, failed) = (self.0.site(), self.0.site().failed(action));
         self.must_be_absent(action)?;
         self.end(action)?;
-        site.connect().map_err(&failed)?;
+        from.map_or_else(|| site.connect(), |from| site.connect_from(from)).map_err(&failed)?;
         let up = work().and_then(|()| site.release());
         match &up {
             Ok(()) => site.forget_restore(),
@@ -330,11 +379,12 @@ impl<E: Engine> Guest for Container<E> {
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
-        Ok(Surroundings::of_processes())
+        // Without its runtime it doesn't run here.
+        Ok(self.0.site().surroundings(self.0.first().ok().flatten().as_ref()))
     }
 
     fn start(&self) -> Result<()> {
-        self.bring_up("start", || self.0.launch())
+        self.bring_up("start", None, || self.0.launch())
     }
 
     fn stop(&self) -> Result<()> {
@@ -381,18 +431,22 @@ impl<E: Engine> Guest for Container<E> {
         let began = Instant::now();
         if let Err(error) = self.0.save(into) {
             // What ended all the same stands still.
-            if self.left().map_err(&failed)?.is_some() {
+            if let Some(first) = self.left().map_err(&failed)? {
                 self.thaw().map_err(|second| failed(format!("{error}; and it stays in the freezer: {second}")))?;
+                site.unlock(&first).map_err(|second| failed(format!("{error}; and {second}")))?;
                 site.forget_dump();
                 site.release().map_err(&failed)?;
             }
             return Err(failed(error));
         }
+        // Its network outlives its processes.
+        let saved = site.save_network(into);
         let frozen = began.elapsed();
         site.shut().map_err(&failed)?;
         if !process.wait_gone(PATIENCE) {
             return Err(failed("it was dumped and does not end".to_owned()));
         }
+        saved.map_err(|error| failed(format!("{error}; it stands still and can be resumed")))?;
         let (memory_bytes, other_bytes) = state::sizes(into)?;
         Ok(Written { memory_bytes, other_bytes, frozen, has_ended: true })
     }
@@ -400,8 +454,9 @@ impl<E: Engine> Guest for Container<E> {
     fn resume(&self) -> Result<()> {
         self.settle()?;
         let (site, failed) = (self.0.site(), self.0.site().failed("resume"));
-        if self.left().map_err(&failed)?.is_some() {
+        if let Some(first) = self.left().map_err(&failed)? {
             self.thaw().map_err(&failed)?;
+            site.unlock(&first).map_err(&failed)?;
         } else {
             let from = site.whole_state().ok_or_else(|| failed("there is nothing left of it".to_owned()))?;
             self.0.load(&from, Manner::Whole).map_err(&failed)?;
@@ -418,7 +473,7 @@ impl<E: Engine> Guest for Container<E> {
     }
 
     fn restore(&self, from: &Path, manner: Manner) -> Result<()> {
-        self.bring_up("restore", || {
+        self.bring_up("restore", Some(from), || {
             if manner == Manner::Lazily {
                 lazy_pages::serve(&self.0.site().programs, &self.0.site().run, from)?;
             }

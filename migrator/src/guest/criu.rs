@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::errand::{self, Errand, Note, WORK_PATIENCE};
 use super::launch::{Orders, Private};
+use super::network_setup::Inside;
 use super::processes::{Process, inner_pid, wait_until};
 use super::programs::{self, Programs};
 use super::{Manner, exec, lazy_pages};
@@ -129,8 +130,11 @@ impl Criu<'_> {
         if !is_over {
             exec::end(child);
         }
+        let error = explain(&log).unwrap_or_else(|| format!("CRIU failed without a word; see {}", log.display()));
+        // If that fails it is known that one was begun, and a resume tries it again.
+        self.unlock(pid).map_err(|second| format!("{error}; and {second}"))?;
         let _ = fs::remove_file(self.saved());
-        Err(explain(&log).unwrap_or_else(|| format!("CRIU failed without a word; see {}", log.display())))
+        Err(error)
     }
 
     fn prepare_answer(&self) -> Outcome<()> {
@@ -177,18 +181,36 @@ impl Criu<'_> {
                 self.run.join("dump.log").display()
             ));
         }
-        for path in [self.saved(), self.dumped(), self.answer(), self.hook()] {
+        Ok(())
+    }
+
+    /// Forgets a dump that is over.
+    fn forget(&self) {
+        for path in [self.dumped(), self.answer(), self.hook(), self.saved()] {
             let _ = fs::remove_file(path);
+        }
+    }
+
+    /// Lets the tree go on, whose first process is `pid`. One whose CRIU has died goes on by itself, but cut off from its network.
+    ///
+    /// # Errors
+    /// If CRIU doesn't answer; if connections may still be locked.
+    pub fn resume(&self, pid: Option<u32>) -> Outcome<()> {
+        self.tell("resume")?;
+        if self.saved().exists() {
+            pid.map_or(Ok(()), |pid| self.unlock(pid))?;
+            self.forget();
         }
         Ok(())
     }
 
-    /// Lets the tree go on.
-    ///
-    /// # Errors
-    /// If CRIU doesn't answer.
-    pub fn resume(&self) -> Outcome<()> {
-        self.tell("resume")
+    /// Lets connections of the tree of `pid` work again if CRIU has died before it did so.
+    fn unlock(&self, pid: u32) -> Outcome<()> {
+        if !has_died(&self.run.join("dump.log")) {
+            return Ok(());
+        }
+        let namespace = self.network.clone().unwrap_or_else(|| format!("/proc/{pid}/ns/net").into());
+        Inside { programs: self.programs, namespace }.unlock()
     }
 
     /// Ends the tree, its connections still locked.
@@ -196,7 +218,11 @@ impl Criu<'_> {
     /// # Errors
     /// If CRIU doesn't answer.
     pub fn discard(&self) -> Outcome<()> {
-        self.tell("discard")
+        self.tell("discard")?;
+        if self.saved().exists() {
+            self.forget();
+        }
+        Ok(())
     }
 
     /// Where it is noted who restores the tree, or starts it.
@@ -302,6 +328,16 @@ fn explain(log: &Path) -> Option<String> {
     (!told.is_empty()).then(|| told + &hint.unwrap_or_default())
 }
 
+/// Whether a CRIU that dumped was ended before it was done, by its `log`. What it says last it says when connections work again, or when
+/// the tree has ended.
+pub(super) fn has_died(log: &Path) -> bool {
+    let ends = ["Dumping FAILED", "Dumping finished successfully"];
+    fs::read(log).is_ok_and(|text| {
+        let text = String::from_utf8_lossy(&text);
+        !ends.iter().any(|end| text.contains(end))
+    })
+}
+
 /// What a runtime says that has run CRIU, and what CRIU says in its `log`, which is more.
 pub(super) fn with_criu(error: String, log: &Path) -> String {
     match explain(log) {
@@ -362,5 +398,43 @@ mod tests {
         let criu = Criu { programs: &programs, run: folder.path(), root: folder.path(), network: None };
         let error = criu.restore(folder.path(), Manner::Whole, None).unwrap_err();
         assert!(!error.contains("an earlier one"), "{error}");
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn the_lock_of_a_criu_that_was_ended_is_taken_away_and_no_other() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: a network can't be entered here (it needs root)");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path();
+        let (deleted, log) = (run.join("deleted"), run.join("dump.log"));
+        let nft = "#!/bin/sh\n[ $1 = list ] || exec cat >";
+        let ruleset = "printf 'table inet mine {\\n}\\ntable inet CRIU-7 {\\n}\\n'";
+        write_script(&run.join("nft"), &format!("{nft}{}\n{ruleset}\n", deleted.display())).unwrap();
+        let programs = Programs::new(run.into(), "layerctl".into(), Some(run.into()));
+        let criu = Criu { programs: &programs, run, root: run, network: None };
+        let dies = |last: &str| {
+            let script = format!("#!/bin/sh\n[ $1 = check ] || {{ echo '{last}' >{}; exit 1; }}\n", log.display());
+            write_script(&run.join("criu"), &script).unwrap();
+            assert!(criu.dump(std::process::id(), run).is_err());
+            assert!(!criu.saved().exists());
+            let said = fs::read_to_string(&deleted).unwrap_or_default();
+            let _ = fs::remove_file(&deleted);
+            said
+        };
+        assert_eq!(dies("(0.1) Error (criu/cr-dump.c:1): Dumping FAILED."), "", "it has taken it away itself");
+        assert_eq!(dies("(0.1) Locking network"), "delete table inet CRIU-7\n");
+        // One that held the tree.
+        fs::write(criu.saved(), serde_json::to_vec(&Process::gone()).unwrap()).unwrap();
+        let refuses = format!("#!/bin/sh\n[ $1 = list ] || {{ echo no >&2; exit 1; }}\n{ruleset}\n");
+        write_script(&run.join("nft"), &refuses).unwrap();
+        let error = criu.resume(Some(std::process::id())).unwrap_err();
+        assert!(error.contains("locked") && error.contains("nft list ruleset") && criu.saved().exists(), "{error}");
+        write_script(&run.join("nft"), &format!("{nft}{}\n{ruleset}\n", deleted.display())).unwrap();
+        criu.resume(Some(std::process::id())).unwrap();
+        assert_eq!(fs::read_to_string(&deleted).unwrap(), "delete table inet CRIU-7\n");
+        assert!(!criu.saved().exists());
     }
 }

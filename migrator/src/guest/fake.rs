@@ -156,6 +156,8 @@ struct Seen {
     faults: BTreeMap<(String, Call), Vec<When>>,
     /// What hosts are like, by name.
     surroundings: BTreeMap<String, Surroundings>,
+    /// How much memory is left on hosts, if it is another amount than what pre-flight finds.
+    left: BTreeMap<String, u64>,
 }
 
 /// Everything outside of the hosts' programs. Clones share it.
@@ -181,6 +183,11 @@ impl World {
     /// Makes `host` what guests run on.
     pub fn furnish(&self, host: &str, surroundings: Surroundings) {
         self.0.lock().surroundings.insert(host.to_owned(), surroundings);
+    }
+
+    /// Leaves `bytes` of memory on `host`, which its pre-flight doesn't see yet.
+    pub fn leave(&self, host: &str, bytes: u64) {
+        self.0.lock().left.insert(host.to_owned(), bytes);
     }
 
     /// Lets every running copy take a step.
@@ -580,6 +587,11 @@ impl Host for FakeHost {
 
     fn remove_scratches(&self, guest: &GuestName) -> Result<()> {
         self.remove(&self.folder.join(guest.as_str()).join("scratch"))
+    }
+
+    fn memory(&self) -> Option<u64> {
+        let seen = self.world.0.lock();
+        seen.left.get(&self.label).copied().or_else(|| seen.surroundings.get(&self.label)?.memory)
     }
 
     fn mount(&self, guest: &GuestName, stack: LayerId) -> Result<PathBuf> {

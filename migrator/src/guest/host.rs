@@ -41,6 +41,9 @@ pub trait Host: Send + Sync {
     /// If it can't be removed.
     fn remove_scratches(&self, guest: &GuestName) -> Result<()>;
 
+    /// How much memory a guest can get here, in bytes, if that is known.
+    fn memory(&self) -> Option<u64>;
+
     /// Mounts the stack whose top is `stack` at [`Host::root`], with the guest's own upper, which is made if there is none.
     /// Fine if it is mounted so.
     ///

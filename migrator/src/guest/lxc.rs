@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use super::container::{Container, Engine, Outcome, PATIENCE, Site};
+use super::container::{Container, DUMP_LOG, Engine, Outcome, PATIENCE, Site};
 use super::criu::{NETWORK, external, quoted, with_criu, write_script, write_unlock};
 use super::errand::{Note, WORK_PATIENCE};
 use super::options::ContainerOptions;
@@ -257,9 +257,9 @@ impl Engine for Lxc {
         };
         self.set_criu(&network)?;
         self.call("lxc-checkpoint", &["-s"], Some((into, self.site.dump_to(into))))
-            .map_err(|error| with_criu(error, &into.join("dump.log")))?;
+            .map_err(|error| with_criu(error, &into.join(DUMP_LOG)))?;
         // It is no part of the state.
-        let _ = fs::remove_file(into.join("dump.log"));
+        let _ = fs::remove_file(into.join(DUMP_LOG));
         Ok(())
     }
 

@@ -15,9 +15,53 @@ use layerfs::store::Store;
 use layerfs::view::View;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
-use super::state::MEMORY_FILE;
+use super::state::{self, MEMORY_FILE};
 use super::{Guest, Manner};
 use crate::error::Result;
+
+/// What this machine can give to programs without swapping, in bytes, if it says so.
+pub fn available() -> Option<u64> {
+    meminfo("MemAvailable")
+}
+
+/// The same, and what it can still swap out for it: who asks for more ends somebody.
+pub fn obtainable() -> Option<u64> {
+    Some(available()?.saturating_add(meminfo("SwapFree").unwrap_or(0)))
+}
+
+fn meminfo(field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
+}
+
+/// Whether the memory of state `layer` is more than `room` bytes, and if so how much it is.
+///
+/// # Errors
+/// Those of the store.
+pub fn exceeds(store: &Arc<Store>, layer: LayerId, room: u64) -> Result<Option<u64>> {
+    let view = View::open(store, layer)?;
+    let (mut bytes, mut raw) = (0u64, None);
+    for entry in view.read_folder(Ino::ROOT, None)? {
+        let entry = entry?;
+        if !state::is_memory(entry.name) {
+            continue;
+        }
+        if let Node::File(content) = view.expect_inode(entry.ino)?.node {
+            bytes = bytes.saturating_add(content.len());
+            raw = if entry.name == MEMORY_FILE.as_bytes() { Some(content) } else { raw };
+        }
+    }
+    if let Some(content) = raw.filter(|_| bytes > room) {
+        // What it has never touched are holes, which take none.
+        for extent in Extents::new(store.as_ref(), &content, 0)? {
+            if let (_, Extent::Hole { bytes: hole }) = extent? {
+                bytes = bytes.saturating_sub(hole);
+            }
+        }
+    }
+    Ok((bytes > room).then_some(bytes))
+}
 
 /// Lets `guest` go on from the state `layer`, which is open at `path`, with all of its memory, of which `last` is an earlier one.
 ///
@@ -49,6 +93,11 @@ impl Memory {
     /// Those of the store.
     pub fn bytes_of(store: &Arc<Store>, layer: LayerId) -> Result<Option<u64>> {
         Ok(content_of(store, layer)?.map(|content| content.len()))
+    }
+
+    /// How much memory it takes now, in bytes.
+    pub fn held_bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| std::os::unix::fs::MetadataExt::blocks(&metadata) * 512)
     }
 
     /// The memory of state `layer`, made of `last`, that of an earlier one. None if that state has no file of memory.
@@ -169,6 +218,12 @@ mod tests {
             layer = Some(new);
             let memory = Memory::of(&store, new, last.take()).unwrap().unwrap();
             assert!(memory.layer == new && whole(&memory) == plain, "round {round}");
+            // Holes take none, as little as in the file.
+            let held = memory.held_bytes();
+            let needed = exceeds(&store, new, 0).unwrap().unwrap();
+            assert!(held < u64::from(bytes) && needed < u64::from(bytes), "{held} {needed}");
+            assert_eq!(exceeds(&store, new, needed).unwrap(), None);
+            assert_eq!(exceeds(&store, new, needed - 1).unwrap(), Some(needed));
             last = Some(memory);
         }
         // Another length is another memory.

@@ -32,6 +32,8 @@ pub mod memory;
 mod name;
 mod neighbours;
 mod network;
+mod network_setup;
+mod nftables;
 mod oci;
 pub mod options;
 mod packets;
@@ -61,7 +63,7 @@ pub use exec::Pipes;
 pub use host::{Host, Scratch};
 pub use name::GuestName;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
-pub use surroundings::Surroundings;
+pub use surroundings::{Surroundings, mebibytes};
 
 use crate::error::Result;
 

@@ -20,10 +20,11 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::GuestName;
-use super::neighbours;
+use super::network_setup::{self, Inside};
 use super::options::Network;
 use super::packets::Packets;
 use super::programs::{Programs, run, run_with};
+use super::{Obstacle, neighbours};
 
 /// A machine's connection: an interface of the host that QEMU serves, in the bridge.
 pub struct Tap<'a>(Link<'a>);
@@ -106,7 +107,7 @@ impl<'a> Tap<'a> {
 }
 
 /// The interface in the namespace.
-const INSIDE: &str = "eth0";
+pub(super) const INSIDE: &str = "eth0";
 /// The pauses before each word to the neighbours.
 const ANNOUNCEMENTS: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(200), Duration::from_millis(500)];
@@ -174,6 +175,36 @@ impl<'a> Link<'a> {
         self.ip_lines(&["-n", name], &inside)
     }
 
+    /// What the guest has set up in the namespace and wouldn't go along with it; nothing if there is no namespace.
+    pub fn uncarried(&self) -> Vec<Obstacle> {
+        if self.namespace().exists() { self.inside().obstacles() } else { Vec::new() }
+    }
+
+    /// Whether the guest has tables of nftables, which want `nft` wherever it comes.
+    pub fn has_tables(&self) -> bool {
+        self.namespace().exists() && self.inside().has_tables()
+    }
+
+    /// Writes what the guest has set up in the namespace into a state's folder.
+    ///
+    /// # Errors
+    /// What can't be carried, or found out.
+    pub fn save(&self, into: &Path) -> Result<(), String> {
+        self.inside().save(into)
+    }
+
+    /// Sets up in the namespace, which was just made, what the state in `from` says.
+    ///
+    /// # Errors
+    /// What can't be set up.
+    pub fn load(&self, from: &Path) -> Result<(), String> {
+        self.inside().load(from, &network_setup::made(self.address, self.gateway))
+    }
+
+    fn inside(&self) -> Inside<'_> {
+        Inside { programs: self.programs, namespace: self.namespace() }
+    }
+
     /// Has the bridge keep its hardware address. By default it is that of one of its ports: it changes as guests come and go, nobody is
     /// told, and who knows the host by that address, as by a gateway's, finds it no more for up to a minute.
     fn fix_bridge(&self) {
@@ -222,20 +253,36 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    /// Whether the bridge is known to give the guest frames.
-    fn lets_in(&self) -> bool {
-        // The last flag of those that `let_in` sets. Where this folder is of another network it isn't known.
+    /// Whether the bridge gives the guest frames, by the last flag of those that `let_in` sets, if that can be seen at once.
+    fn lets_in(&self) -> Option<bool> {
+        // Where this folder is of another network it isn't known.
         let flag = Path::new("/sys/class/net").join(&self.name).join("brport/broadcast_flood");
-        std::fs::read(flag).is_ok_and(|flag| flag.trim_ascii() == b"1")
+        std::fs::read(flag).ok().map(|flag| flag.trim_ascii() == b"1")
+    }
+
+    /// The same, by asking the bridge. An old `bridge` may not say.
+    fn is_said_to_let_in(&self) -> Option<bool> {
+        let words = ["-d", "-j", "link", "show", "dev", &self.name];
+        let said = run(Command::new(self.programs.find("bridge")?).args(words).stdin(Stdio::null())).ok()?;
+        let ports: serde_json::Value = serde_json::from_slice(&said.stdout).ok()?;
+        ports[0]["bcast_flood"].as_bool()
     }
 
     /// Lets everything pass, also what came while the guest was held.
+    ///
+    /// # Errors
+    /// If it is shut, one way or both. What came is kept then, and it can be tried again.
     pub fn release(&self) -> Result<(), String> {
         self.ip(&["link", "set", &self.name, "up"])?;
         // One that was just made lets everything in, and a program for nothing takes milliseconds.
-        if !self.lets_in()
+        if self.lets_in() != Some(true)
             && let Err(error) = self.let_in(true)
         {
+            // One that couldn't be shut by its flags isn't, and need not be opened by them.
+            if self.lets_in().or_else(|| self.is_said_to_let_in()) == Some(false) {
+                let (name, bridge) = (&self.name, self.bridge);
+                return Err(format!("the bridge {bridge} still gives the guest's port {name} no frames: {error}"));
+            }
             tracing::debug!(bridge = self.bridge, error, "a guest's connection was opened without its bridge's flags");
         }
         // The bridge doesn't use its port yet.
@@ -435,6 +482,146 @@ mod tests {
             link.hold().unwrap();
             link.remove().unwrap();
             assert!(!KEPT.lock().contains_key(&link.name), "nothing is kept for who is gone");
+        });
+        if !could {
+            eprintln!("SKIPPED: a network of its own can't be had here (it needs root)");
+        }
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn what_a_guest_has_set_up_in_its_network_goes_along_or_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let could = in_new_network(|| {
+            ip("link add lgbridge type bridge");
+            let programs = Programs::new(folder.path().to_owned(), "layerctl".into(), std::env::var_os("PATH"));
+            let gateway = Some("10.7.0.1".parse().unwrap());
+            let network = Network::Bridge { bridge: "lgbridge".into(), address: "10.7.0.2/24".into(), gateway };
+            let guest = GuestName::new("settled").unwrap();
+            let [here, there] =
+                ["here", "there"].map(|run| Link::of(&programs, &network, &guest, &folder.path().join(run)).unwrap());
+            let says = |link: &Link<'_>, words: &[&str]| {
+                let namespace = format!("--net={}", link.namespace().display());
+                let said = run(Command::new("nsenter").arg(namespace).args(words)).unwrap();
+                String::from_utf8(said.stdout).unwrap()
+            };
+            let state = |name: &str| {
+                let state = folder.path().join(name);
+                std::fs::create_dir(&state).unwrap();
+                state
+            };
+            here.make().unwrap();
+            here.save(&state("plain")).unwrap();
+            assert!(!here.has_tables());
+            let text = std::fs::read(folder.path().join("plain").join(network_setup::FILE)).unwrap();
+            let plain: network_setup::NetworkSetup = serde_json::from_slice(&text).unwrap();
+            let orders = plain.orders(&network_setup::made(here.address, here.gateway)).unwrap();
+            assert_eq!((&*orders[1], &*orders[2]), ("", ""), "there is nothing to do for one that has set up nothing");
+
+            for line in [
+                "ip address add 10.8.0.2/24 dev eth0 label eth0:1",
+                "ip address add fd00::2/64 dev eth0 nodad",
+                "ip address add 10.99.0.1/32 dev lo",
+                "ip route add 10.9.0.0/16 via 10.8.0.9 metric 5 mtu 1400",
+                "ip route add 10.11.0.0/16 nexthop via 10.7.0.3 weight 2 nexthop via 10.8.0.4",
+                "ip route add blackhole 10.10.0.0/16",
+                "ip route add 10.13.0.0/16 via 10.7.0.7 table 77",
+                "ip -6 route add fd01::/64 via fd00::9",
+                "ip -6 route add default via fd00::1",
+                "ip link set eth0 mtu 1400",
+                "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.eth0.rp_filter=2",
+                "nft add table inet CRIU-77",
+                "nft add table inet filter { set bad { type ipv4_addr; elements = { 10.7.0.66, 10.7.0.67 }; }; }",
+                "nft add chain inet filter in { type filter hook input priority 0; policy accept; }",
+                "nft add rule inet filter in ip saddr @bad tcp dport 99 counter drop comment \"never\"",
+            ] {
+                says(&here, &line.split(' ').collect::<Vec<_>>());
+            }
+            assert_eq!(here.uncarried(), []);
+            let moved = state("moved");
+            here.save(&moved).unwrap();
+            there.make().unwrap();
+            there.load(&moved).unwrap();
+            assert!(there.has_tables());
+            let looks = [
+                &["ip", "-o", "address"][..],
+                &["ip", "route", "show", "table", "all"],
+                &["ip", "-6", "route", "show", "table", "main"],
+                &["sysctl", "net.ipv4.ip_forward", "net.ipv4.conf.eth0.rp_filter"],
+                &["cat", "/proc/sys/net/ipv4/ip_forward"],
+                &["nft", "list", "table", "inet", "filter"],
+            ];
+            for look in looks {
+                // An address that can't be looked for without a carrier stays one to be looked for.
+                let plain = |text: String| text.replace(" tentative", "");
+                assert_eq!(plain(says(&there, look)), plain(says(&here, look)), "{look:?}");
+            }
+            assert!(says(&there, &["ip", "link", "show", "eth0"]).contains("mtu 1400"));
+            assert!(says(&there, &["nft", "list", "ruleset"]).contains("drop comment \"never\""));
+            assert!(!says(&there, &["nft", "list", "ruleset"]).contains("CRIU"), "a lock of CRIU's goes along");
+
+            // A state of an earlier version says nothing.
+            there.make().unwrap();
+            there.load(&state("earlier")).unwrap();
+            says(&there, &["nft", "add", "table", "inet", "CRIU-77"]);
+            assert!(!there.has_tables(), "a lock of CRIU's is none of the guest's");
+            for (line, name) in [
+                ("ip tuntap add dev vpn0 mode tun", "vpn0 (tun)"),
+                ("ip rule add from 10.8.0.2 table 77", "a rule for routes"),
+                ("ip -6 rule add from fd00::2 table 77", "a rule for routes"),
+            ] {
+                there.make().unwrap();
+                says(&there, &line.split(' ').collect::<Vec<_>>());
+                let found = there.uncarried();
+                assert!(found.len() == 1 && found[0].what.contains(name), "{line}: {found:?}");
+                let error = there.save(&folder.path().join("moved")).unwrap_err();
+                assert!(error.contains(name), "{line}: {error}");
+            }
+            here.remove().unwrap();
+            there.remove().unwrap();
+        });
+        if !could {
+            eprintln!("SKIPPED: a network of its own can't be had here (it needs root)");
+        }
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr)]
+    fn a_guest_that_the_bridge_still_gives_no_frames_is_not_taken_for_one_that_is_connected() {
+        use crate::guest::criu::write_script;
+
+        let folder = tempfile::tempdir().unwrap();
+        let could = in_new_network(|| {
+            ip("link add lgbridge type bridge");
+            ip("link set lgbridge up");
+            let path = std::env::var_os("PATH").unwrap();
+            let first =
+                std::env::join_paths(std::iter::once(folder.path().to_owned()).chain(std::env::split_paths(&path)));
+            let programs = Programs::new(folder.path().to_owned(), "layerctl".into(), Some(first.unwrap()));
+            let network =
+                Network::Bridge { bridge: "lgbridge".into(), address: "10.7.0.2/24".to_owned(), gateway: None };
+            let guest = GuestName::new("shut").unwrap();
+            let link = Link::of(&programs, &network, &guest, folder.path()).unwrap();
+            link.make().unwrap();
+            link.release().unwrap();
+            link.hold().unwrap();
+            let real = Programs::new(folder.path().to_owned(), "layerctl".into(), Some(path)).find("bridge").unwrap();
+            let wrapper = folder.path().join("bridge");
+            let fails = "case \" $* \" in *' flood on '*) echo no >&2; exit 1;; esac";
+            write_script(&wrapper, &format!("#!/bin/sh\n{fails}\nexec {} \"$@\"\n", real.display())).unwrap();
+            for _ in 0..2 {
+                let error = link.release().unwrap_err();
+                assert!(error.contains("lgbridge") && error.contains("no"), "{error}");
+                assert_eq!(link.is_said_to_let_in(), Some(false));
+                assert!(KEPT.lock().contains_key(&link.name), "what came meanwhile is lost");
+            }
+            std::fs::remove_file(&wrapper).unwrap();
+            link.release().unwrap();
+            assert_eq!(link.is_said_to_let_in(), Some(true));
+            // One that lets everything in needs nothing.
+            write_script(&wrapper, &format!("#!/bin/sh\n{fails}\nexec {} \"$@\"\n", real.display())).unwrap();
+            link.release().unwrap();
+            link.remove().unwrap();
         });
         if !could {
             eprintln!("SKIPPED: a network of its own can't be had here (it needs root)");

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
-use super::container::{Container, Engine, Outcome, PATIENCE, Site};
+use super::container::{Container, DUMP_LOG, Engine, Outcome, PATIENCE, Site};
 use super::criu::with_criu;
 use super::errand::{Note, WORK_PATIENCE};
 use super::exec::ANSWER_PATIENCE;
@@ -241,7 +241,7 @@ impl Engine for Runc {
         if self.has_link_remap() {
             words.push("--link-remap");
         }
-        let log = self.site.run.join("dump.log");
+        let log = self.site.run.join(DUMP_LOG);
         let _ = fs::remove_file(&log);
         self.call(&words, &paths, Some(self.site.dump_to(into))).map_err(|error| with_criu(error, &log))
     }

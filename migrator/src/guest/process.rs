@@ -205,7 +205,7 @@ impl Guest for ProcessGuest {
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
-        Ok(Surroundings::of_processes())
+        Ok(self.site.surroundings(self.first().as_ref()))
     }
 
     fn start(&self) -> Result<()> {
@@ -288,6 +288,10 @@ impl Guest for ProcessGuest {
                 return Err(failed(error));
             }
         };
+        if let Err(error) = self.site.save_network(into) {
+            self.resume()?;
+            return Err(failed(error));
+        }
         let frozen = began.elapsed();
         self.site.shut().map_err(&failed)?;
         let (memory_bytes, other_bytes) = state::sizes(into)?;
@@ -300,7 +304,7 @@ impl Guest for ProcessGuest {
 
     fn resume(&self) -> Result<()> {
         let failed = self.failed("resume");
-        self.criu().resume().map_err(&failed)?;
+        self.criu().resume(self.first().map(|first| first.pid)).map_err(&failed)?;
         if self.first().is_none() {
             return Err(failed("there is nothing left of it".to_owned()));
         }
@@ -317,7 +321,7 @@ impl Guest for ProcessGuest {
         self.must_be_absent("restore")?;
         lazy_pages::stop(&self.site.run);
         let failed = self.failed("restore");
-        self.site.connect().map_err(&failed)?;
+        self.site.connect_from(from).map_err(&failed)?;
         let at_unlock = self.site.link().map(|link| link.release_line());
         let restored = self.criu().restore(from, manner, at_unlock.as_deref()).map_err(&failed);
         self.come_up("restore", restored)

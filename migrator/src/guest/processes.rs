@@ -103,6 +103,15 @@ impl Process {
         })
     }
 
+    /// How much memory it and its descendants would take elsewhere, in bytes: what several share counts once, and what is swapped out counts,
+    /// but not what is only read from files.
+    pub fn own_bytes(&self) -> u64 {
+        let own = |pid: u32| {
+            rollup_bytes(pid, &["Pss_Anon", "Pss_Shmem", "SwapPss"]).or_else(|| status_bytes(pid, "VmRSS")).unwrap_or(0)
+        };
+        self.tree().into_iter().map(own).sum()
+    }
+
     /// It and its descendants, parents first, and its children in the order of their making.
     pub fn tree(&self) -> Vec<u32> {
         let mut all = vec![self.pid];
@@ -133,6 +142,17 @@ pub fn status_bytes(pid: u32, field: &str) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// A sum of fields of `/proc/PID/smaps_rollup`, in bytes; nothing where the kernel doesn't say.
+fn rollup_bytes(pid: u32, fields: &[&str]) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let found = fields.iter().filter_map(|field| {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    });
+    let found: Vec<u64> = found.collect();
+    (!found.is_empty()).then(|| found.iter().sum())
 }
 
 /// Waits until `is_so`. False if it isn't after `patience`.

@@ -499,6 +499,7 @@ impl Guest for QemuGuest {
             arch: Some(std::env::consts::ARCH.to_owned()),
             accels: self.options.accels_of(here),
             emulator: self.version(),
+            memory: self.process().as_ref().map(Process::own_bytes).or_else(super::memory::obtainable),
             ..Surroundings::default()
         })
     }

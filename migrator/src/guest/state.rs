@@ -19,6 +19,11 @@ use super::pagemap;
 /// The name of a file that is memory and nothing else, from the guest's first address on, with holes where it has none.
 pub const MEMORY_FILE: &str = "memory.raw";
 
+/// Whether a state's file of this name is memory.
+pub(super) fn is_memory(name: &[u8]) -> bool {
+    name.starts_with(b"pages-") || name == MEMORY_FILE.as_bytes()
+}
+
 /// Makes the files in `folder` a layer called `name`, whatever that was before. `previous` is an earlier state of the same
 /// guest.
 ///
@@ -57,7 +62,7 @@ pub fn sizes(folder: &Path) -> Result<(u64, u64)> {
         let entry = entry.map_err(failed)?;
         let metadata = entry.metadata().map_err(failed)?;
         let name = entry.file_name();
-        let is_memory = name.as_encoded_bytes().starts_with(b"pages-") || name == MEMORY_FILE;
+        let is_memory = is_memory(name.as_encoded_bytes());
         // Of a file with holes only what is there counts.
         let bytes = metadata.len().min(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512);
         *(if is_memory { &mut memory } else { &mut other }) += bytes;

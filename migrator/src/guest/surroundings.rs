@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::Obstacle;
+use super::{Obstacle, memory};
 
 /// What a host is, as far as a guest may depend on it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,17 +23,22 @@ pub struct Surroundings {
     pub accels: BTreeSet<String>,
     /// The emulator's version.
     pub emulator: Option<(u32, u32)>,
+    /// Memory in bytes: at the source what the guest has in use, at the destination what there is for it.
+    pub memory: Option<u64>,
+    /// At the source whether the guest has tables of nftables, at the destination whether it has `nft` to make them.
+    pub nft: bool,
 }
 
 impl Surroundings {
-    /// What the processes of this host see.
-    pub fn of_processes() -> Surroundings {
+    /// What the processes of this host see; `memory` is what those of a guest have in use that runs here.
+    pub fn of_processes(memory: Option<u64>) -> Surroundings {
         let uname = rustix::system::uname();
         let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         Surroundings {
             arch: Some(std::env::consts::ARCH.to_owned()),
             kernel: version(&uname.release().to_string_lossy()),
             abilities: abilities(&cpu),
+            memory: memory.or_else(memory::obtainable),
             ..Surroundings::default()
         }
     }
@@ -71,6 +76,20 @@ impl Surroundings {
             );
             found.push(Obstacle::new(what, "update it"));
         }
+        if let (Some(here), Some(there)) = (self.memory, needed.memory)
+            && here < there
+        {
+            let what = format!(
+                "the guest has {} in use, and the destination has only {} for it",
+                mebibytes(there),
+                mebibytes(here)
+            );
+            found.push(Obstacle::new(what, "end something there or give it swap, or move with --postcopy"));
+        }
+        if needed.nft && !self.nft {
+            let what = "the guest has tables of nftables, and the destination has no `nft` to make them";
+            found.push(Obstacle::new(what, "apt-get install nftables there"));
+        }
         for accel in needed.accels.difference(&self.accels) {
             let fix = match accel.as_str() {
                 "kvm" => {
@@ -88,6 +107,11 @@ const ANEW: &str = "begin it anew there: guest stop, guest checkpoint or push of
 
 const FORCE: &str = "--force-kernel moves it all the same: it may not be restored there, and then comes back, or its programs may fail \
                      later, when they use what that kernel lacks";
+
+/// An amount of memory, for people.
+pub fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB of memory", bytes.div_ceil(1 << 20))
+}
 
 /// The first two numbers of a version.
 pub(super) fn version(text: &str) -> Option<(u32, u32)> {
@@ -152,6 +176,19 @@ mod tests {
         };
         assert_eq!(machine("tcg", (9, 2)).lacks(&machine("kvm", (10, 0))).len(), 2);
         assert!(machine("tcg", (10, 1)).lacks(&machine("tcg", (10, 0))).is_empty());
+        let memory = |bytes| Surroundings { memory: Some(bytes), ..Surroundings::default() };
+        assert!(memory(6 << 30).lacks(&memory(6 << 30)).is_empty());
+        let found = memory(2 << 30).lacks(&memory((6 << 30) - 1));
+        assert!(
+            found.len() == 1 && found[0].what.contains("6144 MiB") && found[0].what.contains("2048 MiB"),
+            "{found:?}"
+        );
+        let rules = Surroundings { nft: true, ..Surroundings::default() };
+        assert!(rules.lacks(&rules).is_empty() && rules.lacks(&Surroundings::default()).is_empty());
+        assert_eq!(Surroundings::default().lacks(&rules).len(), 1);
+        // A host of an earlier version says nothing of it.
+        assert!(memory(0).lacks(&serde_json::from_str("{}").unwrap()).is_empty());
+        assert!(Surroundings::default().lacks(&memory(6 << 30)).is_empty());
         let arm = Surroundings { arch: Some("aarch64".to_owned()), ..here.clone() };
         let intel = Surroundings { arch: Some("x86_64".to_owned()), ..here };
         assert_eq!(arm.lacks(&intel).len(), 1);

@@ -8,6 +8,7 @@ use layerfs::manifest::Manifest;
 use tokio::task::spawn_blocking;
 
 use super::ground::{Laid, WENT_ON};
+use super::memory::must_fit;
 use super::{Arrival, HookPoint, Migrations, busy};
 use crate::error::{Error, Result};
 use crate::guest::{
@@ -167,7 +168,11 @@ impl Migrations {
                     GuestSide::Destination
                 })?);
                 // What isn't understood isn't compared: it may be of a later version.
-                let there: Surroundings = serde_json::from_str(&prepare.surroundings).unwrap_or_default();
+                let mut there: Surroundings = serde_json::from_str(&prepare.surroundings).unwrap_or_default();
+                if prepare.post_copy {
+                    // It takes what it touches, when it does.
+                    there.memory = None;
+                }
                 found.extend(guest.surroundings()?.lacks(&there));
             }
             Err(error) => found.push(Obstacle::new(error.to_string(), "use a driver that the destination has")),
@@ -403,7 +408,18 @@ impl Migrations {
         if let Some(kept) = arrival.kept.take().filter(|_| !layers.lazily) {
             arrival.memory = kept.lock().finish(store, layers.state);
         }
+        self.must_fit(row, layers, arrival)?;
         self.0.hooks.run(HookPoint::BeforeRestore, row)
+    }
+
+    /// Fails if there is less memory than the guest has, all of which is to be read first: who takes more has others ended.
+    fn must_fit(&self, row: &Row, layers: Layers, arrival: &Arrival) -> Result<()> {
+        match layers.lazily {
+            true => Ok(()),
+            false => {
+                must_fit(&*self.0.host, self.0.guests.store(), (row.guest(), layers.state), arrival.memory.as_ref())
+            }
+        }
     }
 
     fn open(&self, row: &Row, layers: Layers, arrival: &mut Arrival) -> Result<PathBuf> {
@@ -470,6 +486,7 @@ impl Migrations {
             Laid::Anew => self.furnish(row, layers)?,
             Laid::Newer => return Ok(Tried::WentOn),
         }
+        self.must_fit(row, layers, arrival)?;
         let path = self.open(row, layers, arrival)?;
         let mut remark = None;
         if layers.lazily {

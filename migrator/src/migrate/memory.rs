@@ -12,9 +12,9 @@ use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 
 use super::Migrations;
-use crate::error::Result;
-use crate::guest::GuestName;
-use crate::guest::memory::Memory;
+use crate::error::{Error, Result};
+use crate::guest::memory::{self, Memory};
+use crate::guest::{GuestName, Host, mebibytes};
 
 /// The names of rounds' states, after `guest/NAME/`, which are used in turn.
 const ROUNDS: [&str; 2] = ["round-0", "round-1"];
@@ -91,10 +91,32 @@ fn brought(store: &Arc<Store>, layer: LayerId, last: Option<Memory>) -> Result<O
     }
 }
 
+/// Fails if `host` can't give a guest the memory of `state`, of which `kept` is here already.
+///
+/// # Errors
+/// That, with both figures; those of the store.
+pub(super) fn must_fit(
+    host: &dyn Host,
+    store: &Arc<Store>,
+    (name, state): (&GuestName, LayerId),
+    kept: Option<&Memory>,
+) -> Result<()> {
+    let Some(free) = host.memory() else { return Ok(()) };
+    let room = free.saturating_add(kept.map_or(0, Memory::held_bytes));
+    match memory::exceeds(store, state, room)? {
+        None => Ok(()),
+        Some(bytes) => {
+            let detail = format!(
+                "it has {}, and this host has only {} for it; end something here, or move it with --postcopy",
+                mebibytes(bytes),
+                mebibytes(room)
+            );
+            Err(Error::guest("restore", name, detail))
+        }
+    }
+}
+
 /// Whether so much memory is free.
 fn has_room(bytes: u64) -> bool {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kilobytes.is_some_and(|kilobytes| kilobytes << 10 > bytes)
+    memory::available().is_some_and(|available| available > bytes)
 }

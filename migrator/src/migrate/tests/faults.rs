@@ -658,6 +658,32 @@ async fn a_host_that_lacks_what_the_guest_may_use_is_found_before_anything_chang
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guest_does_not_come_where_its_memory_has_no_room() {
+    let two = Two::new().await;
+    let with = |memory| Surroundings { memory: Some(memory), ..Surroundings::default() };
+    two.world.furnish("a", with(6 << 30));
+    two.world.furnish("b", with(2 << 30));
+    let error = two.migrate(false, MigrateOptions::default()).await.unwrap_err().to_string();
+    assert!(error.contains("6144 MiB") && error.contains("2048 MiB") && error.contains("--postcopy"), "{error}");
+    assert_eq!((two.check(), two.b.state(&two.name)), ("a".to_owned(), None));
+    // Something else takes it while the guest is on its way, of which nothing is kept there yet.
+    two.world.furnish("a", with(1 << 20));
+    two.world.furnish("b", with(1 << 20));
+    two.world.leave("b", 0);
+    let at_once = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
+    let error = two.migrate(false, at_once).await.unwrap_err().to_string();
+    assert!(error.contains("1 MiB of memory") && error.contains("end something here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    // What it needs not have at once may come later.
+    let max_downtime = Some(std::time::Duration::from_millis(1));
+    let lazily = MigrateOptions { post_copy: true, max_downtime, ..MigrateOptions::default() };
+    two.world.furnish("a", with(6 << 30));
+    two.migrate(false, lazily).await.unwrap();
+    assert_eq!(two.check(), "b");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_question_and_answer_may_be_lost_for_a_while_or_for_long() {
     // Prepare twice (dry, then not), Stage, Commit; then Abort, if it comes to that.
     for question in 1..=4 {

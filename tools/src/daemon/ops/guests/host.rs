@@ -18,7 +18,7 @@ use layerfs::store::Expect;
 use layerfs::upper;
 use layerfs::{Error, LayerId, LayerName};
 use migrator::Result;
-use migrator::guest::{GuestName, Host};
+use migrator::guest::{GuestName, Host, memory};
 use parking_lot::Mutex;
 
 use crate::daemon::Daemon;
@@ -119,6 +119,12 @@ fn make_new(above: &Path) -> layerfs::Result<PathBuf> {
     }
 }
 
+/// Whether a state of about so many `bytes` may lie on memory, of which the folder takes `in_folder` bytes at most and the machine has
+/// `available`: what a folder takes need not be there. It is let be twice as long as it was thought to be.
+fn fits_in_memory(bytes: u64, in_folder: u64, available: Option<u64>) -> bool {
+    in_folder.min(available.unwrap_or(0)) / 2 > bytes
+}
+
 /// Removes folders in which nothing is; others are somebody's.
 fn remove_empty<'a>(folders: impl IntoIterator<Item = &'a Path>) {
     folders.into_iter().for_each(|path| drop(std::fs::remove_dir(path)));
@@ -161,7 +167,8 @@ impl Host for DaemonHost {
     }
 
     fn scratch(&self, guest: &GuestName, bytes: u64) -> Result<PathBuf> {
-        let is_enough = rustix::fs::statvfs(MEMORY).is_ok_and(|stat| stat.f_bavail * stat.f_frsize / 2 > bytes);
+        let in_folder = rustix::fs::statvfs(MEMORY).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+        let is_enough = fits_in_memory(bytes, in_folder, memory::available());
         let place = memory(&self.daemon);
         let _held = IN_MEMORY.lock();
         let in_memory = is_enough.then(|| make_private(&place).and_then(|()| make_new(&place.join(guest.as_str()))));
@@ -170,6 +177,10 @@ impl Host for DaemonHost {
             // Not among what a start of the daemon removes.
             _ => Ok(make_new(&folder(&self.daemon.settings.store, guest).join(SCRATCH))?),
         }
+    }
+
+    fn memory(&self) -> Option<u64> {
+        memory::obtainable()
     }
 
     fn remove_scratch(&self, guest: &GuestName, path: &Path) -> Result<()> {
@@ -258,6 +269,15 @@ impl Host for DaemonHost {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_lies_on_memory_only_if_the_machine_has_it() {
+        let gib = |n: u64| n << 30;
+        assert!(fits_in_memory(gib(3), gib(8), Some(gib(8))));
+        assert!(!fits_in_memory(gib(3), gib(5), Some(gib(8))), "the folder takes less");
+        assert!(!fits_in_memory(gib(3), gib(8), Some(gib(5))), "the machine has less");
+        assert!(!fits_in_memory(0, gib(8), None), "it isn't known");
+    }
 
     #[test]
     fn what_an_earlier_daemon_has_left_is_no_new_folder() {

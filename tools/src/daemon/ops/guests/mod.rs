@@ -195,7 +195,11 @@ pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
             let failure = Failure::new(Class::Busy, format!("guest {name} stands still"));
             return Err(failure.hint(format!("`layerctl guest stop {name}` ends it")));
         }
-        (Activity::Running, _) => {
+        (Activity::Running, state) => {
+            // It may still be cut off from its network.
+            if state == GuestState::Running {
+                guest.resume()?;
+            }
             return Err(Failure::new(Class::Busy, format!("guest {name} runs already")));
         }
     }
