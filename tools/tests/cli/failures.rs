@@ -148,10 +148,14 @@ fn what_can_be_done_about_it_is_told() {
 /// As `su` without `-` leaves it: the environment is another user's.
 #[test]
 fn a_config_file_that_may_not_be_read_has_a_way_out() {
-    use std::os::unix::fs::DirBuilderExt;
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     use std::os::unix::process::CommandExt;
     let host = Host::new();
-    let mut command = host.command(&["list"]);
+    // Where it lies may be a folder that others may not enter.
+    let program = host.path("layerctl");
+    std::fs::copy(env!("CARGO_BIN_EXE_layerctl"), &program).unwrap();
+    std::fs::set_permissions(host.path(""), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = host.command_as(&program, &["list"]);
     let private = host.path("private");
     std::fs::DirBuilder::new().mode(0o700).create(&private).unwrap();
     command.env("LAYERFS_CONFIG", private.join("config.toml")).current_dir("/").uid(65534).gid(65534);
