@@ -250,6 +250,40 @@ fn a_seal_holds_writers_back() {
     assert!(mounted.comes_to((0, 0)), "{:?}", mounted.mount.fs().unwrap().upper_counts());
 }
 
+/// More than there are threads: each wants to change something, and waits.
+#[test]
+fn look_ups_and_reads_go_on_however_many_wait_for_a_seal() {
+    const CREATORS: usize = 40;
+    let Some(mounted) = mounted() else { return };
+    let fs = mounted.mount.fs().unwrap();
+    // In a folder of its own each: the kernel makes one file in a folder at a time.
+    let folders: Vec<_> = (0..CREATORS).map(|number| mounted.path(&number.to_string())).collect();
+    folders.iter().for_each(|folder| fs::create_dir(folder).unwrap());
+    let sealed = mounted.path("sealed");
+    mounted.close(fs::write(&sealed, vec![5; BYTES]));
+    mounted.seal();
+    let (send, answers) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        let create = |folder: &PathBuf| fs::write(folder.join("new"), b"new").unwrap();
+        let creators: Vec<_> = folders.iter().map(|folder| scope.spawn(move || create(folder))).collect();
+        let all_wait = within_seconds(20, || fs.running(Duration::ZERO, false).len() == CREATORS);
+        let path = mounted.path("absent");
+        let sealed = &sealed;
+        scope.spawn(move || send.send((fs::exists(path).unwrap(), fs::read(sealed).unwrap())));
+        let answer = answers.recv_timeout(Duration::from_secs(20));
+        let still_wait = creators.iter().all(|creator| !creator.is_finished());
+        // Before anything fails: who waits can't be joined else.
+        drop(frozen);
+        assert!(all_wait, "not all are heard");
+        assert_eq!(answer.expect("nobody answers while a seal goes on"), (false, vec![5; BYTES]));
+        assert!(still_wait, "a change got through");
+    });
+    for folder in folders {
+        assert_eq!(fs::read(folder.join("new")).unwrap(), b"new");
+    }
+}
+
 #[test]
 fn a_file_in_use_goes_on_after_a_seal_and_leaves_the_upper_when_it_is_closed() {
     let Some(mounted) = mounted() else { return };
