@@ -3,7 +3,7 @@
 //! The kernel tells a filesystem of each signal that a request's caller gets, not whether it ends it. So whoever waits for
 //! long on a caller's behalf (for a chunk that another host has) asks here now and then. Hides that /proc is read for it.
 //!
-//! And before a thread waits it says so ([`waits`]): others may count on it meanwhile.
+//! And before a thread waits it says so ([`waits`], [`stands_aside`]): others may count on it meanwhile.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -23,22 +23,57 @@ enum Waiter {
     Until(Rc<dyn Fn() -> bool>),
 }
 
-thread_local! {
-    static WAITER: RefCell<Waiter> = const { RefCell::new(Waiter::Unknown) };
-    static BEFORE_WAITS: RefCell<Option<Rc<dyn Fn()>>> = const { RefCell::new(None) };
+/// What a thread tells of its waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// It is about to wait for others, or for a disk.
+    Begins,
+    /// The same, and what it waits for may itself need others to be served.
+    StandsAside,
+    /// That is over.
+    IsBack,
 }
 
-/// From now on `tell` is called before this thread waits for others.
-pub fn before_waits(tell: impl Fn() + 'static) {
-    BEFORE_WAITS.replace(Some(Rc::new(tell)));
+/// Who is told of a thread's waiting.
+type Tell = Rc<dyn Fn(Wait)>;
+
+thread_local! {
+    static WAITER: RefCell<Waiter> = const { RefCell::new(Waiter::Unknown) };
+    static WAITS: RefCell<Option<Tell>> = const { RefCell::new(None) };
+}
+
+/// From now on `tell` is called when this thread waits for others.
+pub fn on_waits(tell: impl Fn(Wait) + 'static) {
+    WAITS.replace(Some(Rc::new(tell)));
+}
+
+fn told(wait: Wait) {
+    let tell = WAITS.with_borrow(Clone::clone);
+    if let Some(tell) = tell {
+        tell(wait);
+    }
 }
 
 /// This thread is about to wait for others, or for a disk.
 pub fn waits() {
-    let tell = BEFORE_WAITS.with_borrow(Clone::clone);
-    if let Some(tell) = tell {
-        tell();
+    told(Wait::Begins);
+}
+
+/// A thread that isn't counted among those that serve, until this is dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct Aside(());
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        told(Wait::IsBack);
     }
+}
+
+/// This thread is about to wait for what may last, and may itself need others to be served.
+pub fn stands_aside() -> Aside {
+    told(Wait::StandsAside);
+    Aside(())
 }
 
 /// Does `work`, which is of no use any more once `is_given_up` says so.
@@ -90,6 +125,17 @@ fn is_dying(thread: u32) -> bool {
 mod tests {
     use super::*;
     use crate::testing::Spawn;
+
+    #[test]
+    fn who_stands_aside_is_back_afterwards() {
+        let told = Rc::new(RefCell::new(Vec::new()));
+        let tells = told.clone();
+        on_waits(move |wait| tells.borrow_mut().push(wait));
+        let aside = stands_aside();
+        waits();
+        drop(aside);
+        assert_eq!(*told.borrow(), [Wait::StandsAside, Wait::Begins, Wait::IsBack]);
+    }
 
     #[test]
     fn a_thread_that_has_gone_waits_for_nothing() {

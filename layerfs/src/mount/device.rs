@@ -3,7 +3,8 @@
 //! Threads share one descriptor, which outlives the daemon in the keeper's hands: what a daemon that died has read and not
 //! answered comes again from it. One thread reads at a time and serves what it has read ([`Role`]); before what may take long,
 //! and while more is waiting than one thread gets done, another reads on. Memory: a thread has room for the largest request and the
-//! largest answer, 2 MiB, of which what was once used is resident.
+//! largest answer, 2 MiB, of which what was once used is resident. A thread that stands aside doesn't count: there are as many more
+//! then, which end when it is back.
 //!
 //! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
 //! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
@@ -26,7 +27,7 @@ use super::awake::Pace;
 use super::front::Front;
 use super::leader::{Role, Turn};
 use super::requests;
-use crate::patience;
+use crate::patience::{self, Wait};
 
 /// The most that a request writes, or an answer reads.
 pub(super) const DATA_BYTES: usize = 1 << 20;
@@ -129,7 +130,7 @@ impl Served {
     fn work(self: Arc<Served>) {
         let role = self.role.clone();
         self.take_turns();
-        patience::before_waits(|| {});
+        patience::on_waits(|_| {});
         drop(self);
         role.leave();
     }
@@ -138,7 +139,12 @@ impl Served {
         let request = vec![0; REQUEST_BYTES];
         let mut hands = Hands { request, answer: Room::new(), turn: Rc::default() };
         let (served, turn) = (self.clone(), hands.turn.clone());
-        patience::before_waits(move || {
+        patience::on_waits(move |wait| {
+            match wait {
+                Wait::Begins => {}
+                Wait::StandsAside => served.stand_aside(),
+                Wait::IsBack => return served.role.come_back(),
+            }
             if let Some(turn) = turn.take() {
                 served.give(turn);
             }
@@ -166,6 +172,12 @@ impl Served {
     fn give(self: &Arc<Served>, turn: Turn) {
         self.at_once.store(0, Ordering::Relaxed);
         if self.role.give(turn) {
+            self.add_thread();
+        }
+    }
+
+    fn stand_aside(self: &Arc<Served>) {
+        if self.role.stand_aside() {
             self.add_thread();
         }
     }

@@ -6,7 +6,12 @@
 //! millisecond whether the leader has got stuck, on a disk or a lock that nobody foresaw, and takes the role then. When nothing comes
 //! all sleep.
 //!
-//! Invariants: one thread at most reads; as long as fewer than `limit` threads are busy, somebody reads or is about to.
+//! Who waits for the end of a seal, or for who may do so, *stands aside*: it isn't counted, and another thread is made for it if need be.
+//! Else as many programs that change something as there are threads would keep all others from reading, and the seal from a writer whose
+//! bytes are read from here. So may 256 threads; others that wait count as busy.
+//!
+//! Invariants: one thread at most reads; as long as fewer than `limit` threads are busy, but for those aside, somebody reads or is about
+//! to.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,6 +21,9 @@ use parking_lot::{Condvar, Mutex};
 
 /// What the deputy waits between two looks: the longest that a request waits for a leader who is stuck, about.
 const LOOKS_EVERY: Duration = Duration::from_millis(1);
+
+/// So many threads may stand aside and not count.
+const ASIDE_MAX: usize = 256;
 
 /// What the role is at, in the low bits of its word; the others count the changes.
 const PHASE: u64 = 3;
@@ -57,6 +65,8 @@ pub(super) struct Role {
 #[derive(Debug, Default)]
 struct Posts {
     threads: usize,
+    /// Of the threads, those that stand aside.
+    aside: usize,
     waiting: usize,
     has_deputy: bool,
     result: Option<io::Result<()>>,
@@ -95,7 +105,12 @@ impl Role {
         self.word.compare_exchange(from.0, to.0, Ordering::SeqCst, Ordering::SeqCst).ok().map(|_| to)
     }
 
-    /// Waits for the role; none once the mount has ended.
+    /// How many threads there may be now.
+    fn most(&self, posts: &Posts) -> usize {
+        self.limit + posts.aside.min(ASIDE_MAX)
+    }
+
+    /// Waits for the role; none if the calling thread shall end, as the mount has ended or there are too many.
     pub fn wait(&self) -> Option<Taken> {
         let mut posts = self.posts.lock();
         let mut last = None;
@@ -110,6 +125,10 @@ impl Role {
                 }
                 continue;
             }
+            // The deputy stays, so that somebody has the role or looks for it.
+            if posts.has_deputy && posts.threads > self.most(&posts) {
+                return None;
+            }
             posts.waiting += 1;
             if posts.has_deputy {
                 self.free.wait(&mut posts);
@@ -121,13 +140,19 @@ impl Role {
             }
             posts.waiting -= 1;
         };
-        let wants_thread = posts.waiting == 0 && posts.threads < self.limit;
-        posts.threads += usize::from(wants_thread);
+        let wants_thread = self.takes_thread(&mut posts);
         // Somebody shall be the deputy, now or after this one.
         if !posts.has_deputy {
             self.free.notify_one();
         }
         Some(Taken { turn, wants_thread })
+    }
+
+    /// Whether there shall be one thread more, which counts already, as nobody waits for the role.
+    fn takes_thread(&self, posts: &mut Posts) -> bool {
+        let wants_thread = posts.waiting == 0 && posts.threads < self.most(posts);
+        posts.threads += usize::from(wants_thread);
+        wants_thread
     }
 
     /// What the deputy does between two looks, of which the one before showed `last` and this one `seen`. Returns what he
@@ -178,11 +203,23 @@ impl Role {
             self.free.notify_one();
         } else if posts.has_deputy {
             self.deputy.notify_one();
-        } else if posts.threads < self.limit {
-            posts.threads += 1;
-            return true;
+        } else {
+            return self.takes_thread(&mut posts);
         }
         false
+    }
+
+    /// The calling thread stands aside from here on, and isn't counted until [`Role::come_back`]. If it has the role it
+    /// gives it away next. Returns whether there shall be one thread more, which counts already.
+    pub fn stand_aside(&self) -> bool {
+        let mut posts = self.posts.lock();
+        posts.aside += 1;
+        self.takes_thread(&mut posts)
+    }
+
+    /// What [`Role::stand_aside`] began is over.
+    pub fn come_back(&self) {
+        self.posts.lock().aside -= 1;
     }
 
     /// A thread ends, or one that counts couldn't be made.
@@ -246,6 +283,61 @@ mod tests {
         assert!(role.reads(serving).is_none());
         assert!(!role.give(serving));
         assert_eq!(role.turn(), theirs);
+    }
+
+    #[test]
+    fn who_stands_aside_is_replaced_and_one_too_many_ends_when_it_is_back() {
+        let role = Arc::new(Role::new(1));
+        for _ in 0..2 {
+            let taken = role.wait().unwrap();
+            assert!(!taken.wants_thread, "the limit is reached");
+            let serving = role.serves(taken.turn, false);
+            assert!(role.stand_aside(), "nobody else reads");
+            assert!(!role.give(serving), "there shall be one more only");
+        }
+        let taken = role.wait().unwrap();
+        assert!(!taken.wants_thread, "two stand aside, and one reads");
+        role.come_back();
+        role.come_back();
+        let deputy = {
+            let role = role.clone();
+            std::thread::spawn(move || role.wait().is_none())
+        };
+        while !role.posts.lock().has_deputy {
+            std::thread::yield_now();
+        }
+        assert!(role.wait().is_none(), "there are three");
+        role.leave();
+        assert!(!deputy.is_finished() && role.posts.lock().result.is_none());
+        assert_eq!(role.turn(), taken.turn);
+        role.end(Ok(()));
+        assert!(deputy.join().unwrap());
+    }
+
+    #[test]
+    fn who_stands_aside_while_others_wait_needs_no_thread() {
+        let role = Arc::new(Role::new(2));
+        let taken = role.wait().unwrap();
+        let deputy = {
+            let role = role.clone();
+            std::thread::spawn(move || role.wait().unwrap())
+        };
+        while !role.posts.lock().has_deputy {
+            std::thread::yield_now();
+        }
+        assert!(taken.wants_thread && !role.stand_aside());
+        let serving = role.serves(taken.turn, false);
+        assert!(!role.give(serving));
+        assert!(deputy.join().unwrap().wants_thread, "who takes the role has no deputy");
+    }
+
+    #[test]
+    fn so_many_may_stand_aside_and_no_more() {
+        let role = Role::new(2);
+        assert!(role.wait().unwrap().wants_thread);
+        assert_eq!((0..2 * ASIDE_MAX).filter(|_| role.stand_aside()).count(), ASIDE_MAX);
+        (0..2 * ASIDE_MAX).for_each(|_| role.come_back());
+        assert_eq!(role.posts.lock().threads, 2 + ASIDE_MAX);
     }
 
     #[test]

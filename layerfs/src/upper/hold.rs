@@ -7,6 +7,10 @@
 //! the kernel ends the threads, and with them the locks. Reading takes no such lock on ext4 and others; seeking for holes and truncating
 //! do. Where reading does too (XFS, NFS), a seal would wait for itself, so nothing is passed through there.
 //!
+//! What isn't held back: a direct write that was submitted and not waited for (`io_submit`, io_uring). It has set the file's times and
+//! let go of the lock, and its bytes may come at any time until its descriptor is closed. So that a file's stamp is the same after a hold
+//! says nothing as long as somebody had it open for writing.
+//!
 //! Side effect: the data files' times of change are those of the hold.
 
 use std::collections::BTreeMap;

@@ -289,7 +289,8 @@ impl Fs {
     /// Holds seals back.
     fn changes(&self) -> RwLockReadGuard<'_, ()> {
         let gate = self.gate.try_read().unwrap_or_else(|| {
-            patience::waits();
+            // A seal waits for writers past us, who may wait for a read.
+            let _aside = patience::stands_aside();
             self.gate.read()
         });
         self.close_late();

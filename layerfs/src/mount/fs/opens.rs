@@ -21,6 +21,7 @@ use super::super::errno::FsResult;
 use super::attrs::{clear_privileges, is_privileged, may_lose_bits};
 use super::behind::Prepared;
 use super::late::{Doubts, Queue};
+use super::sealing::HeldFile;
 use super::{Fs, SHARDS, State};
 use crate::attr::Time;
 use crate::id::Ino;
@@ -63,7 +64,7 @@ pub trait Backings: Send + Sync {
 pub(super) struct Open {
     slot: OpenSlot,
     pub record: OpenRecord,
-    /// The data file's stamp when it was last sealed as it was.
+    /// The data file's stamp when it was last sealed as it was, and nobody could have it open for writing.
     sealed: Option<Stamp>,
 }
 
@@ -625,16 +626,28 @@ impl Fs {
         self.opens.is_closed.store(false, Ordering::Release);
     }
 
-    /// The files `in_use`, which stay in the upper, were sealed as their data files are now. Whoever calls it holds their writers
-    /// back, and waits here until what they write next has another time.
-    pub(super) fn were_sealed(&self, upper: &Upper, in_use: &[Ino]) {
+    /// The files `in_use`, which stay in the upper, were sealed as their data files are now, but for those that somebody had open for
+    /// writing: a write that the hold doesn't hold back may end in one of these, and leave the stamp as it is. They stay until the next
+    /// seal, which reads them again. Whoever calls it holds their writers back, and waits here until what they write next has another
+    /// time.
+    pub(super) fn were_sealed(&self, upper: &Upper, in_use: &[Ino], held: &HashMap<Ino, HeldFile>) {
         let stamps = in_use.iter().filter_map(|ino| Some((*ino, upper.data().stamp(*ino).ok()?)));
         let stamps: Vec<_> = stamps.collect();
         let Some(newest) = stamps.iter().map(|(_, stamp)| stamp.mtime).max() else { return };
         until_passed(newest);
         for (ino, stamp) in stamps {
-            if let Some(open) = self.opens.shard(ino).lock().get_mut(&ino) {
-                open.sealed = Some(stamp).filter(|stamp| has_passed(stamp.mtime));
+            let sealed = Some(stamp).filter(|stamp| has_passed(stamp.mtime));
+            let is_ours_alone = held.get(&ino).is_some_and(|file| file.is_ours_alone);
+            let is_open = match self.opens.shard(ino).lock().get_mut(&ino) {
+                Some(open) => {
+                    open.sealed = sealed.filter(|_| open.record.writers == 0 || is_ours_alone);
+                    true
+                }
+                None => false,
+            };
+            // Who read it has closed it since. The closing of writers waits to be counted.
+            if let Some(sealed) = sealed.filter(|_| !is_open) {
+                self.drop_sealed(upper, ino, sealed);
             }
         }
     }
@@ -664,7 +677,12 @@ impl Fs {
         let mut state = self.state.write();
         let Some(inode) = state.tables.inode(ino) else { return Ok(()) };
         let is_whole = inode.backed.is_some_and(|backed| backed.base_bytes == 0);
-        if !is_whole || inode.inode.nlink == 0 || self.opens.get(ino).is_some() || upper.data().stamp(ino)? != sealed {
+        if !is_whole || inode.inode.nlink == 0 || self.opens.get(ino).is_some() {
+            return Ok(());
+        }
+        // Not as the tables have it: what was stored through a mapping that has ended may be news.
+        let stat = upper.data().stat(ino)?;
+        if (stat.bytes, stat.mtime) != (sealed.bytes, sealed.mtime) {
             return Ok(());
         }
         let Some(below) = state.view.inode(ino)? else { return Ok(()) };

@@ -68,6 +68,8 @@ impl Drop for ClosedGate<'_> {
 pub struct HeldFile {
     /// Where its data is, if it has holes and that is known.
     pub data: Option<Vec<Range<u64>>>,
+    /// Whether nobody has it open any more, whatever we have heard of: then no write is under way that the hold doesn't hold back.
+    pub(super) is_ours_alone: bool,
 }
 
 /// The tables of a frozen filesystem, and the view that they lie on.
@@ -190,7 +192,7 @@ impl Fs {
         let failed = |errno: Errno| Error::io("looking at open files", std::io::Error::from_raw_os_error(errno.0));
         self.catch_up_all(upper, &mut self.state.write()).map_err(failed)?;
         let mut attempts = 0;
-        let (hold, held) = loop {
+        let (hold, mut held) = loop {
             let (hold, held, is_known) = hold_once(upper, files)?;
             attempts += 1;
             if is_known || attempts == HOLD_ATTEMPTS {
@@ -211,6 +213,8 @@ impl Fs {
             drop(state);
             upper.data().write_back(*ino)?;
         }
+        // Who has it from now on can't write before the hold ends.
+        held.iter_mut().for_each(|(ino, file)| file.is_ours_alone = upper.data().is_ours_alone(*ino));
         Ok((hold, held))
     }
 }
@@ -228,7 +232,7 @@ fn hold_once(upper: &Upper, files: &[Ino]) -> Result<(Hold, HashMap<Ino, HeldFil
         // Where no space was taken since, no hole was filled.
         let is_same = upper.data().stat(*ino)?.blocks == blocks;
         is_known &= data.is_none() || is_same;
-        held.insert(*ino, HeldFile { data: data.filter(|_| is_same) });
+        held.insert(*ino, HeldFile { data: data.filter(|_| is_same), is_ours_alone: false });
     }
     Ok((hold, held, is_known))
 }
@@ -291,7 +295,7 @@ impl Frozen<'_> {
         self.fs.readers.lock().clear();
         drop(state);
         backed.into_iter().for_each(|ino| self.upper.data().remove(ino));
-        self.fs.were_sealed(self.upper, &self.in_use.all);
+        self.fs.were_sealed(self.upper, &self.in_use.all, &self.held);
         folders.sort_unstable();
         folders.dedup();
         folders

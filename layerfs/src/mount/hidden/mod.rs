@@ -167,7 +167,8 @@ impl Hidden {
     pub fn turn(&self, ino: Ino) -> Turn<'_> {
         let mut turns = self.turns.lock();
         if turns.contains(&ino) {
-            parking_lot::MutexGuard::unlocked(&mut turns, patience::waits);
+            // Who has it may wait for the end of a seal.
+            let _aside = parking_lot::MutexGuard::unlocked(&mut turns, patience::stands_aside);
             while turns.contains(&ino) {
                 self.turned.wait(&mut turns);
             }
@@ -259,6 +260,8 @@ impl Hidden {
     /// # Errors
     /// What it came to.
     pub fn order(&self, node: u64, order: Order) -> Result<()> {
+        // A seal that goes on has the lock that most of them take.
+        let _aside = patience::stands_aside();
         self.hand.call(node, order).map(drop)
     }
 

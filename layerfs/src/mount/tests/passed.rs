@@ -8,8 +8,12 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
+
 use super::*;
 use crate::error::Error;
+use crate::id::Ino;
+use crate::monitor::Monitor;
 use crate::mount::backing::Device;
 use crate::mount::fs::Backings;
 use crate::mount::{Mount, MountOptions, UnmountOptions, UpperChoice};
@@ -46,10 +50,23 @@ impl Mounted {
     }
 
     fn seal(&self) -> (SealReport, Arc<View>) {
+        self.seal_with(&Silent)
+    }
+
+    fn seal_with(&self, monitor: &dyn Monitor) -> (SealReport, Arc<View>) {
         let options = SealOptions { name: unique_name("passed"), expect: Expect::Absent, kind: LayerKind::Instance };
-        let report = self.mount.seal(&options, &Silent).unwrap();
+        let report = self.mount.seal(&options, monitor).unwrap();
         let view = View::open(store(), report.layer).unwrap();
         (report, view)
+    }
+
+    /// Closes `files`; when it returns, the daemon knows.
+    fn close<T>(&self, files: T) {
+        // Copies would keep them open.
+        let still = nobody_spawns();
+        drop(files);
+        drop(still);
+        fs::read_dir(&self.dir).unwrap();
     }
 
     /// Bytes that went by way of the daemon.
@@ -88,7 +105,7 @@ fn open(path: &std::path::Path) -> File {
 }
 
 fn sealed_bytes(view: &View, name: &str) -> Vec<u8> {
-    let (ino, _) = view.lookup(crate::id::Ino::ROOT, name.as_bytes()).unwrap().unwrap();
+    let (ino, _) = view.lookup(Ino::ROOT, name.as_bytes()).unwrap().unwrap();
     let mut bytes = vec![0; 1 << 20];
     let count = view.read_at(ino, 0, &mut bytes).unwrap();
     bytes.truncate(count);
@@ -233,6 +250,40 @@ fn a_seal_holds_writers_back() {
     assert!(mounted.comes_to((0, 0)), "{:?}", mounted.mount.fs().unwrap().upper_counts());
 }
 
+/// More than there are threads: each wants to change something, and waits.
+#[test]
+fn look_ups_and_reads_go_on_however_many_wait_for_a_seal() {
+    const CREATORS: usize = 40;
+    let Some(mounted) = mounted() else { return };
+    let fs = mounted.mount.fs().unwrap();
+    // In a folder of its own each: the kernel makes one file in a folder at a time.
+    let folders: Vec<_> = (0..CREATORS).map(|number| mounted.path(&number.to_string())).collect();
+    folders.iter().for_each(|folder| fs::create_dir(folder).unwrap());
+    let sealed = mounted.path("sealed");
+    mounted.close(fs::write(&sealed, vec![5; BYTES]));
+    mounted.seal();
+    let (send, answers) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let (frozen, _) = fs.begin_seal().unwrap().freeze().unwrap();
+        let create = |folder: &PathBuf| fs::write(folder.join("new"), b"new").unwrap();
+        let creators: Vec<_> = folders.iter().map(|folder| scope.spawn(move || create(folder))).collect();
+        let all_wait = within_seconds(20, || fs.running(Duration::ZERO, false).len() == CREATORS);
+        let path = mounted.path("absent");
+        let sealed = &sealed;
+        scope.spawn(move || send.send((fs::exists(path).unwrap(), fs::read(sealed).unwrap())));
+        let answer = answers.recv_timeout(Duration::from_secs(20));
+        let still_wait = creators.iter().all(|creator| !creator.is_finished());
+        // Before anything fails: who waits can't be joined else.
+        drop(frozen);
+        assert!(all_wait, "not all are heard");
+        assert_eq!(answer.expect("nobody answers while a seal goes on"), (false, vec![5; BYTES]));
+        assert!(still_wait, "a change got through");
+    });
+    for folder in folders {
+        assert_eq!(fs::read(folder.join("new")).unwrap(), b"new");
+    }
+}
+
 #[test]
 fn a_file_in_use_goes_on_after_a_seal_and_leaves_the_upper_when_it_is_closed() {
     let Some(mounted) = mounted() else { return };
@@ -254,8 +305,88 @@ fn a_file_in_use_goes_on_after_a_seal_and_leaves_the_upper_when_it_is_closed() {
     let (report, view) = mounted.seal();
     assert_eq!(sealed_bytes(&view, "written")[100], 2);
     assert_eq!(report.inodes, 1);
-    drop(writer);
-    assert!(mounted.comes_to((0, 0)), "{:?}", counts());
+    mounted.close(writer);
+    assert_eq!(fs::read(&written).unwrap()[99..102], [1, 2, 2]);
+    let (report, _) = mounted.seal();
+    assert!(!report.is_new, "nothing was written");
+    assert!(mounted.comes_to((0, 0)), "{:?}: what could be written to during a seal leaves with the next", counts());
+}
+
+/// The last who closes it has only read it; the mapping was there before, and has ended.
+#[test]
+fn what_is_stored_through_a_mapping_after_a_seal_stays_when_a_reader_closes_the_file() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("mapped");
+    let file = open(&path);
+    file.write_all_at(&[1; BYTES], 0).unwrap();
+    // SAFETY: it is used below alone, and nobody shortens the file.
+    #[allow(unsafe_code)]
+    let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+    mounted.close(file);
+    let reader = File::open(&path).unwrap();
+    mounted.seal();
+    map[7] = 2;
+    drop(map);
+    mounted.close(reader);
+    assert_eq!(fs::read(&path).unwrap()[6..9], [1, 2, 1]);
+    let (_, view) = mounted.seal();
+    assert_eq!(sealed_bytes(&view, "mapped")[6..9], [1, 2, 1]);
+}
+
+/// Does something once while changes wait, when the layer has been written.
+struct Meanwhile<F>(Mutex<Option<F>>);
+
+impl<F: FnOnce() + Send> Monitor for Meanwhile<F> {
+    fn phase(&self, name: &str, _: Option<u64>) {
+        if name == "switching"
+            && let Some(work) = self.0.lock().take()
+        {
+            work();
+        }
+    }
+    fn advance(&self, _: u64) {}
+    fn items(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+}
+
+#[test]
+fn who_reads_a_file_and_closes_it_while_changes_wait_leaves_nothing_in_the_upper() {
+    let Some(mounted) = mounted() else { return };
+    let path = mounted.path("file");
+    mounted.close(fs::write(&path, vec![5; BYTES]));
+    let reader = File::open(&path).unwrap();
+    let (_, view) = mounted.seal_with(&Meanwhile(Mutex::new(Some(|| mounted.close(reader)))));
+    assert_eq!(sealed_bytes(&view, "file"), vec![5; BYTES]);
+    assert!(mounted.comes_to((0, 0)), "{:?}", mounted.mount.fs().unwrap().upper_counts());
+    assert_eq!(fs::read(&path).unwrap(), vec![5; BYTES]);
+}
+
+/// A direct write that nobody waits for sets the file's times and lets go of its lock when it is submitted: no seal holds it back, and nothing
+/// tells that it has come to its end after one.
+#[test]
+fn a_write_that_ends_after_a_seal_is_there_and_in_the_next() {
+    let Some(mounted) = mounted() else { return };
+    let fs = mounted.mount.fs().unwrap();
+    for has_reader in [false, true] {
+        let path = mounted.path(if has_reader { "read" } else { "closed" });
+        let writer = open(&path);
+        writer.write_all_at(&[1; BYTES], 0).unwrap();
+        let reader = has_reader.then(|| File::open(&path).unwrap());
+        mounted.seal();
+        // As such a write that was submitted before.
+        let data = fs.upper().unwrap().data().file(Ino(writer.metadata().unwrap().ino())).unwrap();
+        let before = data.metadata().unwrap().modified().unwrap();
+        data.write_all_at(&[2; 10], 100).unwrap();
+        data.set_modified(before).unwrap();
+        drop(data);
+        mounted.close(writer);
+        assert_eq!(fs::read(&path).unwrap()[99..111], [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1], "it is lost: {path:?}");
+        let (_, view) = mounted.seal();
+        assert_eq!(sealed_bytes(&view, path.file_name().unwrap().to_str().unwrap())[100], 2, "a seal left it out");
+        mounted.close(reader);
+        assert!(mounted.comes_to((0, 0)), "{:?}", fs.upper_counts());
+    }
+    assert_eq!(mounted.written(), 0, "they were not passed through");
 }
 
 /// The descriptor through which a file was mapped is closed: nobody tells us of the mapping, and stores into it go on.
@@ -329,7 +460,7 @@ fn holes_and_large_lengths_are_no_burden_to_a_seal() {
     file.set_len(1 << 40).unwrap();
     file.write_all_at(b"far", 1 << 39).unwrap();
     let (_, view) = mounted.seal();
-    let (ino, _) = view.lookup(crate::id::Ino::ROOT, b"sparse").unwrap().unwrap();
+    let (ino, _) = view.lookup(Ino::ROOT, b"sparse").unwrap().unwrap();
     let mut bytes = [0; 3];
     view.read_at(ino, 1 << 39, &mut bytes).unwrap();
     assert_eq!((bytes, view.stat(ino).unwrap().unwrap().size), (*b"far", 1 << 40));
