@@ -194,8 +194,9 @@ impl Served {
             // Whoever closed a file doesn't wait, and what it does next must find it closed.
             let in_order = matches!(&request, Ok(request) if request.operation == Operation::Release);
             let is_slow = matches!(&request, Ok(request) if may_take_long(request));
+            let is_forget = matches!(&request, Ok(request) if request.operation.is_forget());
             // The kernel says so many of these that they tell nothing of how many programs wait.
-            if matches!(&request, Ok(request) if request.operation.is_forget()) {
+            if is_forget {
                 self.at_once.store(0, Ordering::Relaxed);
             } else {
                 self.pace.request();
@@ -211,7 +212,12 @@ impl Served {
                 Err(_) => self.refuse(&hands.request[..bytes]),
             }
             hands.turn.set(None);
-            turn = self.role.reads(serving)?;
+            let reads = self.role.reads(serving);
+            if reads.is_none() && is_forget {
+                // Who reads now may have found nothing to do before this one's inode was put aside.
+                self.front.fs.idle();
+            }
+            turn = reads?;
         }
     }
 
