@@ -164,7 +164,14 @@ fn unsynced() -> anyhow::Result<()> {
     for name in ["conf", "again", "emptied"] {
         put(&ours(name), b"old", true)?;
     }
+    // So many that they are made durable together.
+    let many: Vec<String> = (0..100).map(|n| format!("many-{n}")).collect();
+    many.iter().try_for_each(|name| put(&ours(name), b"old", false))?;
     sync_folder(&disk.scene.mnt)?;
+    for name in &many {
+        put(&ours("temporary"), name.as_bytes(), false)?;
+        fs::rename(ours("temporary"), ours(name))?;
+    }
     for (new, name) in [("new", "conf"), ("new", "again"), ("newer", "again")] {
         put(&ours("temporary"), new.as_bytes(), false)?;
         fs::rename(ours("temporary"), ours(name))?;
@@ -176,6 +183,9 @@ fn unsynced() -> anyhow::Result<()> {
     put(&ours("other"), b"x", true)?;
     std::thread::sleep(WRITES_NAMES);
     let scene = disk.cut()?;
+    for name in &many {
+        is_one_of(&scene.ours(name), &[b"old", name.as_bytes()])?;
+    }
     is_one_of(&scene.ours("conf"), &[b"old", b"new"])?;
     is_one_of(&scene.ours("again"), &[b"old", b"new", b"newer"])?;
     is_one_of(&scene.ours("small"), &[&[b's'; 8000], b"small and new"])?;
