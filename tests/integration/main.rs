@@ -23,6 +23,7 @@ mod outlive;
 mod owners;
 mod partial;
 mod paths;
+mod power;
 mod push;
 mod ranges;
 mod registry;
@@ -65,6 +66,7 @@ fn main() -> std::process::ExitCode {
         follow::cases(),
         mptcp::cases(),
         partial::cases(),
+        power::cases(),
         space::cases(),
         outlive::cases(),
         owners::cases(),

@@ -22,8 +22,9 @@ use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom
 use crate::attr::Time;
 use crate::chunk::ChunkRead;
 use crate::content::{Content, Extent, Extents, get_sized};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::id::Ino;
+use crate::upper::promises::Promises;
 use crate::upper::ranges::RangeMap;
 use crate::upper::table::Stamp;
 use crate::upper::warm::WarmCopies;
@@ -32,6 +33,10 @@ use crate::upper::warm::WarmCopies;
 const OPEN_MAX: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 /// The most map files that it keeps open.
 const OPEN_MAPS_MAX: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// So many files are made durable one by one, each in a commit of the host's filesystem's journal; more all at once, with what else there
+/// is.
+const PAID_SINGLY: usize = 64;
 
 /// Chooses the signal for a lease that is broken. Not in `libc` for all platforms.
 const F_SETSIG: i32 = 10;
@@ -61,6 +66,7 @@ pub struct DataFolder {
     /// Data files were created since the folder was last synced.
     created: AtomicBool,
     syncing: Mutex<()>,
+    promises: Promises,
 }
 
 pub(super) fn file_name(ino: Ino) -> String {
@@ -75,11 +81,11 @@ impl Drop for DataFolder {
 }
 
 impl DataFolder {
-    /// Opens the folder at `path`, which is made if it isn't there.
+    /// Opens the folder at `path`, which is made if it isn't there. `next` is the number of the next new inode.
     ///
     /// # Errors
     /// [`Error::Busy`] if another mount uses it.
-    pub fn open(path: &Path) -> Result<DataFolder> {
+    pub fn open(path: &Path, next: Ino) -> Result<DataFolder> {
         let failed = |action, errno: rustix::io::Errno| Error::file(action, path, errno);
         match rustix::fs::mkdir(path, Mode::RWXU) {
             Ok(()) => crate::durable::sync_parent(path)?,
@@ -105,6 +111,7 @@ impl DataFolder {
             // A daemon that died may have made some.
             created: AtomicBool::new(true),
             syncing: Mutex::new(()),
+            promises: Promises::new(next),
         })
     }
 
@@ -196,10 +203,23 @@ impl DataFolder {
         file.sync_data().map_err(|e| self.failed("sync", ino, e))
     }
 
-    /// Removes the data file of `ino`, if there is one. A failure leaves a file that the next opening removes.
+    /// Removes the data file of `ino`, if there is one: no row that a lost machine may bring back needs it. A failure leaves a file that the
+    /// next opening removes.
     pub fn remove(&self, ino: Ino) {
+        self.let_go(ino);
+        self.unlink(ino);
+    }
+
+    /// Forgets all that is known of the data file of `ino`, which stays until [`DataFolder::unlink`].
+    pub(super) fn let_go(&self, ino: Ino) {
         self.forget_map(ino);
         self.unknow(ino);
+        self.promises.gone(ino);
+        self.open.lock().pop(&ino);
+    }
+
+    /// Removes a data file that was let go.
+    pub(super) fn unlink(&self, ino: Ino) {
         let mut open = self.open.lock();
         open.pop(&ino);
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
@@ -292,8 +312,87 @@ impl DataFolder {
 
     /// Makes the bytes of `ino` durable, and that there is such a file.
     pub fn sync(&self, ino: Ino) -> Result<()> {
-        self.file(ino)?.sync_data().map_err(|e| self.failed("sync", ino, e))?;
+        let (file, stamp) = (self.file(ino)?, self.stamp_now(ino)?);
+        file.sync_data().map_err(|e| self.failed("sync", ino, e))?;
+        self.promises.keep(ino, Some(stamp));
         self.sync_folder()
+    }
+
+    fn stamp_now(&self, ino: Ino) -> Result<Stamp> {
+        let stat = self.stat(ino)?;
+        Ok(Stamp { bytes: stat.bytes, mtime: stat.mtime })
+    }
+
+    /// What this upper has promised of its data files.
+    pub(super) fn promises(&self) -> &Promises {
+        &self.promises
+    }
+
+    /// The kernel makes the bytes of `ino` durable without telling us.
+    pub fn is_synced_past_us(&self, ino: Ino) {
+        self.promises.keep(ino, None);
+    }
+
+    /// A name that had another file's bytes is about to have those of `ino`: each sync that begins from here on makes them durable before the
+    /// name. Returns whether they may have to be written; if so, [`DataFolder::begin_write_back`] is to be called once there is the name, for
+    /// a sync that is under way may take the name along.
+    pub fn owe(&self, ino: Ino) -> bool {
+        let synced = self.promises.synced(ino);
+        let is_clean = synced.is_some_and(|synced| self.stamp_now(ino).is_ok_and(|now| now == synced));
+        if !is_clean {
+            self.promises.owe(ino);
+        }
+        !is_clean
+    }
+
+    /// Has the bytes of `ino` written, as they are now, without waiting for it.
+    pub fn begin_write_back(&self, ino: Ino) {
+        if let Ok(file) = self.file(ino) {
+            // SAFETY: a plain system call on a descriptor that is open.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE);
+            }
+        }
+    }
+
+    /// `ino` had bytes and has none now.
+    pub fn was_emptied(&self, ino: Ino) {
+        self.promises.emptied(ino);
+    }
+
+    /// Somebody who wrote to `ino` has closed it. Returns whether it was emptied before: then what it has now is owed, as after
+    /// [`DataFolder::owe`].
+    pub fn is_refilled(&self, ino: Ino) -> bool {
+        self.promises.take_emptied(ino) && self.owe(ino)
+    }
+
+    /// Makes durable what is owed. What can't be written is told to whoever syncs that file.
+    pub(super) fn pay(&self) {
+        let (_paying, owed) = self.promises.pay();
+        if owed.len() > PAID_SINGLY {
+            // The stamps first: what is written meanwhile may not be among it.
+            let stamps: Vec<_> = owed.iter().filter_map(|ino| Some((*ino, self.stamp_now(*ino).ok()?))).collect();
+            match rustix::fs::syncfs(&self.folder) {
+                Ok(()) => return stamps.into_iter().for_each(|(ino, stamp)| self.promises.keep(ino, Some(stamp))),
+                Err(errno) => {
+                    tracing::warn!(%errno, "the filesystem below could not be synced: its files are, one by one")
+                }
+            }
+        }
+        for ino in owed {
+            // As in `write_back`: the error stays for those who sync.
+            let synced = self.file(ino).and_then(|_| {
+                let (stamp, (file, _)) = (self.stamp_now(ino)?, self.reader(ino)?);
+                file.sync_data().map_err(|e| self.failed("sync", ino, e))?;
+                Ok(stamp)
+            });
+            match synced {
+                Ok(stamp) => self.promises.keep(ino, Some(stamp)),
+                Err(error) if error.class() == ErrorClass::NotFound => {}
+                Err(error) => tracing::warn!(%ino, %error, "a file that took another's place could not be written"),
+            }
+        }
     }
 
     /// Makes durable which data files there are.

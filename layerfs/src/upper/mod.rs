@@ -10,8 +10,10 @@ pub mod hold;
 pub mod journal;
 pub(crate) mod lost;
 pub mod opens;
+mod promises;
 mod ranged;
 pub mod ranges;
+mod removals;
 pub mod table;
 pub mod warm;
 
@@ -30,15 +32,21 @@ use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, Ino, LayerId, LayerName, UpperId};
 use crate::inode::{Inode, Node};
+use crate::patience;
 use crate::store::Store;
 use crate::store::db::{Batch, Cf, Db, Sync};
 use crate::view::View;
 use data::DataFolder;
 use journal::Journal;
 use opens::{OpenRecord, OpenSlot, OpenTable};
+use removals::Removals;
 use table::{Change, Stamp, Tables, UpperInode};
 use warm::WarmCopies;
 
+/// A file of so many bytes doesn't wait where there is little room: who removed it may write into its room next, past us.
+pub const LARGE_BYTES: u64 = 64 << 10;
+/// A disk with so much room is not filled before what is removed has gone.
+const PLENTY_BYTES: u64 = 256 << 20;
 /// How many inode numbers are reserved at a time.
 const RESERVE: u64 = 1024;
 /// How long whoever opens an upper waits for those who write to its data files still.
@@ -171,7 +179,7 @@ pub fn remove(store: &Store, id: UpperId) -> Result<()> {
     let missing = || Error::NotFound { what: "upper", name: id.to_string() };
     let record = record(store.db(), id)?.ok_or_else(missing)?;
     let path = folder_path(store, id);
-    let _lock = DataFolder::open(&path)?;
+    let _lock = DataFolder::open(&path, record.next_ino)?;
     let mut batch = Batch::new();
     batch.delete(Cf::Uppers, record_key(id));
     if let Some(name) = &record.name {
@@ -252,7 +260,9 @@ static NUMBERING: Mutex<()> = Mutex::new(());
 pub struct Upper {
     id: UpperId,
     store: Arc<Store>,
-    data: DataFolder,
+    /// Before `data`: it ends first.
+    removals: Removals,
+    data: Arc<DataFolder>,
     warm: WarmCopies,
     journal: Journal,
     opens: OpenTable,
@@ -306,7 +316,7 @@ impl Upper {
         }
         let path = folder_path(store, id);
         data::remove_folder(&path)?;
-        let data = DataFolder::open(&path)?;
+        let data = Arc::new(DataFolder::open(&path, record.next_ino)?);
         db.write(batch, Sync::Yes)?;
         drop(numbering);
         let next = record.next_ino;
@@ -314,7 +324,8 @@ impl Upper {
         let (journal, opens) = (Journal::start(db, id)?, OpenTable::create(&data.folder)?);
         let warm = WarmCopies::open(store, &data, &[])?;
         let (store, resumed_opens) = (store.clone(), Mutex::default());
-        let upper = Upper { id, store, data, warm, journal, opens, resumed_opens, numbers };
+        let removals = Removals::new(store.clone(), data.clone());
+        let upper = Upper { id, store, removals, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         if view.inode(Ino::ROOT)?.is_none() {
             upper.make_root(&mut tables)?;
@@ -366,8 +377,8 @@ impl Upper {
         let missing = || Error::NotFound { what: "upper", name: id.to_string() };
         let record = record(store.db(), id)?.ok_or_else(missing)?;
         store.db().hold_space()?;
-        let data = DataFolder::open(&folder_path(store, id))?;
         let next = record.next_ino;
+        let data = Arc::new(DataFolder::open(&folder_path(store, id), next)?);
         let has_ended = matches!(past, Past::Ended);
         if has_ended {
             wait_for_writers(store.db(), id, &data)?;
@@ -384,7 +395,8 @@ impl Upper {
         let in_use: Vec<Ino> = resumed.iter().filter(is_warm).map(|(_, record)| record.ino).collect();
         let warm = WarmCopies::open(store, &data, &in_use)?;
         let (store, resumed_opens) = (store.clone(), Mutex::new(resumed));
-        let upper = Upper { id, store, data, warm, journal, opens, resumed_opens, numbers };
+        let removals = Removals::new(store.clone(), data.clone());
+        let upper = Upper { id, store, removals, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         let (mut repairs, outdated_maps) = upper.load(&mut tables, has_ended)?;
         // Without the mount nothing on it could be removed.
@@ -401,6 +413,7 @@ impl Upper {
         let mut repairs = Change::new();
         let mut backed_inos = HashSet::new();
         let mut ranged_inos = HashSet::new();
+        let mut base = None;
         for row in self.store.db().iter(Cf::Uppers, &table::inode_prefix(self.id))? {
             let (mut inode, stamp) = table::decode_inode(&row?.1)?;
             let ino = inode.inode.ino;
@@ -438,9 +451,12 @@ impl Upper {
                         repairs.inode(inode.clone());
                     }
                     Err(error) if error.class() == crate::error::ErrorClass::NotFound => {
-                        tracing::warn!(upper = %self.id, %ino, "a data file was lost in a crash; the file is empty now");
+                        let sealed = self.sealed_content(&mut base, ino)?;
+                        let shows =
+                            if sealed.is_some() { "the sealed bytes show again" } else { "the file is empty now" };
+                        tracing::warn!(upper = %self.id, %ino, "a data file was lost in a crash; {shows}");
                         inode.backed = None;
-                        inode.inode.node = Node::File(Content::empty());
+                        inode.inode.node = Node::File(sealed.unwrap_or_else(Content::empty));
                         repairs.inode(inode.clone());
                     }
                     Err(error) => return Err(error),
@@ -454,13 +470,30 @@ impl Upper {
             let (folder, name) = table::decode_dentry_key(&key)?;
             tables.load_dentry(folder, name, table::decode_slot(&value)?);
         }
-        for ino in self.data.inos()?.into_iter().filter(|ino| !backed_inos.contains(ino)) {
-            self.data.remove(ino);
+        let mut leftovers = self.data.inos()?;
+        leftovers.retain(|ino| !backed_inos.contains(ino));
+        if !leftovers.is_empty() {
+            // Where the daemon died, and not the machine, it may not be durable that their rows are gone.
+            self.sync()?;
         }
+        leftovers.into_iter().for_each(|ino| self.data.remove(ino));
         for ino in self.data.map_inos()?.into_iter().filter(|ino| !ranged_inos.contains(ino)) {
             self.data.remove_map_file(ino);
         }
         Ok((repairs, outdated_maps))
+    }
+
+    /// What the layers below have of file `ino`, if they have it; they are opened as `base` when that is asked for first.
+    fn sealed_content(&self, base: &mut Option<Arc<View>>, ino: Ino) -> Result<Option<Content>> {
+        let Some(layer) = self.record().base else { return Ok(None) };
+        let view = match base {
+            Some(view) => view,
+            None => base.insert(View::open(&self.store, layer)?),
+        };
+        Ok(view.inode(ino)?.and_then(|below| match below.node {
+            Node::File(content) => Some(content),
+            _ => None,
+        }))
     }
 
     /// Takes in the maps of `ranged_inos`, the files that were copied up by range. Returns whose rows have to be written.
@@ -597,10 +630,42 @@ impl Upper {
         self.commit(tables, change)
     }
 
-    /// Makes durable everything that was committed.
+    /// Makes durable everything that was committed, and the bytes that names depend on before.
     pub fn sync(&self) -> Result<()> {
-        self.data.sync_folder()?;
-        self.store.db().sync()
+        self.data.promises().age(self.next_ino());
+        self.removals.sync()
+    }
+
+    /// Inode `ino` has gone for good, by a change that was committed; its data file, if it has one, of `bytes` bytes, goes now or soon. A row
+    /// that a lost machine brings back has its file, unless that is so new that it could be empty anyway.
+    pub fn remove_data(&self, ino: Ino, bytes: Option<u64>) {
+        let is_kept = bytes.is_some() && self.data.promises().is_kept(ino, self.next_ino());
+        self.data.let_go(ino);
+        let Some(bytes) = bytes else { return };
+        if !is_kept {
+            self.data.unlink(ino);
+            return;
+        }
+        self.removals.put(ino, bytes);
+        if bytes >= LARGE_BYTES && !self.has_plenty() {
+            patience::waits();
+            self.free_removed();
+        }
+    }
+
+    /// Whether the disk has so much room that nobody has to wait for what is being removed.
+    pub fn has_plenty(&self) -> bool {
+        self.data.space().is_ok_and(|space| space.f_bavail.saturating_mul(space.f_frsize) >= PLENTY_BYTES)
+    }
+
+    /// Whether data files wait to be removed.
+    pub fn has_removals(&self) -> bool {
+        !self.removals.is_empty()
+    }
+
+    /// Gives back the room of all that was removed; waits for the disk. False if there was nothing.
+    pub fn free_removed(&self) -> bool {
+        self.removals.flush()
     }
 
     /// Appends to `batch` that the upper lies on `base` now, and has lost the rows that `dropped` names.

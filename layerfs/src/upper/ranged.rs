@@ -238,7 +238,7 @@ mod tests {
 
     fn folder() -> (tempfile::TempDir, DataFolder) {
         let folder = tempfile::tempdir().unwrap();
-        let data = DataFolder::open(&folder.path().join("1")).unwrap();
+        let data = DataFolder::open(&folder.path().join("1"), Ino(1)).unwrap();
         (folder, data)
     }
 

@@ -374,7 +374,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let options = StoreOptions { warm_bytes: 1 << 20, ..StoreOptions::create() };
         let store = Store::open(&folder.path().join("store"), options).unwrap();
-        let data = DataFolder::open(&folder.path().join("data")).unwrap();
+        let data = DataFolder::open(&folder.path().join("data"), Ino(1)).unwrap();
         let copies = WarmCopies::open(&store, &data, &[]).unwrap();
         let has = |name: &str| folder.path().join("data").join(name).exists();
 

@@ -51,7 +51,11 @@ impl Fs {
         let (upper, _gate) = self.enter()?;
         let _stripe = self.stripe(ino).lock();
         if let Some(size) = set.size {
+            let had_bytes = size == 0 && self.stat(&self.state.read(), ino)?.size > 0;
             self.truncate_data(upper, ino, size)?;
+            if had_bytes {
+                upper.data().was_emptied(ino);
+            }
         }
         let mut edit = Edit::new(self, upper);
         edit.catch_up(ino)?;

@@ -20,8 +20,8 @@ pub(super) struct Edit<'fs> {
     pub(super) state: RwLockWriteGuard<'fs, State>,
     change: Change,
     pub(super) now: Time,
-    /// Inodes whose last name goes and that nobody has in use.
-    reaped: Vec<Ino>,
+    /// Inodes whose last name goes and that nobody has in use, and the lengths of their data files.
+    reaped: Vec<(Ino, Option<u64>)>,
 }
 
 impl<'fs> Edit<'fs> {
@@ -123,7 +123,7 @@ impl<'fs> Edit<'fs> {
         }
         if is_forgotten {
             self.change.forget(ino);
-            self.reaped.push(ino);
+            self.reaped.push((ino, inode.backed.map(|backed| backed.bytes)));
         } else {
             if is_gone && inode.backed.is_some() {
                 self.fs.orphans.removed(ino);
@@ -210,8 +210,8 @@ impl<'fs> Edit<'fs> {
     /// Makes it all happen.
     pub(super) fn commit(mut self) -> FsResult<RwLockWriteGuard<'fs, State>> {
         self.upper.commit(&mut self.state.tables, self.change)?;
-        for ino in self.reaped {
-            self.fs.removed(self.upper, ino);
+        for (ino, bytes) in self.reaped {
+            self.fs.removed(self.upper, ino, bytes);
         }
         Ok(self.state)
     }

@@ -367,12 +367,12 @@ impl Fs {
         self.keeps_listings.store(true, Ordering::Release);
     }
 
-    /// An inode is gone for good.
-    fn removed(&self, upper: &Upper, ino: Ino) {
+    /// An inode is gone for good, whose data file, if it had one, was `bytes` long.
+    fn removed(&self, upper: &Upper, ino: Ino, bytes: Option<u64>) {
         if let Some(hidden) = self.hidden.get() {
             hidden.removed(ino);
         }
-        upper.data().remove(ino);
+        upper.remove_data(ino, bytes);
         self.orphans.gone(ino);
         upper.warm().remove_idle(ino);
         self.parents.write().remove(&ino);

@@ -9,6 +9,7 @@ use crate::attr::{FileKind, MAX_SYMLINK};
 use crate::content::Content;
 use crate::id::Ino;
 use crate::inode::Node;
+use crate::patience;
 
 const NOREPLACE: u32 = libc::RENAME_NOREPLACE;
 const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
@@ -233,8 +234,13 @@ impl Fs {
     ) -> FsResult<()> {
         let is_folder = source.1 == FileKind::Folder;
         edit.makes_room();
+        let mut owed = None;
         if let Some((ino, kind)) = target {
             edit.drop_link(ino, kind)?;
+            owed = self.upper.as_ref().filter(|upper| {
+                edit.state.tables.inode(source.0).is_some_and(|inode| inode.backed.is_some())
+                    && upper.data().owe(source.0)
+            });
         }
         edit.set_name(to.0, to.1, Some(source))?;
         if leaves_whiteout {
@@ -248,9 +254,15 @@ impl Fs {
         let replaced_folder = i32::from(target.is_some_and(|target| target.1 == FileKind::Folder));
         edit.touch_folder(from.0, -i32::from(is_folder))?;
         edit.touch_folder(to.0, i32::from(is_folder) - replaced_folder)?;
-        let _state = edit.commit()?;
+        let state = edit.commit()?;
         if is_folder {
             self.parents.write().insert(source.0, to.0);
+        }
+        drop(state);
+        if let Some(upper) = owed {
+            // Who replaces a file without a sync means to have the old bytes or the new ones, never none.
+            patience::waits();
+            upper.data().begin_write_back(source.0);
         }
         Ok(())
     }

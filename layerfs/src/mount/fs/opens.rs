@@ -26,6 +26,7 @@ use super::{Fs, SHARDS, State};
 use crate::attr::Time;
 use crate::id::Ino;
 use crate::inode::Node;
+use crate::patience;
 use crate::upper::Upper;
 use crate::upper::opens::{Backing, OpenRecord, OpenSlot};
 use crate::upper::table::{Change, Stamp, UpperInode};
@@ -336,6 +337,14 @@ impl Fs {
     pub fn release(&self, ino: Ino, flags: i32, again: bool) {
         let Some(upper) = &self.upper else { return };
         let access = Access::of(flags);
+        self.count_closed(upper, ino, access, again);
+        if access.writes && upper.data().is_refilled(ino) {
+            patience::waits();
+            upper.data().begin_write_back(ino);
+        }
+    }
+
+    fn count_closed(&self, upper: &Upper, ino: Ino, access: Access, again: bool) {
         let is_written = access.writes && upper.data().known(ino).is_some();
         let gate = self.gate.try_read();
         let late = if again || is_written {
@@ -695,6 +704,10 @@ impl Fs {
         let mut change = Change::new();
         change.forget(ino);
         upper.journal().aside(|| upper.commit(&mut state.tables, change))?;
+        drop(state);
+        // Else a lost machine may bring the row back, and not the file. With the stripe nobody makes another meanwhile.
+        patience::waits();
+        upper.sync()?;
         upper.data().remove(ino);
         Ok(())
     }

@@ -13,15 +13,11 @@ use parking_lot::Mutex;
 use super::Fs;
 use crate::id::Ino;
 use crate::patience;
-use crate::upper::Upper;
 use crate::upper::table::{Change, Tables};
+use crate::upper::{LARGE_BYTES, Upper};
 
 /// So many go in one change: those who want to change something else wait for it.
 const AT_ONCE: usize = 32;
-/// A file of so many bytes doesn't wait: who removed it may write into its room next, past us.
-const LARGE_BYTES: u64 = 64 << 10;
-/// A disk with so much room is not filled before the kernel has said what it has forgotten.
-const PLENTY_BYTES: u64 = 256 << 20;
 /// The longest wait for that. A program may keep it from forgetting, for ever.
 const FORGETS_IN: Duration = Duration::from_millis(20);
 const LOOKS_EVERY: Duration = Duration::from_micros(200);
@@ -105,15 +101,18 @@ impl Fs {
     /// go first. The kernel may have had this request taken before those that say what it has forgotten.
     pub(super) fn clear_the_way(&self, upper: &Upper) {
         upper.warm().keep_free();
-        if self.orphans.removed.lock().is_empty() {
+        let is_any_removed = !self.orphans.removed.lock().is_empty();
+        if !is_any_removed && !upper.has_removals() || upper.has_plenty() {
             return;
         }
-        let has_plenty = |space: rustix::fs::StatVfs| space.f_bavail.saturating_mul(space.f_frsize) >= PLENTY_BYTES;
-        if upper.data().space().is_ok_and(has_plenty) {
-            return;
+        if is_any_removed {
+            self.drop_waiting();
+            self.await_forgets();
         }
-        self.drop_waiting();
-        self.await_forgets();
+        if upper.has_removals() {
+            patience::waits();
+            upper.free_removed();
+        }
     }
 
     /// Waits until the kernel has forgotten what was removed, but not for long.
@@ -172,13 +171,15 @@ impl Fs {
         // Those that had a name still when the kernel forgot them may have been looked up since.
         let is_forgotten = |ino: &Ino| is_orphan(&state.tables, *ino) && !self.lookups.is_known(*ino);
         let orphans: Vec<Ino> = inos.iter().copied().filter(is_forgotten).collect();
+        let bytes = |ino: &Ino| state.tables.inode(*ino).and_then(|inode| Some(inode.backed?.bytes));
+        let orphans: Vec<_> = orphans.into_iter().map(|ino| (ino, bytes(&ino))).collect();
         let mut change = Change::new();
         change.makes_room();
-        orphans.iter().for_each(|ino| change.forget(*ino));
+        orphans.iter().for_each(|(ino, _)| change.forget(*ino));
         let result = upper.commit(&mut state.tables, change);
         drop(state);
         match result {
-            Ok(()) => orphans.into_iter().for_each(|ino| self.removed(upper, ino)),
+            Ok(()) => orphans.into_iter().for_each(|(ino, bytes)| self.removed(upper, ino, bytes)),
             Err(error) => tracing::warn!(count = orphans.len(), %error, "cannot drop unlinked inodes now"),
         }
     }
@@ -267,5 +268,19 @@ mod tests {
         assert!(upper.data().stat(made).is_err() && upper.data().stat(other).is_ok());
         fs.forget(other, 1);
         assert!(upper.data().stat(other).is_err());
+    }
+    #[test]
+    fn what_somebody_counts_on_goes_once_its_rows_removal_is_durable() {
+        let fs = empty_fs(store());
+        let upper = fs.upper().unwrap();
+        let made = fs.make(Ino::ROOT, b"kept", libc::S_IFREG | 0o644, 0, 0, Caller::ROOT).unwrap().ino;
+        fs.write(made, 0, b"data", None).unwrap();
+        fs.fsync(made).unwrap();
+        fs.unlink(Ino::ROOT, b"kept").unwrap();
+        fs.forget(made, 1);
+        assert_eq!(fs.orphans.removed.lock().len(), 0);
+        assert!(upper.has_removals() && upper.data().stat(made).is_ok());
+        assert!(upper.free_removed() && !upper.has_removals());
+        assert!(upper.data().stat(made).is_err());
     }
 }

@@ -221,9 +221,9 @@ impl Fs {
         if is_warm() { fail(libc::EIO) } else { Ok(()) }
     }
 
-    /// The disk is full: copies go that nobody uses. False if there are none.
+    /// The disk is full: what was removed goes at once, and copies that nobody uses. False if there are none.
     pub(super) fn make_room(&self) -> bool {
-        self.upper.as_ref().is_some_and(|upper| upper.warm().make_room())
+        self.upper.as_ref().is_some_and(|upper| upper.free_removed() | upper.warm().make_room())
     }
 
     /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more when removed files or copies could go for it.

@@ -1,0 +1,217 @@
+//! Data files that are to go, and the order in which a change reaches the disk.
+//!
+//! The host's filesystem makes an unlinked file's end durable within seconds, the database's log its rows when somebody syncs. So
+//! that no row comes back without its file, a file that somebody counts on waits here until the removal of its row is durable: for a
+//! sync that others ask for, or for ours, [`DELAY`] later, which many share. Invariants: a file is put here after its row's removal was
+//! written, and nobody can reach its inode any more; what is left here when the process ends the next opening removes.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::Result;
+use crate::id::Ino;
+use crate::store::Store;
+use crate::upper::data::DataFolder;
+
+/// How long the first that is put here waits for others, and the last for somebody's sync.
+const DELAY: Duration = Duration::from_secs(1);
+/// So many bytes, or files, don't wait.
+const MANY_BYTES: u64 = 64 << 20;
+const MANY_FILES: usize = 8192;
+
+/// Those of one upper.
+pub(super) struct Removals {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    store: Arc<Store>,
+    data: Arc<DataFolder>,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    /// Held by whoever unlinks: others find nothing to do after that only.
+    unlinking: Mutex<()>,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// With about what each takes, in bytes.
+    files: VecDeque<(Ino, u64)>,
+    /// How many were ever put here before the first of these.
+    taken: u64,
+    /// The removal of the rows of so many, counted likewise, is durable.
+    durable: u64,
+    /// What all of them take.
+    bytes: u64,
+    /// When the thread is to do something; none if there is no thread.
+    due: Option<Instant>,
+    is_ending: bool,
+}
+
+impl Queue {
+    /// How many were ever put here.
+    fn put(&self) -> u64 {
+        self.taken + self.files.len() as u64
+    }
+
+    fn add(&mut self, ino: Ino, bytes: u64) {
+        // A sparse file may have any length.
+        let bytes = bytes.min(MANY_BYTES);
+        self.files.push_back((ino, bytes));
+        self.bytes += bytes;
+    }
+
+    fn is_long(&self) -> bool {
+        self.bytes >= MANY_BYTES || self.files.len() >= MANY_FILES
+    }
+
+    /// Takes those that can go.
+    fn take_durable(&mut self) -> Vec<Ino> {
+        let count = (self.durable.saturating_sub(self.taken) as usize).min(self.files.len());
+        self.taken += count as u64;
+        let files: Vec<(Ino, u64)> = self.files.drain(..count).collect();
+        self.bytes -= files.iter().map(|(_, bytes)| bytes).sum::<u64>();
+        files.into_iter().map(|(ino, _)| ino).collect()
+    }
+}
+
+impl Removals {
+    pub fn new(store: Arc<Store>, data: Arc<DataFolder>) -> Removals {
+        let shared = Shared { store, data, queue: Mutex::default(), wake: Condvar::new(), unlinking: Mutex::default() };
+        Removals { shared: Arc::new(shared), thread: Mutex::default() }
+    }
+
+    /// The data file of `ino`, of `bytes` bytes, goes once it is durable that its row has gone.
+    pub fn put(&self, ino: Ino, bytes: u64) {
+        let mut queue = self.shared.queue.lock();
+        queue.add(ino, bytes);
+        let is_long = queue.is_long();
+        let has_thread = queue.due.is_some();
+        if is_long || !has_thread {
+            queue.due = Some(Instant::now() + if is_long { Duration::ZERO } else { DELAY });
+        }
+        drop(queue);
+        match has_thread {
+            true if is_long => drop(self.shared.wake.notify_one()),
+            true => {}
+            false => self.begin(),
+        }
+    }
+
+    fn begin(&self) {
+        let mut thread = self.thread.lock();
+        if let Some(ended) = thread.take() {
+            let _ = ended.join();
+        }
+        let shared = self.shared.clone();
+        match std::thread::Builder::new().name("removals".to_owned()).spawn(move || shared.work()) {
+            Ok(begun) => *thread = Some(begun),
+            Err(error) => {
+                tracing::warn!(%error, "no thread for removing data files: the next removal tries again");
+                self.shared.queue.lock().due = None;
+            }
+        }
+    }
+
+    /// Whether there are any.
+    pub fn is_empty(&self) -> bool {
+        self.shared.queue.lock().files.is_empty()
+    }
+
+    /// They go now. False if there were none.
+    pub fn flush(&self) -> bool {
+        !self.is_empty() && self.shared.flush().is_ok()
+    }
+
+    /// Makes durable everything that was written to the rows, the bytes that names depend on before.
+    pub fn sync(&self) -> Result<()> {
+        self.shared.sync()
+    }
+}
+
+impl Drop for Removals {
+    fn drop(&mut self) {
+        self.shared.queue.lock().is_ending = true;
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.get_mut().take() {
+            let _ = thread.join();
+        }
+        self.flush();
+    }
+}
+
+impl Shared {
+    fn sync(&self) -> Result<()> {
+        let put = self.queue.lock().put();
+        self.data.pay();
+        self.data.sync_folder()?;
+        self.store.db().sync()?;
+        let mut queue = self.queue.lock();
+        queue.durable = queue.durable.max(put);
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        let _unlinking = self.unlinking.lock();
+        let needs_sync = {
+            let queue = self.queue.lock();
+            queue.durable < queue.put()
+        };
+        if needs_sync {
+            self.sync()?;
+        }
+        let files = self.queue.lock().take_durable();
+        files.into_iter().for_each(|ino| self.data.unlink(ino));
+        Ok(())
+    }
+
+    /// What the thread does: it ends when nothing waits.
+    fn work(&self) {
+        let mut queue = self.queue.lock();
+        while let Some(due) = queue.due.filter(|_| !queue.is_ending) {
+            if Instant::now() < due {
+                self.wake.wait_until(&mut queue, due);
+                continue;
+            }
+            drop(queue);
+            if let Err(error) = self.flush() {
+                tracing::warn!(%error, "removed files take room still: it can't be made durable that they are gone");
+            }
+            queue = self.queue.lock();
+            queue.due = (!queue.files.is_empty()).then(|| Instant::now() + DELAY);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_is_what_a_sync_has_covered() {
+        let mut queue = Queue::default();
+        let put = |queue: &mut Queue, inos: &[u64]| inos.iter().for_each(|ino| queue.add(Ino(*ino), MANY_BYTES / 2));
+        put(&mut queue, &[1, 2, 3]);
+        assert_eq!(queue.take_durable(), []);
+        queue.durable = 1;
+        assert_eq!(queue.take_durable(), [Ino(1)]);
+        assert!(queue.is_long() && queue.put() == 3);
+        queue.durable = 2;
+        assert_eq!(queue.take_durable(), [Ino(2)]);
+        assert!(!queue.is_long(), "only what waits counts");
+        put(&mut queue, &[4]);
+        queue.durable = queue.put();
+        put(&mut queue, &[5]);
+        assert_eq!(queue.take_durable(), [Ino(3), Ino(4)]);
+        queue.durable = 100;
+        assert_eq!(queue.take_durable(), [Ino(5)]);
+        queue.add(Ino(6), u64::MAX);
+        queue.add(Ino(7), u64::MAX);
+        assert!(queue.is_long());
+    }
+}
