@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("power::what_was_removed_is_there_or_not_after_a_cut", needs, removed),
         Case::new("power::what_was_sealed_while_open_is_there_after_a_cut", needs, sealed),
         Case::new("power::what_replaced_a_file_without_a_sync_is_whole_after_a_cut", needs, unsynced),
+        Case::new("power::what_replaced_a_new_file_and_nobody_synced_is_there_after_a_cut", needs, nobody_syncs),
         Case::new("power::what_a_killed_daemon_was_to_remove_goes", needs, killed),
     ]
 }
@@ -191,6 +192,23 @@ fn unsynced() -> anyhow::Result<()> {
     is_one_of(&scene.ours("small"), &[&[b's'; 8000], b"small and new"])?;
     is_one_of(&scene.ours("emptied"), &[b"old", b"filled"])?;
     is_one_of(&scene.ours("other"), &[b"x"])
+}
+
+/// What is replaced is new to us, and on the disk all the same.
+fn nobody_syncs() -> anyhow::Result<()> {
+    let disk = Disk::new()?;
+    let ours = |name: &str| disk.scene.ours(name);
+    let names: Vec<String> = (0..20).map(|n| format!("name-{n}")).collect();
+    names.iter().try_for_each(|name| put(&ours(name), b"old", false))?;
+    sync_folder(&disk.scene.mnt)?;
+    rustix::fs::sync();
+    for name in &names {
+        put(&ours("temporary"), name.as_bytes(), false)?;
+        fs::rename(ours("temporary"), ours(name))?;
+    }
+    std::thread::sleep(WRITES_NAMES);
+    let scene = disk.cut()?;
+    names.iter().try_for_each(|name| is_one_of(&scene.ours(name), &[b"old", name.as_bytes()]))
 }
 
 fn data_files(scene: &Scene) -> anyhow::Result<usize> {

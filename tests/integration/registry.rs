@@ -197,7 +197,7 @@ fn images_come_with_their_configuration() -> anyhow::Result<()> {
     check_config(&shown)?;
 
     // An image for another platform is had only by asking.
-    let refused = host.ctl.run(["pull", "arm", &format!("{place}:arm"), "--plain-http"])?.failed_with(2)?;
+    let refused = host.ctl.run(["pull", "arm", &format!("{place}:arm"), "--plain-http"])?.failed_with(3)?;
     ensure!(refused.contains("linux/arm64"), "{refused}");
     host.ctl.ok(["pull", "arm", &format!("{place}:arm"), "--plain-http", "--platform", "linux/arm64"])?;
     put_index(&registry, &["amd", "arm"])?;

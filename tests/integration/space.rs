@@ -88,6 +88,7 @@ fn full_disk() -> anyhow::Result<()> {
         ensure!(fs::read(mnt.join("after"))? == vec![1; 1 << 20], "what was written into the room is wrong");
     }
     ensure!(fs::read_dir(&mnt)?.count() == 17 + 50 + 1 + 1 + 1, "the wrong files are there");
+    drop(kept);
     host.umount(&mnt)?;
     host.fsck()
 }

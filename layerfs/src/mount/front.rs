@@ -247,7 +247,7 @@ impl Front {
         let Some(upper) = self.fs.upper().filter(|_| backing.is_some() && flags & libc::O_DSYNC != 0) else {
             return Ok(());
         };
-        upper.data().is_synced_past_us(ino);
+        upper.data().is_counted_on(ino);
         let synced = upper.sync();
         if synced.is_err() {
             // The kernel won't close what wasn't opened.

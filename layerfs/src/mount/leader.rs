@@ -67,9 +67,17 @@ struct Posts {
     threads: usize,
     /// Of the threads, those that stand aside.
     aside: usize,
+    /// Of the threads, those that were told to end as there are too many, and haven't yet.
+    leaving: usize,
     waiting: usize,
     has_deputy: bool,
     result: Option<io::Result<()>>,
+}
+
+impl Posts {
+    fn staying(&self) -> usize {
+        self.threads - self.leaving
+    }
 }
 
 /// The role has been taken.
@@ -126,7 +134,8 @@ impl Role {
                 continue;
             }
             // The deputy stays, so that somebody has the role or looks for it.
-            if posts.has_deputy && posts.threads > self.most(&posts) {
+            if posts.has_deputy && posts.staying() > self.most(&posts) {
+                posts.leaving += 1;
                 return None;
             }
             posts.waiting += 1;
@@ -150,7 +159,7 @@ impl Role {
 
     /// Whether there shall be one thread more, which counts already, as nobody waits for the role.
     fn takes_thread(&self, posts: &mut Posts) -> bool {
-        let wants_thread = posts.waiting == 0 && posts.threads < self.most(posts);
+        let wants_thread = posts.waiting == 0 && posts.staying() < self.most(posts);
         posts.threads += usize::from(wants_thread);
         wants_thread
     }
@@ -224,7 +233,10 @@ impl Role {
 
     /// A thread ends, or one that counts couldn't be made.
     pub fn leave(&self) {
-        self.posts.lock().threads -= 1;
+        let mut posts = self.posts.lock();
+        posts.threads -= 1;
+        posts.leaving = posts.leaving.saturating_sub(1);
+        drop(posts);
         self.ended.notify_all();
     }
 

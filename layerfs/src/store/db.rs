@@ -13,7 +13,7 @@ use rocksdb::{
 };
 
 use crate::error::{Error, Result};
-use crate::store::space::SpaceGuard;
+use crate::store::space::{Share, SpaceGuard};
 
 /// A family of keys. FORMAT.md, "Index database".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,7 +75,7 @@ struct Op {
 pub struct Batch {
     ops: Vec<Op>,
     bytes: usize,
-    makes_room: bool,
+    share: Share,
     takes_back: bool,
 }
 
@@ -99,14 +99,19 @@ impl Batch {
         self.ops.push(Op { cf, key: key.into(), value: None });
     }
 
-    /// It is part of what takes no more space or gives some back: it may use what is held for that.
-    pub fn makes_room(&mut self) {
-        self.makes_room = true;
+    /// It is part of what gives space back, or of what takes none: it may use its share of what is held for that.
+    pub(crate) fn may_take(&mut self, share: Share) {
+        self.share = self.share.max(share);
     }
 
     /// It takes a removal back that was just written: what would be lost otherwise is worth more than the space left.
     pub(crate) fn takes_back(&mut self) {
         self.takes_back = true;
+    }
+
+    /// Whether it is one of those by which one gets space again.
+    fn gives_space(&self) -> bool {
+        self.takes_back || self.ops.iter().all(|op| op.value.is_none())
     }
 
     /// Appends the changes of `other`.
@@ -257,9 +262,11 @@ impl Db {
         if self.read_only {
             return Err(Error::Denied("the store is open for reading only".to_owned()));
         }
-        // Removals may use the reserve: they are how one gets space again.
-        if !batch.takes_back && batch.ops.iter().any(|op| op.value.is_some()) {
-            self.space.check(batch.makes_room)?;
+        // Removals may use the reserve.
+        if batch.gives_space() {
+            let _ = self.space.check(Share::All);
+        } else {
+            self.space.check(batch.share)?;
         }
         let mut changes = WriteBatch::default();
         for op in &batch.ops {
@@ -336,6 +343,11 @@ impl Db {
     /// Those of the disk.
     pub fn hold_space(&self) -> Result<()> {
         self.space.hold()
+    }
+
+    /// The same, if another process did before.
+    pub(crate) fn go_on_holding_space(&self) -> Result<()> {
+        self.space.go_on_holding()
     }
 
     /// Whether another process would find room to open it.

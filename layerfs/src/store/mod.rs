@@ -29,7 +29,7 @@ mod scan;
 mod scrub;
 mod session;
 mod source;
-mod space;
+pub(crate) mod space;
 pub mod spare;
 mod staged;
 mod stat;

@@ -128,6 +128,9 @@ impl Store {
             }
             other => other,
         })?;
+        if !options.read_only {
+            db.go_on_holding_space()?;
+        }
         let db = Arc::new(db);
         let partials = Partials::load(&db)?;
         let store = Store {

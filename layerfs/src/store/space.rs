@@ -56,11 +56,24 @@ pub(crate) const HELD_BYTES: u64 = 16 << 20;
 const HELD_OF_FREE: u64 = 8;
 /// So much of it is let go at once.
 const STEP_BYTES: u64 = 4 << 20;
+/// So much of it is for what makes room alone.
+const LAST_BYTES: u64 = 8 << 20;
 /// The file that holds it, in the database's folder.
 const HELD_FILE: &str = "held-space";
 /// The fastest that a disk fills: so soon one has to look again.
 const FILLS_PER_SECOND: u64 = 8 << 30;
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What of the held space a change may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Share {
+    #[default]
+    None,
+    /// It takes no more space than it has, and gives none back.
+    First,
+    /// It gives space back.
+    All,
+}
 
 /// Watches the database's disk.
 #[derive(Debug)]
@@ -98,14 +111,19 @@ impl SpaceGuard {
         Ok(())
     }
 
+    /// Goes on holding what another process held here, if one did.
+    pub(crate) fn go_on_holding(&self) -> Result<()> {
+        if self.folder.join(HELD_FILE).exists() { self.hold() } else { Ok(()) }
+    }
+
     /// Fails from now on as if the disk were full.
     #[cfg(test)]
     pub(crate) fn fill(&self) {
         self.state.lock().is_full = true;
     }
 
-    /// Fails if there is too little space for a change; one that makes room may use what is held for that.
-    pub(crate) fn check(&self, makes_room: bool) -> Result<()> {
+    /// Fails if there is too little space for a change, even with its `share` of what is held.
+    pub(crate) fn check(&self, share: Share) -> Result<()> {
         let now = Instant::now();
         let mut state = self.state.lock();
         #[cfg(test)]
@@ -122,7 +140,7 @@ impl SpaceGuard {
             return Ok(());
         }
         state.enough_until = None;
-        if makes_room && state.let_go() {
+        if state.let_go(share) {
             return Ok(());
         }
         Err(Error::Full { path: self.folder.clone(), free, kept: DB_RESERVE_BYTES })
@@ -155,11 +173,16 @@ impl State {
         }
     }
 
-    /// Lets some of it go; false if nothing is left.
-    fn let_go(&mut self) -> bool {
+    /// Lets some of it go; false if nothing is left for such a `share`.
+    fn let_go(&mut self, share: Share) -> bool {
         let Some((file, bytes)) = &mut self.held else { return false };
+        let kept = match share {
+            Share::None => return false,
+            Share::First => LAST_BYTES,
+            Share::All => 0,
+        };
         let left = bytes.saturating_sub(STEP_BYTES);
-        if *bytes == 0 || file.set_len(left).is_err() {
+        if *bytes <= kept || file.set_len(left).is_err() {
             return false;
         }
         *bytes = left;
@@ -180,11 +203,13 @@ mod tests {
         let mut state = guard.state.lock();
         state.refill(HELD_BYTES * HELD_OF_FREE - 1);
         assert_eq!(held(), 0, "the disk is too small for that");
-        assert!(!state.let_go());
+        assert!(!state.let_go(Share::All));
         state.refill(HELD_BYTES * HELD_OF_FREE);
         assert_eq!(held(), HELD_BYTES);
-        let steps = (0..100).take_while(|_| state.let_go()).count() as u64;
-        assert_eq!((steps, held()), (HELD_BYTES / STEP_BYTES, 0));
+        assert!(!state.let_go(Share::None));
+        let mut steps = |share| (0..100).take_while(|_| state.let_go(share)).count() as u64 * STEP_BYTES;
+        assert_eq!(steps(Share::First), HELD_BYTES - LAST_BYTES);
+        assert_eq!((steps(Share::All), held()), (LAST_BYTES, 0));
         state.refill(u64::MAX);
         assert_eq!(held(), HELD_BYTES);
     }

@@ -220,12 +220,13 @@ impl DataFolder {
 
     /// Removes a data file that was let go.
     pub(super) fn unlink(&self, ino: Ino) {
-        let mut open = self.open.lock();
-        open.pop(&ino);
+        self.open.lock().pop(&ino);
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a data file"),
         }
+        // Somebody may have opened it meanwhile.
+        self.open.lock().pop(&ino);
     }
 
     /// What `stat` tells of the data file of `ino`.
@@ -328,8 +329,8 @@ impl DataFolder {
         &self.promises
     }
 
-    /// The kernel makes the bytes of `ino` durable without telling us.
-    pub fn is_synced_past_us(&self, ino: Ino) {
+    /// Somebody counts on the bytes of `ino` from now on: the kernel makes them durable without telling us, or another takes its place.
+    pub fn is_counted_on(&self, ino: Ino) {
         self.promises.keep(ino, None);
     }
 
@@ -390,7 +391,10 @@ impl DataFolder {
             match synced {
                 Ok(stamp) => self.promises.keep(ino, Some(stamp)),
                 Err(error) if error.class() == ErrorClass::NotFound => {}
-                Err(error) => tracing::warn!(%ino, %error, "a file that took another's place could not be written"),
+                Err(error) => {
+                    tracing::warn!(%ino, %error, "a file that took another's place could not be written");
+                    self.promises.owe(ino);
+                }
             }
         }
     }

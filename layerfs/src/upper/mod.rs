@@ -32,7 +32,6 @@ use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, Ino, LayerId, LayerName, UpperId};
 use crate::inode::{Inode, Node};
-use crate::patience;
 use crate::store::Store;
 use crate::store::db::{Batch, Cf, Db, Sync};
 use crate::view::View;
@@ -646,11 +645,24 @@ impl Upper {
             self.data.unlink(ino);
             return;
         }
-        self.removals.put(ino, bytes);
+        self.removals.put(ino, bytes, false);
         if bytes >= LARGE_BYTES && !self.has_plenty() {
-            patience::waits();
-            self.free_removed();
+            self.removals.hurry();
         }
+    }
+
+    /// Inode `ino` is the sealed layers' again, by a change that was committed; its data file, of `bytes` bytes, goes soon. Its stripe is held.
+    pub fn remove_sealed_data(&self, ino: Ino, bytes: u64) {
+        self.data.let_go(ino);
+        self.removals.put(ino, bytes, true);
+    }
+
+    /// There is to be a data file of `ino`, which a sealed layer has and whose stripe is held: one that is to go does so first.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn make_way(&self, ino: Ino) -> Result<()> {
+        self.removals.clear(ino)
     }
 
     /// Whether the disk has so much room that nobody has to wait for what is being removed.

@@ -43,7 +43,7 @@ impl Ages {
         let [older, later] = self.marks;
         if now.duration_since(later.0) > NEW_FOR {
             self.marks = [(now, next); 2];
-        } else if now.duration_since(later.0) > NEW_FOR / 2 {
+        } else if now.duration_since(later.0) > NEW_FOR / 2 || now.duration_since(older.0) > NEW_FOR {
             self.marks = [later, (now, next)];
         } else {
             return older.1;

@@ -3,9 +3,10 @@
 //! The host's filesystem makes an unlinked file's end durable within seconds, the database's log its rows when somebody syncs. So
 //! that no row comes back without its file, a file that somebody counts on waits here until the removal of its row is durable: for a
 //! sync that others ask for, or for ours, [`DELAY`] later, which many share. Invariants: a file is put here after its row's removal was
-//! written, and nobody can reach its inode any more; what is left here when the process ends the next opening removes.
+//! written, and nobody comes to it by its inode any more; who makes another of a number that can come back waits until it has gone
+//! ([`Removals::clear`]); what is left here when the process ends the next opening removes.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::Result;
 use crate::id::Ino;
+use crate::patience;
 use crate::store::Store;
 use crate::upper::data::DataFolder;
 
@@ -34,7 +36,7 @@ struct Shared {
     data: Arc<DataFolder>,
     queue: Mutex<Queue>,
     wake: Condvar,
-    /// Held by whoever unlinks: others find nothing to do after that only.
+    /// Held by whoever unlinks. What he takes stays in the queue until it has gone, so that others wait for him.
     unlinking: Mutex<()>,
 }
 
@@ -42,6 +44,8 @@ struct Shared {
 struct Queue {
     /// With about what each takes, in bytes.
     files: VecDeque<(Ino, u64)>,
+    /// Those of them whose inodes a sealed layer has, so that there may be another file of that number.
+    sealed: HashSet<Ino>,
     /// How many were ever put here before the first of these.
     taken: u64,
     /// The removal of the rows of so many, counted likewise, is durable.
@@ -70,13 +74,19 @@ impl Queue {
         self.bytes >= MANY_BYTES || self.files.len() >= MANY_FILES
     }
 
-    /// Takes those that can go.
-    fn take_durable(&mut self) -> Vec<Ino> {
+    /// Those that can go, the first ones.
+    fn durable(&self) -> Vec<Ino> {
         let count = (self.durable.saturating_sub(self.taken) as usize).min(self.files.len());
+        self.files.iter().take(count).map(|(ino, _)| *ino).collect()
+    }
+
+    /// The first `count` have gone.
+    fn gone(&mut self, count: usize) {
         self.taken += count as u64;
-        let files: Vec<(Ino, u64)> = self.files.drain(..count).collect();
-        self.bytes -= files.iter().map(|(_, bytes)| bytes).sum::<u64>();
-        files.into_iter().map(|(ino, _)| ino).collect()
+        for (ino, bytes) in self.files.drain(..count) {
+            self.bytes -= bytes;
+            self.sealed.remove(&ino);
+        }
     }
 }
 
@@ -86,10 +96,13 @@ impl Removals {
         Removals { shared: Arc::new(shared), thread: Mutex::default() }
     }
 
-    /// The data file of `ino`, of `bytes` bytes, goes once it is durable that its row has gone.
-    pub fn put(&self, ino: Ino, bytes: u64) {
+    /// The data file of `ino`, of `bytes` bytes, goes once it is durable that its row has gone. `is_sealed`: a sealed layer has the inode.
+    pub fn put(&self, ino: Ino, bytes: u64, is_sealed: bool) {
         let mut queue = self.shared.queue.lock();
         queue.add(ino, bytes);
+        if is_sealed {
+            queue.sealed.insert(ino);
+        }
         let is_long = queue.is_long();
         let has_thread = queue.due.is_some();
         if is_long || !has_thread {
@@ -123,7 +136,28 @@ impl Removals {
         self.shared.queue.lock().files.is_empty()
     }
 
-    /// They go now. False if there were none.
+    /// Nobody shall wait for long for the room that they have.
+    pub fn hurry(&self) {
+        let mut queue = self.shared.queue.lock();
+        if queue.due.is_some() {
+            queue.due = Some(Instant::now());
+            self.shared.wake.notify_one();
+        }
+    }
+
+    /// There is to be another data file of `ino`: the one that waits here goes first.
+    ///
+    /// # Errors
+    /// Those of the disk; it is here still then.
+    pub fn clear(&self, ino: Ino) -> Result<()> {
+        if !self.shared.queue.lock().sealed.contains(&ino) {
+            return Ok(());
+        }
+        patience::waits();
+        self.shared.flush()
+    }
+
+    /// They go now, or have gone when this returns. False if there were none.
     pub fn flush(&self) -> bool {
         !self.is_empty() && self.shared.flush().is_ok()
     }
@@ -162,12 +196,11 @@ impl Shared {
             let queue = self.queue.lock();
             queue.durable < queue.put()
         };
-        if needs_sync {
-            self.sync()?;
-        }
-        let files = self.queue.lock().take_durable();
-        files.into_iter().for_each(|ino| self.data.unlink(ino));
-        Ok(())
+        let synced = if needs_sync { self.sync() } else { Ok(()) };
+        let files = self.queue.lock().durable();
+        files.iter().for_each(|ino| self.data.unlink(*ino));
+        self.queue.lock().gone(files.len());
+        synced
     }
 
     /// What the thread does: it ends when nothing waits.
@@ -183,7 +216,11 @@ impl Shared {
                 tracing::warn!(%error, "removed files take room still: it can't be made durable that they are gone");
             }
             queue = self.queue.lock();
-            queue.due = (!queue.files.is_empty()).then(|| Instant::now() + DELAY);
+            if queue.files.is_empty() {
+                queue.due = None;
+            } else if queue.due == Some(due) {
+                queue.due = Some(Instant::now() + DELAY);
+            }
         }
     }
 }
@@ -196,20 +233,28 @@ mod tests {
     fn what_goes_is_what_a_sync_has_covered() {
         let mut queue = Queue::default();
         let put = |queue: &mut Queue, inos: &[u64]| inos.iter().for_each(|ino| queue.add(Ino(*ino), MANY_BYTES / 2));
+        let take = |queue: &mut Queue| {
+            let files = queue.durable();
+            queue.gone(files.len());
+            files
+        };
         put(&mut queue, &[1, 2, 3]);
-        assert_eq!(queue.take_durable(), []);
+        queue.sealed.insert(Ino(1));
+        assert_eq!(take(&mut queue), []);
         queue.durable = 1;
-        assert_eq!(queue.take_durable(), [Ino(1)]);
+        assert!(queue.durable() == [Ino(1)] && queue.sealed.contains(&Ino(1)) && !queue.files.is_empty());
+        assert_eq!(take(&mut queue), [Ino(1)]);
+        assert!(queue.sealed.is_empty());
         assert!(queue.is_long() && queue.put() == 3);
         queue.durable = 2;
-        assert_eq!(queue.take_durable(), [Ino(2)]);
+        assert_eq!(take(&mut queue), [Ino(2)]);
         assert!(!queue.is_long(), "only what waits counts");
         put(&mut queue, &[4]);
         queue.durable = queue.put();
         put(&mut queue, &[5]);
-        assert_eq!(queue.take_durable(), [Ino(3), Ino(4)]);
+        assert_eq!(take(&mut queue), [Ino(3), Ino(4)]);
         queue.durable = 100;
-        assert_eq!(queue.take_durable(), [Ino(5)]);
+        assert_eq!(take(&mut queue), [Ino(5)]);
         queue.add(Ino(6), u64::MAX);
         queue.add(Ino(7), u64::MAX);
         assert!(queue.is_long());

@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::id::{Ino, UpperId};
 use crate::inode::{Inode, Node, Target};
 use crate::store::db::{Batch, Cf};
+use crate::store::space::Share;
 use crate::upper::data::DataFolder;
 use crate::upper::ranges::Leaf;
 
@@ -225,7 +226,7 @@ pub struct Change {
     dentries: Vec<(Ino, Box<[u8]>, Option<Slot>)>,
     leaves: Vec<(Ino, u64, Option<Leaf>)>,
     answer: Option<Ino>,
-    makes_room: bool,
+    share: Share,
 }
 
 impl Change {
@@ -257,9 +258,14 @@ impl Change {
         self.inodes.push((ino, None));
     }
 
-    /// It takes no more space or gives some back, so that it can be made though the disk is full.
+    /// It gives space back, so that it can be made though the disk is full.
     pub fn makes_room(&mut self) {
-        self.makes_room = true;
+        self.share = Share::All;
+    }
+
+    /// It takes no more space, so that it can be made though the disk is full, unless removals may need what is left.
+    pub fn takes_no_room(&mut self) {
+        self.share = self.share.max(Share::First);
     }
 
     /// The answer to whoever asked for the change is about inode `ino`.
@@ -284,9 +290,7 @@ impl Change {
 
     /// Appends the rows of upper `id` to `batch`, whose data files are `data`.
     pub(super) fn rows(&self, id: UpperId, batch: &mut Batch, data: &DataFolder) -> Result<()> {
-        if self.makes_room {
-            batch.makes_room();
-        }
+        batch.may_take(self.share);
         for (ino, inode) in &self.inodes {
             let key = inode_key(id, *ino);
             let is_ranged = inode.as_ref().and_then(|inode| inode.backed).is_some_and(|backed| backed.base_bytes > 0);

@@ -62,8 +62,10 @@ impl Fs {
         let now = edit.now;
         let mut inode = edit.inode(ino)?;
         inode.inode.attrs.ctime = now;
-        if set.size.is_some() || edit.is_there(ino) {
+        if set.size.is_some() {
             edit.makes_room();
+        } else if edit.is_there(ino) {
+            edit.takes_no_room();
         }
         if let Some(size) = set.size {
             if let Some(backed) = &mut inode.backed {

@@ -192,6 +192,11 @@ impl<'fs> Edit<'fs> {
         ino
     }
 
+    /// Whether `ino` has a data file.
+    pub(super) fn is_backed(&self, ino: Ino) -> bool {
+        self.state.tables.inode(ino).is_some_and(|inode| inode.backed.is_some())
+    }
+
     /// Whether the upper has inode `ino` already: a change takes no further room then.
     pub(super) fn is_there(&self, ino: Ino) -> bool {
         self.state.tables.inode(ino).is_some()
@@ -200,6 +205,11 @@ impl<'fs> Edit<'fs> {
     /// It is to be done though the disk is full.
     pub(super) fn makes_room(&mut self) {
         self.change.makes_room();
+    }
+
+    /// The same, as long as removals have enough.
+    pub(super) fn takes_no_room(&mut self) {
+        self.change.takes_no_room();
     }
 
     /// The answer to whoever asked for this is about inode `ino`.

@@ -243,6 +243,7 @@ impl Fs {
         };
         let view = state.view.clone();
         drop(state);
+        upper.make_way(ino)?;
         let content = reader.content();
         if self.leave_warm(upper, ino, content)? {
             return Ok(None);

@@ -236,11 +236,12 @@ impl Fs {
         edit.makes_room();
         let mut owed = None;
         if let Some((ino, kind)) = target {
+            if let Some(upper) = self.upper.as_ref().filter(|_| edit.is_backed(ino)) {
+                // However new it is: without it and without the new name there would be nothing.
+                upper.data().is_counted_on(ino);
+            }
             edit.drop_link(ino, kind)?;
-            owed = self.upper.as_ref().filter(|upper| {
-                edit.state.tables.inode(source.0).is_some_and(|inode| inode.backed.is_some())
-                    && upper.data().owe(source.0)
-            });
+            owed = self.upper.as_ref().filter(|upper| edit.is_backed(source.0) && upper.data().owe(source.0));
         }
         edit.set_name(to.0, to.1, Some(source))?;
         if leaves_whiteout {

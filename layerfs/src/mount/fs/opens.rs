@@ -705,10 +705,7 @@ impl Fs {
         change.forget(ino);
         upper.journal().aside(|| upper.commit(&mut state.tables, change))?;
         drop(state);
-        // Else a lost machine may bring the row back, and not the file. With the stripe nobody makes another meanwhile.
-        patience::waits();
-        upper.sync()?;
-        upper.data().remove(ino);
+        upper.remove_sealed_data(ino, stat.bytes);
         Ok(())
     }
 }

@@ -359,6 +359,10 @@ fn who_reads_a_file_and_closes_it_while_changes_wait_leaves_nothing_in_the_upper
     assert_eq!(sealed_bytes(&view, "file"), vec![5; BYTES]);
     assert!(mounted.comes_to((0, 0)), "{:?}", mounted.mount.fs().unwrap().upper_counts());
     assert_eq!(fs::read(&path).unwrap(), vec![5; BYTES]);
+    // Its data file waits to be removed, and another is made.
+    open(&path).write_all_at(&[6; 10], 0).unwrap();
+    mounted.mount.fs().unwrap().upper().unwrap().free_removed();
+    assert_eq!(fs::read(&path).unwrap(), [vec![6; 10], vec![5; BYTES - 10]].concat());
 }
 
 /// A direct write that nobody waits for sets the file's times and lets go of its lock when it is submitted: no seal holds it back, and nothing
