@@ -10,7 +10,12 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
+use layerfs::LayerId;
+use layerfs::id::Ino;
+use layerfs::store::Store;
+use layerfs::view::View;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -456,6 +461,20 @@ impl NetworkSetup {
     }
 }
 
+/// Whether what the state `layer` says of a network, if it says anything, would be refused at a restore: why.
+///
+/// # Errors
+/// Those of the store; also if it isn't here yet.
+pub(crate) fn refusal(store: &Arc<Store>, layer: LayerId) -> crate::error::Result<Option<String>> {
+    let view = View::open(store, layer)?;
+    let Some((ino, _)) = view.lookup(Ino::ROOT, FILE.as_bytes())? else { return Ok(None) };
+    // So much that a longer one is seen to be that.
+    let size = view.stat(ino)?.map_or(0, |stat| stat.size);
+    let mut json = vec![0; size.min(MAX_BYTES as u64 + 1) as usize];
+    let read = view.read_at(ino, 0, &mut json)?;
+    Ok(NetworkSetup::parse(&json[..read]).err())
+}
+
 /// Has a thread in `namespace` do `work`: it stays there.
 fn within<T: Send>(namespace: &Path, work: impl FnOnce() -> Outcome<T> + Send) -> Outcome<T> {
     let file = File::open(namespace).map_err(|error| format!("cannot open {}: {error}", namespace.display()))?;
@@ -836,6 +855,11 @@ fn has_variable(ruleset: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use layerfs::LayerName;
+    use layerfs::monitor::Silent;
+    use layerfs::store::StoreOptions;
+
+    use super::super::state;
     use super::*;
 
     fn words(text: &str) -> Vec<String> {
@@ -908,6 +932,26 @@ mod tests {
             let setup = NetworkSetup { nftables: text.to_owned(), ..NetworkSetup::default() };
             assert_eq!(is_taken(setup), is_fine, "{}", &text[..text.len().min(99)]);
         }
+    }
+
+    #[test]
+    fn what_a_state_brings_is_looked_at_before_it_is_restored() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let refused = |text: &str| {
+            let from = tempfile::tempdir().unwrap();
+            fs::write(from.path().join("dump.img"), "x").unwrap();
+            if !text.is_empty() {
+                fs::write(from.path().join(FILE), text).unwrap();
+            }
+            let name = LayerName::new("guest/web/state").unwrap();
+            let (layer, _) = state::import(&store, from.path(), &name, None, &Silent).unwrap();
+            refusal(&store, layer).unwrap()
+        };
+        assert_eq!([refused(""), refused("{\"mtu\": 1400}")], [None, None]);
+        assert!(refused("{\"routes\": [[\"unicast\", \"default\", \"encap\", \"bpf\"]]}").unwrap().contains("encap"));
+        assert!(refused("{\"of_later\": 1}").unwrap().contains("later version"));
+        assert!(refused(&" ".repeat(MAX_BYTES + 1)).unwrap().contains("longer"));
     }
 
     #[test]
