@@ -62,6 +62,7 @@ pub use drivers::{DRIVERS, HostDrivers};
 pub use exec::Pipes;
 pub use host::{Host, Scratch};
 pub use name::GuestName;
+pub(crate) use network_setup::refusal as network_refusal;
 pub use records::{GuestRecord, GuestSpec, GuestState, Guests};
 pub use surroundings::{Surroundings, mebibytes};
 

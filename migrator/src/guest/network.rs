@@ -514,9 +514,9 @@ mod tests {
             here.save(&state("plain")).unwrap();
             assert!(!here.has_tables());
             let text = std::fs::read(folder.path().join("plain").join(network_setup::FILE)).unwrap();
-            let plain: network_setup::NetworkSetup = serde_json::from_slice(&text).unwrap();
-            let orders = plain.orders(&network_setup::made(here.address, here.gateway)).unwrap();
-            assert_eq!((&*orders[1], &*orders[2]), ("", ""), "there is nothing to do for one that has set up nothing");
+            let plain = network_setup::NetworkSetup::parse(&text).unwrap();
+            let orders = plain.orders(&network_setup::made(here.address, here.gateway));
+            assert_eq!((&*orders.ip, orders.nft), ("", ""), "there is nothing to do for one that has set up nothing");
 
             for line in [
                 "ip address add 10.8.0.2/24 dev eth0 label eth0:1",
@@ -530,6 +530,11 @@ mod tests {
                 "ip -6 route add default via fd00::1",
                 "ip link set eth0 mtu 1400",
                 "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.eth0.rp_filter=2",
+                // The ports fit each other, but not what is there before in any order.
+                "sysctl -qw net.ipv4.ip_unprivileged_port_start=5 net.ipv4.ip_local_port_range=10\t5000",
+                "sysctl -qw net.ipv6.conf.eth0.accept_ra=0",
+                "ip -6 route add fd02::/64 via fd00::9 proto ra",
+                "ip route add 10.14.0.0/16 via 10.7.0.7 proto 77 table 4000",
                 "nft add table inet CRIU-77",
                 "nft add table inet filter { set bad { type ipv4_addr; elements = { 10.7.0.66, 10.7.0.67 }; }; }",
                 "nft add chain inet filter in { type filter hook input priority 0; policy accept; }",
@@ -548,6 +553,7 @@ mod tests {
                 &["ip", "route", "show", "table", "all"],
                 &["ip", "-6", "route", "show", "table", "main"],
                 &["sysctl", "net.ipv4.ip_forward", "net.ipv4.conf.eth0.rp_filter"],
+                &["sysctl", "net.ipv4.ip_unprivileged_port_start", "net.ipv4.ip_local_port_range"],
                 &["cat", "/proc/sys/net/ipv4/ip_forward"],
                 &["nft", "list", "table", "inet", "filter"],
             ];
@@ -559,6 +565,18 @@ mod tests {
             assert!(says(&there, &["ip", "link", "show", "eth0"]).contains("mtu 1400"));
             assert!(says(&there, &["nft", "list", "ruleset"]).contains("drop comment \"never\""));
             assert!(!says(&there, &["nft", "list", "ruleset"]).contains("CRIU"), "a lock of CRIU's goes along");
+
+            // Hosts differ: a setting that can't be here as it was there is no reason to fail.
+            let odd = state("odd");
+            let text = std::fs::read_to_string(moved.join(network_setup::FILE)).unwrap();
+            let (forwards, never) = ("\"ipv4/ip_forward\": \"1\"", "\"ipv4/tcp_fin_timeout\": \"never\"");
+            assert!(text.contains(forwards));
+            let text = text.replace(forwards, &format!("{forwards}, {never}, \"ipv4/of_no_kernel\": \"1\""));
+            std::fs::write(odd.join(network_setup::FILE), text.replace("\"ipv4/tcp_fin_timeout\": \"60\",", ""))
+                .unwrap();
+            there.make().unwrap();
+            there.load(&odd).unwrap();
+            assert_eq!(says(&there, &["cat", "/proc/sys/net/ipv4/ip_forward"]), "1\n", "the others are set");
 
             // A state of an earlier version says nothing.
             there.make().unwrap();

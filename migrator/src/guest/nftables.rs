@@ -5,7 +5,7 @@
 use std::io;
 use std::time::Duration;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
 
@@ -44,7 +44,8 @@ pub(super) fn table_names() -> io::Result<Vec<String>> {
     send(&socket, &question, SendFlags::empty())?;
     let (mut names, mut part) = (Vec::new(), vec![0; PART_BYTES]);
     loop {
-        let (length, _) = recv(&socket, &mut part[..], RecvFlags::empty())?;
+        // A signal to this process is no answer.
+        let (length, _) = retry_on_intr(|| recv(&socket, &mut part[..], RecvFlags::empty()))?;
         if take(&part[..length], &mut names)? {
             return Ok(names);
         }

@@ -13,6 +13,7 @@ use super::{Arrival, HookPoint, Migrations, busy};
 use crate::error::{Error, Result};
 use crate::guest::{
     Activity, Guest, GuestRecord, GuestSpec, GuestState, Manner, Obstacle, Side as GuestSide, Surroundings, memory,
+    network_refusal,
 };
 use crate::handover::destination::{Destination, Event, Found, Phase, Step};
 use crate::handover::journal::{Layers, MAX_EPOCH, Row, Side};
@@ -403,6 +404,13 @@ impl Migrations {
                 }
                 next = Manifest::load(store.as_ref(), layer)?.parent;
             }
+        }
+        match network_refusal(store, layers.state) {
+            Ok(None) => {}
+            Ok(Some(why)) => return Err(Error::guest("restore", row.guest(), why)),
+            // Not all of it needs to be here.
+            Err(error) if layers.lazily => tracing::debug!(guest = %row.guest(), %error, "a state isn't looked at yet"),
+            Err(error) => return Err(error),
         }
         self.open(row, layers, arrival)?;
         if let Some(kept) = arrival.kept.take().filter(|_| !layers.lazily) {
