@@ -469,12 +469,13 @@ async fn in_doubt_nothing_starts_and_the_operator_decides() {
     });
     assert!(asked.await.unwrap().unwrap().is_in_doubt(), "the source doesn't answer");
     assert!(two.world.running(&name).is_empty());
+    two.world.leave("b", 0);
     let forced = spawn_blocking({
         let name = name.clone();
         move || there.resolve(&name, Resolution::RunHere)
     });
     forced.await.unwrap().unwrap();
-    assert_eq!(two.world.running(&name), ["b"]);
+    assert_eq!(two.world.running(&name), ["b"], "whatever is thought of its room");
     let world = two.world.clone();
     two.a.restart(&world).await;
     two.settle().await;
@@ -674,6 +675,23 @@ async fn a_guest_does_not_come_where_its_memory_has_no_room() {
     let at_once = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
     let error = two.migrate(false, at_once).await.unwrap_err().to_string();
     assert!(error.contains("1 MiB of memory") && error.contains("end something here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    // The same once it is the destination's: it goes back, unless it can't. Then it is tried.
+    let takes = |options: MigrateOptions| {
+        two.world.leave("b", 1 << 40);
+        let (world, migrations, name) = (two.world.clone(), two.a.migrations.clone(), two.name.clone());
+        let monitor = At("restore", AtomicBool::new(false), move || world.leave("b", 0));
+        spawn_blocking(move || migrations.migrate(&name, "b", options, Arc::new(monitor)))
+    };
+    let error = takes(at_once).await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("gave it back") && error.contains("end something here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    takes(MigrateOptions { gives_back: false, ..at_once }).await.unwrap().unwrap();
+    assert_eq!(two.check(), "b");
+    two.settle().await;
+    two.migrate(true, at_once).await.unwrap();
     two.settle().await;
     assert_eq!(two.check(), "a");
     // What it needs not have at once may come later.
