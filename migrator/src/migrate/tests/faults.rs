@@ -936,20 +936,21 @@ async fn layers_that_go_only_when_it_has_stopped_are_given_their_time() {
     let mut two = Two::new().await;
     let timing = Timing { sending_patience: Duration::from_millis(500), ..timing() };
     two.a.migrations = migrations("a", &two.a.node, &two.a.guests, &two.a.host, &two.world, timing);
-    // A base that shows how slow the link is, an application, and what the guest has written.
+    // A base, an application, and what the guest has written.
     let mut parent = None;
-    for (number, bytes) in [(1, 3 << 20), (2, 6 << 20)] {
+    for (number, bytes) in [(1, 1 << 20), (2, 14 << 20)] {
         let tree = two.a.folder.join(format!("layer-{number}"));
         std::fs::create_dir(&tree).unwrap();
         std::fs::write(tree.join("data"), crate::tests::pair::noise(number, bytes)).unwrap();
         let options = ImportOptions { parent, expect: Expect::Any, ..ImportOptions::new(layer_name("app")) };
         parent = Some(import(&two.a.store, SourceSpec::Path(tree), &options, &Silent).unwrap().layers[0].id);
     }
-    std::fs::write(two.a.host.root(&two.name).join("last"), crate::tests::pair::noise(9, 3 << 20)).unwrap();
-    two.a.node.transfers().governor().set_limit(Some(Rate::new(3 << 19)));
+    std::fs::write(two.a.host.root(&two.name).join("last"), crate::tests::pair::noise(9, 8 << 20)).unwrap();
+    // Less than is assumed of a link that nobody has measured, which this may stay, and more than a quarter of it.
+    two.a.node.transfers().governor().set_limit(Some(Rate::new(4 << 20)));
     let two_layers = MigrateOptions { ahead: Ahead::Base, ..MigrateOptions::default() };
     let report = two.migrate(false, two_layers).await.unwrap();
     assert_eq!(two.check(), "b");
     let (sent, predicted) = (report.stage("send").unwrap(), report.predicted.unwrap());
-    assert!(sent.bytes > 9 << 20 && sent.seconds > 4.0 * predicted.seconds, "{sent:?}, {predicted:?}");
+    assert!(sent.bytes > 22 << 20 && sent.seconds > 4.0 * predicted.seconds, "{sent:?}, {predicted:?}");
 }
