@@ -163,6 +163,11 @@ pub trait Guest: Send + Sync {
     /// If it can't be found out.
     fn preflight(&self, side: Side) -> Result<Vec<Obstacle>>;
 
+    /// The disk in its stack without which it has nothing to start from, if there is such a one.
+    fn boots_from(&self) -> Option<&Path> {
+        None
+    }
+
     /// What it runs on here, or would.
     ///
     /// # Errors

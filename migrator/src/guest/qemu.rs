@@ -198,8 +198,13 @@ impl QemuGuest {
         found.map(Some).map_err(|error| format!("cannot find {} in its stack: {error}", path.display()))
     }
 
+    /// Where its stack has its disk, if it has one.
+    fn disk_path(&self) -> &Path {
+        self.options.disk.as_deref().unwrap_or(Path::new(DISK_NAME))
+    }
+
     fn disk(&self) -> Outcome<Option<PathBuf>> {
-        self.at(self.options.disk.as_deref().unwrap_or(Path::new(DISK_NAME)))
+        self.at(self.disk_path())
     }
 
     /// Whether the disk that `process` has open is the one that is mounted here for it.
@@ -476,11 +481,6 @@ impl Guest for QemuGuest {
             let fix = "turn virtualization on in the machine's firmware, or make the guest with --accel auto";
             found.push(Obstacle::new("KVM does not work here", fix));
         }
-        let MachineOptions { kernel, disk, network, .. } = &self.options;
-        if side == Side::Run && kernel.is_none() && disk.is_none() && *network == Network::None {
-            let fix = "remove the guest, and make it with --disk or --kernel";
-            found.push(Obstacle::new("the machine has nothing to start from, neither a disk nor a kernel", fix));
-        }
         if side == Side::PostCopy && self.version().is_some_and(|version| version < MAPS_FILES) {
             let fix = "install QEMU 8.2 or later, or move without --postcopy";
             found.push(Obstacle::new("this QEMU can't run on a state's file", fix));
@@ -491,6 +491,12 @@ impl Guest for QemuGuest {
         }
 
         Ok(found)
+    }
+
+    fn boots_from(&self) -> Option<&Path> {
+        // Without a kernel the firmware starts what is on its disk, or in its network.
+        let MachineOptions { kernel, network, .. } = &self.options;
+        (kernel.is_none() && *network == Network::None).then(|| self.disk_path())
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
@@ -507,6 +513,11 @@ impl Guest for QemuGuest {
     fn start(&self) -> Result<()> {
         let failed = self.failed("start");
         self.must_be_absent("start")?;
+        if let Some(path) = self.boots_from()
+            && self.disk().map_err(&failed)?.is_none()
+        {
+            return Err(failed(format!("it has nothing to start from: there is no {}", path.display())));
+        }
         let memory = Memory::new(self.options.memory).map_err(|error| format!("there is no memory for it: {error}"));
         let started = memory.and_then(|memory| self.launch(&Backing::Shared(memory), None));
         let started = started.and_then(|()| self.release());
@@ -667,6 +678,28 @@ mod tests {
         };
         assert_eq!(has_its_root(BLOCKDEV), (true, false, false));
         assert_eq!(has_its_root("-nodefaults"), (true, true, true));
+    }
+
+    #[test]
+    fn a_machine_does_not_start_without_the_disk_that_it_boots() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut guest = guest_in(folder.path());
+        fs::create_dir_all(&guest.root).unwrap();
+        assert_eq!(guest.boots_from(), Some(Path::new(DISK_NAME)));
+        let refused = |guest: &QemuGuest| guest.start().unwrap_err().to_string();
+        assert!(refused(&guest).contains("there is no disk.raw"), "{}", refused(&guest));
+        // Whether its disk came with its stack or was written since; this one's QEMU can't be run then.
+        fs::write(guest.root.join(DISK_NAME), "").unwrap();
+        guest.options.accel = "none".to_owned();
+        assert!(!refused(&guest).contains("nothing to start from"), "{}", refused(&guest));
+        guest.options.disk = Some("other.raw".into());
+        assert!(refused(&guest).contains("there is no other.raw"), "{}", refused(&guest));
+        // Others have something else to start from.
+        guest.options.kernel = Some("vmlinuz".into());
+        assert_eq!(guest.boots_from(), None);
+        guest.options.kernel = None;
+        guest.options.network = Network::parse("bridge:br0,10.0.0.2/24").unwrap();
+        assert_eq!(guest.boots_from(), None);
     }
 
     #[test]

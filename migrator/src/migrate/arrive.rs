@@ -266,7 +266,7 @@ impl Migrations {
                     // It isn't brought back from a state that it has left behind: only the row is missing.
                     let is_awake = self.0.awake.lock().contains(&row.id);
                     let before = row.note.clone();
-                    let found = if is_awake { Found::Running } else { self.restore(row, arrival) };
+                    let found = if is_awake { Found::Running } else { self.restore(row, arrival, event) };
                     match found {
                         Found::Running => drop(self.0.awake.lock().insert(row.id)),
                         // Somebody who decides has to find it on record.
@@ -443,8 +443,8 @@ impl Migrations {
         Ok(path)
     }
 
-    fn restore(&self, row: &mut Row, arrival: &mut Arrival) -> Found {
-        let error = match self.try_restore(row, arrival) {
+    fn restore(&self, row: &mut Row, arrival: &mut Arrival, event: Event) -> Found {
+        let error = match self.try_restore(row, arrival, event) {
             Ok(Tried::Runs(remark)) => {
                 // Nothing has failed, but who asks why it took so long is told.
                 row.note = remark.unwrap_or_default();
@@ -479,8 +479,8 @@ impl Migrations {
         }
     }
 
-    /// Lets it go on.
-    fn try_restore(&self, row: &Row, arrival: &mut Arrival) -> Result<Tried> {
+    /// Lets it go on, as follows from `event`.
+    fn try_restore(&self, row: &Row, arrival: &mut Arrival, event: Event) -> Result<Tried> {
         let guest = self.guest(row)?;
         match guest.status()?.activity {
             Activity::Running => return Ok(Tried::Runs(None)),
@@ -494,7 +494,14 @@ impl Migrations {
             Laid::Anew => self.furnish(row, layers)?,
             Laid::Newer => return Ok(Tried::WentOn),
         }
-        self.must_fit(row, layers, arrival)?;
+        if let Err(error) = self.must_fit(row, layers, arrival) {
+            // It is this host's: what is only an estimate keeps it from running here as long as another host waits for it, and not from
+            // running at all. An operator who wants it here may do so because there is no other host any more.
+            if arrival.machine.gives_back && event != Event::RunHere {
+                return Err(error);
+            }
+            tracing::warn!(guest = %row.guest(), %error, "a guest that is not given back is restored all the same");
+        }
         let path = self.open(row, layers, arrival)?;
         let mut remark = None;
         if layers.lazily {

@@ -1,6 +1,7 @@
 //! One migration from its pre-flight to its report, as the one who asked for it follows it.
 
 mod copy;
+mod patience;
 mod stop;
 
 use std::sync::Arc;

@@ -179,5 +179,25 @@ fn a_machine_has_something_to_start_from() {
     host.json(&["guest", "create", "whole", "--driver", "qemu", "--on", "base", "--disk", "data.bin"]);
     let refused = host.run(&["guest", "start", "bare"]);
     assert!(refused.contains("neither a disk nor a kernel") && refused.ends_with("--- exit 7\n"), "{refused}");
+    assert!(refused.contains("there is no disk.raw in base"), "{refused}");
+    assert!(host.run(&["guest", "check", "bare"]).contains("neither a disk nor a kernel"));
     assert!(!host.run(&["guest", "check", "whole"]).contains("neither a disk"));
+}
+
+#[test]
+fn a_machine_starts_from_the_disk_in_its_stack() {
+    let host = Host::new();
+    std::fs::write(host.make_tree("tree").join("disk.raw"), "").unwrap();
+    host.json(&["import", "tree", "debian-disk"]);
+    let connected = ["--disk", "no.raw", "--network", "bridge:layerfs-none,10.0.0.2/24"];
+    for (name, options) in [("vm", &[][..]), ("other", &connected[..2]), ("connected", &connected)] {
+        let create = ["guest", "create", name, "--driver", "qemu", "--on", "debian-disk", "--memory", "1G"];
+        host.json(&[&create[..], options].concat());
+        // Whatever else is in its way here.
+        for what in ["check", "start"] {
+            let told = host.run(&["guest", what, name]);
+            assert_eq!(told.contains("neither a disk nor a kernel"), name == "other", "{told}");
+        }
+        host.run(&["guest", "stop", name]);
+    }
 }

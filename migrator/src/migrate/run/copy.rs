@@ -15,6 +15,7 @@ use super::super::Downtime;
 use super::super::plan::{self, Enough, Left, LinkSpeed, Round, Wish};
 use super::super::{Ahead, Rounds, changes, inhibit};
 use super::Run;
+use super::patience::Patience;
 use crate::error::{Error, Result};
 use crate::governor::Priority;
 use crate::guest::{Scratch, state};
@@ -50,8 +51,8 @@ pub(super) struct Part {
     pub label: String,
     /// Beyond the release nothing is cancelled.
     pub may_cancel: bool,
-    /// Cancelled by itself then.
-    pub until: Option<Instant>,
+    /// Cancelled by itself when that is over.
+    pub patience: Option<Arc<Patience>>,
 }
 
 impl Monitor for Part {
@@ -68,52 +69,61 @@ impl Monitor for Part {
         self.inner.warn(message);
     }
     fn is_cancelled(&self) -> bool {
-        self.may_cancel && (self.inner.is_cancelled() || self.until.is_some_and(|until| Instant::now() >= until))
+        self.may_cancel
+            && (self.inner.is_cancelled() || self.patience.as_ref().is_some_and(|patience| patience.is_over()))
     }
 }
 
 impl Run<'_> {
     pub(super) fn part(&self, label: &str) -> Arc<dyn Monitor> {
-        self.part_until(label, None)
+        self.part_with(label, None)
     }
 
-    fn part_until(&self, label: &str, until: Option<Instant>) -> Arc<dyn Monitor> {
-        let (inner, label) = (self.monitor.clone(), label.to_owned());
-        Arc::new(Part { inner, label, may_cancel: true, until })
+    fn part_with(&self, label: &str, patience: Option<&Arc<Patience>>) -> Arc<dyn Monitor> {
+        let (inner, label, patience) = (self.monitor.clone(), label.to_owned(), patience.cloned());
+        Arc::new(Part { inner, label, may_cancel: true, patience })
     }
 
-    /// Sends `names`; with `until` the guest stands still, and goes on here if that takes longer.
+    /// Sends `names`; with `patience` the guest stands still, and goes on here if that ends.
     pub(super) fn push(
         &mut self,
         label: &str,
         names: &[LayerName],
-        until: Option<Instant>,
+        patience: Option<&Arc<Patience>>,
         lazy: bool,
     ) -> Result<TransferReport> {
-        let is_down = until.is_some();
+        let is_down = patience.is_some();
         let mut paths = self.options.paths;
         if is_down {
             paths.retry_for = Some(RetryFor::Time(self.me.0.timing.frozen_patience));
         }
-        let manner = match is_down {
-            true => Manner { priority: Priority::High, urgent: true, ..Manner::default() },
-            false => Manner { limit: self.options.limit, ..Manner::default() },
+        let manner = match patience {
+            Some(patience) => {
+                Manner { priority: Priority::High, urgent: true, id: Some(patience.next()), ..Manner::default() }
+            }
+            None => Manner { limit: self.options.limit, ..Manner::default() },
         };
         // A guest's own names are this host's to set; the stack's may be somebody else's.
         let force = names.iter().all(|name| *name != self.row.spec.stack);
         let is_little = self.is_little();
         let options = PushOptions { force, lazy, hurry: is_down || is_little, paths, manner, dry_run: false };
-        let monitor = self.part_until(label, until);
+        let monitor = self.part_with(label, patience);
         let began = Instant::now();
         let knowing =
             Knowing { known: self.known.clone(), traces: std::mem::take(&mut self.traces), rest_later: false };
         let push = self.me.0.node.push_knowing(names, self.peer.name.as_str(), options, knowing, monitor);
         let pushed = self.me.0.runtime.block_on(push);
-        let is_late = until.is_some_and(|until| Instant::now() >= until) && !self.monitor.is_cancelled();
-        let pushed = pushed.map_err(|error| match error {
-            Error::Store(layerfs::Error::Cancelled) if is_late => self.too_slow(),
-            _ => error,
+        let pushed = pushed.map_err(|error| match (error, patience) {
+            (Error::Store(layerfs::Error::Cancelled), Some(patience))
+                if patience.has_ended() && !self.monitor.is_cancelled() =>
+            {
+                self.too_slow(patience)
+            }
+            (error, _) => error,
         })?;
+        if let Some(patience) = patience {
+            patience.sent(pushed.bytes_sent);
+        }
         let seconds = began.elapsed().as_secs_f64();
         if pushed.bytes_sent >= TELLING && seconds > 0.0 {
             let mut link = self.link();

@@ -9,13 +9,14 @@ use layerfs::error::ErrorClass;
 use layerfs::monitor::check;
 use layerfs::store::Expect;
 
-use super::super::Downtime;
 use super::super::control::Said;
 use super::super::hooks::LONGEST_AT_A_POINT;
+use super::super::plan;
 use super::super::report::Stage;
-use super::super::{Ahead, HookPoint};
+use super::super::{Ahead, Downtime, HookPoint};
 use super::Run;
 use super::copy::Part;
+use super::patience::{Limit, Patience, TIMES_EXPECTED};
 use crate::error::{Error, Result};
 use crate::guest::{Activity, Scratch};
 use crate::handover::Fate;
@@ -25,9 +26,6 @@ use crate::wire::Message;
 
 /// The slowest that a destination may read a memory that has come, in bytes.
 const READ_IN_A_SECOND: u64 = 64 << 20;
-
-/// Sending what the stop left may take so many times the downtime that was predicted, or allowed.
-const TIMES_EXPECTED: u32 = 4;
 
 impl Run<'_> {
     /// From the stop to the destination's last word.
@@ -137,36 +135,38 @@ impl Run<'_> {
     /// Sends what the stop left; returns the bytes.
     fn send(&mut self, lazily: bool) -> Result<u64> {
         let (instance, state) = (self.name().layer("instance")?, self.name().layer("state")?);
-        let until = Some(Instant::now() + self.longest_send());
+        let patience = Arc::new(Patience::new(self.me.0.node.transfers().clone(), self.longest_send()));
         let mut bytes = 0;
         if self.options.ahead == Ahead::Base {
             // Alone: its name may be somebody else's there, while the guest's own are there from earlier moves and are replaced.
             let stack = [self.row.spec.stack.clone()];
-            bytes += self.push("stopped", &stack, until, false)?.bytes_sent;
+            bytes += self.push("stopped", &stack, Some(&patience), false)?.bytes_sent;
         }
         if !lazily {
-            return Ok(bytes + self.push("stopped", &[instance, state], until, false)?.bytes_sent);
+            return Ok(bytes + self.push("stopped", &[instance, state], Some(&patience), false)?.bytes_sent);
         }
-        bytes += self.push("stopped", &[instance], until, false)?.bytes_sent;
-        Ok(bytes + self.push("stopped", &[state], until, true)?.bytes_sent)
+        bytes += self.push("stopped", &[instance], Some(&patience), false)?.bytes_sent;
+        Ok(bytes + self.push("stopped", &[state], Some(&patience), true)?.bytes_sent)
     }
 
-    /// How long what the stop left may be on its way: a link that crawls, or is held up, mustn't keep the guest from its clients for ever.
-    fn longest_send(&self) -> Duration {
-        let predicted = self.report.predicted.map_or(0.0, |predicted| predicted.seconds);
-        let allowed = self.options.max_downtime.unwrap_or_default();
-        // What no duration can hold is no prediction.
-        let predicted = Duration::try_from_secs_f64(predicted).unwrap_or_default();
-        self.me.0.timing.sending_patience.max(predicted.max(allowed).saturating_mul(TIMES_EXPECTED))
+    /// How long what the stop left may be on its way.
+    fn longest_send(&self) -> Limit {
+        let predicted = self.report.predicted.unwrap_or_default();
+        let allowed = self.options.max_downtime.unwrap_or_default().as_secs_f64();
+        Limit {
+            least: self.me.0.timing.sending_patience,
+            expected: Downtime { seconds: predicted.seconds.max(allowed), ..predicted },
+            rate: plan::pace(&self.report.rounds, self.link()).rate,
+        }
     }
 
     /// It was on its way for that long.
-    pub(super) fn too_slow(&self) -> Error {
+    pub(super) fn too_slow(&self, patience: &Patience) -> Error {
         let text = format!(
             "what it left was not at {} after {:.0} s, while it stood still; `layerctl transfers` shows what holds the link up, and \
              --max-downtime allows for {TIMES_EXPECTED} times its time",
             self.peer.name,
-            self.longest_send().as_secs_f64(),
+            patience.elapsed().as_secs_f64(),
         );
         Error::guest("send", self.name(), text)
     }
@@ -209,7 +209,7 @@ impl Run<'_> {
     fn rest(&mut self, state: LayerId) {
         let sent = self.stage("rest", false, |run| {
             let (inner, label) = (run.monitor.clone(), "rest".to_owned());
-            let monitor = Arc::new(Part { inner, label, may_cancel: false, until: None });
+            let monitor = Arc::new(Part { inner, label, may_cancel: false, patience: None });
             let layers = [state];
             let push = run.me.0.node.push_rest(&layers, run.peer.name.as_str(), None, monitor);
             Ok(((), run.me.0.runtime.block_on(push)?.bytes_sent))

@@ -4,6 +4,7 @@
 use super::*;
 use crate::handover::Fate;
 use crate::handover::destination::Event;
+use layerfs::store::Expect;
 use layerfs::store::db::{Batch, Cf, Sync};
 
 /// Calls at each side that a migration makes.
@@ -468,12 +469,13 @@ async fn in_doubt_nothing_starts_and_the_operator_decides() {
     });
     assert!(asked.await.unwrap().unwrap().is_in_doubt(), "the source doesn't answer");
     assert!(two.world.running(&name).is_empty());
+    two.world.leave("b", 0);
     let forced = spawn_blocking({
         let name = name.clone();
         move || there.resolve(&name, Resolution::RunHere)
     });
     forced.await.unwrap().unwrap();
-    assert_eq!(two.world.running(&name), ["b"]);
+    assert_eq!(two.world.running(&name), ["b"], "whatever is thought of its room");
     let world = two.world.clone();
     two.a.restart(&world).await;
     two.settle().await;
@@ -673,6 +675,23 @@ async fn a_guest_does_not_come_where_its_memory_has_no_room() {
     let at_once = MigrateOptions { rounds: Rounds::Exactly(0), ..MigrateOptions::default() };
     let error = two.migrate(false, at_once).await.unwrap_err().to_string();
     assert!(error.contains("1 MiB of memory") && error.contains("end something here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    // The same once it is the destination's: it goes back, unless it can't. Then it is tried.
+    let takes = |options: MigrateOptions| {
+        two.world.leave("b", 1 << 40);
+        let (world, migrations, name) = (two.world.clone(), two.a.migrations.clone(), two.name.clone());
+        let monitor = At("restore", AtomicBool::new(false), move || world.leave("b", 0));
+        spawn_blocking(move || migrations.migrate(&name, "b", options, Arc::new(monitor)))
+    };
+    let error = takes(at_once).await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("gave it back") && error.contains("end something here"), "{error}");
+    two.settle().await;
+    assert_eq!(two.check(), "a");
+    takes(MigrateOptions { gives_back: false, ..at_once }).await.unwrap().unwrap();
+    assert_eq!(two.check(), "b");
+    two.settle().await;
+    two.migrate(true, at_once).await.unwrap();
     two.settle().await;
     assert_eq!(two.check(), "a");
     // What it needs not have at once may come later.
@@ -910,4 +929,28 @@ async fn a_guest_whose_last_bytes_crawl_goes_on_here() {
     two.a.node.transfers().governor().set_limit(None);
     two.settle().await;
     assert_eq!(two.check(), "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_go_only_when_it_has_stopped_are_given_their_time() {
+    let mut two = Two::new().await;
+    let timing = Timing { sending_patience: Duration::from_millis(500), ..timing() };
+    two.a.migrations = migrations("a", &two.a.node, &two.a.guests, &two.a.host, &two.world, timing);
+    // A base, an application, and what the guest has written.
+    let mut parent = None;
+    for (number, bytes) in [(1, 1 << 20), (2, 14 << 20)] {
+        let tree = two.a.folder.join(format!("layer-{number}"));
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join("data"), crate::tests::pair::noise(number, bytes)).unwrap();
+        let options = ImportOptions { parent, expect: Expect::Any, ..ImportOptions::new(layer_name("app")) };
+        parent = Some(import(&two.a.store, SourceSpec::Path(tree), &options, &Silent).unwrap().layers[0].id);
+    }
+    std::fs::write(two.a.host.root(&two.name).join("last"), crate::tests::pair::noise(9, 8 << 20)).unwrap();
+    // Less than is assumed of a link that nobody has measured, which this may stay, and more than a quarter of it.
+    two.a.node.transfers().governor().set_limit(Some(Rate::new(4 << 20)));
+    let two_layers = MigrateOptions { ahead: Ahead::Base, ..MigrateOptions::default() };
+    let report = two.migrate(false, two_layers).await.unwrap();
+    assert_eq!(two.check(), "b");
+    let (sent, predicted) = (report.stage("send").unwrap(), report.predicted.unwrap());
+    assert!(sent.bytes > 22 << 20 && sent.seconds > 4.0 * predicted.seconds, "{sent:?}, {predicted:?}");
 }

@@ -8,6 +8,7 @@ mod host;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -208,7 +209,8 @@ pub fn start(context: &Context, request: NameRequest) -> Result<GuestInfo> {
         let text = format!("guest {name} is {} ({peer}): it must not run twice", record.state.as_str());
         return Err(Failure::new(Class::Denied, text));
     }
-    clear(guest.preflight(Side::Run)?)?;
+    let missing = missing_disk(context, &record, &*guest)?;
+    clear(guest.preflight(Side::Run)?.into_iter().chain(missing).collect())?;
     // What it has changed before lies on whatever it lay on then.
     let upper = upper::find(daemon.store.db(), &host::upper_name(&name)?)?;
     let stack = match upper.and_then(|upper| upper.base) {
@@ -375,11 +377,10 @@ fn info_of(context: &Context, record: &GuestRecord, states: &States) -> GuestInf
 pub fn check(context: &Context, request: NameRequest) -> Result<GuestCheckResult> {
     let record = record_of(context, &named(&request.name)?)?;
     let guest = hosted(&context.daemon).guest(&record)?;
-    let ask = |side| -> Result<Vec<GuestObstacle>> {
-        let found = guest.preflight(side)?.into_iter();
-        Ok(found.map(|obstacle| GuestObstacle { what: obstacle.what, fix: obstacle.fix }).collect())
-    };
-    let run = ask(Side::Run)?.into_iter().chain(missing_program(context, &record)?).collect();
+    let told = |obstacle: Obstacle| GuestObstacle { what: obstacle.what, fix: obstacle.fix };
+    let ask = |side| -> Result<Vec<GuestObstacle>> { Ok(guest.preflight(side)?.into_iter().map(told).collect()) };
+    let missing = missing_program(context, &record)?.into_iter().chain(missing_disk(context, &record, &*guest)?);
+    let run = ask(Side::Run)?.into_iter().chain(missing.map(told)).collect();
     Ok(GuestCheckResult { run, source: ask(Side::Source)?, destination: ask(Side::Destination)? })
 }
 
@@ -432,33 +433,64 @@ fn not_running(record: &GuestRecord) -> Failure {
     }
 }
 
-/// Whether the guest's first program is lacking in what it will see. Not looked for where it has changed something: that may
-/// hold it.
-fn missing_program(context: &Context, record: &GuestRecord) -> Result<Option<GuestObstacle>> {
-    let store = &context.daemon.store;
+/// Whether the guest's first program is lacking in what it will see.
+fn missing_program(context: &Context, record: &GuestRecord) -> Result<Option<Obstacle>> {
     let command = record.spec.options.get("command").and_then(|command| command.get(0)?.as_str());
     let Some(program) = command else { return Ok(None) };
+    let stack = &record.spec.stack;
+    Ok(match first_file(context, record, program.as_bytes())? {
+        FirstFile::There => None,
+        FirstFile::Odd => Some(Obstacle::new(
+            format!("{program}, its first program, is no file in {stack}"),
+            "remove the guest, and make it with the path of a program",
+        )),
+        FirstFile::Missing => Some(Obstacle::new(
+            format!("there is no {program}, its first program, in {stack}"),
+            format!(
+                "remove the guest, and make it on a layer that has it, or with another command; `layerctl inspect {stack} /` shows what is there"
+            ),
+        )),
+    })
+}
+
+/// Whether the disk is lacking without which a machine has nothing to start from.
+fn missing_disk(context: &Context, record: &GuestRecord, guest: &dyn Guest) -> Result<Option<Obstacle>> {
+    let Some(path) = guest.boots_from() else { return Ok(None) };
+    let (disk, stack) = (path.display(), &record.spec.stack);
+    let is = match first_file(context, record, path.as_os_str().as_bytes())? {
+        FirstFile::There => return Ok(None),
+        FirstFile::Odd => format!("{disk} is no file in {stack}"),
+        FirstFile::Missing => format!("there is no {disk} in {stack}"),
+    };
+    Ok(Some(Obstacle::new(
+        format!("the machine has nothing to start from, neither a disk nor a kernel: {is}"),
+        "remove the guest, and make it on a layer with a disk, or with --disk or --kernel",
+    )))
+}
+
+/// What there is of a file that a guest begins with.
+enum FirstFile {
+    /// It is there, as far as is looked for.
+    There,
+    /// Something else has its name.
+    Odd,
+    Missing,
+}
+
+/// Looks for what the guest will see at `path`. Not where it has changed something: that may hold it.
+fn first_file(context: &Context, record: &GuestRecord, path: &[u8]) -> Result<FirstFile> {
+    let store = &context.daemon.store;
     let disk = upper::find(store.db(), &host::upper_name(&record.spec.name)?)?;
     if let Some(disk) = &disk
         && !upper::is_empty(store, disk.id)?
     {
-        return Ok(None);
+        return Ok(FirstFile::There);
     }
-    let stack = &record.spec.stack;
-    let base = disk.and_then(|disk| disk.base).map_or_else(|| resolve(store, stack.as_str()), Ok)?;
-    let view = View::open(store, base)?;
-    match view.resolve(program.as_bytes(), true) {
-        Ok((_, FileKind::File)) => Ok(None),
-        Ok(_) => Ok(Some(GuestObstacle {
-            what: format!("{program}, its first program, is no file in {stack}"),
-            fix: "remove the guest, and make it with the path of a program".to_owned(),
-        })),
-        Err(layerfs::Error::NotFound { .. }) => Ok(Some(GuestObstacle {
-            what: format!("there is no {program}, its first program, in {stack}"),
-            fix: format!(
-                "remove the guest, and make it on a layer that has it, or with another command; `layerctl inspect {stack} /` shows what is there"
-            ),
-        })),
+    let base = disk.and_then(|disk| disk.base).map_or_else(|| resolve(store, record.spec.stack.as_str()), Ok)?;
+    match View::open(store, base)?.resolve(path, true) {
+        Ok((_, FileKind::File)) => Ok(FirstFile::There),
+        Ok(_) => Ok(FirstFile::Odd),
+        Err(layerfs::Error::NotFound { .. }) => Ok(FirstFile::Missing),
         Err(error) => Err(error.into()),
     }
 }
