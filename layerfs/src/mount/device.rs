@@ -3,8 +3,11 @@
 //! Threads share one descriptor, which outlives the daemon in the keeper's hands: what a daemon that died has read and not
 //! answered comes again from it. One thread reads at a time and serves what it has read ([`Role`]); before what may take long,
 //! and while more is waiting than one thread gets done, another reads on. Memory: a thread has room for the largest request and the
-//! largest answer, 2 MiB, of which what was once used is resident. A thread that stands aside doesn't count: there are as many more
+//! largest answer, 2 MiB, of which what was once used is resident, and all that requests need once a large one has come. A thread that stands aside doesn't count: there are as many more
 //! then, which end when it is back.
+//!
+//! A request that the kernel can't copy whole fails, and who asked gets EIO: so it is if a thread is killed while a page of its room is
+//! made for that. Invariant: the pages that a request goes to are there before it is read, but for the first large one of a mount.
 //!
 //! Whoever finds nothing to read looks for a short time again and again before it sleeps, as long as that has paid: to wake a
 //! thread on a halted processor takes longer than most answers. Invariant: looking gives way to any other thread that has work, costs
@@ -16,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -36,6 +39,8 @@ const HEADERS_BYTES: usize = 4096;
 /// The largest request.
 pub(super) const REQUEST_BYTES: usize = DATA_BYTES + HEADERS_BYTES;
 const PAGE_BYTES: usize = 4096;
+/// Larger ones don't come to most mounts.
+const USUAL_REQUEST_BYTES: usize = 16 << 10;
 /// Another reads on if so many requests were there as soon as they were asked for.
 const BACKLOG: u32 = 4;
 /// Reading or writing more than this at once takes long.
@@ -62,6 +67,8 @@ pub(super) fn serve(front: &Arc<Front>, device: BorrowedFd<'_>, limit: usize) ->
         in_vain: AtomicU32::new(0),
         left_out: AtomicU32::new(0),
         made: AtomicUsize::new(1),
+        // Of a mount that goes on nobody knows.
+        has_large: AtomicBool::new(front.fs.is_resumed()),
     };
     let role = served.role.clone();
     served.front.fs.says_when_idle();
@@ -83,11 +90,15 @@ struct Served {
     in_vain: AtomicU32,
     left_out: AtomicU32,
     made: AtomicUsize,
+    /// Whether large requests come.
+    has_large: AtomicBool,
 }
 
 /// What a thread works with.
 struct Hands {
     request: Vec<u8>,
+    /// So many bytes of it have their pages.
+    there: usize,
     answer: Room,
     /// While it serves as the leader: its turn.
     turn: Rc<Cell<Option<Turn>>>,
@@ -137,7 +148,7 @@ impl Served {
 
     fn take_turns(self: &Arc<Served>) {
         let request = vec![0; REQUEST_BYTES];
-        let mut hands = Hands { request, answer: Room::new(), turn: Rc::default() };
+        let mut hands = Hands { request, there: 0, answer: Room::new(), turn: Rc::default() };
         let (served, turn) = (self.clone(), hands.turn.clone());
         patience::on_waits(move |wait| {
             match wait {
@@ -185,11 +196,19 @@ impl Served {
     /// Reads and serves until the role is lost; returns how the mount ended, if it did.
     fn lead(self: &Arc<Served>, hands: &mut Hands, mut turn: Turn) -> Option<io::Result<()>> {
         loop {
+            let needed = if self.has_large.load(Ordering::Relaxed) { REQUEST_BYTES } else { USUAL_REQUEST_BYTES };
+            if hands.there < needed {
+                hands.request[hands.there..needed].fill(0);
+                hands.there = needed;
+            }
             let bytes = match self.next(&mut hands.request) {
                 Ok(bytes) => bytes,
                 Err(rustix::io::Errno::NODEV | rustix::io::Errno::CONNABORTED) => return Some(Ok(())),
                 Err(errno) => return Some(Err(errno.into())),
             };
+            if bytes > USUAL_REQUEST_BYTES {
+                self.has_large.store(true, Ordering::Relaxed);
+            }
             let request = Request::whole(&hands.request[..bytes]);
             // Whoever closed a file doesn't wait, and what it does next must find it closed.
             let in_order = matches!(&request, Ok(request) if request.operation == Operation::Release);

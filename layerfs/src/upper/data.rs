@@ -67,6 +67,8 @@ pub struct DataFolder {
     created: AtomicBool,
     syncing: Mutex<()>,
     promises: Promises,
+    /// Shared by those who unlink data files, which takes as long as they are large.
+    unlinking: RwLock<()>,
 }
 
 pub(super) fn file_name(ino: Ino) -> String {
@@ -112,6 +114,7 @@ impl DataFolder {
             created: AtomicBool::new(true),
             syncing: Mutex::new(()),
             promises: Promises::new(next),
+            unlinking: RwLock::default(),
         })
     }
 
@@ -221,12 +224,18 @@ impl DataFolder {
     /// Removes a data file that was let go.
     pub(super) fn unlink(&self, ino: Ino) {
         self.open.lock().pop(&ino);
+        let _unlinking = self.unlinking.read();
         match rustix::fs::unlinkat(&self.folder, file_name(ino), AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a data file"),
         }
         // Somebody may have opened it meanwhile.
         self.open.lock().pop(&ino);
+    }
+
+    /// Waits until those are gone that are just being removed.
+    pub(super) fn await_unlinks(&self) {
+        drop(self.unlinking.write());
     }
 
     /// What `stat` tells of the data file of `ino`.

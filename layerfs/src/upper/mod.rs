@@ -675,9 +675,11 @@ impl Upper {
         !self.removals.is_empty()
     }
 
-    /// Gives back the room of all that was removed; waits for the disk. False if there was nothing.
+    /// Gives back the room of all that was removed; waits for the disk. False if nothing waited for it.
     pub fn free_removed(&self) -> bool {
-        self.removals.flush()
+        let had_any = self.removals.flush();
+        self.data.await_unlinks();
+        had_any
     }
 
     /// Appends to `batch` that the upper lies on `base` now, and has lost the rows that `dropped` names.

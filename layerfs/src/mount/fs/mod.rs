@@ -158,6 +158,11 @@ impl Fs {
         Fs { is_resumed: true, opens: opens::Opens::resumed(records), ..Fs::new(view, upper, tables) }
     }
 
+    /// Whether a daemon before this one served the mount.
+    pub(in crate::mount) fn is_resumed(&self) -> bool {
+        self.is_resumed
+    }
+
     fn new(view: Arc<View>, upper: Option<Upper>, tables: Tables) -> Fs {
         let recorder = Some(Arc::new(Recorder::default()));
         let pool = FetchPool::with_recorder(view.chunks().clone(), AHEAD_THREADS, AHEAD_BYTES, recorder);

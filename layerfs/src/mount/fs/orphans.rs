@@ -109,10 +109,17 @@ impl Fs {
             self.drop_waiting();
             self.await_forgets();
         }
-        if upper.has_removals() {
-            patience::waits();
-            upper.free_removed();
+        patience::waits();
+        upper.free_removed();
+    }
+
+    /// Waits for the end of what was removed, but not for long; false if there is nothing.
+    pub(super) fn await_removed(&self) -> bool {
+        let is_any_removed = !self.orphans.removed.lock().is_empty();
+        if is_any_removed {
+            self.await_forgets();
         }
+        is_any_removed
     }
 
     /// Waits until the kernel has forgotten what was removed, but not for long.

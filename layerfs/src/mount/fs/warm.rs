@@ -223,7 +223,10 @@ impl Fs {
 
     /// The disk is full: what was removed goes at once, and copies that nobody uses. False if there are none.
     pub(super) fn make_room(&self) -> bool {
-        self.upper.as_ref().is_some_and(|upper| upper.free_removed() | upper.warm().make_room())
+        let Some(upper) = &self.upper else { return false };
+        patience::waits();
+        let was_removed = self.await_removed();
+        was_removed | upper.free_removed() | upper.warm().make_room()
     }
 
     /// Does `work`; if room was what it lacked, and it `can_be_repeated`, once more when removed files or copies could go for it.
