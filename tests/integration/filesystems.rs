@@ -31,10 +31,10 @@ fn xfs() -> anyhow::Result<()> {
     fs::write(tree.join("below"), vec![1; BLOCK * BLOCKS])?;
     host.import(&tree, "base", &[])?;
     let mnt = host.mount("base", "mnt", &[])?;
-    let is_over = AtomicBool::new(false);
+    let (is_under_way, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| -> anyhow::Result<u8> {
-            fs::write(mnt.join("own"), vec![0; BLOCK * BLOCKS])?;
+            fs::write(mnt.join("own"), vec![1; BLOCK * BLOCKS])?;
             let files = ["own", "below"].map(|name| File::options().write(true).open(mnt.join(name)));
             let [own, below] = files.map(|file| file.map_err(anyhow::Error::from));
             let (own, below) = (own?, below?);
@@ -45,10 +45,14 @@ fn xfs() -> anyhow::Result<()> {
                     own.write_all_at(&[round; BLOCK], (at * BLOCK) as u64)?;
                     below.write_all_at(&[round; BLOCK], (at * BLOCK) as u64)?;
                 }
+                is_under_way.store(true, Ordering::Relaxed);
             }
             Ok(round)
         });
         let seals = || -> anyhow::Result<()> {
+            while !is_under_way.load(Ordering::Relaxed) && !writer.is_finished() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
             for name in ["one", "two", "three"] {
                 host.ctl.ok(["seal", &mnt.to_string_lossy(), name])?;
             }
