@@ -353,7 +353,9 @@ impl<F: FnOnce() + Send> Monitor for Meanwhile<F> {
 fn who_reads_a_file_and_closes_it_while_changes_wait_leaves_nothing_in_the_upper() {
     let Some(mounted) = mounted() else { return };
     let path = mounted.path("file");
-    mounted.close(fs::write(&path, vec![5; BYTES]));
+    let writer = open(&path);
+    writer.write_all_at(&[5; BYTES], 0).unwrap();
+    mounted.close(writer);
     let reader = File::open(&path).unwrap();
     let (_, view) = mounted.seal_with(&Meanwhile(Mutex::new(Some(|| mounted.close(reader)))));
     assert_eq!(sealed_bytes(&view, "file"), vec![5; BYTES]);
