@@ -1,12 +1,17 @@
 //! What tests of several modules make.
 
 use std::io::Result;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use parking_lot::{RwLock, RwLockReadGuard};
 
-/// See there: runs a command in a mount namespace of its own.
-pub const ELSEWHERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/elsewhere");
+/// `tests/elsewhere`, see there: runs a command in a mount namespace of its own.
+pub fn elsewhere() -> PathBuf {
+    // Where the test runs, which may have been built in another clone with the same target folder.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&here).join("../tests/elsewhere")
+}
 
 /// A child has copies of all descriptors of this process until its own program runs: what a test closes then is still open for a
 /// while. Whoever starts a program holds this for writing until that runs.

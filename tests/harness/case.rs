@@ -3,13 +3,20 @@
 //! Hides how a test is skipped. A skip is never silent: it is reported as ignored with its reason, and where
 //! `LAYERFS_MUST_RUN` is set it is a failure, except for needs that no set-up can bring.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use libtest_mimic::{Completion, Failed, Trial};
 
+/// The folder `tests` of the clone in which this runs, which may have been built in another one with the same target folder.
+pub fn tests() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into()
+}
+
 /// See there: runs a command in a mount namespace of its own.
-pub const ELSEWHERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/elsewhere");
+pub fn elsewhere() -> String {
+    tests().join("elsewhere").display().to_string()
+}
 
 /// What a case needs from the machine that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

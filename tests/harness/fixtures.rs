@@ -5,11 +5,11 @@ use std::process::Command;
 
 use anyhow::Context;
 
-use crate::case::output_of;
+use crate::case::{output_of, tests};
 
 /// Builds `tests/fixtures/NAME.c` as the program `to`.
 pub fn build(name: &str, to: &Path) -> anyhow::Result<()> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(format!("{name}.c"));
+    let source = tests().join("fixtures").join(format!("{name}.c"));
     if let Some(folder) = to.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }

@@ -1,7 +1,7 @@
 //! A guest that moves to a host in another subnet, led along by the hook `follow`: a client's connection goes on.
 
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
@@ -62,7 +62,7 @@ impl Router {
 
 /// The hook, as a program.
 pub fn hook() -> anyhow::Result<PathBuf> {
-    Ok(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/hooks/follow").canonicalize()?)
+    Ok(case::tests().join("../scripts/hooks/follow").canonicalize()?)
 }
 
 /// The hook at all of its points, as an operator sets it up, with this program on its path.

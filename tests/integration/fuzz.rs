@@ -1,10 +1,9 @@
 //! The corpus of the fuzz targets, replayed: seeds, and what fuzzing has found. `make fuzz` looks for more.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, ensure};
-use layerfs_tests::case::Case;
+use layerfs_tests::case::{Case, tests};
 
 #[path = "../fuzz/src/targets.rs"]
 mod targets;
@@ -15,7 +14,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn corpus() -> anyhow::Result<()> {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    let corpus = tests().join("fuzz/corpus");
     for (name, target) in targets::TARGETS {
         let folder = corpus.join(name);
         let mut inputs = 0;

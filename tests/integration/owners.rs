@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Need::{Containers, Debian, Fuse, Root, Tool};
-use layerfs_tests::case::{Case, ELSEWHERE, Need, output_of, shell};
+use layerfs_tests::case::{Case, Need, elsewhere, output_of, shell};
 use layerfs_tests::host::Host;
 use layerfs_tests::{ctl, debian};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
@@ -210,5 +210,5 @@ fn unprivileged() -> anyhow::Result<()> {
         home.display(),
         ctl::binary()?.display(),
     );
-    output_of(Command::new(ELSEWHERE).args(["-", "sh", "-euc", &line])).map(drop)
+    output_of(Command::new(elsewhere()).args(["-", "sh", "-euc", &line])).map(drop)
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, ensure};
 use layerfs_tests::case::Need::{Fuse, Namespaces, Root, Tool};
-use layerfs_tests::case::{Case, ELSEWHERE};
+use layerfs_tests::case::{Case, elsewhere};
 use layerfs_tests::fixtures;
 use layerfs_tests::host::Host;
 use serde_json::Value;
@@ -32,7 +32,7 @@ fn host_without(programs: &[&str]) -> anyhow::Result<Host> {
         tools = fixtures::guest_tools().display(),
     );
     let mut host = Host::cold()?;
-    host.start_by(&[ELSEWHERE, "-", "sh", "-euc", &script, "sh"], &["--no-keeper"])?;
+    host.start_by(&[&elsewhere(), "-", "sh", "-euc", &script, "sh"], &["--no-keeper"])?;
     Ok(host)
 }
 
@@ -121,7 +121,7 @@ fn no_root() -> anyhow::Result<()> {
 fn no_kvm() -> anyhow::Result<()> {
     let hide = "[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm; exec \"$@\"";
     let mut host = Host::cold()?;
-    host.start_by(&[ELSEWHERE, "-", "sh", "-euc", hide, "sh"], &["--no-keeper"])?;
+    host.start_by(&[&elsewhere(), "-", "sh", "-euc", hide, "sh"], &["--no-keeper"])?;
     create(&host, "qemu", &["--memory", "64M", "--accel", "kvm"])?;
     let found = obstacles(&host, "qemu", "run")?;
     ensure!(found.contains("KVM") && found.contains("firmware") && found.contains("--accel auto"), "{found}");

@@ -102,7 +102,7 @@ fn tools() -> anyhow::Result<()> {
         format!("#!/bin/sh\necho \"$@\" >>'{}'\nexec '{}' \"$@\"\n", calls.display(), ctl::binary()?.display());
     std::fs::write(&program, script)?;
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
-    let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/lxc-layerfs");
+    let template = case::tests().join("../scripts/lxc-layerfs");
     let create = |layer: &str| {
         let words = ["-f", &config.to_string_lossy(), "-t", &template.to_string_lossy(), "--"].map(str::to_owned);
         let store = host.ctl.store().to_string_lossy().into_owned();

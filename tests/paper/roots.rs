@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, ensure};
-use layerfs_tests::case::output_of;
+use layerfs_tests::case::{output_of, tests};
 use layerfs_tests::fixtures;
 
 use crate::cell::App;
@@ -79,7 +79,7 @@ fn set_up(app: App) -> anyhow::Result<()> {
     if folder().join("base").is_dir() && folder().join(&name).is_dir() {
         return Ok(());
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/setup-paper");
+    let script = tests().join("../scripts/setup-paper");
     output_of(Command::new(script).args((name != "base").then_some(name))).map(drop)
 }
 
@@ -106,7 +106,7 @@ pub fn tree(app: App) -> anyhow::Result<PathBuf> {
             let tree = folder().join(app.name());
             put(&service, &tree, SERVICE)?;
             if app == App::Face {
-                put(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/faces.py"), &tree, FACES)?;
+                put(&tests().join("fixtures/faces.py"), &tree, FACES)?;
             }
             Ok(tree)
         }

@@ -1,6 +1,7 @@
 //! A session recorded below TLS, read by the independent decoder in `tests/decoder`, which was written from PROTOCOL.md
 //! and FORMAT.md alone: that they are enough, and that what goes over the wire is what they say.
 
+use std::path::Path;
 use std::pin::Pin;
 use std::process::Command;
 use std::sync::Arc;
@@ -90,7 +91,9 @@ fn expected(layer: layerfs::LayerId, tree: &Tree) -> Value {
 fn decode(recording: &Recording) -> Option<Value> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), &*recording.0.lock()).unwrap();
-    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/decoder/decode.py");
+    // Of the clone in which this runs; it may have been built in another.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let program = Path::new(&here).join("../tests/decoder/decode.py");
     let output = match Command::new("python3").arg("-B").arg(program).arg(file.path()).output() {
         Ok(output) => output,
         Err(error) => {

@@ -5,6 +5,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+/// `tests/elsewhere` of the clone in which this runs, which may have been built in another one with the same target folder: runs a
+/// command in a mount namespace of its own.
+pub fn elsewhere() -> PathBuf {
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&here).join("../tests/elsewhere")
+}
+
 /// A store with its daemon, which stops when this is dropped.
 pub struct Host {
     folder: tempfile::TempDir,

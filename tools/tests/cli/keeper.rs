@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::host::Host;
+use crate::host::{Host, elsewhere};
 use crate::life::{is_alive, kill, wait_for_end};
 use crate::mounts::{can_mount, helper, mounted_base};
 
@@ -132,7 +132,7 @@ fn a_stop_does_not_end_copies_unless_forced() {
     let host = mounted_base();
     let mnt = host.path("mnt").canonicalize().unwrap();
     host.json(&["mount", "base", "mnt", "--upper", "work"]);
-    let mut other = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/elsewhere"));
+    let mut other = Command::new(elsewhere());
     other.arg(&mnt).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut other = other.spawn().unwrap();
     // Once it answers, it has its namespace.

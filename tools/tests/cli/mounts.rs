@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::hold;
-use crate::host::Host;
+use crate::host::{Host, elsewhere};
 
 /// Whether mounts can be made here; says so if not.
 pub fn can_mount() -> bool {
@@ -197,7 +197,7 @@ fn a_copy_elsewhere_is_told_of_and_can_be_ended() {
     }
     let host = mounted_base();
     host.json(&["mount", "base", "mnt", "--upper", "work"]);
-    let mut other = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/elsewhere"));
+    let mut other = Command::new(elsewhere());
     other.arg(host.path("mnt").canonicalize().unwrap()).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut other = other.spawn().unwrap();
     // Once it answers, it has its namespace.

@@ -17,7 +17,7 @@ use crate::monitor::Monitor;
 use crate::mount::backing::Device;
 use crate::mount::fs::Backings;
 use crate::mount::{Mount, MountOptions, UnmountOptions, UpperChoice};
-use crate::testing::{ELSEWHERE, Spawn, nobody_spawns};
+use crate::testing::{Spawn, elsewhere, nobody_spawns};
 use crate::upper::hold::Hold;
 
 const BYTES: usize = 300_000;
@@ -478,7 +478,7 @@ fn who_writes_past_the_end_keeps_the_upper_back() {
     let Some(mut mounted) = mounted() else { return };
     let path = mounted.path("file");
     fs::write(&path, b"one").unwrap();
-    let mut other = Command::new(ELSEWHERE);
+    let mut other = Command::new(elsewhere());
     other.arg(&mounted.dir).args(["sh", "-c", "exec 3<>\"$0\"; echo; read line; echo \"$line\" >&3; echo; cat"]);
     let mut other = other.arg(&path).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn_locked().unwrap();
     let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());

@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, FileType, Mode, RenameFlags, Timespec, Timestamps, Xat
 use super::*;
 use crate::error::Error;
 use crate::mount::{Mount, MountOptions, Transport, UnmountOptions, UpperChoice, acl};
-use crate::testing::{ELSEWHERE, Spawn, nobody_spawns};
+use crate::testing::{self, Spawn, nobody_spawns};
 
 /// A store and a mount of its own, in a temporary folder.
 struct Mounted {
@@ -276,7 +276,7 @@ impl Mapper {
 
     /// In a mount namespace of its own.
     fn start_elsewhere(mount: &Path, path: &Path) -> Mapper {
-        let mut command = Command::new(ELSEWHERE);
+        let mut command = Command::new(testing::elsewhere());
         command.args([mount, &std::env::current_exe().unwrap()]);
         Mapper::start_by(command, path)
     }
@@ -303,7 +303,7 @@ impl Mapper {
 
 /// A process in a mount namespace of its own with a copy of `mount`, which ends when what is returned with it is dropped.
 fn elsewhere(mount: &Path) -> (Child, ChildStdin) {
-    let mut other = Command::new(ELSEWHERE);
+    let mut other = Command::new(testing::elsewhere());
     other.arg(mount).arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut other = other.spawn_locked().unwrap();
     let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());

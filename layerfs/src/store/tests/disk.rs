@@ -8,15 +8,17 @@ use crate::chunk::ChunkRead;
 use crate::error::ErrorClass;
 use crate::monitor::Silent;
 use crate::store::{FsckOptions, GcOptions, Which, space};
-use crate::testing::{ELSEWHERE, Spawn};
+use crate::testing::{Spawn, elsewhere};
 
 /// Runs the test `child` of this file as `role`, in a shell that has prepared `$dir` by `prepare`.
 fn run(role: &str, prepare: &str) {
     let folder = tempfile::Builder::new().prefix("layerfs-store-").tempdir().unwrap();
-    let by: &[&str] = if rustix::process::geteuid().is_root() { &[ELSEWHERE, "-"] } else { &["unshare", "-r", "-m"] };
+    let elsewhere = elsewhere();
+    let (program, words): (&Path, &[&str]) =
+        if rustix::process::geteuid().is_root() { (&elsewhere, &["-"]) } else { (Path::new("unshare"), &["-r", "-m"]) };
     let start = || {
-        let mut command = Command::new(by[0]);
-        command.args(&by[1..]);
+        let mut command = Command::new(program);
+        command.args(words);
         command
     };
     let probe = start().args(["mount", "-t", "tmpfs", "none"]).arg(folder.path()).output_locked();
