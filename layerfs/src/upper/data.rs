@@ -4,7 +4,7 @@
 //! descriptor is kept for an inode beyond bounded caches; a data file that came from a sealed file is synced before a row
 //! refers to it, so that a crash of the machine can't replace old bytes by none; holes stay holes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::num::NonZeroUsize;
@@ -61,6 +61,8 @@ pub struct DataFolder {
     pub(super) open_maps: Mutex<LruCache<Ino, Arc<File>>>,
     /// Of the files that were copied up by range.
     pub(super) maps: RwLock<HashMap<Ino, Arc<RangeMap>>>,
+    /// Maps whose files go with their data files.
+    pub(super) maps_let_go: Mutex<HashSet<Ino>>,
     /// Of the files that others write to past us: the data file's stamp that the tables go by.
     known: RwLock<HashMap<Ino, Stamp>>,
     /// Data files were created since the folder was last synced.
@@ -109,6 +111,7 @@ impl DataFolder {
             open: Mutex::new(LruCache::new(OPEN_MAX)),
             open_maps: Mutex::new(LruCache::new(OPEN_MAPS_MAX)),
             maps: RwLock::default(),
+            maps_let_go: Mutex::default(),
             known: RwLock::default(),
             // A daemon that died may have made some.
             created: AtomicBool::new(true),
@@ -213,9 +216,10 @@ impl DataFolder {
         self.unlink(ino);
     }
 
-    /// Forgets all that is known of the data file of `ino`, which stays until [`DataFolder::unlink`].
+    /// Forgets all that is known of the data file of `ino`, which stays until [`DataFolder::unlink`], and its map file with it: a row that
+    /// a lost machine brings back needs both.
     pub(super) fn let_go(&self, ino: Ino) {
-        self.forget_map(ino);
+        self.let_map_go(ino);
         self.unknow(ino);
         self.promises.gone(ino);
         self.open.lock().pop(&ino);
@@ -229,6 +233,7 @@ impl DataFolder {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(errno) => tracing::warn!(%ino, %errno, "cannot remove a data file"),
         }
+        self.unlink_map(ino);
         // Somebody may have opened it meanwhile.
         self.open.lock().pop(&ino);
     }
@@ -379,14 +384,17 @@ impl DataFolder {
 
     /// Makes durable what is owed. What can't be written is told to whoever syncs that file.
     pub(super) fn pay(&self) {
-        let (_paying, owed) = self.promises.pay();
-        if owed.len() > PAID_SINGLY {
+        let (_paying, owed, owes_more) = self.promises.pay();
+        if owes_more || owed.len() > PAID_SINGLY {
             // The stamps first: what is written meanwhile may not be among it.
             let stamps: Vec<_> = owed.iter().filter_map(|ino| Some((*ino, self.stamp_now(*ino).ok()?))).collect();
             match rustix::fs::syncfs(&self.folder) {
                 Ok(()) => return stamps.into_iter().for_each(|(ino, stamp)| self.promises.keep(ino, Some(stamp))),
                 Err(errno) => {
-                    tracing::warn!(%errno, "the filesystem below could not be synced: its files are, one by one")
+                    tracing::warn!(%errno, "the filesystem below could not be synced: its files are, one by one");
+                    if owes_more {
+                        self.promises.owe_more();
+                    }
                 }
             }
         }

@@ -389,6 +389,9 @@ impl Upper {
         let written = resumed.iter().filter(|(_, record)| record.is_written_past_us());
         // From before the rows are read: what they are told of a file's times is of that moment.
         written.for_each(|(_, record)| data.know(record.ino, Stamp::default()));
+        // Nobody knows any more which of these were emptied before they were written to.
+        let writable = resumed.iter().filter(|(_, record)| record.writers > 0);
+        writable.for_each(|(_, record)| data.was_emptied(record.ino));
         let numbers = Mutex::new(Numbers { record, next });
         let is_warm = |(_, record): &&(OpenSlot, OpenRecord)| record.is_warm;
         let in_use: Vec<Ino> = resumed.iter().filter(is_warm).map(|(_, record)| record.ino).collect();
@@ -471,11 +474,22 @@ impl Upper {
         }
         let mut leftovers = self.data.inos()?;
         leftovers.retain(|ino| !backed_inos.contains(ino));
-        if !leftovers.is_empty() {
-            // Where the daemon died, and not the machine, it may not be durable that their rows are gone.
+        // Where the daemon died, and not the machine, it may not be durable that their rows are gone, nor the bytes of what replaced them.
+        if !has_ended || !leftovers.is_empty() {
+            self.data.promises().owe_more();
+        }
+        if has_ended && !leftovers.is_empty() {
             self.sync()?;
         }
-        leftovers.into_iter().for_each(|ino| self.data.remove(ino));
+        for ino in leftovers {
+            if has_ended {
+                self.data.remove(ino);
+            } else {
+                // Nobody waits for that before the mount goes on.
+                let bytes = self.data.stat(ino).map_or(0, |stat| stat.bytes);
+                self.removals.put(ino, bytes, true);
+            }
+        }
         for ino in self.data.map_inos()?.into_iter().filter(|ino| !ranged_inos.contains(ino)) {
             self.data.remove_map_file(ino);
         }
@@ -646,7 +660,12 @@ impl Upper {
             return;
         }
         self.removals.put(ino, bytes, false);
-        if bytes >= LARGE_BYTES && !self.has_plenty() {
+        self.give_back_soon();
+    }
+
+    /// Where there is little room, those who write past us need what was removed, and can't wait for it.
+    fn give_back_soon(&self) {
+        if !self.has_plenty() {
             self.removals.hurry();
         }
     }
@@ -655,6 +674,7 @@ impl Upper {
     pub fn remove_sealed_data(&self, ino: Ino, bytes: u64) {
         self.data.let_go(ino);
         self.removals.put(ino, bytes, true);
+        self.give_back_soon();
     }
 
     /// There is to be a data file of `ino`, which a sealed layer has and whose stripe is held: one that is to go does so first.

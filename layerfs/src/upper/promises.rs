@@ -22,6 +22,8 @@ pub(super) struct Promises {
     ages: Mutex<Ages>,
     /// Data files that replace another's, whose bytes may not be on the disk yet.
     owed: Mutex<HashSet<Ino>>,
+    /// So may others be, of which a daemon that died knew.
+    owes_more: AtomicBool,
     /// Held by whoever makes those durable.
     paying: Mutex<()>,
     /// Files that were emptied, and that nobody who writes to them has closed since.
@@ -60,6 +62,7 @@ impl Promises {
         Promises {
             ages: Mutex::new(Ages { marks: [(Instant::now(), next); 2], kept: HashMap::new() }),
             owed: Mutex::default(),
+            owes_more: AtomicBool::new(false),
             paying: Mutex::default(),
             emptied: Mutex::default(),
             has_emptied: AtomicBool::new(false),
@@ -93,11 +96,17 @@ impl Promises {
         self.owed.lock().insert(ino);
     }
 
-    /// What is owed, to be made durable while the guard is held: who finds nothing owed has waited for whoever does that.
-    pub fn pay(&self) -> (MutexGuard<'_, ()>, HashSet<Ino>) {
+    /// A daemon that died may have owed the bytes of any files.
+    pub fn owe_more(&self) {
+        self.owes_more.store(true, Ordering::Release);
+    }
+
+    /// What is owed, and whether more may be than is known, to be made durable while the guard is held: who finds nothing owed has waited
+    /// for whoever does that.
+    pub fn pay(&self) -> (MutexGuard<'_, ()>, HashSet<Ino>, bool) {
         let paying = self.paying.lock();
         let owed = std::mem::take(&mut *self.owed.lock());
-        (paying, owed)
+        (paying, owed, self.owes_more.swap(false, Ordering::AcqRel))
     }
 
     /// `ino` was made empty, and had bytes before.
@@ -155,6 +164,8 @@ mod tests {
         promises.gone(Ino(12));
         assert_eq!(promises.pay().1, HashSet::from([Ino(11)]));
         assert!(promises.pay().1.is_empty() && promises.is_kept(Ino(11), Ino(13)));
+        promises.owe_more();
+        assert!(promises.pay().2 && !promises.pay().2);
         promises.emptied(Ino(11));
         assert!(!promises.take_emptied(Ino(12)));
         assert!(promises.take_emptied(Ino(11)) && !promises.take_emptied(Ino(11)));

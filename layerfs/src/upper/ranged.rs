@@ -91,6 +91,21 @@ impl DataFolder {
         }
     }
 
+    /// Forgets the map of `ino`, whose file stays until [`DataFolder::unlink_map`].
+    pub(super) fn let_map_go(&self, ino: Ino) {
+        if self.maps.write().remove(&ino).is_some() {
+            self.open_maps.lock().pop(&ino);
+            self.maps_let_go.lock().insert(ino);
+        }
+    }
+
+    /// Removes the file of a map that was let go, if `ino` had one.
+    pub(super) fn unlink_map(&self, ino: Ino) {
+        if self.maps_let_go.lock().remove(&ino) {
+            self.remove_map_file(ino);
+        }
+    }
+
     /// Makes `granules` of `ino` the upper's, whose bytes were written. That survives the end of the process.
     /// Whoever calls it holds the file's other writers back.
     pub fn mark(&self, ino: Ino, map: &RangeMap, granules: Range<u64>) -> Result<()> {
@@ -260,6 +275,22 @@ mod tests {
         let map = data.map(ino).unwrap();
         assert!(map.has(&(5..8)) && map.has(&(20..30)) && map.count() == 13);
         assert_eq!(map.unsaved().len(), 1);
+    }
+
+    #[test]
+    fn a_map_file_goes_with_its_data_file() {
+        let (folder, data) = folder();
+        let ino = Ino(0x1f);
+        marked(&data, ino);
+        let (file, map) = (folder.path().join("1/1f"), folder.path().join("1/1f.map"));
+        data.let_go(ino);
+        assert!(data.map(ino).is_none() && file.exists() && map.exists());
+        data.unlink(ino);
+        assert!(!file.exists() && !map.exists());
+        marked(&data, ino);
+        assert_eq!(data.map(ino).unwrap().count(), 13);
+        data.remove(ino);
+        assert!(!file.exists() && !map.exists());
     }
 
     #[test]

@@ -245,6 +245,8 @@ impl Fs {
             let mut inode = state.inode(ino)?;
             change(&mut inode);
             let mut row = Change::new();
+            // What is to be removed may be why it is asked for.
+            row.makes_room();
             row.inode(inode);
             upper.journal().aside(|| upper.commit(&mut state.tables, row))?;
         }

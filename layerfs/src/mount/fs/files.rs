@@ -21,6 +21,7 @@ use crate::content::{Content, Extent, Extents};
 use crate::error::ErrorClass;
 use crate::id::Ino;
 use crate::inode::Node;
+use crate::patience;
 use crate::readahead::FileReader;
 use crate::upper::Upper;
 use crate::upper::opens::Backing;
@@ -340,6 +341,9 @@ impl Fs {
         let reader = match source {
             Source::Backed(file) => {
                 drop(state);
+                // A seal may hold the file, and wait for writers who wait for a read.
+                let no_seal = self.gate.try_read();
+                let _aside = no_seal.is_none().then(patience::stands_aside);
                 return seek_file(&file, offset, u64::MAX, data)?.ok_or(Errno(libc::ENXIO));
             }
             Source::Ranged(ranged) => {
