@@ -104,6 +104,7 @@ struct ConfigFile {
     metrics: Option<std::net::SocketAddr>,
     tier_credentials: Option<PathBuf>,
     tier_profile: Option<String>,
+    #[serde(default, deserialize_with = "word_or_number")]
     connections: Option<String>,
     transport: Option<String>,
     retry_for: Option<String>,
@@ -112,6 +113,20 @@ struct ConfigFile {
     connect_from: Option<Vec<std::net::IpAddr>>,
     warm_copies: Option<String>,
     keep_awake: Option<String>,
+}
+
+/// What may be written with quotes or without.
+fn word_or_number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a number, or a word in quotes")]
+    enum Value {
+        Word(String),
+        Number(u64),
+    }
+    Ok(Some(match Value::deserialize(deserializer)? {
+        Value::Word(word) => word,
+        Value::Number(number) => number.to_string(),
+    }))
 }
 
 impl ConfigFile {
@@ -559,6 +574,12 @@ mod tests {
         assert!(scene.find(None).unwrap_err().message.contains("sometimes"));
         scene.user("keep_awake = \"never\"\n");
         assert_eq!(scene.find(None).unwrap().keep_awake, KeepAwake::Never);
+        for connections in ["4", "\"4\""] {
+            scene.user(&format!("connections = {connections}\n"));
+            assert_eq!(scene.find(None).unwrap().network.connections, Some(4));
+        }
+        scene.user("connections = [4]\n");
+        assert!(scene.find(None).unwrap_err().message.contains("expected a number, or a word"));
         scene.user("warm_copies = \"0\"\n");
         assert_eq!(scene.find(None).unwrap().warm_bytes, Some(0));
     }

@@ -60,7 +60,7 @@ pub enum DaemonAction {
     /// Wait for a mount in the daemon's place
     #[command(hide = true)]
     Hand,
-    /// Finish or cancel the work, unmount, exit
+    /// Unmount and exit; refused while work is under way or a mount is in use
     #[command(
         after_help = "Examples:\n  layerctl daemon stop\n  layerctl daemon stop --force     also cancels work, and ends mounts that are in use"
     )]

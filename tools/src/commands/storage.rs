@@ -54,15 +54,16 @@ fn stat_text(result: &StatResult, paint: Paint) -> String {
 pub fn du(session: &Session, args: args::Du) -> Result<()> {
     let request = DuRequest { names: args.names, layers: args.layers };
     let result: DuResult = session.work("du", &request, "counting")?;
-    session.output.answer(&result, |result| du_text(result, session.output.paint()))
+    session.output.answer(&result, |result| du_text(&request, result, session.output.paint()))
 }
 
-fn du_text(result: &DuResult, paint: Paint) -> String {
+fn du_text(request: &DuRequest, result: &DuResult, paint: Paint) -> String {
     if result.rows.is_empty() {
         return "no layers\n".to_owned();
     }
-    let mut table =
-        Table::new(&["NAME", "LAYER", "APPARENT>", "PLAIN>", "UNIQUE>", "SHARED>", "COMPRESSED>", "REMOVING FREES>"]);
+    // A layer frees nothing alone: others may lie on it, and several names refer to it.
+    let last = if request.layers { "UNIQUE COMPRESSED>" } else { "REMOVING FREES>" };
+    let mut table = Table::new(&["NAME", "LAYER", "APPARENT>", "PLAIN>", "UNIQUE>", "SHARED>", "COMPRESSED>", last]);
     for row in &result.rows {
         let DuRow { name, id, apparent_bytes, plain_bytes, unique_bytes, shared_bytes, stored_bytes, freed_bytes } =
             row;
@@ -79,7 +80,8 @@ fn du_text(result: &DuResult, paint: Paint) -> String {
     }
     let mut text = table.render(paint);
     let (plain, stored) = (units::size(result.total_plain_bytes), units::size(result.total_stored_bytes));
-    text.push_str(&format!("together {plain}, {stored} compressed"));
+    let what = if request.names.is_empty() { "together" } else { "the whole store" };
+    text.push_str(&format!("{what} {plain}, {stored} compressed"));
     if let Some(freed) = result.freed_bytes {
         text.push_str(&format!("; removing all of these frees {}", units::size(freed)));
     }

@@ -157,18 +157,23 @@ fn restart(session: &Session, force: bool) -> Result<()> {
 
 /// `layerctl version`.
 pub fn version(session: &Session) -> Result<()> {
-    let daemon = match autostart::find(&session.settings) {
-        Ok(Some(client)) => client.call::<_, Status>("status", &Empty {}).ok(),
-        _ => None,
+    let asked = match autostart::find(&session.settings) {
+        Ok(Some(client)) => client.call::<_, Status>("status", &Empty {}).map(|status| Some(status.version)),
+        Ok(None) => Ok(None),
+        Err(failure) => Err(failure),
     };
-    let daemon_version = daemon.map(|status| status.version);
+    let daemon_version = asked.as_ref().ok().cloned().flatten();
     let answer = serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
         "api": crate::api::API_VERSION,
         "daemon": daemon_version,
     });
     session.output.answer(&answer, |_| {
-        let daemon = daemon_version.as_deref().unwrap_or("not running");
+        let daemon = match &asked {
+            Ok(Some(version)) => version.clone(),
+            Ok(None) => "not running".to_owned(),
+            Err(failure) => format!("cannot be asked: {failure}"),
+        };
         format!("layerctl {}\ndaemon   {daemon}\n", env!("CARGO_PKG_VERSION"))
     })
 }

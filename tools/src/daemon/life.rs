@@ -132,7 +132,12 @@ pub fn stop(context: &Context, request: Stop) -> Result<Empty> {
     let under_way: Vec<String> = daemon.works.list().into_iter().map(|work| work.label).chain(moved).collect();
     if !request.force && !under_way.is_empty() {
         let text = format!("the daemon is at work: {}", under_way.join(", "));
-        return Err(Failure::new(Class::Busy, text).hint("wait, or cancel it with `layerctl daemon stop --force`"));
+        let hint = if request.hand_over {
+            "wait, or cancel it with `layerctl daemon restart --force`: mounts and what uses them go on"
+        } else {
+            "wait, or cancel it with `layerctl daemon stop --force`, which ends mounts too"
+        };
+        return Err(Failure::new(Class::Busy, text).hint(hint));
     }
     if request.to_caller && super::supervised::is_supervised() {
         return Err(Failure::new(Class::Busy, "systemd started the daemon that runs, and would start it again"));

@@ -175,7 +175,13 @@ pub fn list(context: &Context, request: ListRequest) -> Result<LayerList> {
             // One that is damaged hides no others.
             Err(failure) => {
                 unreadable.push(unreadable_of(name, record.layer, &failure));
-                context.reporter.warn(&format!("{name}: {failure}; `layerctl remove {name}` gives it up"));
+                let way_out = match failure.class {
+                    Class::Denied => {
+                        "run the daemon as the user whose store it is, or give that one its files (chown)".to_owned()
+                    }
+                    _ => format!("`layerctl remove {name}` gives it up"),
+                };
+                context.reporter.warn(&format!("{name}: {failure}; {way_out}"));
                 continue;
             }
         };
