@@ -481,6 +481,12 @@ impl Upper {
         if has_ended && !leftovers.is_empty() {
             self.sync()?;
         }
+        for ino in self.data.map_inos()?.into_iter().filter(|ino| !ranged_inos.contains(ino)) {
+            self.data.map_goes(ino);
+            if !leftovers.contains(&ino) {
+                self.data.unlink_map(ino);
+            }
+        }
         for ino in leftovers {
             if has_ended {
                 self.data.remove(ino);
@@ -489,9 +495,6 @@ impl Upper {
                 let bytes = self.data.stat(ino).map_or(0, |stat| stat.bytes);
                 self.removals.put(ino, bytes, true);
             }
-        }
-        for ino in self.data.map_inos()?.into_iter().filter(|ino| !ranged_inos.contains(ino)) {
-            self.data.remove_map_file(ino);
         }
         Ok((repairs, outdated_maps))
     }
@@ -720,6 +723,7 @@ impl Upper {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::StoreOptions;
 
     #[test]
     fn golden_record() {
@@ -739,5 +743,25 @@ mod tests {
             assert_eq!(UpperRecord::decode(&record.encode()).unwrap(), record);
         }
         assert_eq!(hex(&record_key(UpperId(1))), "720000000000000001");
+    }
+
+    #[test]
+    fn what_a_daemon_that_died_has_removed_goes_with_its_map_and_nobody_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let (upper, _) = Upper::create(&store, &View::empty(store.clone()), None).unwrap();
+        let (id, files) = (upper.id, ["77", "77.map"].map(|name| upper.data.path().join(name)));
+        drop(upper);
+        let leave = || files.iter().for_each(|file| std::fs::write(file, "x").unwrap());
+        let are_there = || files.iter().map(|file| file.exists()).collect::<Vec<_>>();
+        leave();
+        let (upper, _) = Upper::resume(&store, id, None).unwrap();
+        assert!(upper.has_removals() && are_there() == [true, true], "it may not be durable that its row has gone");
+        assert!(upper.free_removed());
+        assert_eq!(are_there(), [false, false]);
+        drop(upper);
+        leave();
+        let (upper, _) = Upper::open(&store, id).unwrap();
+        assert!(!upper.has_removals() && are_there() == [false, false]);
     }
 }

@@ -86,17 +86,21 @@ impl DataFolder {
 
     /// All of `ino` is the upper's from now on.
     pub fn forget_map(&self, ino: Ino) {
-        if self.maps.write().remove(&ino).is_some() {
-            self.remove_map_file(ino);
-        }
+        self.let_map_go(ino);
+        self.unlink_map(ino);
     }
 
     /// Forgets the map of `ino`, whose file stays until [`DataFolder::unlink_map`].
     pub(super) fn let_map_go(&self, ino: Ino) {
         if self.maps.write().remove(&ino).is_some() {
             self.open_maps.lock().pop(&ino);
-            self.maps_let_go.lock().insert(ino);
+            self.map_goes(ino);
         }
+    }
+
+    /// The map file of `ino` goes with its data file, or before.
+    pub(super) fn map_goes(&self, ino: Ino) {
+        self.maps_let_go.lock().insert(ino);
     }
 
     /// Removes the file of a map that was let go, if `ino` had one.
