@@ -157,12 +157,9 @@ fn restart(session: &Session, force: bool) -> Result<()> {
 
 /// `layerctl version`.
 pub fn version(session: &Session) -> Result<()> {
-    let asked = match autostart::find(&session.settings) {
-        Ok(Some(client)) => client.call::<_, Status>("status", &Empty {}).map(|status| Some(status.version)),
-        Ok(None) => Ok(None),
-        Err(failure) => Err(failure),
-    };
-    let daemon_version = asked.as_ref().ok().cloned().flatten();
+    let ask = |client: client::Client| client.call::<_, Status>("status", &Empty {}).map(|status| status.version);
+    let asked = autostart::find(&session.settings).and_then(|client| client.map(ask).transpose());
+    let daemon_version = asked.as_ref().ok().and_then(Option::as_deref);
     let answer = serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
         "api": crate::api::API_VERSION,
@@ -170,8 +167,7 @@ pub fn version(session: &Session) -> Result<()> {
     });
     session.output.answer(&answer, |_| {
         let daemon = match &asked {
-            Ok(Some(version)) => version.clone(),
-            Ok(None) => "not running".to_owned(),
+            Ok(version) => version.clone().unwrap_or_else(|| "not running".to_owned()),
             Err(failure) => format!("cannot be asked: {failure}"),
         };
         format!("layerctl {}\ndaemon   {daemon}\n", env!("CARGO_PKG_VERSION"))
