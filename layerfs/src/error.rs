@@ -196,6 +196,7 @@ impl Error {
             Error::File { source, .. } | Error::Io { source, .. } => io_class(source),
             Error::Full { .. } => ErrorClass::NoSpace,
             Error::Index(text) if text.contains("No space left") => ErrorClass::NoSpace,
+            Error::Index(text) if text.contains("Permission denied") => ErrorClass::Denied,
             Error::Index(text) if text.contains("Corruption") => ErrorClass::Corrupt,
             Error::Index(_) => ErrorClass::Io,
             Error::Invalid(_) => ErrorClass::Invalid,

@@ -102,6 +102,10 @@ fn no_store(settings: &Settings) -> Failure {
             Failure::new(Class::Denied, text)
                 .hint("it belongs to another user; use your own (--store) or become that user")
         }
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            let text = format!("{place}, which is to be the store ({}), is no folder", settings.store_chosen_by);
+            Failure::invalid(text).hint("name another place: --store PATH or LAYERFS_STORE")
+        }
         _ => {
             let text = format!("there is no store at {place} ({})", settings.store_chosen_by);
             Failure::new(Class::NotFound, text)

@@ -337,9 +337,16 @@ impl Settings {
             };
             file = mistakes.allow(read)?.unwrap_or_else(ConfigFile::closed).over(file);
         }
+        let read: Vec<String> = environment
+            .config_files()
+            .iter()
+            .filter(|path| path.exists())
+            .map(|path| path.display().to_string())
+            .collect();
+        let place = format!("the config file {}", read.join(" or "));
         let whole = |name: &str, path: Option<PathBuf>| match path {
             Some(path) if !path.is_absolute() => Err(Failure::invalid(format!(
-                "{name} = {path:?} in the config file is no whole path; write one that begins with /"
+                "{name} = {path:?} in {place} is no whole path; write one that begins with /"
             ))),
             path => Ok(path),
         };
@@ -361,7 +368,7 @@ impl Settings {
         let size = |name: &str, text: &Option<String>| match text {
             None => Ok(None),
             Some(text) => units::parse_size(text).map(Some).ok_or_else(|| {
-                Failure::invalid(format!("{name} = {text:?} in the config file is no size; write it like \"64 MiB\""))
+                Failure::invalid(format!("{name} = {text:?} in {place} is no size; write it like \"64 MiB\""))
             }),
         };
         let cache_bytes = mistakes.allow(size("cache", &file.cache))?.flatten();
@@ -370,7 +377,7 @@ impl Settings {
             None | Some("none") => Ok(None),
             Some(text) => units::parse_rate(text).map(Some).ok_or_else(|| {
                 Failure::invalid(format!(
-                    "limit = {text:?} in the config file is no rate; write it like \"100Mbit\" or \"10 MiB\", or \"none\""
+                    "limit = {text:?} in {place} is no rate; write it like \"100Mbit\" or \"10 MiB\", or \"none\""
                 ))
             }),
         };
@@ -379,7 +386,7 @@ impl Settings {
             Some(level) if !COMPRESSION_LEVELS.contains(&level) => {
                 let (least, most) = (*COMPRESSION_LEVELS.start(), *COMPRESSION_LEVELS.end());
                 Err(Failure::invalid(format!(
-                    "compression = {level} in the config file is no level of zstd; write one from {least} to {most}"
+                    "compression = {level} in {place} is no level of zstd; write one from {least} to {most}"
                 )))
             }
             level => Ok(level),
@@ -388,11 +395,11 @@ impl Settings {
         let time = |name: &str, text: &Option<String>| match text {
             None => Ok(None),
             Some(text) => units::parse_time(text).map(Some).ok_or_else(|| {
-                Failure::invalid(format!("{name} = {text:?} in the config file is no time; write it like \"30s\""))
+                Failure::invalid(format!("{name} = {text:?} in {place} is no time; write it like \"30s\""))
             }),
         };
         let connections = file.connections.as_deref().map(str::parse::<crate::cli::transfers::Connections>);
-        let wrong = |why| Failure::invalid(format!("connections in the config file: {why}"));
+        let wrong = |why| Failure::invalid(format!("connections in {place}: {why}"));
         let network = NetworkRequest {
             connections: mistakes.allow(connections.transpose().map_err(wrong))?.flatten().map(|count| count.0),
             transport: file.transport,
@@ -403,7 +410,7 @@ impl Settings {
         };
         let checked = match crate::daemon::ops::peers::paths(&network) {
             Ok(_) => Ok(network),
-            Err(failure) => Err(Failure::invalid(format!("{failure} (in the config file)"))),
+            Err(failure) => Err(Failure::invalid(format!("{failure} (in {place})"))),
         };
         let network = mistakes.allow(checked)?.unwrap_or_default();
         let slow_request = mistakes.allow(time("slow_request", &file.slow_request))?.flatten();
@@ -412,18 +419,18 @@ impl Settings {
             Some("always") => Ok(KeepAwake::Always),
             Some("never") => Ok(KeepAwake::Never),
             Some(text) => Err(Failure::invalid(format!(
-                "keep_awake = {text:?} in the config file is unknown; write \"auto\", \"always\" or \"never\""
+                "keep_awake = {text:?} in {place} is unknown; write \"auto\", \"always\" or \"never\""
             ))),
         };
         let keep_awake = mistakes.allow(keep_awake)?.unwrap_or_default();
-        let of_file = |failure: Failure| Failure::invalid(format!("listen in the config file: {failure}"));
+        let of_file = |failure: Failure| Failure::invalid(format!("listen in {place}: {failure}"));
         let listen = file.listen.map_or(Ok(Listen::WhenPeersExist), |text| text.parse().map_err(of_file));
         let listen = mistakes.allow(listen)?.unwrap_or(Listen::Off);
         let filter = |text: Option<String>, place: &str| match text.as_deref().map(crate::daemon::log::parse) {
             Some(Err(failure)) => Err(failure.hint(format!("it comes from {place}"))),
             _ => Ok(text),
         };
-        let log_of_file = mistakes.allow(filter(file.log, "`log` in the config file"))?.flatten();
+        let log_of_file = mistakes.allow(filter(file.log, &format!("`log` in {place}")))?.flatten();
         let log = mistakes.allow(filter(environment.text(ENV_LOG), ENV_LOG))?.flatten().or(log_of_file);
         Ok(Settings {
             network,

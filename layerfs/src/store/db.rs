@@ -2,11 +2,13 @@
 //!
 //! It hides which engine keeps the index, the names, the uppers' inode tables and the peers, and how its memory
 //! is bounded. Invariants: a [`Batch`] is applied whole or not at all, over all families; what was written with
-//! [`Sync::Yes`], and everything written before it, survives a power cut; nothing is written when the disk is
+//! [`Sync::Yes`], and everything written before it, survives a power cut, and what its debtors owed before; nothing is written when the disk is
 //! so full that the engine itself could fail.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
     LogLevel, Options, PrefixRange, ReadOptions, WriteBatch, WriteOptions,
@@ -165,11 +167,33 @@ impl From<WriteError> for Error {
     }
 }
 
+/// Somebody whose rows are of use only with bytes that lie beside the database.
+pub(crate) trait Debtor: Send + std::marker::Sync {
+    /// Makes durable what has to be so before the rows are that are there now.
+    fn pay(&self);
+}
+
+type Debtors = Arc<RwLock<Vec<Arc<dyn Debtor>>>>;
+
+/// As long as there is this, each sync is preceded by its debtor's payment.
+pub(crate) struct Debt {
+    debtors: Debtors,
+    debtor: Arc<dyn Debtor>,
+}
+
+impl Drop for Debt {
+    /// Waits for whoever makes the debtor pay: nobody else has it then.
+    fn drop(&mut self) {
+        self.debtors.write().retain(|debtor| !Arc::ptr_eq(debtor, &self.debtor));
+    }
+}
+
 /// The open database.
 pub struct Db {
     db: DB,
     read_only: bool,
     space: SpaceGuard,
+    debtors: Debtors,
     /// Whether something was written since the last sync.
     #[cfg(test)]
     is_unsynced: std::sync::atomic::AtomicBool,
@@ -196,6 +220,7 @@ impl Db {
             db,
             read_only: options.read_only,
             space: SpaceGuard::new(folder),
+            debtors: Debtors::default(),
             #[cfg(test)]
             is_unsynced: Default::default(),
         })
@@ -250,6 +275,9 @@ impl Db {
     /// [`WriteError`].
     pub fn apply(&self, batch: Batch, sync: Sync) -> Result<(), WriteError> {
         let changes = self.changes(&batch).map_err(WriteError::NotWritten)?;
+        if sync == Sync::Yes {
+            self.pay();
+        }
         let mut options = WriteOptions::default();
         options.set_sync(sync == Sync::Yes);
         #[cfg(test)]
@@ -279,11 +307,22 @@ impl Db {
         Ok(changes)
     }
 
+    /// `debtor` pays before each sync, whoever asks for it: all share one log.
+    pub(crate) fn owes(&self, debtor: Arc<dyn Debtor>) -> Debt {
+        self.debtors.write().push(debtor.clone());
+        Debt { debtors: self.debtors.clone(), debtor }
+    }
+
+    fn pay(&self) {
+        self.debtors.read().iter().for_each(|debtor| debtor.pay());
+    }
+
     /// Makes durable what was written until now.
     pub fn sync(&self) -> Result<()> {
         if self.read_only {
             return Ok(());
         }
+        self.pay();
         self.db.flush_wal(true)?;
         #[cfg(test)]
         self.is_unsynced.store(false, std::sync::atomic::Ordering::Relaxed);

@@ -123,6 +123,9 @@ impl Store {
             Error::Index(text) if Error::Index(text.clone()).class() == ErrorClass::NoSpace => {
                 Error::Index(format!("{text}; make some room on its disk"))
             }
+            Error::Index(text) if Error::Index(text.clone()).class() == ErrorClass::Denied => Error::Index(format!(
+                "{text}; become the user whom the store belongs to, or give it back with `chown -R`"
+            )),
             Error::Index(text) if found => {
                 Error::Index(format!("{text}; `layerctl fsck --rebuild` makes the index anew from the packs"))
             }

@@ -19,7 +19,7 @@ use rustix::fs::{CWD, RenameFlags};
 
 use crate::chunk::{self, Class};
 use crate::durable;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::id::LayerId;
 use crate::manifest::Manifest;
 use crate::monitor::{self, Monitor};
@@ -88,6 +88,8 @@ pub fn rebuild_from(
     let db_options = DbOptions { create: true, ..open::db_options(&options) };
     match open_old(&old, db_options).and_then(|(db, _)| LostNames::read(&db)) {
         Ok(None | Some(LostNames::Incomplete)) => remove_folder(&new)?,
+        // What it knows isn't lost yet.
+        Err(error) if error.class() == ErrorClass::Denied => return Err(error),
         // It may be the one that the names were lost with.
         Ok(Some(LostNames::Unrecovered)) | Err(_) => keep_aside(&new, &aside)?,
     }

@@ -24,6 +24,7 @@ use crate::chunk::ChunkRead;
 use crate::content::{Content, Extent, Extents, get_sized};
 use crate::error::{Error, ErrorClass, Result};
 use crate::id::Ino;
+use crate::store::db::Debtor;
 use crate::upper::promises::Promises;
 use crate::upper::ranges::RangeMap;
 use crate::upper::table::Stamp;
@@ -382,40 +383,6 @@ impl DataFolder {
         self.promises.take_emptied(ino) && self.owe(ino)
     }
 
-    /// Makes durable what is owed. What can't be written is told to whoever syncs that file.
-    pub(super) fn pay(&self) {
-        let (_paying, owed, owes_more) = self.promises.pay();
-        if owes_more || owed.len() > PAID_SINGLY {
-            // The stamps first: what is written meanwhile may not be among it.
-            let stamps: Vec<_> = owed.iter().filter_map(|ino| Some((*ino, self.stamp_now(*ino).ok()?))).collect();
-            match rustix::fs::syncfs(&self.folder) {
-                Ok(()) => return stamps.into_iter().for_each(|(ino, stamp)| self.promises.keep(ino, Some(stamp))),
-                Err(errno) => {
-                    tracing::warn!(%errno, "the filesystem below could not be synced: its files are, one by one");
-                    if owes_more {
-                        self.promises.owe_more();
-                    }
-                }
-            }
-        }
-        for ino in owed {
-            // As in `write_back`: the error stays for those who sync.
-            let synced = self.file(ino).and_then(|_| {
-                let (stamp, (file, _)) = (self.stamp_now(ino)?, self.reader(ino)?);
-                file.sync_data().map_err(|e| self.failed("sync", ino, e))?;
-                Ok(stamp)
-            });
-            match synced {
-                Ok(stamp) => self.promises.keep(ino, Some(stamp)),
-                Err(error) if error.class() == ErrorClass::NotFound => {}
-                Err(error) => {
-                    tracing::warn!(%ino, %error, "a file that took another's place could not be written");
-                    self.promises.owe(ino);
-                }
-            }
-        }
-    }
-
     /// Makes durable which data files there are.
     pub fn sync_folder(&self) -> Result<()> {
         // Who finds nothing to do has waited for whoever does it.
@@ -482,6 +449,42 @@ impl DataFolder {
     /// The host filesystem's figures, for `statfs`.
     pub fn space(&self) -> Result<rustix::fs::StatVfs> {
         rustix::fs::fstatvfs(&self.folder).map_err(|e| Error::file("stat", &self.path, e))
+    }
+}
+
+impl Debtor for DataFolder {
+    /// Makes durable what is owed. What can't be written is told to whoever syncs that file.
+    fn pay(&self) {
+        let (_paying, owed, owes_more) = self.promises.pay();
+        if owes_more || owed.len() > PAID_SINGLY {
+            // The stamps first: what is written meanwhile may not be among it.
+            let stamps: Vec<_> = owed.iter().filter_map(|ino| Some((*ino, self.stamp_now(*ino).ok()?))).collect();
+            match rustix::fs::syncfs(&self.folder) {
+                Ok(()) => return stamps.into_iter().for_each(|(ino, stamp)| self.promises.keep(ino, Some(stamp))),
+                Err(errno) => {
+                    tracing::warn!(%errno, "the filesystem below could not be synced: its files are, one by one");
+                    if owes_more {
+                        self.promises.owe_more();
+                    }
+                }
+            }
+        }
+        for ino in owed {
+            // As in `write_back`: the error stays for those who sync.
+            let synced = self.file(ino).and_then(|_| {
+                let (stamp, (file, _)) = (self.stamp_now(ino)?, self.reader(ino)?);
+                file.sync_data().map_err(|e| self.failed("sync", ino, e))?;
+                Ok(stamp)
+            });
+            match synced {
+                Ok(stamp) => self.promises.keep(ino, Some(stamp)),
+                Err(error) if error.class() == ErrorClass::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(%ino, %error, "a file that took another's place could not be written");
+                    self.promises.owe(ino);
+                }
+            }
+        }
     }
 }
 

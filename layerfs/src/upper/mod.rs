@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::id::{ChunkId, Ino, LayerId, LayerName, UpperId};
 use crate::inode::{Inode, Node};
 use crate::store::Store;
-use crate::store::db::{Batch, Cf, Db, Sync};
+use crate::store::db::{Batch, Cf, Db, Debt, Sync};
 use crate::view::View;
 use data::DataFolder;
 use journal::Journal;
@@ -259,8 +259,9 @@ static NUMBERING: Mutex<()> = Mutex::new(());
 pub struct Upper {
     id: UpperId,
     store: Arc<Store>,
-    /// Before `data`: it ends first.
+    /// These two before `data`: they end first.
     removals: Removals,
+    _debt: Debt,
     data: Arc<DataFolder>,
     warm: WarmCopies,
     journal: Journal,
@@ -324,7 +325,8 @@ impl Upper {
         let warm = WarmCopies::open(store, &data, &[])?;
         let (store, resumed_opens) = (store.clone(), Mutex::default());
         let removals = Removals::new(store.clone(), data.clone());
-        let upper = Upper { id, store, removals, data, warm, journal, opens, resumed_opens, numbers };
+        let debt = store.db().owes(data.clone());
+        let upper = Upper { id, store, removals, _debt: debt, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         if view.inode(Ino::ROOT)?.is_none() {
             upper.make_root(&mut tables)?;
@@ -398,7 +400,8 @@ impl Upper {
         let warm = WarmCopies::open(store, &data, &in_use)?;
         let (store, resumed_opens) = (store.clone(), Mutex::new(resumed));
         let removals = Removals::new(store.clone(), data.clone());
-        let upper = Upper { id, store, removals, data, warm, journal, opens, resumed_opens, numbers };
+        let debt = store.db().owes(data.clone());
+        let upper = Upper { id, store, removals, _debt: debt, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
         let (mut repairs, outdated_maps) = upper.load(&mut tables, has_ended)?;
         // Without the mount nothing on it could be removed.
@@ -763,5 +766,36 @@ mod tests {
         leave();
         let (upper, _) = Upper::open(&store, id).unwrap();
         assert!(!upper.has_removals() && are_there() == [false, false]);
+    }
+
+    #[test]
+    fn whoever_syncs_what_is_owed_is_paid_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store"), StoreOptions::create()).unwrap();
+        let create = || Upper::create(&store, &View::empty(store.clone()), None).unwrap().0;
+        let (upper, other) = (create(), create());
+        let ino = Ino(77);
+        let owe = || {
+            std::fs::write(upper.data.path().join("4d"), "new").unwrap();
+            assert!(upper.data.owe(ino));
+        };
+        let is_paid = || upper.data.promises().synced(ino).is_some();
+        owe();
+        other.sync().unwrap();
+        assert!(is_paid());
+        owe();
+        assert!(!is_paid());
+        let mut batch = Batch::new();
+        batch.put(Cf::Meta, b"somebody", b"else");
+        store.db().write(batch, Sync::Yes).unwrap();
+        assert!(is_paid());
+        owe();
+        store.db().put(Cf::Meta, b"without", b"a sync").unwrap();
+        assert!(!is_paid());
+        let (id, alone) = (upper.id, Arc::downgrade(&upper.data));
+        drop(upper);
+        assert!(alone.upgrade().is_none(), "the next who opens it wants it alone");
+        other.sync().unwrap();
+        Upper::open(&store, id).unwrap();
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Hides how long a file counts as new. Invariants: a file that isn't *kept* was made less than [`NEW_FOR`] ago, and nobody has
 //! synced it or put it in another's place since: a lost machine may leave it empty, as any filesystem that allocates late does. A
-//! sync of this upper makes the bytes of the files durable that are *owed* when it begins, and the names after them.
+//! sync of the database makes the bytes of the files durable that are *owed* when it begins, and the names after them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -182,7 +182,6 @@ impl Drop for Removals {
 impl Shared {
     fn sync(&self) -> Result<()> {
         let put = self.queue.lock().put();
-        self.data.pay();
         self.data.sync_folder()?;
         self.store.db().sync()?;
         let mut queue = self.queue.lock();

@@ -155,9 +155,8 @@ pub fn in_use() -> Failure {
 pub fn rebuild(session: &Session, args: &Fsck, monitor: &dyn Monitor) -> Result<FsckResult> {
     let started = Instant::now();
     let settings = &session.settings;
-    if args.tier.is_none() && !settings.store.join("format").exists() {
-        let text = format!("there is no store at {}", settings.store.display());
-        return Err(Failure::new(Class::NotFound, text));
+    if args.tier.is_none() {
+        crate::autostart::require_store(settings)?;
     }
     let options = crate::daemon::store_options(settings);
     let report = match &args.tier {
