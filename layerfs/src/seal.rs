@@ -89,6 +89,7 @@ pub fn seal(store: &Arc<Store>, fs: &Fs, options: &SealOptions, monitor: &dyn Mo
     failpoint::hit("seal.read-ahead");
     // A collection may be running: the layers below are marked while everything goes on.
     let _below = below.top().map(|base| store.pin(base)).transpose()?;
+    store.db().pay();
     let started = Instant::now();
     let (frozen, changed) = sealing.freeze()?;
     changed.iter().for_each(|ino| drop(ahead.contents.remove(ino)));
@@ -147,6 +148,7 @@ pub fn rest_on(store: &Arc<Store>, fs: &Fs, squashed: &Squashed, names: &[(Layer
     let view = View::open(store, report.layer)?;
     // As in a seal: before changes wait.
     let _pin = store.pin(report.layer)?;
+    store.db().pay();
     let read_only = |_| Error::Denied("the mount is read-only: it stays on the layers that it has".to_owned());
     let (frozen, _) = fs.begin_seal().map_err(read_only)?.freeze()?;
     if frozen.state().view().top() != Some(report.before) || frozen.has_sealed_orphans() {

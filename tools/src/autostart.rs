@@ -102,10 +102,7 @@ fn no_store(settings: &Settings) -> Failure {
             Failure::new(Class::Denied, text)
                 .hint("it belongs to another user; use your own (--store) or become that user")
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            let text = format!("{place}, which is to be the store ({}), is no folder", settings.store_chosen_by);
-            Failure::invalid(text).hint("name another place: --store PATH or LAYERFS_STORE")
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => no_folder(settings),
         _ => {
             let text = format!("there is no store at {place} ({})", settings.store_chosen_by);
             Failure::new(Class::NotFound, text)
@@ -114,12 +111,18 @@ fn no_store(settings: &Settings) -> Failure {
     }
 }
 
+fn no_folder(settings: &Settings) -> Failure {
+    let (place, chosen_by) = (settings.store.display(), settings.store_chosen_by);
+    Failure::invalid(format!("{place}, which is to be the store ({chosen_by}), is no folder"))
+        .hint("name another place: --store PATH or LAYERFS_STORE")
+}
+
 /// Starts a daemon in the background and waits until it answers.
 ///
 /// # Errors
 /// What the daemon says; else the end of its log.
 pub fn start(settings: &Settings, how: &DaemonStart) -> Result<()> {
-    check_is_store_or_empty(&settings.store)?;
+    check_is_store_or_empty(settings)?;
     make_private_folder(&settings.store)?;
     let log_path = settings.store.join("daemon.log");
     if std::fs::metadata(&log_path).is_ok_and(|metadata| metadata.len() > LOG_LIMIT) {
@@ -166,8 +169,13 @@ pub fn start(settings: &Settings, how: &DaemonStart) -> Result<()> {
 }
 
 /// Nothing is left behind in a folder that is something else.
-fn check_is_store_or_empty(folder: &Path) -> Result<()> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+fn check_is_store_or_empty(settings: &Settings) -> Result<()> {
+    let folder = &settings.store;
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Err(no_folder(settings)),
+        Err(_) => return Ok(()),
+    };
     // A filesystem of its own has that from the beginning.
     let names = entries.flatten().map(|entry| entry.file_name()).filter(|name| name != "lost+found");
     let names: Vec<_> = names.collect();

@@ -220,7 +220,10 @@ pub fn restore(
     kept: &mut HashMap<PathBuf, Vec<OwnedFd>>,
 ) -> Result<Vec<(MountRecord, Result<Arc<Mount>>)>> {
     let mut restored = Vec::new();
-    for record in registry::list(store.db())? {
+    let mut records = registry::list(store.db())?;
+    // The others may have to wait for the disk, while programs wait for these.
+    records.sort_by_key(|record| !kept.contains_key(&record.dir));
+    for record in records {
         let mount = match kept.remove(&record.dir) {
             Some(descriptors) => {
                 let device = descriptors.first().and_then(|device| device.try_clone().ok());
@@ -293,7 +296,11 @@ impl Mount {
         let (allow_other, threads) = (Some(record.allow_other), record.threads.into());
         let (transport, writeback, flags) = (record.transport, record.writeback, record.flags);
         let options = MountOptions { upper, allow_other, threads, transport, writeback, flags };
-        Mount::start(store, record.layer, &record.source, &record.dir, &options)
+        let mount = Mount::start(store, record.layer, &record.source, &record.dir, &options)?;
+        if let Some(upper) = mount.fs.lock().as_ref().and_then(|fs| fs.upper()) {
+            upper.owes_more();
+        }
+        Ok(mount)
     }
 
     /// Goes on with the mount of `record`, whose daemon died and left `kept`.

@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::Mutex;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode,
     LogLevel, Options, PrefixRange, ReadOptions, WriteBatch, WriteOptions,
@@ -169,22 +169,30 @@ impl From<WriteError> for Error {
 
 /// Somebody whose rows are of use only with bytes that lie beside the database.
 pub(crate) trait Debtor: Send + std::marker::Sync {
-    /// Makes durable what has to be so before the rows are that are there now.
+    /// Makes durable what has to be so before the rows are that are there now. Nobody else calls it meanwhile: who finds nothing
+    /// owed has waited for whoever paid.
     fn pay(&self);
 }
 
-type Debtors = Arc<RwLock<Vec<Arc<dyn Debtor>>>>;
+/// Empty once its debt has ended.
+type Slot = Arc<Mutex<Option<Arc<dyn Debtor>>>>;
+
+/// One debtor each. Nobody waits for the list while somebody pays.
+type Debtors = Arc<Mutex<Vec<Slot>>>;
 
 /// As long as there is this, each sync is preceded by its debtor's payment.
 pub(crate) struct Debt {
     debtors: Debtors,
-    debtor: Arc<dyn Debtor>,
+    slot: Slot,
 }
 
 impl Drop for Debt {
-    /// Waits for whoever makes the debtor pay: nobody else has it then.
+    /// The last payment. Whoever makes the debtor pay just now is waited for: nobody else has it then.
     fn drop(&mut self) {
-        self.debtors.write().retain(|debtor| !Arc::ptr_eq(debtor, &self.debtor));
+        if let Some(debtor) = self.slot.lock().take() {
+            debtor.pay();
+        }
+        self.debtors.lock().retain(|slot| !Arc::ptr_eq(slot, &self.slot));
     }
 }
 
@@ -274,10 +282,10 @@ impl Db {
     /// # Errors
     /// [`WriteError`].
     pub fn apply(&self, batch: Batch, sync: Sync) -> Result<(), WriteError> {
-        let changes = self.changes(&batch).map_err(WriteError::NotWritten)?;
-        if sync == Sync::Yes {
+        if sync == Sync::Yes && !self.read_only {
             self.pay();
         }
+        let changes = self.changes(&batch).map_err(WriteError::NotWritten)?;
         let mut options = WriteOptions::default();
         options.set_sync(sync == Sync::Yes);
         #[cfg(test)]
@@ -309,12 +317,19 @@ impl Db {
 
     /// `debtor` pays before each sync, whoever asks for it: all share one log.
     pub(crate) fn owes(&self, debtor: Arc<dyn Debtor>) -> Debt {
-        self.debtors.write().push(debtor.clone());
-        Debt { debtors: self.debtors.clone(), debtor }
+        let slot = Slot::new(Mutex::new(Some(debtor)));
+        self.debtors.lock().push(slot.clone());
+        Debt { debtors: self.debtors.clone(), slot }
     }
 
-    fn pay(&self) {
-        self.debtors.read().iter().for_each(|debtor| debtor.pay());
+    /// Makes all debtors pay, as the next sync would: for whoever is about to keep others waiting for one.
+    pub fn pay(&self) {
+        let slots = self.debtors.lock().clone();
+        for slot in slots {
+            if let Some(debtor) = slot.lock().as_deref() {
+                debtor.pay();
+            }
+        }
     }
 
     /// Makes durable what was written until now.

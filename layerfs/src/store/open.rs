@@ -287,3 +287,7 @@ fn remove_half_made(folder: &Path) -> Result<()> {
     }
     Ok(())
 }
+/// `error`, by which the index may not be read, with the way out.
+pub(super) fn denied(error: &Error) -> Error {
+    Error::Denied(format!("{error}; become the user whom the store belongs to, or give its files back to him"))
+}

@@ -89,7 +89,7 @@ pub fn rebuild_from(
     match open_old(&old, db_options).and_then(|(db, _)| LostNames::read(&db)) {
         Ok(None | Some(LostNames::Incomplete)) => remove_folder(&new)?,
         // What it knows isn't lost yet.
-        Err(error) if error.class() == ErrorClass::Denied => return Err(error),
+        Err(error) if error.class() == ErrorClass::Denied => return Err(open::denied(&error)),
         // It may be the one that the names were lost with.
         Ok(Some(LostNames::Unrecovered)) | Err(_) => keep_aside(&new, &aside)?,
     }
@@ -115,6 +115,7 @@ pub fn rebuild_from(
     };
     report.record_problems = match copy_records(&old, &db, &packs, db_options) {
         Ok(problems) => problems,
+        Err(error) if error.class() == ErrorClass::Denied => return Err(open::denied(&error)),
         Err(error) => vec![format!("it can't be read: {error}")],
     };
     report.chunks = db.iter_from(Cf::Chunks, &[])?.count() as u64;

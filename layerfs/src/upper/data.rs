@@ -455,7 +455,7 @@ impl DataFolder {
 impl Debtor for DataFolder {
     /// Makes durable what is owed. What can't be written is told to whoever syncs that file.
     fn pay(&self) {
-        let (_paying, owed, owes_more) = self.promises.pay();
+        let (owed, owes_more) = self.promises.take_owed();
         if owes_more || owed.len() > PAID_SINGLY {
             // The stamps first: what is written meanwhile may not be among it.
             let stamps: Vec<_> = owed.iter().filter_map(|ino| Some((*ino, self.stamp_now(*ino).ok()?))).collect();

@@ -400,6 +400,10 @@ impl Upper {
         let warm = WarmCopies::open(store, &data, &in_use)?;
         let (store, resumed_opens) = (store.clone(), Mutex::new(resumed));
         let removals = Removals::new(store.clone(), data.clone());
+        if !has_ended {
+            // As [`Upper::owes_more`].
+            data.promises().owe_more();
+        }
         let debt = store.db().owes(data.clone());
         let upper = Upper { id, store, removals, _debt: debt, data, warm, journal, opens, resumed_opens, numbers };
         let mut tables = Tables::new();
@@ -478,10 +482,8 @@ impl Upper {
         let mut leftovers = self.data.inos()?;
         leftovers.retain(|ino| !backed_inos.contains(ino));
         // Where the daemon died, and not the machine, it may not be durable that their rows are gone, nor the bytes of what replaced them.
-        if !has_ended || !leftovers.is_empty() {
-            self.data.promises().owe_more();
-        }
         if has_ended && !leftovers.is_empty() {
+            self.owes_more();
             self.sync()?;
         }
         for ino in self.data.map_inos()?.into_iter().filter(|ino| !ranged_inos.contains(ino)) {
@@ -647,6 +649,11 @@ impl Upper {
         let mut change = Change::new();
         inos.iter().filter_map(|ino| tables.inode(*ino)).for_each(|inode| change.inode(inode.clone()));
         self.commit(tables, change)
+    }
+
+    /// A daemon that died may have owed the bytes of any of its files.
+    pub fn owes_more(&self) {
+        self.data.promises().owe_more();
     }
 
     /// Makes durable everything that was committed, and the bytes that names depend on before.

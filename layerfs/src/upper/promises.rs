@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use crate::id::Ino;
 use crate::upper::table::Stamp;
@@ -24,8 +24,6 @@ pub(super) struct Promises {
     owed: Mutex<HashSet<Ino>>,
     /// So may others be, of which a daemon that died knew.
     owes_more: AtomicBool,
-    /// Held by whoever makes those durable.
-    paying: Mutex<()>,
     /// Files that were emptied, and that nobody who writes to them has closed since.
     emptied: Mutex<HashSet<Ino>>,
     has_emptied: AtomicBool,
@@ -63,7 +61,6 @@ impl Promises {
             ages: Mutex::new(Ages { marks: [(Instant::now(), next); 2], kept: HashMap::new() }),
             owed: Mutex::default(),
             owes_more: AtomicBool::new(false),
-            paying: Mutex::default(),
             emptied: Mutex::default(),
             has_emptied: AtomicBool::new(false),
         }
@@ -101,12 +98,10 @@ impl Promises {
         self.owes_more.store(true, Ordering::Release);
     }
 
-    /// What is owed, and whether more may be than is known, to be made durable while the guard is held: who finds nothing owed has waited
-    /// for whoever does that.
-    pub fn pay(&self) -> (MutexGuard<'_, ()>, HashSet<Ino>, bool) {
-        let paying = self.paying.lock();
+    /// What is owed, and whether more may be than is known, for whoever makes it durable.
+    pub fn take_owed(&self) -> (HashSet<Ino>, bool) {
         let owed = std::mem::take(&mut *self.owed.lock());
-        (paying, owed, self.owes_more.swap(false, Ordering::AcqRel))
+        (owed, self.owes_more.swap(false, Ordering::AcqRel))
     }
 
     /// `ino` was made empty, and had bytes before.
@@ -162,10 +157,10 @@ mod tests {
         promises.owe(Ino(11));
         promises.owe(Ino(12));
         promises.gone(Ino(12));
-        assert_eq!(promises.pay().1, HashSet::from([Ino(11)]));
-        assert!(promises.pay().1.is_empty() && promises.is_kept(Ino(11), Ino(13)));
+        assert_eq!(promises.take_owed().0, HashSet::from([Ino(11)]));
+        assert!(promises.take_owed().0.is_empty() && promises.is_kept(Ino(11), Ino(13)));
         promises.owe_more();
-        assert!(promises.pay().2 && !promises.pay().2);
+        assert!(promises.take_owed().1 && !promises.take_owed().1);
         promises.emptied(Ino(11));
         assert!(!promises.take_emptied(Ino(12)));
         assert!(promises.take_emptied(Ino(11)) && !promises.take_emptied(Ino(11)));

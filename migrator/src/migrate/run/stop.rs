@@ -30,6 +30,8 @@ const READ_IN_A_SECOND: u64 = 64 << 20;
 impl Run<'_> {
     /// From the stop to the destination's last word.
     pub(super) fn hand_over(&mut self, lazily: bool) -> Result<()> {
+        // The guest shall not stand still for what others have to write.
+        self.me.0.guests.store().db().pay();
         let stopped = Instant::now();
         let bytes_before = self.report.bytes;
         let guard = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes)?;

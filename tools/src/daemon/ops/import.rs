@@ -1,6 +1,7 @@
 //! The way in: import.
 
 use std::io::Read;
+use std::path::Path;
 use std::time::Instant;
 
 use layerfs::import::{self, ImportOptions, ImportReport, SourceSpec};
@@ -9,7 +10,7 @@ use super::inspect::serde_text;
 use super::layers::{expect, layer_name, resolve, with_force_hint};
 use crate::api::layers::{ImportRequest, ImportResult, NewLayer};
 use crate::daemon::http::Context;
-use crate::failure::{Failure, Result};
+use crate::failure::{Class, Failure, Result};
 use crate::units;
 
 /// `/v1/import`.
@@ -17,7 +18,18 @@ pub fn import(context: &Context, request: ImportRequest) -> Result<ImportResult>
     let source = request.source.clone();
     let source = source.ok_or_else(|| Failure::invalid("source is missing; /v1/import-stream needs none"))?;
     super::refuse_own(context.daemon.store.folder(), &source, "a source")?;
-    take_in(context, &request, SourceSpec::Path(source))
+    let named = |failure| about(&source, failure);
+    take_in(context, &request, SourceSpec::Path(source.clone())).map_err(named)
+}
+
+/// `failure`, with the name of the source that is wrong.
+fn about(source: &Path, failure: Failure) -> Failure {
+    let source = source.display().to_string();
+    let is_the_sources = matches!(failure.class, Class::Invalid | Class::Corrupt | Class::Unsupported);
+    if !is_the_sources || failure.message.contains(&source) {
+        return failure;
+    }
+    Failure { message: format!("{source}: {}", failure.message), ..failure }
 }
 
 /// `/v1/import-stream`: an archive in the request's body.
