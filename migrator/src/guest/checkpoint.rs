@@ -347,6 +347,9 @@ impl Hosted<'_> {
             return Err(Error::NotFound { what: "layer", name: detail }.into());
         }
         let record = match self.guests.find(name)? {
+            Some(record) if record.state == GuestState::Arriving => {
+                return Err(Error::Busy(format!("guest {name} is on its way to this host")).into());
+            }
             Some(record) => record,
             None => {
                 let record = GuestRecord::new(description.spec.clone());

@@ -200,6 +200,15 @@ pub trait Guest: Send + Sync {
     /// If it can't be found out; then it may run.
     fn status(&self) -> Result<Status>;
 
+    /// Whether one that stands still has run before, since it was started or restored, and stands still by itself: it has what no state
+    /// has, and [`Guest::resume`] lets it go on.
+    ///
+    /// # Errors
+    /// If it can't be found out.
+    fn has_run(&self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Whether its memory is a file that [`Guest::dump`] only copies and [`Guest::restore_with`] takes as it is: the destination has most of
     /// it before.
     fn has_memory_file(&self) -> bool {

@@ -23,7 +23,7 @@ use layerfs::import::DISK_NAME;
 use layerfs::monitor::Monitor;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::errand::{self, Errand, Note, WORK_PATIENCE};
 use super::machine::{self, AUTO, MachineOptions};
@@ -53,6 +53,10 @@ const MEMORY_PATIENCE: Duration = Duration::from_secs(3600);
 /// More than any memory or disk can be read.
 const NO_LIMIT: u64 = 1 << 40;
 const MEGABYTE: u64 = 1 << 20;
+/// What a machine is called that has run and that QEMU has stopped by itself: as its disk was full, for one. One that we have stopped, or not let
+/// go on yet, is called otherwise.
+const STOPPED_BY_ITSELF: [&str; 6] =
+    ["suspended", "io-error", "internal-error", "guest-panicked", "watchdog", "shutdown"];
 /// Where it stands what emulates a machine, or did.
 const ACCEL: &str = "accel";
 /// What a state has beside shared memory.
@@ -174,6 +178,11 @@ impl QemuGuest {
 
     fn qmp(&self) -> Outcome<Qmp> {
         Qmp::connect(&self.socket())
+    }
+
+    /// What QEMU says of the machine.
+    fn state(&self) -> Outcome<Value> {
+        self.qmp()?.call("query-status", json!({}))
     }
 
     fn tap(&self) -> Option<Tap<'_>> {
@@ -541,10 +550,14 @@ impl Guest for QemuGuest {
         let Some(process) = self.process() else {
             return Ok(Status { activity: Activity::Absent, pid: None, memory_bytes: None });
         };
-        let state = self.qmp().and_then(|mut qmp| qmp.call("query-status", json!({})));
-        let state = state.map_err(self.failed("look at"))?;
+        let state = self.state().map_err(self.failed("look at"))?;
         let activity = if state["running"] == true { Activity::Running } else { Activity::Frozen };
         Ok(Status { activity, pid: Some(process.pid), memory_bytes: status_bytes(process.pid, "VmRSS") })
+    }
+
+    fn has_run(&self) -> Result<bool> {
+        let state = self.state().map_err(self.failed("look at"))?;
+        Ok(state["status"].as_str().is_some_and(|status| STOPPED_BY_ITSELF.contains(&status)))
     }
 
     fn has_memory_file(&self) -> bool {

@@ -7,12 +7,28 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use serde_json::{Value, json};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// No line of QEMU's is longer, in bytes.
 const MAX_LINE: u64 = 1 << 20;
+
+/// Connects to the socket at `path`. QEMU takes one connection after another, and whoever comes when two wait already would wait until it
+/// ended.
+fn connect(path: &Path, patience: Duration) -> std::io::Result<UnixStream> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // It holds for connecting, too.
+    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(Errno::AGAIN) => Err(Errno::TIMEDOUT)?,
+        connected => connected?,
+    }
+    Ok(UnixStream::from(socket))
+}
 
 /// A connection to a running QEMU.
 pub struct Qmp {
@@ -31,7 +47,7 @@ impl Qmp {
     /// # Errors
     /// If nobody answers there as QEMU does.
     pub fn connect(path: &Path) -> Outcome<Qmp> {
-        let stream = UnixStream::connect(path).map_err(failed)?;
+        let stream = connect(path, PATIENCE).map_err(failed)?;
         stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
         stream.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
         let mut qmp = Qmp { reader: BufReader::new(stream) };
@@ -75,7 +91,25 @@ impl Qmp {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+
+    #[test]
+    fn nobody_waits_without_end_for_one_who_takes_no_connection() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let short = Duration::from_millis(50);
+        let waiting: Vec<_> = (0..2).map(|_| connect(&path, short).unwrap()).collect();
+        let begun = Instant::now();
+        assert_eq!(connect(&path, short).unwrap_err().kind(), std::io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() >= short);
+        drop((listener, waiting));
+        assert!(connect(&path, short).is_err());
+    }
 
     #[test]
     fn events_are_skipped_and_refusals_told() {

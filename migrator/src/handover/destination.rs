@@ -157,6 +157,8 @@ impl Destination {
                 vec![Step::Clear]
             }
             (Phase::Committed, Event::Commit) if self.is_giving_back => vec![self.reply()],
+            // The source doesn't know yet that it is to have it again: this is no new leave to run it.
+            (Phase::Committed, Event::Told(Fate::Released)) if self.is_giving_back => vec![Step::Clear],
             (Phase::Committed, Event::Commit | Event::Told(Fate::Released) | Event::RunHere) => {
                 self.is_giving_back = false;
                 vec![Step::Restore]
@@ -275,9 +277,16 @@ mod tests {
         let mut side = Destination::new(Phase::Committed, true);
         assert_eq!(side.on(Event::Tried(Found::Nothing)), [Step::Clear]);
         assert_eq!(side.on(Event::Cleared(false)), [Step::Reply(Fate::Committed), Step::AgainLater]);
+        for event in [Event::Told(Fate::Released), Event::Silence, Event::Again] {
+            assert_eq!(side.on(event), [Step::Clear], "{event:?}");
+        }
         let last = [Step::Journal(Phase::Refused), Step::Reply(Fate::Refused), Step::Clear];
         assert_eq!(side.on(Event::Cleared(true)), last);
         let mut side = Destination::new(Phase::Committed, false);
         assert_eq!(side.on(Event::Tried(Found::Nothing)), [Step::Reply(Fate::Committed)]);
+        // An operator changes his mind.
+        assert_eq!(side.on(Event::GiveUp), [Step::Clear]);
+        assert_eq!(side.on(Event::RunHere), [Step::Restore]);
+        assert_eq!(side.on(Event::Told(Fate::Released)), [Step::Restore]);
     }
 }

@@ -189,6 +189,8 @@ impl Row {
                         record.epoch = record.epoch.max(self.epoch);
                     }
                     Phase::Restored => record.state = GuestState::Running,
+                    // Somebody has taken another of that name on record since the first one was refused.
+                    Phase::Cleared if !was_known && known && record.state == GuestState::Created => {}
                     // It was never released to this host, and nothing was known of it.
                     Phase::Refused | Phase::Cleared if !was_known && record.epoch < self.epoch => return None,
                     Phase::Refused | Phase::Cleared if !known => return None,

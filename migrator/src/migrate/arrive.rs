@@ -282,10 +282,12 @@ impl Migrations {
                 Step::Clear => {
                     // What comes after this may be restored anew.
                     self.0.awake.lock().remove(&row.id);
-                    self.forget_ground(row);
                     let cleared = self.clear(row, arrival);
-                    if let Err(error) = &cleared {
-                        tracing::warn!(guest = %row.guest(), %error, "what is left of a guest couldn't be removed yet");
+                    match &cleared {
+                        Ok(()) => self.forget_ground(row),
+                        Err(error) => {
+                            tracing::warn!(guest = %row.guest(), %error, "what is left of a guest couldn't be removed yet");
+                        }
                     }
                     Some(Event::Cleared(cleared.is_ok()))
                 }
@@ -484,6 +486,10 @@ impl Migrations {
         let guest = self.guest(row)?;
         match guest.status()?.activity {
             Activity::Running => return Ok(Tried::Runs(None)),
+            Activity::Frozen if guest.has_run()? => {
+                guest.resume()?;
+                return Ok(Tried::Runs(None));
+            }
             // A restore that was cut off half-way: it has never answered anybody.
             Activity::Frozen => guest.discard()?,
             Activity::Absent => {}

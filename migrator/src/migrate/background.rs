@@ -244,8 +244,15 @@ impl Migrations {
                 tokio::time::sleep(lease / LOOKS).await;
                 let Some(me) = Migrations::of(&weak) else { return };
                 let journal = me.0.journal.clone();
-                let row = joined(spawn_blocking(move || Ok(journal.get(id)?)).await).ok().flatten();
-                let Some(row) = row else { return };
+                let row = match joined(spawn_blocking(move || Ok(journal.get(id)?)).await) {
+                    Ok(Some(row)) => row,
+                    Ok(None) => return,
+                    // It is watched as long as nobody knows that it is over.
+                    Err(error) => {
+                        tracing::warn!(%id, %error, "the row of a guest that is expected can't be read");
+                        continue;
+                    }
+                };
                 let heard = me.0.arriving.lock().get(&id).map(|arrival| arrival.heard.elapsed());
                 match row.side {
                     Side::Destination { phase: destination::Phase::Staged, .. } => {

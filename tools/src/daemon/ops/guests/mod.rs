@@ -164,6 +164,7 @@ pub fn create(context: &Context, request: GuestCreate) -> Result<GuestInfo> {
     let daemon = &context.daemon;
     let name = named(&request.name)?;
     let _taken = daemon.guests.take(&name)?;
+    daemon.moves.require_settled(&name)?;
     resolve(&daemon.store, &request.on)?;
     let stack = layer_name(&request.on)
         .map_err(|_| Failure::invalid(format!("{:?} is no layer's name; `layerctl tag` gives one", request.on)))?;
