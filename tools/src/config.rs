@@ -327,23 +327,22 @@ impl Settings {
 
     fn gather(store: Option<&Path>, environment: &Environment, mut mistakes: Mistakes) -> Result<Settings> {
         let mut file = ConfigFile::default();
+        let mut read_from = Vec::new();
         for path in environment.config_files() {
             let read = match ConfigFile::read(&path, &mut mistakes) {
                 Ok(None) if environment.path(ENV_CONFIG).is_some() => {
                     let text = format!("the config file {} that {ENV_CONFIG} names does not exist", path.display());
                     Err(Failure::new(crate::failure::Class::NotFound, text))
                 }
+                Ok(Some(file)) => {
+                    read_from.push(path.display().to_string());
+                    Ok(file)
+                }
                 read => read.map(Option::unwrap_or_default),
             };
             file = mistakes.allow(read)?.unwrap_or_else(ConfigFile::closed).over(file);
         }
-        let read: Vec<String> = environment
-            .config_files()
-            .iter()
-            .filter(|path| path.exists())
-            .map(|path| path.display().to_string())
-            .collect();
-        let place = format!("the config file {}", read.join(" or "));
+        let place = format!("the config file {}", read_from.join(" or "));
         let whole = |name: &str, path: Option<PathBuf>| match path {
             Some(path) if !path.is_absolute() => Err(Failure::invalid(format!(
                 "{name} = {path:?} in {place} is no whole path; write one that begins with /"

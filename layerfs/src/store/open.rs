@@ -123,9 +123,7 @@ impl Store {
             Error::Index(text) if Error::Index(text.clone()).class() == ErrorClass::NoSpace => {
                 Error::Index(format!("{text}; make some room on its disk"))
             }
-            Error::Index(text) if Error::Index(text.clone()).class() == ErrorClass::Denied => Error::Index(format!(
-                "{text}; become the user whom the store belongs to, or give it back with `chown -R`"
-            )),
+            error if error.class() == ErrorClass::Denied => denied(&error),
             Error::Index(text) if found => {
                 Error::Index(format!("{text}; `layerctl fsck --rebuild` makes the index anew from the packs"))
             }
@@ -287,6 +285,7 @@ fn remove_half_made(folder: &Path) -> Result<()> {
     }
     Ok(())
 }
+
 /// `error`, by which the index may not be read, with the way out.
 pub(super) fn denied(error: &Error) -> Error {
     Error::Denied(format!("{error}; become the user whom the store belongs to, or give its files back to him"))
