@@ -87,6 +87,9 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("migrate::oci_is_taken_out_of_the_freezer", OCI, || is_thawed(&RUNC_FREEZER)),
         Case::new("migrate::lxc_is_taken_out_of_the_freezer", LXC, || is_thawed(&LXC_FREEZER)),
+        Case::new("migrate::process_accepts_its_clients_first", PROCESS, || accepts_first("process")),
+        Case::new("migrate::oci_accepts_its_clients_first", OCI, || accepts_first("oci")),
+        Case::new("migrate::lxc_accepts_its_clients_first", LXC, || accepts_first("lxc")),
         Case::new("migrate::process_start_outlives_the_daemon", PROCESS, || start_is_cut_off("process")),
         Case::new("migrate::qemu_start_outlives_the_daemon", QEMU, || start_is_cut_off("qemu")),
         Case::new("migrate::obstacles_and_mistakes_are_told", &[Root, Fuse, Namespaces, Tool("cc")], mistakes),
@@ -1078,6 +1081,20 @@ fn dies_dumping(driver: &str, program: &str, word: &str) -> anyhow::Result<()> {
     moving.migrate(false, &[])?;
     moving.passes(false, count)?;
     moving.end()
+}
+
+/// A guest has a client that it hasn't accepted, which can't be saved, when it is to move, and accepts it a moment later.
+fn accepts_first(driver: &str) -> anyhow::Result<()> {
+    for kind in ["unix", "tcp"] {
+        let moving = Moving::new()?;
+        moving.start(driver, &["queue"], &["--", "/bin/queue", "/zoo-says", kind])?;
+        let count = moving.passes(true, 3)?;
+        let report = moving.migrate(false, &[]).context(kind)?;
+        ensure!(report["outcome"] == "moved", "{kind}: {report}");
+        moving.passes(false, count)?;
+        moving.end()?;
+    }
+    Ok(())
 }
 
 fn mistakes() -> anyhow::Result<()> {

@@ -287,8 +287,11 @@ impl Hosted<'_> {
     ) -> Result<Checkpoint> {
         let name = &record.spec.name;
         monitor.phase("dumping", None);
-        let began = std::time::Instant::now();
-        let written = guest.dump(folder)?;
+        let mut began = std::time::Instant::now();
+        let written = super::dump(guest, folder, monitor, |error| {
+            tracing::info!(%error, "a dump is tried again");
+            began = std::time::Instant::now();
+        })?;
         monitor.phase("sealing", None);
         let instance = self.host.seal(name, &instance_name)?;
         if !end {

@@ -96,6 +96,8 @@ pub enum When {
     Before,
     /// It is done, and an error is returned all the same.
     After,
+    /// Nothing is done, as CRIU has found what it can't save, and what passes by itself.
+    InFlight,
 }
 
 /// Something that a client or an operator could notice.
@@ -276,11 +278,15 @@ impl World {
             return None;
         }
         faults.remove(0);
-        Some(Error::Guest { action: "reach", guest: host.to_owned(), detail: format!("{call:?} was made to fail") })
+        let detail = match when {
+            When::InFlight => "unix: Found a closed in-flight socket to 0x7".to_owned(),
+            _ => format!("{call:?} was made to fail"),
+        };
+        Some(Error::Guest { action: "reach", guest: host.to_owned(), detail })
     }
 
     fn guarded<T>(&self, host: &str, call: Call, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        if let Some(fault) = self.fault(host, call, When::Before) {
+        if let Some(fault) = [When::Before, When::InFlight].into_iter().find_map(|when| self.fault(host, call, when)) {
             return Err(fault);
         }
         let done = work()?;

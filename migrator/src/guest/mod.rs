@@ -18,6 +18,7 @@ pub mod checkpoint;
 mod container;
 mod criu;
 mod drivers;
+mod dump;
 mod errand;
 pub mod exec;
 pub mod fake;
@@ -59,6 +60,7 @@ use layerfs::monitor::Monitor;
 use serde::{Deserialize, Serialize};
 
 pub use drivers::{DRIVERS, HostDrivers};
+pub use dump::dump;
 pub use exec::Pipes;
 pub use host::{Host, Scratch};
 pub use name::GuestName;

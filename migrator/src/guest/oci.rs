@@ -20,10 +20,13 @@ use super::errand::{Note, WORK_PATIENCE};
 use super::exec::ANSWER_PATIENCE;
 use super::network::Link;
 use super::processes::{Process, wait_until};
-use super::programs::Programs;
+use super::programs::{Programs, USUAL};
 use super::{GuestRecord, Host, Manner, exec};
 use crate::error::Result;
 
+/// Sets `lo` up in the network namespace of the process that standard input, a container's state, names. runc does so for a container that
+/// it starts and not for one that it restores, which would have no connections within itself, and couldn't be restored if it had some.
+const LOOPBACK: &str = r#"pid=$(sed -n 's/.*"pid" *: *\([0-9][0-9]*\).*/\1/p') && exec nsenter --net="/proc/$pid/ns/net" ip link set lo up"#;
 /// What stands in CRIU's log when connections may work.
 const UNLOCK: &str = "Running network-unlock scripts";
 
@@ -146,8 +149,11 @@ impl Runc {
             }
         };
         let tmpfs = |to: &str, options: &[&str]| json!({ "destination": to, "type": "tmpfs", "source": "tmpfs", "options": options });
+        let hook = || json!({ "path": "/bin/sh", "args": ["sh", "-c", LOOPBACK], "env": [format!("PATH={}", USUAL.join(":"))] });
+        let hooks: Vec<Value> = network.is_none().then(hook).into_iter().collect();
         json!({
             "ociVersion": "1.0.2",
+            "hooks": { "createRuntime": hooks },
             "process": { "terminal": false, "user": { "uid": 0, "gid": 0 }, "args": args, "env": env,
                 "cwd": self.site.options.folder, "capabilities": sets },
             "root": { "path": self.site.root, "readonly": false },

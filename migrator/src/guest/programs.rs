@@ -17,7 +17,7 @@ use super::launch::Orders;
 
 /// Where `scripts/setup guests` puts private tools.
 pub const DEFAULT_FOLDER: &str = "/var/cache/layerfs-guests";
-const USUAL: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+pub(super) const USUAL: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 /// So much of what a program says is kept in an error, in bytes.
 const MAX_COMPLAINT: usize = 2000;
 

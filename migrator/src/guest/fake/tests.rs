@@ -7,7 +7,7 @@ use layerfs::store::StoreOptions;
 
 use super::*;
 use crate::guest::checkpoint::{Hosted, States};
-use crate::guest::{GuestSpec, GuestState, Guests, state};
+use crate::guest::{GuestSpec, GuestState, Guests, dump, state};
 
 struct Here {
     _folder: tempfile::TempDir,
@@ -264,4 +264,49 @@ fn a_checkpoint_that_was_cut_off_loses_nothing() {
         assert!(!here.has_scratch());
         here.world.tick();
     });
+}
+
+#[test]
+fn a_dump_is_tried_again_if_what_was_in_the_way_passes() {
+    struct Cancelled;
+    impl Monitor for Cancelled {
+        fn phase(&self, _: &str, _: Option<u64>) {}
+        fn advance(&self, _: u64) {}
+        fn items(&self, _: u64) {}
+        fn warn(&self, _: &str) {}
+        fn is_cancelled(&self) -> bool {
+            true
+        }
+    }
+    let here = here();
+    here.hosts[0].mount(&here.name, here.base).unwrap();
+    let guest = here.guest(0, 0);
+    guest.start().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (mut told, into) = (Vec::new(), folder.path());
+    let fails = |times: usize, when: When| (0..times).for_each(|_| here.world.fail("a", Call::Dump, when));
+    let activity = || guest.status().unwrap().activity;
+
+    fails(1, When::Before);
+    assert!(dump(&*guest, into, &Silent, |error| told.push(error.to_string())).is_err());
+    assert_eq!((told.len(), activity()), (0, Activity::Running));
+
+    // What an attempt has left is no part of the state.
+    std::fs::create_dir(into.join("left")).unwrap();
+    std::fs::write(into.join("left/behind"), "").unwrap();
+    fails(2, When::InFlight);
+    dump(&*guest, into, &Silent, |error| told.push(error.to_string())).unwrap();
+    assert!(told.len() == 2 && told[0].contains("in-flight") && !into.join("left").exists(), "{told:?}");
+    assert_eq!(activity(), Activity::Frozen);
+    guest.resume().unwrap();
+
+    // Not for ever, and not for whom has given up.
+    fails(20, When::InFlight);
+    let error = dump(&*guest, into, &Silent, |_| {}).unwrap_err();
+    assert!(error.to_string().contains("in-flight"), "{error}");
+    let error = dump(&*guest, into, &Cancelled, |_| panic!("it is tried again")).unwrap_err();
+    assert!(matches!(error, Error::Store(layerfs::Error::Cancelled)), "{error}");
+    assert_eq!(activity(), Activity::Running);
+    here.world.heal();
+    dump(&*guest, into, &Cancelled, |_| {}).unwrap();
 }

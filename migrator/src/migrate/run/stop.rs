@@ -18,7 +18,7 @@ use super::Run;
 use super::copy::Part;
 use super::patience::{Limit, Patience, TIMES_EXPECTED};
 use crate::error::{Error, Result};
-use crate::guest::{Activity, Scratch};
+use crate::guest::{self, Activity, Scratch};
 use crate::handover::Fate;
 use crate::handover::journal::Layers;
 use crate::handover::source::Event;
@@ -36,7 +36,13 @@ impl Run<'_> {
         let bytes_before = self.report.bytes;
         let guard = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes)?;
         let folder = guard.path().to_owned();
-        let dumped = self.stage("dump", true, |run| Ok((run.guest.dump(&folder)?, 0)));
+        let dumped = self.stage("dump", true, |run| {
+            let (guest, monitor, mut decisions) = (run.guest.clone(), run.monitor.clone(), Vec::new());
+            let again = |error: &Error| decisions.push(format!("the dump was tried again: {error}"));
+            let dumped = guest::dump(&*guest, &folder, &*monitor, again);
+            run.report.decisions.extend(decisions);
+            Ok((dumped?, 0))
+        });
         // What has ended with its dump, which may have failed later, goes on from these files if nothing comes of the move. They go
         // when it is over.
         let guard = match &dumped {
