@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use layerfs::monitor::Monitor;
-use layerfs::store::{NameRecord, Store};
+use layerfs::store::{Expect, NameChange, NameRecord, Store};
 use layerfs::view::View;
 use layerfs::{Error, Ino, LayerId, LayerName, Result as StoreResult};
 use serde::{Deserialize, Serialize};
@@ -87,6 +87,32 @@ pub struct Checkpoint {
     pub frozen_seconds: f64,
     /// Bytes that were new to the store.
     pub stored_bytes: u64,
+}
+
+/// What a checkpoint's layers are called until both are there: an earlier checkpoint of the same names is whole until then. What a daemon
+/// that died has left the next checkpoint takes away.
+struct Passing<'a> {
+    store: &'a Store,
+    state: LayerName,
+    instance: LayerName,
+}
+
+impl<'a> Passing<'a> {
+    fn of(store: &'a Store, (state, instance): &(LayerName, LayerName)) -> StoreResult<Passing<'a>> {
+        let passing = |name: &LayerName| LayerName::new(&format!("{name}-new"));
+        Ok(Passing { store, state: passing(state)?, instance: passing(instance)? })
+    }
+}
+
+impl Drop for Passing<'_> {
+    fn drop(&mut self) {
+        for name in [&self.state, &self.instance] {
+            match self.store.remove_name(name) {
+                Ok(_) | Err(Error::NotFound { .. }) => {}
+                Err(error) => tracing::warn!(%name, %error, "a name stays that was of use for a while"),
+            }
+        }
+    }
 }
 
 /// The states that guests may have in a store, by guest. They are looked for when the first is asked for, and once.
@@ -281,11 +307,13 @@ impl Hosted<'_> {
         record: &GuestRecord,
         guest: &dyn Guest,
         folder: &Path,
-        (state_name, instance_name): (LayerName, LayerName),
+        names: (LayerName, LayerName),
         end: bool,
         monitor: &dyn Monitor,
     ) -> Result<Checkpoint> {
-        let name = &record.spec.name;
+        let (name, store) = (&record.spec.name, self.guests.store());
+        let passing = Passing::of(store, &names)?;
+        let (state_name, instance_name) = names;
         monitor.phase("dumping", None);
         let mut began = std::time::Instant::now();
         let written = super::dump(guest, folder, monitor, |error| {
@@ -293,7 +321,7 @@ impl Hosted<'_> {
             began = std::time::Instant::now();
         })?;
         monitor.phase("sealing", None);
-        let instance = self.host.seal(name, &instance_name)?;
+        let instance = self.host.seal(name, &passing.instance)?;
         if !end {
             guest.resume()?;
         }
@@ -301,12 +329,13 @@ impl Hosted<'_> {
         monitor.phase("storing", Some(written.memory_bytes + written.other_bytes));
         let description = Description { spec: record.spec.clone(), instance, instance_name: instance_name.clone() };
         description.write(folder)?;
-        let store = self.guests.store();
         let previous = match &record.state_layer {
             Some(previous) => store.name(previous)?.map(|record| record.layer),
             None => None,
         };
-        let (layer, report) = state::import(store, folder, &state_name, previous, monitor)?;
+        let (layer, report) = state::import(store, folder, &passing.state, previous, monitor)?;
+        let called = |name: &LayerName, layer| NameChange { name: name.clone(), layer, expect: Expect::Any };
+        store.set_names(&[called(&state_name, layer), called(&instance_name, instance)])?;
         self.guests.update(name, |record| {
             record.state_layer = Some(state_name.clone());
             record.instance = Some(instance_name.clone());

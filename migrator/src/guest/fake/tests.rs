@@ -169,6 +169,32 @@ fn a_guest_whose_checkpoint_fails_goes_on() {
 }
 
 #[test]
+fn an_earlier_checkpoint_is_whole_until_the_next_one_is() {
+    with_each_kind(|here, hosted, _| {
+        let names = Hosted::names(&here.name, "evening").unwrap();
+        let layers = || [&names.0, &names.1].map(|name| here.store.name(name).unwrap().map(|record| record.layer));
+        let named = || here.store.names().unwrap().len();
+        hosted.checkpoint(&here.name, "evening", false, &Silent).unwrap();
+        let (before, count) = (layers(), named());
+        here.world.tick();
+        for cancels in [false, true] {
+            let cancelled = Cancels::default();
+            if !cancels {
+                here.world.fail("a", Call::Resume, When::Before);
+            }
+            let monitor: &dyn Monitor = if cancels { &cancelled } else { &Silent };
+            assert!(hosted.checkpoint(&here.name, "evening", false, monitor).is_err());
+            assert_eq!((layers(), named()), (before, count), "{cancels}");
+            here.world.tick();
+        }
+        hosted.checkpoint(&here.name, "evening", false, &Silent).unwrap();
+        let after = layers();
+        assert!(after.iter().zip(&before).all(|(after, before)| after.is_some() && after != before), "{after:?}");
+        assert_eq!(named(), count);
+    });
+}
+
+#[test]
 fn a_guest_ends_only_when_its_state_is_stored() {
     with_each_kind(|here, hosted, _| {
         here.world.tick();
