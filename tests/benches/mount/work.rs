@@ -12,7 +12,7 @@ use layerfs_tests::case::output_of;
 use layerfs_tests::tree::Random;
 
 use super::held::Held;
-use super::{Bench, COLD_BYTES};
+use super::{Bench, COLD_BYTES, SEALED_BYTES};
 
 /// Where the reads and writes of the rate rows go to, in bytes.
 const FILE_BYTES: u64 = 512 << 20;
@@ -175,14 +175,14 @@ fn read_all(path: &Path, bytes: u64) -> anyhow::Result<f64> {
 }
 
 /// The second reading alone, in which the kernel moves all pages to its list of those that are used often.
-pub fn read_sealed(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let (path, bytes) = (dir.join("file"), bench.large_bytes.min(1 << 30));
+pub fn read_sealed(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
+    let (path, bytes) = (dir.join("file"), SEALED_BYTES);
     read_all(&path, bytes)
 }
 
 /// The median of the five readings after the first.
-pub fn read_warm(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let (path, bytes) = (dir.join("file"), bench.large_bytes.min(1 << 30));
+pub fn read_warm(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
+    let (path, bytes) = (dir.join("file"), SEALED_BYTES);
     read_once(&path, bytes)?;
     let mut seconds = (0..5).map(|_| timed(|| read_once(&path, bytes))).collect::<anyhow::Result<Vec<f64>>>()?;
     seconds.sort_by(f64::total_cmp);
@@ -193,8 +193,8 @@ pub fn read_warm(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
 const SETTLES: Duration = Duration::from_secs(8);
 
 /// As [`read_sealed`], of a file that was read three times.
-pub fn read_often(bench: &Bench, dir: &Path) -> anyhow::Result<f64> {
-    let (path, bytes) = (dir.join("file"), bench.large_bytes.min(1 << 30));
+pub fn read_often(_: &Bench, dir: &Path) -> anyhow::Result<f64> {
+    let (path, bytes) = (dir.join("file"), SEALED_BYTES);
     (0..2).try_for_each(|_| read_once(&path, bytes))?;
     std::thread::sleep(SETTLES);
     read_all(&path, bytes)
