@@ -13,7 +13,7 @@ use crate::handover::journal::{Layers, Row};
 
 /// What is said of a guest that can't go on from its state any more.
 pub(super) const WENT_ON: &str =
-    "had gone on here from its state and has ended since, or a hook wrote to its root, and its disk is newer than that state";
+    "had gone on here from its state and has ended since, or a hook has written, and its disk is newer than that state";
 
 /// What this program knows of a guest's disk. If it knows nothing the disk has to be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
