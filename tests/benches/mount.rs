@@ -156,7 +156,7 @@ const ROWS: &[Row] = &[
         work: work::first_write,
     },
     Row {
-        name: "sustained-random-write",
+        name: "sustained-write",
         unit: Unit::Rate,
         lower: "large",
         others: &[Kind::WriteThrough],
@@ -351,7 +351,7 @@ impl Bench {
         for (kind, median) in kinds.iter().zip(&medians) {
             let shown = match row.unit {
                 Unit::Seconds => format!("{median:.4} s"),
-                Unit::Rate if row.name.contains("random") => format!("{median:.0}/s"),
+                Unit::Rate if row.name.contains("random") || row.name.contains("sustained") => format!("{median:.0}/s"),
                 Unit::Rate => format!("{:.0} MB/s", median / 1e6),
             };
             let (goal, floor) = row.goal;
