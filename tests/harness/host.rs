@@ -308,18 +308,24 @@ impl Drop for Host {
     fn drop(&mut self) {
         // The daemon first: a mount whose server is gone answers at once.
         self.daemon = None;
-        unmount_under(self.folder.path());
+        // A store that is a mount itself stays until nobody serves it: else nobody could be asked to end.
+        unmount_where(self.folder.path(), |point| !self.ctl.store().starts_with(point));
         stop_auto_started(&self.ctl);
+        unmount_under(self.folder.path());
     }
 }
 
 /// Unmounts, lazily, everything that is mounted under `folder`, the last first.
 pub fn unmount_under(folder: &Path) {
+    unmount_where(folder, |_| true);
+}
+
+fn unmount_where(folder: &Path, is_wanted: impl Fn(&str) -> bool) {
     let Ok(mounts) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
     let points = mounts
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
-        .filter(|point| Path::new(point).starts_with(folder))
+        .filter(|point| Path::new(point).starts_with(folder) && is_wanted(point))
         .collect::<Vec<_>>();
     for point in points.into_iter().rev() {
         let _ = unmount(point, UnmountFlags::DETACH);
