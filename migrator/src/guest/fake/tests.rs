@@ -294,16 +294,7 @@ fn a_checkpoint_that_was_cut_off_loses_nothing() {
 
 #[test]
 fn a_dump_is_tried_again_if_what_was_in_the_way_passes() {
-    struct Cancelled;
-    impl Monitor for Cancelled {
-        fn phase(&self, _: &str, _: Option<u64>) {}
-        fn advance(&self, _: u64) {}
-        fn items(&self, _: u64) {}
-        fn warn(&self, _: &str) {}
-        fn is_cancelled(&self) -> bool {
-            true
-        }
-    }
+    let cancelled = Cancels(AtomicBool::new(true));
     let here = here();
     here.hosts[0].mount(&here.name, here.base).unwrap();
     let guest = here.guest(0, 0);
@@ -330,9 +321,9 @@ fn a_dump_is_tried_again_if_what_was_in_the_way_passes() {
     fails(20, When::InFlight);
     let error = dump(&*guest, into, &Silent, |_| {}).unwrap_err();
     assert!(error.to_string().contains("in-flight"), "{error}");
-    let error = dump(&*guest, into, &Cancelled, |_| panic!("it is tried again")).unwrap_err();
+    let error = dump(&*guest, into, &cancelled, |_| panic!("it is tried again")).unwrap_err();
     assert!(matches!(error, Error::Store(layerfs::Error::Cancelled)), "{error}");
     assert_eq!(activity(), Activity::Running);
     here.world.heal();
-    dump(&*guest, into, &Cancelled, |_| {}).unwrap();
+    dump(&*guest, into, &cancelled, |_| {}).unwrap();
 }

@@ -37,11 +37,9 @@ impl Run<'_> {
         let guard = Scratch::new(&self.me.0.host, self.name(), self.report.memory_bytes)?;
         let folder = guard.path().to_owned();
         let dumped = self.stage("dump", true, |run| {
-            let (guest, monitor, mut decisions) = (run.guest.clone(), run.monitor.clone(), Vec::new());
+            let (guest, monitor, decisions) = (&*run.guest, &*run.monitor, &mut run.report.decisions);
             let again = |error: &Error| decisions.push(format!("the dump was tried again: {error}"));
-            let dumped = guest::dump(&*guest, &folder, &*monitor, again);
-            run.report.decisions.extend(decisions);
-            Ok((dumped?, 0))
+            Ok((guest::dump(guest, &folder, monitor, again)?, 0))
         });
         // What has ended with its dump, which may have failed later, goes on from these files if nothing comes of the move. They go
         // when it is over.
