@@ -21,10 +21,13 @@ const BYTES: u64 = 12 << 20;
 const STEPS: u64 = 250;
 /// The longest that it waits for a copy.
 const COPY_COMES: Duration = Duration::from_secs(4);
+/// By then a copy on trial has gone.
+const TRIAL_ENDS: Duration = Duration::from_secs(25);
 
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("warm::read_without_the_daemon", &[Root, Fuse], without_the_daemon),
+        Case::new("warm::a_first_reading_leaves_a_copy_on_trial", &[Root, Fuse], on_trial),
         Case::new("warm::a_writer_comes_while_it_is_read", &[Root, Fuse], writer_comes),
         Case::new("warm::kills_while_it_is_read", &[Root, Fuse], kills),
         Case::new("warm::like_a_plain_file", &[Root, Fuse], like_a_plain_file),
@@ -75,6 +78,21 @@ impl Warm {
         let mut file = File::open(self.ours(name))?;
         rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
         std::io::copy(&mut file, &mut std::io::sink())?;
+        Ok(())
+    }
+
+    /// Reads a file, and compares it with its twin.
+    fn is_like_its_twin(&self, name: &str) -> anyhow::Result<()> {
+        ensure!(fs::read(self.ours(name))? == fs::read(self.plain(name))?, "{name} differs");
+        self.is_closed(name)
+    }
+
+    /// Reads all of a file, but not in order.
+    fn read_from_the_end(&self, name: &str) -> anyhow::Result<()> {
+        let file = File::open(self.ours(name))?;
+        rustix::fs::fadvise(&file, 0, None, Advice::Random)?;
+        let mut piece = vec![0; 1 << 20];
+        (0..BYTES >> 20).rev().try_for_each(|at| file.read_exact_at(&mut piece, at << 20))?;
         Ok(())
     }
 
@@ -148,7 +166,9 @@ impl Warm {
 fn without_the_daemon() -> anyhow::Result<()> {
     let scene = Warm::new()?;
     ensure!(!scene.copy("one")?.exists());
-    fs::read(scene.ours("one"))?;
+    scene.read_from_the_end("one")?;
+    scene.is_closed("one")?;
+    ensure!(!scene.copy("one")?.exists(), "a copy of what was read in any order");
     let again = File::open(scene.ours("one"))?;
     scene.warm(FENCES[0])?;
     ensure!(!scene.copy("one")?.exists(), "a copy was made while the file was being read");
@@ -183,6 +203,47 @@ fn without_the_daemon() -> anyhow::Result<()> {
     ensure!(!scene.copy("one")?.exists(), "a copy of what has changed");
     let blocks = fs::metadata(scene.data_file("one")?)?.blocks();
     ensure!(blocks * 512 < 1 << 20, "{blocks} blocks were copied up");
+    scene.end()
+}
+
+/// A file that is read through for the first time has a copy then, which goes if nobody wants it.
+fn on_trial() -> anyhow::Result<()> {
+    let scene = Warm::new()?;
+    // Who looks at the head leaves none.
+    let mut head = vec![0; 4 << 20];
+    File::open(scene.ours("two"))?.read_exact_at(&mut head, 0)?;
+    scene.is_closed("two")?;
+    ensure!(!scene.copy("two")?.exists(), "a copy of a head");
+    for name in ["one", FENCES[0], FENCES[1]] {
+        scene.is_like_its_twin(name)?;
+        ensure!(scene.copy(name)?.exists(), "no copy of {name}");
+    }
+    // It is passed through from the second opening on, and is a copy as others are.
+    let reader = File::open(scene.ours("one"))?;
+    ensure!(scene.how_open("one")? == 9, "it isn't passed through to a copy");
+    // A writer comes, whose bytes stay; and one to a copy that nobody reads.
+    let reads = File::open(scene.ours(FENCES[0]))?;
+    for name in [FENCES[0], FENCES[1]] {
+        for file in scene.both(name)? {
+            file.write_all_at(b"new", 5_000_000)?;
+        }
+        ensure!(!scene.copy(name)?.exists(), "a copy of what has changed");
+        ensure!(fs::read(scene.ours(name))? == fs::read(scene.plain(name))?, "{name} differs");
+    }
+    drop(reads);
+    drop(reader);
+    // Of two that nobody has open one was wanted.
+    scene.is_closed("one")?;
+    scene.seal("later")?;
+    scene.is_closed(FENCES[0])?;
+    let began = Instant::now();
+    scene.read(FENCES[0])?;
+    ensure!(scene.copy(FENCES[0])?.exists(), "no copy of what was sealed anew");
+    while scene.copy(FENCES[0])?.exists() {
+        ensure!(began.elapsed() < TRIAL_ENDS, "a copy that nobody wants stays");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(scene.copy("one")?.exists(), "a copy that is used has gone");
     scene.end()
 }
 
@@ -266,8 +327,8 @@ fn kills() -> anyhow::Result<()> {
     scene.seal("one-more")?;
     scene.warm_and_idle("one")?;
     scene.host.kill_serving()?;
+    ensure!(scene.how_open("one")? == 0 && !scene.copy("one")?.exists(), "what nobody had open outlived its daemon");
     scene.is_same("after the last kill")?;
-    ensure!(!scene.copy("one")?.exists(), "a copy that nobody had open outlived its daemon");
     scene.end()
 }
 

@@ -1,15 +1,20 @@
 //! Files that are of use and can be done without: how much of the disk all of them together may take.
 //!
 //! Hides which goes when another needs its place: the least recently used of those that nobody uses. Invariants: what is known
-//! here takes no more than the limit, but for what was in use when the store was opened; a file in use stays. What the files are, and where they
-//! lie, only those know who make them.
+//! here takes no more than the limit, but for what was in use when the store was opened; a file in use stays; one *on trial* goes for no
+//! other, and soon, unless somebody uses it. What the files are, and where they lie, only those know who make them.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+
+/// How long a file on trial waits for somebody who uses it. It was written within half that time, and what is older than 30 s the kernel
+/// writes to the disk.
+const TRIAL: Duration = Duration::from_secs(15);
 
 /// Names a spare file, for as long as the store is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +35,8 @@ struct Register {
     files: HashMap<SpareId, Spare>,
     /// What the files take, and what is being written.
     bytes: u64,
+    /// What of that is on trial.
+    trial_bytes: u64,
     last_id: u64,
     clock: u64,
 }
@@ -39,6 +46,8 @@ struct Spare {
     bytes: u64,
     is_used: bool,
     last_used: u64,
+    /// When it goes, if it is on trial.
+    until: Option<Instant>,
     remove: Remove,
 }
 
@@ -52,37 +61,53 @@ impl std::fmt::Debug for Spare {
 #[derive(Debug)]
 pub struct Room {
     bytes: u64,
+    is_trial: bool,
     register: Arc<Mutex<Register>>,
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.register.lock().bytes -= self.bytes;
+        self.register.lock().give_back(self.bytes, self.is_trial);
     }
 }
 
 impl Register {
-    fn put(&mut self, file: Arc<File>, bytes: u64, is_used: bool, remove: Remove) -> SpareId {
+    fn claim(&mut self, bytes: u64, is_trial: bool) {
+        self.bytes += bytes;
+        self.trial_bytes += if is_trial { bytes } else { 0 };
+    }
+
+    fn give_back(&mut self, bytes: u64, is_trial: bool) {
+        self.bytes -= bytes;
+        self.trial_bytes -= if is_trial { bytes } else { 0 };
+    }
+
+    fn put(&mut self, spare: Spare) -> SpareId {
+        self.claim(spare.bytes, spare.until.is_some());
         self.last_id += 1;
         self.clock += 1;
         let id = SpareId(self.last_id);
-        self.files.insert(id, Spare { file, bytes, is_used, last_used: self.clock, remove });
+        self.files.insert(id, Spare { last_used: self.clock, ..spare });
         id
     }
 
     fn take(&mut self, id: SpareId) -> Option<Spare> {
         let spare = self.files.remove(&id)?;
-        self.bytes -= spare.bytes;
+        self.give_back(spare.bytes, spare.until.is_some());
         Some(spare)
+    }
+
+    fn remove(&mut self, id: SpareId) {
+        if let Some(spare) = self.take(id) {
+            (spare.remove)();
+        }
     }
 
     /// Removes one that nobody uses; false if there is none.
     fn remove_oldest(&mut self) -> bool {
         let idle = self.files.iter().filter(|(_, spare)| !spare.is_used);
         let Some(oldest) = idle.min_by_key(|(_, spare)| spare.last_used).map(|(id, _)| *id) else { return false };
-        if let Some(spare) = self.take(oldest) {
-            (spare.remove)();
-        }
+        self.remove(oldest);
         true
     }
 }
@@ -111,25 +136,41 @@ impl Spares {
                 return None;
             }
         }
-        register.bytes += bytes;
-        Some(Room { bytes, register: self.register.clone() })
+        register.claim(bytes, false);
+        Some(Room { bytes, is_trial: false, register: self.register.clone() })
+    }
+
+    /// Room for a file of `bytes` on trial, for which no other goes; none if there isn't so much, or all that are on trial would have more
+    /// than `most` bytes.
+    pub fn room_on_trial(&self, bytes: u64, most: u64) -> Option<Room> {
+        let mut register = self.register.lock();
+        let fits = |used: u64, limit: u64| used.saturating_add(bytes) <= limit;
+        if !fits(register.bytes, self.limit_bytes) || !fits(register.trial_bytes, most) {
+            return None;
+        }
+        register.claim(bytes, true);
+        Some(Room { bytes, is_trial: true, register: self.register.clone() })
     }
 
     /// A file was written into `room`; `remove` takes its name away.
     pub fn put(&self, room: Room, file: Arc<File>, remove: impl FnOnce() + Send + 'static) -> SpareId {
-        let mut register = self.register.lock();
-        register.bytes += room.bytes;
-        let id = register.put(file, room.bytes, false, Box::new(remove));
-        drop(register);
+        let until = room.is_trial.then(|| Instant::now() + TRIAL);
+        let spare = Spare { file, bytes: room.bytes, is_used: false, last_used: 0, until, remove: Box::new(remove) };
+        let id = self.register.lock().put(spare);
         drop(room);
         id
     }
 
     /// A file of `bytes` has been in use since before the store was opened.
     pub fn found(&self, file: Arc<File>, bytes: u64, remove: impl FnOnce() + Send + 'static) -> SpareId {
-        let mut register = self.register.lock();
-        register.bytes += bytes;
-        register.put(file, bytes, true, Box::new(remove))
+        self.register.lock().put(Spare {
+            file,
+            bytes,
+            is_used: true,
+            last_used: 0,
+            until: None,
+            remove: Box::new(remove),
+        })
     }
 
     /// The file, from now on in use; none if it had to go.
@@ -139,7 +180,19 @@ impl Spares {
         let clock = register.clock;
         let spare = register.files.get_mut(&id)?;
         (spare.is_used, spare.last_used) = (true, clock);
-        Some(spare.file.clone())
+        let (file, bytes) = (spare.file.clone(), spare.bytes);
+        if spare.until.take().is_some() {
+            register.trial_bytes -= bytes;
+        }
+        Some(file)
+    }
+
+    /// Removes those on trial whose time is over.
+    pub fn end_trials(&self) {
+        let (mut register, now) = (self.register.lock(), Instant::now());
+        let is_over = |spare: &Spare| spare.until.is_some_and(|until| until <= now);
+        let over: Vec<SpareId> = register.files.iter().filter(|(_, spare)| is_over(spare)).map(|(id, _)| *id).collect();
+        over.into_iter().for_each(|id| register.remove(id));
     }
 
     /// Nobody uses it any more; it may go.
@@ -161,9 +214,7 @@ impl Spares {
         if register.files.get(&id).is_some_and(|spare| spare.is_used) {
             return false;
         }
-        if let Some(spare) = register.take(id) {
-            (spare.remove)();
-        }
+        register.remove(id);
         true
     }
 
@@ -214,9 +265,13 @@ mod tests {
 
         /// Adds a file whose bit among those removed is `bit`.
         fn put(&self, bytes: u64, bit: u32) -> Option<SpareId> {
-            let (room, removed) = (self.spares.room(bytes)?, self.removed.clone());
+            self.put_in(self.spares.room(bytes)?, bit)
+        }
+
+        fn put_in(&self, room: Room, bit: u32) -> Option<SpareId> {
+            let removed = self.removed.clone();
             let file = Arc::new(tempfile::tempfile().unwrap());
-            rustix::fs::fallocate(&*file, rustix::fs::FallocateFlags::empty(), 0, bytes << 12).unwrap();
+            rustix::fs::fallocate(&*file, rustix::fs::FallocateFlags::empty(), 0, room.bytes << 12).unwrap();
             Some(self.spares.put(room, file, move || {
                 removed.fetch_or(1 << bit, Ordering::Relaxed);
             }))
@@ -265,6 +320,35 @@ mod tests {
         assert!(scene.spares.begin_use(third).is_none());
         assert!(scene.spares.remove_oldest() && !scene.spares.remove_oldest() && !scene.spares.has_idle());
         assert_eq!((scene.removed(), scene.spares.idle_bytes()), (0b111, 0));
+    }
+
+    #[test]
+    fn what_is_on_trial_goes_soon_unless_it_is_used() {
+        let scene = Scene::new(100);
+        let lasting = scene.put(40, 0).unwrap();
+        let on_trial = |bytes, bit| scene.put_in(scene.spares.room_on_trial(bytes, 50)?, bit);
+        let (used, unused) = (on_trial(20, 1).unwrap(), on_trial(30, 2).unwrap());
+        assert!(on_trial(1, 3).is_none(), "more than may be on trial");
+        assert!(scene.spares.begin_use(used).is_some());
+        assert!(on_trial(11, 3).is_none(), "another would have to go for it");
+        let room = scene.spares.room_on_trial(10, 50).unwrap();
+        drop(room);
+        scene.spares.end_trials();
+        assert_eq!(scene.removed(), 0, "its time isn't over");
+        scene
+            .spares
+            .register
+            .lock()
+            .files
+            .values_mut()
+            .for_each(|spare| spare.until = spare.until.map(|_| Instant::now()));
+        scene.spares.end_use(used);
+        scene.spares.end_trials();
+        assert_eq!(scene.removed(), 0b100);
+        assert!(scene.spares.begin_use(unused).is_none() && scene.spares.begin_use(lasting).is_some());
+        assert!(scene.spares.begin_use(used).is_some(), "it has become one as others are");
+        assert_eq!(scene.spares.register.lock().trial_bytes, 0);
+        assert!(scene.spares.room_on_trial(40, 40).is_some());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! keeps its base from being collected.
 
 pub mod data;
+pub mod growing;
 pub mod hold;
 pub mod journal;
 pub(crate) mod lost;

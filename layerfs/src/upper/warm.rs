@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::data::{DataFolder, file_name, is_alone};
+use super::growing::Growing;
 use crate::chunk::ChunkRead;
 use crate::content::{Content, Extent, Extents, get_sized};
 use crate::error::{Error, Result};
@@ -27,6 +29,9 @@ use crate::store::spare::{Room, SpareId};
 const PIECE_BYTES: u64 = 4 << 20;
 /// One part in so many of the filesystem stays free.
 const FREE_PART: u64 = 10;
+/// Copies on trial take one part in so many of the memory that programs can have: they are in nothing else, and the kernel begins to write
+/// to the disk when a tenth of it waits for that.
+const TRIAL_PART: u64 = 16;
 const SUFFIX: &str = ".warm";
 
 fn name_of(ino: Ino) -> String {
@@ -52,8 +57,8 @@ pub struct WarmCopies {
 /// A copy that nobody knows yet.
 #[derive(Debug)]
 pub struct Made {
-    file: File,
-    room: Room,
+    pub(super) file: Arc<File>,
+    pub(super) room: Room,
 }
 
 impl WarmCopies {
@@ -129,17 +134,11 @@ impl WarmCopies {
     /// # Errors
     /// Those of the disk and of `chunks`; nothing is left then.
     pub fn make(&self, chunks: &dyn ChunkRead, content: &Content, goes_on: impl Fn() -> bool) -> Result<Option<Made>> {
-        let failed = |errno: rustix::io::Errno| Error::file("write a warm copy in", &self.path, errno);
-        let wrote =
-            |result: std::io::Result<()>| result.map_err(|e| Error::file("write a warm copy in", &self.path, e));
-        if !self.leaves_free(content.data_bytes()).map_err(failed)? {
+        if !self.leaves_free(content.data_bytes()).map_err(|errno| self.not_written(errno))? {
             return Ok(None);
         }
         let Some(room) = self.store.spares().room(content.len()) else { return Ok(None) };
-        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC | OFlags::NOATIME;
-        let opened = rustix::fs::openat(&*self.folder, ".", flags, Mode::RUSR | Mode::WUSR);
-        let file = File::from(opened.map_err(failed)?);
-        wrote(file.set_len(content.len()))?;
+        let file = self.new_file(content)?;
         let mut pieces = Pieces { file: &file, at: 0, bytes: Vec::with_capacity(PIECE_BYTES as usize) };
         for next in Extents::new(chunks, content, 0)? {
             if !goes_on() {
@@ -147,11 +146,43 @@ impl WarmCopies {
             }
             let (offset, extent) = next?;
             if let Extent::Chunk { id, bytes } = extent {
-                wrote(pieces.put(offset, &get_sized(chunks, &id, bytes)?))?;
+                let put = pieces.put(offset, &get_sized(chunks, &id, bytes)?);
+                put.map_err(|error| self.not_written(error))?;
             }
         }
-        wrote(pieces.write())?;
-        Ok(Some(Made { file, room }))
+        pieces.write().map_err(|error| self.not_written(error))?;
+        Ok(Some(Made { file: Arc::new(file), room }))
+    }
+
+    /// Begins a copy of `content` on trial. None if memory or the disk has no room for it.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn grow(&self, content: &Content) -> Result<Option<Growing>> {
+        let Some(memory) = available_memory() else { return Ok(None) };
+        if !self.leaves_free(content.data_bytes()).map_err(|errno| self.not_written(errno))? {
+            return Ok(None);
+        }
+        let Some(room) = self.store.spares().room_on_trial(content.len(), memory / TRIAL_PART) else { return Ok(None) };
+        Ok(Some(Growing::new(self.new_file(content)?, content, room)))
+    }
+
+    /// Copies on trial that nobody came to read go when their time is over.
+    pub fn end_trials(&self) {
+        self.store.spares().end_trials();
+    }
+
+    /// A file without a name, as long as `content`.
+    fn new_file(&self, content: &Content) -> Result<File> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = rustix::fs::openat(&*self.folder, ".", flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(opened.map_err(|errno| self.not_written(errno))?);
+        file.set_len(content.len()).map_err(|error| self.not_written(error))?;
+        Ok(file)
+    }
+
+    fn not_written(&self, source: impl Into<std::io::Error>) -> Error {
+        Error::file("write a warm copy in", &self.path, source)
     }
 
     /// Whether the part of the filesystem that copies leave free is free still when another `bytes` are taken.
@@ -186,9 +217,9 @@ impl WarmCopies {
         if !self.remove_idle(ino) {
             return Ok(());
         }
-        let link = || rustix::fs::linkat(&made.file, "", &*self.folder, name_of(ino), AtFlags::EMPTY_PATH);
+        let link = || rustix::fs::linkat(&*made.file, "", &*self.folder, name_of(ino), AtFlags::EMPTY_PATH);
         link().map_err(|errno| self.failed("create", ino, errno))?;
-        let id = self.store.spares().put(made.room, Arc::new(made.file), self.remover(ino));
+        let id = self.store.spares().put(made.room, made.file, self.remover(ino));
         self.copies.lock().insert(ino, id);
         Ok(())
     }
@@ -317,8 +348,15 @@ impl Pieces<'_> {
     }
 }
 
+/// The memory that programs can have, in bytes.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kibibytes = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(kibibytes.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
 /// Has the disk take `range` of `file`; waits for it if `wait`. Only so that it is done early: errors come back with the sync.
-fn write_out(file: &File, range: std::ops::Range<u64>, wait: bool) {
+fn write_out(file: &File, range: Range<u64>, wait: bool) {
     let all = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     let flags = if wait { all } else { libc::SYNC_FILE_RANGE_WRITE };
     let (offset, bytes) = (range.start as i64, (range.end - range.start) as i64);
@@ -365,7 +403,7 @@ mod tests {
         let flags = OFlags::RDWR | OFlags::TMPFILE;
         let file = File::from(rustix::fs::openat(&*copies.folder, ".", flags, Mode::RUSR).unwrap());
         file.write_all_at(bytes, 0).unwrap();
-        copies.put(Ino(7), Made { file, room }).unwrap();
+        copies.put(Ino(7), Made { file: Arc::new(file), room }).unwrap();
         copies.begin_use(Ino(7)).unwrap()
     }
 

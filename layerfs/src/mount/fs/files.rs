@@ -165,7 +165,7 @@ impl Fs {
             self.giving.asked(ino);
         }
         let count = reader.read_at(offset, buffer)?;
-        self.warming.was_read(ino, reader.content(), count);
+        self.was_read(ino, reader, offset, &buffer[..count]);
         if offset + count as u64 >= reader.content().len() {
             reader.release();
         }

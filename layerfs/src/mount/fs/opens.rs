@@ -284,8 +284,9 @@ impl Fs {
         }
         let Some(file) = upper.warm().begin_use(ino) else { return (None, false) };
         let backing = backings.open(&file).ok();
-        if backing.is_none() {
-            upper.warm().end_use(ino);
+        match backing {
+            Some(_) => self.warming.is_passed(ino),
+            None => upper.warm().end_use(ino),
         }
         (backing, backing.is_some())
     }

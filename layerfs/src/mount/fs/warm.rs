@@ -1,8 +1,9 @@
 //! Large sealed files that are read again: a thread of the mount writes warm copies of them, and the kernel reads those past us.
 //!
-//! Hides which files get one, and what becomes of it when the file is written to. Invariants: a copy gets its name under the file's
-//! stripe, when its bytes are those of the view that is below then; a file that is passed through to a copy has no writer; nobody who
-//! asks for something waits for a copy to be made.
+//! Hides which files get one, when, and what becomes of it when the file is written to. Who reads a file through for the first time leaves
+//! a copy on trial; where there is no memory for that, the file gets one when it was opened again. Invariants: a copy gets its name under the
+//! file's stripe, when its bytes are those of the view that is below then; a file that is passed through to a copy has no writer; nobody who
+//! asks for something waits for the thread that makes copies.
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,11 +21,13 @@ use super::edit::Edit;
 use super::giving::Once;
 use super::opens::PASSED_MAX;
 use super::{Fs, State};
-use crate::content::Content;
+use crate::content::{self, Content};
 use crate::id::Ino;
 use crate::inode::Node;
 use crate::patience;
+use crate::readahead::FileReader;
 use crate::upper::Upper;
+use crate::upper::growing::Growing;
 use crate::upper::table::Backed;
 
 /// Smaller files are read fast enough, and there are many of them.
@@ -38,12 +41,32 @@ const LOOKS: Duration = Duration::from_secs(1);
 /// The lowest priority of a thread.
 const NICE: i32 = 19;
 
+/// A reader who has come so far from the begin, in order, is likely to read all: who looks at a file's head leaves no copy.
+const HEAD: u64 = 2 << 20;
+/// How far from where the last read ended the next may begin: the kernel sends several at once.
+const SLACK: u64 = 4 << 20;
+const PIECE: usize = 1 << 20;
+
 /// What was read of a sealed file.
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct WasRead {
     bytes: u64,
+    /// Up to where it was read in order.
+    end: u64,
     /// All of it, and then it was opened again.
     is_wanted: bool,
+    /// A copy on trial was begun, or there was no room for it.
+    was_tried: bool,
+    growing: Option<Arc<Growing>>,
+}
+
+/// What the thread that makes copies is told.
+#[derive(Clone, Copy)]
+enum Job {
+    /// To make one.
+    Copy(Ino),
+    /// That there is one, which somebody else has made.
+    Look,
 }
 
 /// The making of one mount's copies.
@@ -51,7 +74,7 @@ pub(super) struct Warming {
     from: u64,
     /// What was read of those that were read lately.
     read: Mutex<LruCache<Ino, WasRead>>,
-    jobs: Mutex<Option<Sender<Ino>>>,
+    jobs: Mutex<Option<Sender<Job>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     is_stopped: Arc<AtomicBool>,
 }
@@ -73,22 +96,40 @@ impl Warming {
         matches!(content, Content::Extents { .. }) && (self.from..=PASSED_MAX).contains(&content.len())
     }
 
-    /// `count` bytes of `content`, which is what `ino` has, were read.
-    pub fn was_read(&self, ino: Ino, content: &Content, count: usize) {
-        if self.is_fit(content) && self.jobs.lock().is_some() {
-            self.read.lock().get_or_insert_mut(ino, WasRead::default).bytes += count as u64;
+    /// Nobody has `ino` open any more: if a copy of it is wanted, it is made now, when who reads isn't held up by it. One on trial that
+    /// isn't whole goes.
+    pub fn was_closed(&self, ino: Ino) {
+        let mut all = self.read.lock();
+        let Some(read) = all.peek_mut(&ino) else { return };
+        let (is_wanted, growing) = (std::mem::take(&mut read.is_wanted), read.growing.take());
+        drop(all);
+        // Not under the lock: it may be large.
+        drop(growing);
+        if is_wanted {
+            self.tell(Job::Copy(ino));
         }
     }
 
-    /// Nobody has `ino` open any more: if a copy of it is wanted, it is made now, when who reads isn't held up by it.
-    pub fn was_closed(&self, ino: Ino) {
-        if !self.read.lock().peek_mut(&ino).is_some_and(|read| std::mem::take(&mut read.is_wanted)) {
-            return;
-        }
+    fn tell(&self, job: Job) {
         if let Some(jobs) = &*self.jobs.lock() {
-            // Else the next who opens it says so.
-            let _ = jobs.try_send(ino);
+            // If there are too many, the next who opens the file says so again, and the thread doesn't sleep.
+            let _ = jobs.try_send(job);
         }
+    }
+
+    /// `ino` is passed through to its copy: another has to be earned anew.
+    pub fn is_passed(&self, ino: Ino) {
+        self.read.lock().pop(&ino);
+    }
+
+    fn stop_growing(&self, ino: Ino) {
+        let growing = self.read.lock().peek_mut(&ino).and_then(|read| read.growing.take());
+        drop(growing);
+    }
+
+    fn stop_growing_all(&self) {
+        let all: Vec<_> = self.read.lock().iter_mut().filter_map(|(_, read)| read.growing.take()).collect();
+        drop(all);
     }
 }
 
@@ -114,14 +155,79 @@ impl Fs {
     pub(in crate::mount) fn stop_warming(&self) {
         self.warming.is_stopped.store(true, Ordering::Relaxed);
         *self.warming.jobs.lock() = None;
+        self.warming.stop_growing_all();
         if let Some(thread) = self.warming.thread.lock().take() {
             let _ = thread.join();
         }
     }
 
+    /// `bytes` of the sealed file `ino`, which `reader` reads, were read at `offset`: they go into the copy on trial, if it is to have one.
+    pub(super) fn was_read(&self, ino: Ino, reader: &FileReader, offset: u64, bytes: &[u8]) {
+        let content = reader.content();
+        if bytes.is_empty() || !self.warming.is_fit(content) || self.warming.jobs.lock().is_none() {
+            return;
+        }
+        let mut all = self.warming.read.lock();
+        let read = all.get_or_insert_mut(ino, WasRead::default);
+        read.bytes += bytes.len() as u64;
+        if offset <= read.end + SLACK {
+            read.end = read.end.max(offset + bytes.len() as u64);
+        }
+        let mut head = 0;
+        if !read.was_tried && read.end >= HEAD {
+            // Under the lock, as others read what comes next, and it must have that.
+            (read.was_tried, head) = (true, read.end);
+            let begun = self.upper.as_ref().and_then(|upper| upper.warm().grow(content).ok()?);
+            read.growing = begun.map(Arc::new);
+        }
+        let growing = read.growing.clone();
+        drop(all);
+        let Some(growing) = growing.filter(|growing| growing.content() == content) else { return };
+        if head > 0 && !self.may_get_copy(ino, content) {
+            self.warming.stop_growing(ino);
+        } else if let Err(Errno(errno)) = self.grow(ino, &growing, head, offset, bytes) {
+            self.warming.stop_growing(ino);
+            let error = std::io::Error::from_raw_os_error(errno);
+            tracing::debug!(%ino, %error, "a file that was read gets no copy on trial");
+        }
+    }
+
+    /// Whether `ino`, which has `content`, may get a copy now.
+    fn may_get_copy(&self, ino: Ino, content: &Content) -> bool {
+        let is_written = self.opens.get(ino).is_some_and(|open| open.record.writers > 0);
+        let is_there = self.upper.as_ref().is_none_or(|upper| upper.warm().may_be_there(ino));
+        let state = self.state.read();
+        let is_fit = self.warm_content(&state, ino).is_ok_and(|found| found.as_ref() == Some(content));
+        // What has to come from another host isn't fetched for this.
+        is_fit && !is_written && !is_there && !state.view.chunks().is_remote()
+    }
+
+    /// Adds `bytes`, which are at `offset`, to a copy on trial; before that what was read up to `head`, where it begins.
+    fn grow(&self, ino: Ino, growing: &Growing, head: u64, offset: u64, bytes: &[u8]) -> FsResult<()> {
+        let mut whole = None;
+        if head > 0 {
+            let chunks = self.state.read().view.chunks().clone();
+            let mut piece = vec![0; PIECE];
+            for at in (0..head).step_by(PIECE) {
+                let count = content::read_at(&Once(&*chunks), growing.content(), at, &mut piece)?;
+                whole = whole.or(growing.add(at, &piece[..count])?);
+            }
+        }
+        let Some(made) = whole.or(growing.add(offset, bytes)?) else { return Ok(()) };
+        self.warming.stop_growing(ino);
+        // Who has it changes the file.
+        let Some(_stripe) = self.stripe(ino).try_lock() else { return Ok(()) };
+        let is_same = self.warm_content(&self.state.read(), ino)?.as_ref() == Some(growing.content());
+        if is_same {
+            self.writable_upper()?.warm().put(ino, made)?;
+            self.warming.tell(Job::Look);
+        }
+        Ok(())
+    }
+
     /// `ino` is opened for reading. If all of it was read before it gets a copy once it is closed, for those who open it later.
     pub(super) fn is_read_again(&self, upper: &Upper, ino: Ino) {
-        let Some(WasRead { bytes: read, .. }) = self.warming.read.lock().peek(&ino).copied() else { return };
+        let Some(read) = self.warming.read.lock().peek(&ino).map(|read| read.bytes) else { return };
         if upper.warm().may_be_there(ino) {
             return;
         }
@@ -154,9 +260,7 @@ impl Fs {
             let Some(content) = self.warm_content(&state, ino)? else { return Ok(()) };
             (content, state.view.clone())
         };
-        // What has to come from another host isn't fetched for this.
-        let is_written = self.opens.get(ino).is_some_and(|open| open.record.writers > 0);
-        if is_written || upper.warm().may_be_there(ino) || view.chunks().is_remote() {
+        if !self.may_get_copy(ino, &content) {
             return Ok(());
         }
         let Some(made) = upper.warm().make(&Once(&**view.chunks()), &content, goes_on)? else { return Ok(()) };
@@ -225,6 +329,7 @@ impl Fs {
     pub(super) fn make_room(&self) -> bool {
         let Some(upper) = &self.upper else { return false };
         patience::waits();
+        self.warming.stop_growing_all();
         let was_removed = self.await_removed();
         was_removed | upper.free_removed() | upper.warm().make_room()
     }
@@ -247,7 +352,7 @@ impl Fs {
     }
 }
 
-fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Ino>, is_stopped: &AtomicBool) {
+fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Job>, is_stopped: &AtomicBool) {
     // SAFETY: a plain system call; 0 is this thread.
     #[allow(unsafe_code)]
     unsafe {
@@ -262,11 +367,12 @@ fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Ino>, is_stopped: &AtomicBool) {
         };
         let Some(fs) = fs.upgrade() else { return };
         if let (Err(RecvTimeoutError::Timeout), Some(upper)) = (job, fs.upper()) {
+            upper.warm().end_trials();
             upper.warm().keep_free();
         }
         let ino = match job {
-            Ok(ino) => ino,
-            Err(RecvTimeoutError::Timeout) => continue,
+            Ok(Job::Copy(ino)) => ino,
+            Ok(Job::Look) | Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
         if let Err(Errno(errno)) = fs.warm(ino, || !is_stopped.load(Ordering::Relaxed)) {
