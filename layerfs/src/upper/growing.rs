@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Result};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,32 @@ const PIECE_BYTES: usize = 128 << 10;
 const GROWS: Duration = Duration::from_secs(7);
 /// Who reads it in more places at once doesn't either.
 const PARTS_MAX: usize = 64;
+
+/// Copies take one part in so many of the memory that we can have: they are in nothing else, and the kernel begins to write to the disk when
+/// a tenth of it waits for that.
+const MEMORY_PART: u64 = 16;
+
+/// How many bytes all copies on trial together may take.
+pub(super) fn most_bytes() -> u64 {
+    let available = read("/proc/meminfo").and_then(|text| {
+        let kibibytes = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        Some(kibibytes.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+    });
+    let group = read("/proc/self/cgroup").and_then(|text| {
+        let group = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        limit_of(Path::new("/sys/fs/cgroup"), Path::new(group))
+    });
+    available.unwrap_or(0).min(group.unwrap_or(u64::MAX)) / MEMORY_PART
+}
+
+fn read(path: impl AsRef<Path>) -> Option<String> {
+    std::fs::read_to_string(path).ok()
+}
+
+/// The least limit of memory, in bytes, of a control group below `root` and of those that it is in; none if there is none.
+fn limit_of(root: &Path, group: &Path) -> Option<u64> {
+    group.ancestors().filter_map(|group| read(root.join(group).join("memory.max"))?.trim().parse().ok()).min()
+}
 
 /// A copy that isn't whole yet.
 #[derive(Debug)]
@@ -54,6 +81,11 @@ impl Growing {
         &self.content
     }
 
+    /// Whether it takes too long.
+    pub fn is_late(&self) -> bool {
+        self.begun.elapsed() > GROWS
+    }
+
     /// `bytes` of the file, which are at `offset`, were read. Returns the copy when it is whole, once.
     ///
     /// # Errors
@@ -69,8 +101,7 @@ impl Growing {
         let Some(now) = &mut *work else { return Ok(None) };
         now.writers -= 1;
         now.has.add(range);
-        let is_late = now.has.0.len() > PARTS_MAX || self.begun.elapsed() > GROWS;
-        if written.is_err() || is_late {
+        if written.is_err() || now.has.0.len() > PARTS_MAX || self.is_late() {
             *work = None;
             return written.and(Err(ErrorKind::TimedOut.into()));
         }
@@ -170,6 +201,21 @@ mod tests {
             made[0].file.read_exact_at(&mut bytes, 0).unwrap();
             assert!(bytes.iter().all(|byte| *byte == 255), "what was read was written later");
         }
+    }
+
+    #[test]
+    fn the_least_limit_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(folder.path().join("a/b/c")).unwrap();
+        let limit = || limit_of(folder.path(), Path::new("a/b/c"));
+        assert_eq!(limit(), None);
+        for (group, text, least) in
+            [("a/b/c", "max\n", None), ("a", "5000\n", Some(5000)), ("a/b", "7000\n", Some(5000))]
+        {
+            std::fs::write(folder.path().join(group).join("memory.max"), text).unwrap();
+            assert_eq!(limit(), least);
+        }
+        assert!(most_bytes() > 0);
     }
 
     #[test]

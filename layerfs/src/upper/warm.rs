@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::data::{DataFolder, file_name, is_alone};
-use super::growing::Growing;
+use super::growing::{self, Growing};
 use crate::chunk::ChunkRead;
 use crate::content::{Content, Extent, Extents, get_sized};
 use crate::error::{Error, Result};
@@ -29,9 +29,6 @@ use crate::store::spare::{Room, SpareId};
 const PIECE_BYTES: u64 = 4 << 20;
 /// One part in so many of the filesystem stays free.
 const FREE_PART: u64 = 10;
-/// Copies on trial take one part in so many of the memory that programs can have: they are in nothing else, and the kernel begins to write
-/// to the disk when a tenth of it waits for that.
-const TRIAL_PART: u64 = 16;
 const SUFFIX: &str = ".warm";
 
 fn name_of(ino: Ino) -> String {
@@ -159,11 +156,12 @@ impl WarmCopies {
     /// # Errors
     /// Those of the disk.
     pub fn grow(&self, content: &Content) -> Result<Option<Growing>> {
-        let Some(memory) = available_memory() else { return Ok(None) };
         if !self.leaves_free(content.data_bytes()).map_err(|errno| self.not_written(errno))? {
             return Ok(None);
         }
-        let Some(room) = self.store.spares().room_on_trial(content.len(), memory / TRIAL_PART) else { return Ok(None) };
+        let Some(room) = self.store.spares().room_on_trial(content.len(), growing::most_bytes()) else {
+            return Ok(None);
+        };
         Ok(Some(Growing::new(self.new_file(content)?, content, room)))
     }
 
@@ -346,13 +344,6 @@ impl Pieces<'_> {
         self.bytes.clear();
         Ok(())
     }
-}
-
-/// The memory that programs can have, in bytes.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kibibytes = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(kibibytes.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 /// Has the disk take `range` of `file`; waits for it if `wait`. Only so that it is done early: errors come back with the sync.

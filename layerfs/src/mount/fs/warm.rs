@@ -65,7 +65,7 @@ struct WasRead {
 enum Job {
     /// To make one.
     Copy(Ino),
-    /// That there is one, which somebody else has made.
+    /// That there is one on trial, whole or not, for which the time runs.
     Look,
 }
 
@@ -127,9 +127,15 @@ impl Warming {
         drop(growing);
     }
 
-    fn stop_growing_all(&self) {
-        let all: Vec<_> = self.read.lock().iter_mut().filter_map(|(_, read)| read.growing.take()).collect();
+    /// Gives up all copies on trial that aren't whole and are as `is_meant` says.
+    fn stop_growing_all(&self, is_meant: impl Fn(&Growing) -> bool) {
+        let take = |read: &mut WasRead| read.growing.take_if(|growing| is_meant(growing));
+        let all: Vec<_> = self.read.lock().iter_mut().filter_map(|(_, read)| take(read)).collect();
         drop(all);
+    }
+
+    fn is_growing(&self) -> bool {
+        self.read.lock().iter().any(|(_, read)| read.growing.is_some())
     }
 }
 
@@ -155,7 +161,7 @@ impl Fs {
     pub(in crate::mount) fn stop_warming(&self) {
         self.warming.is_stopped.store(true, Ordering::Relaxed);
         *self.warming.jobs.lock() = None;
-        self.warming.stop_growing_all();
+        self.warming.stop_growing_all(|_| true);
         if let Some(thread) = self.warming.thread.lock().take() {
             let _ = thread.join();
         }
@@ -183,6 +189,9 @@ impl Fs {
         let growing = read.growing.clone();
         drop(all);
         let Some(growing) = growing.filter(|growing| growing.content() == content) else { return };
+        if head > 0 {
+            self.warming.tell(Job::Look);
+        }
         if head > 0 && !self.may_get_copy(ino, content) {
             self.warming.stop_growing(ino);
         } else if let Err(Errno(errno)) = self.grow(ino, &growing, head, offset, bytes) {
@@ -329,7 +338,7 @@ impl Fs {
     pub(super) fn make_room(&self) -> bool {
         let Some(upper) = &self.upper else { return false };
         patience::waits();
-        self.warming.stop_growing_all();
+        self.warming.stop_growing_all(|_| true);
         let was_removed = self.await_removed();
         was_removed | upper.free_removed() | upper.warm().make_room()
     }
@@ -358,7 +367,10 @@ fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Job>, is_stopped: &AtomicBool) {
     unsafe {
         libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
     }
-    let has_copies = || fs.upgrade().and_then(|fs| Some(fs.upper()?.warm().are_there())).unwrap_or_default();
+    let has_copies = || {
+        let are_there = |fs: &Fs| fs.upper().is_some_and(|upper| upper.warm().are_there()) || fs.warming.is_growing();
+        fs.upgrade().is_some_and(|fs| are_there(&fs))
+    };
     loop {
         // Programs fill the disk past us.
         let job = match has_copies() {
@@ -367,6 +379,7 @@ fn make_copies(fs: &Weak<Fs>, jobs: &Receiver<Job>, is_stopped: &AtomicBool) {
         };
         let Some(fs) = fs.upgrade() else { return };
         if let (Err(RecvTimeoutError::Timeout), Some(upper)) = (job, fs.upper()) {
+            fs.warming.stop_growing_all(Growing::is_late);
             upper.warm().end_trials();
             upper.warm().keep_free();
         }
