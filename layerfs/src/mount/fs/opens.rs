@@ -463,7 +463,12 @@ impl Fs {
             record.mappers = record.mappers.saturating_sub(u32::from(access.reads));
         }
         if record.count == 0 {
-            self.close_backing(record);
+            if let Some(backing) = record.backing.take() {
+                // If we die now the next daemon looks whether somebody has it still. It must not answer with what was struck out; what wasn't, it
+                // finds.
+                upper.opens().put(open.slot, &OpenRecord { is_mapped: true, ..*record });
+                self.close_backing(backing);
+            }
             // What was only ever written to isn't mapped.
             let is_used = match record.node {
                 0 => record.is_passed && (record.is_readable || record.is_mapped) && !is_ours_alone(upper, record),
@@ -486,8 +491,8 @@ impl Fs {
         Closed { is_written_past_us: record.is_written_past_us(), sealed: None }
     }
 
-    fn close_backing(&self, record: &mut OpenRecord) {
-        if let (Some(backing), Some(backings)) = (record.backing.take(), self.backings.get()) {
+    fn close_backing(&self, backing: Backing) {
+        if let Some(backings) = self.backings.get() {
             backings.close(backing);
         }
     }
@@ -495,7 +500,11 @@ impl Fs {
     /// The mount has ended: the kernel lets go of all that is passed through, also of what it didn't tell us the closing of.
     pub(in crate::mount) fn close_backings(&self) {
         for shard in &self.opens.shards {
-            shard.lock().values_mut().for_each(|open| self.close_backing(&mut open.record));
+            shard
+                .lock()
+                .values_mut()
+                .filter_map(|open| open.record.backing.take())
+                .for_each(|it| self.close_backing(it));
         }
     }
 
@@ -544,8 +553,9 @@ impl Fs {
 
     fn strike_out(&self, upper: &Upper, state: &mut State, ino: Ino) {
         if let Some(mut open) = self.opens.shard(ino).lock().remove(&ino) {
-            self.close_backing(&mut open.record);
+            let backing = open.record.backing.take();
             ended(upper, &open);
+            backing.into_iter().for_each(|backing| self.close_backing(backing));
         }
         if self.catch_up(upper, state, ino).is_ok() {
             upper.data().unknow(ino);
